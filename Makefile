@@ -1,0 +1,38 @@
+# make demo   everything from nothing: environment, tiny world, caches, training, edits, contact sheet, figures
+# make test   the whole test suite on the CPU
+#
+# Uses the active virtual environment if there is one, else makes .venv. An installed torch is never replaced; where none is,
+# TORCH is installed. Linux without a GPU: make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= $(if $(VIRTUAL_ENV),$(VIRTUAL_ENV),.venv)
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.byg-installed
+DEMO_OUT ?= demo_out
+
+.PHONY: demo test lint install clean
+
+demo: $(STAMP)
+	$(BIN)/python -m byg_plugin.demo --out $(DEMO_OUT)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+install: $(STAMP)
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(STAMP): pyproject.toml setup.py constraints.txt | $(BIN)/python
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install $(TORCH)
+	$(BIN)/python -m pip install -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(DEMO_OUT) .pytest_cache .ruff_cache .mypy_cache build *.egg-info

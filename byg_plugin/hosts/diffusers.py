@@ -1,0 +1,248 @@
+"""The embedded host: a diffusers network, a PEFT LoRA, and the three velocity fields over them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from byg_plugin.hosts.quantize import after_eval_, quantize_
+from byg_plugin.models.base import Family
+from byg_plugin.objectives.base import Text, Velocity
+from byg_plugin.training.ema import EmaWeights
+
+if TYPE_CHECKING:
+    from byg_plugin.training.config import Config
+
+_ADAPTER = "byg"
+
+
+class DiffusersHost:
+    """Frozen experts with one trainable LoRA each, on a device. Implements `objectives.base.VelocityFields`.
+
+    Args:
+        config: the whole configuration.
+        family: the model family that loads the experts and calls them.
+        device: where the networks live.
+
+    Raises:
+        ValueError: `lora.targets` matches nothing or something that is no linear, or an option cannot be honoured here.
+    """
+
+    def __init__(self, config: Config, family: Family, device: torch.device):
+        self.config, self.family, self.device = config, family, device
+        dtype = getattr(torch, config.model.dtype)
+        self.networks = family.load_transformers(dtype)
+        rng = torch.Generator().manual_seed(config.train.seed)
+        for network in self.networks.values():
+            quantize_(network, config.model.quantization, dtype)
+            network.to(device)
+            _set_attention(network, config.model.attention, device, dtype)
+            if config.model.gradient_checkpointing:
+                network.enable_gradient_checkpointing()
+            _inject_lora(network, config, config.lora.targets or family.default_lora_targets, device, rng)
+        self._lora_layers = [m for n in self.networks.values() for m in n.modules() if _is_lora_layer(m)]
+        self._dropouts = [m for m in (d for layer in self._lora_layers for d in layer.lora_dropout.values())]
+        self.parameters = self._named_lora_parameters()
+        if config.lora.init_from:
+            self.load_lora(_read_init_lora(config))
+        self.ema_weights = EmaWeights(self.parameters, config.objective.ema_decay)
+
+    # --- the three velocity fields ---
+
+    @contextmanager
+    def edit(self) -> Iterator[Velocity]:
+        """LoRA on, trainable, LoRA dropout active. Backward runs inside."""
+        modes = [m.training for m in self._dropouts]
+        for module in self._dropouts:
+            module.train()
+        try:
+            yield self._velocity
+        finally:
+            for module, mode in zip(self._dropouts, modes, strict=True):
+                module.train(mode)
+
+    @contextmanager
+    def ema(self) -> Iterator[Velocity]:
+        """The EMA weights (decay 0: the current ones), no gradient."""
+        with torch.no_grad(), self.ema_weights.swapped_in():
+            yield self._velocity
+
+    @contextmanager
+    def live(self) -> Iterator[Velocity]:
+        """The current weights, no gradient, no dropout: for previews and editing."""
+        with torch.no_grad():
+            yield self._velocity
+
+    @contextmanager
+    def base(self) -> Iterator[Velocity]:
+        """The frozen model without LoRA, bit for bit: the LoRA's matrix products are skipped, not scaled by 0."""
+        states = [layer._disable_adapters for layer in self._lora_layers]
+        # PEFT's enable_adapters() would flip requires_grad of the LoRA and drop what it was; the flag alone does not.
+        for layer in self._lora_layers:
+            layer._disable_adapters = True
+        try:
+            with torch.no_grad():
+                yield self._base_velocity
+        finally:
+            for layer, state in zip(self._lora_layers, states, strict=True):
+                layer._disable_adapters = state
+
+    def _velocity(self, noisy: Tensor, t: Tensor, text: Text, source: Tensor | None) -> Tensor:
+        network = self.networks[self.family.expert_of(t)]
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.mixed_precision == "bf16"):
+            return self.family.velocity(network, noisy, t, text, source)
+
+    def _base_velocity(self, noisy: Tensor, t: Tensor, text: Text, source: Tensor | None) -> Tensor:
+        assert source is None, "the frozen base is a text-to-image model: it has no source tokens"
+        return self._velocity(noisy, t, text, None)
+
+    # --- LoRA weights ---
+
+    def set_strength(self, strength: float) -> None:
+        """Scale of the LoRA's contribution; 1 = as trained."""
+        lora = self.config.lora
+        for layer in self._lora_layers:
+            layer.scaling[_ADAPTER] = strength * lora.scale_numerator / lora.rank
+
+    def _named_lora_parameters(self) -> dict[str, nn.Parameter]:
+        """`<expert>.<module>.lora_A.weight` -> parameter: the names of the LoRA file."""
+        named = {}
+        for expert, network in self.networks.items():
+            for name, parameter in network.named_parameters():
+                if f".{_ADAPTER}." in name:
+                    named[f"{expert}.{name.replace(f'.{_ADAPTER}.', '.')}"] = parameter
+        return named
+
+    def export_lora(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights by our names -> the tensors of a LoRA file, with alpha / rank folded into B, so that alpha == rank.
+
+        Every reader agrees on a file without alpha; few agree on one with it.
+        """
+        scale = self.config.lora.scale_numerator / self.config.lora.rank
+        return {
+            name: (value * scale if name.endswith(".lora_B.weight") else value).detach().cpu().contiguous().clone()
+            for name, value in weights.items()
+        }
+
+    def load_lora(self, tensors: Mapping[str, Tensor]) -> None:
+        """Set the weights from the tensors of a LoRA file in our naming.
+
+        Raises:
+            ValueError: modules or shapes are not this network's and this `[lora]` section's.
+        """
+        missing = sorted(self.parameters.keys() - tensors.keys())
+        unknown = sorted(tensors.keys() - self.parameters.keys())
+        if missing or unknown:
+            raise ValueError(
+                f"this LoRA does not fit the model and lora.targets: {len(missing)} modules' tensors are missing (e.g. "
+                f"{missing[:2]}), {len(unknown)} are unknown (e.g. {unknown[:2]}); set lora.targets to what it was trained with"
+            )
+        scale = self.config.lora.scale_numerator / self.config.lora.rank
+        for name, parameter in self.parameters.items():
+            value = tensors[name]
+            if value.shape != parameter.shape:
+                raise ValueError(
+                    f"{name} has shape {tuple(value.shape)} in the LoRA and {tuple(parameter.shape)} here: "
+                    f"set lora.rank to the LoRA's rank, or use the model it was trained on"
+                )
+            if name.endswith(".lora_B.weight"):
+                value = value.float() / scale
+            parameter.data.copy_(value)
+
+
+def _is_lora_layer(module: nn.Module) -> bool:
+    from peft.tuners.lora import LoraLayer
+
+    return isinstance(module, LoraLayer)
+
+
+def matched_linears(network: nn.Module, pattern: str) -> list[str]:
+    """Names of the modules that `lora.targets` matches.
+
+    Raises:
+        ValueError: the pattern is not a regular expression, matches nothing, or matches something that is no linear.
+    """
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"lora.targets = {pattern!r} is not a regular expression: {error}") from error
+    matched = [(name, module) for name, module in network.named_modules() if compiled.fullmatch(name)]
+    if not matched:
+        linears = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+        raise ValueError(
+            f"lora.targets = {pattern!r} matches no module; it must match whole names such as {', '.join(linears[:1] + linears[-2:])}"
+        )
+    # bitsandbytes' linears are nn.Linear too.
+    wrong = [name for name, module in matched if not isinstance(module, nn.Linear)]
+    if wrong:
+        raise ValueError(f"lora.targets = {pattern!r} also matches {wrong[0]}, which is not a linear; narrow the pattern")
+    return [name for name, _ in matched]
+
+
+def lora_shapes(network: nn.Module, config: Config, family: Family) -> list[tuple[int, int]]:
+    """Shapes of all LoRA tensors that `[lora]` asks of this network (which may lie on the meta device)."""
+    shapes = []
+    for name in matched_linears(network, config.lora.targets or family.default_lora_targets):
+        linear = network.get_submodule(name)
+        shapes += [(config.lora.rank, linear.in_features), (linear.out_features, config.lora.rank)]
+    return shapes
+
+
+def _inject_lora(network: nn.Module, config: Config, targets: str, device: torch.device, rng: torch.Generator) -> None:
+    from peft import LoraConfig as PeftLoraConfig
+    from peft import inject_adapter_in_model
+
+    matched_linears(network, targets)
+    lora = config.lora
+    peft_config = PeftLoraConfig(r=lora.rank, lora_alpha=lora.scale_numerator, lora_dropout=lora.dropout, target_modules=targets)
+    inject_adapter_in_model(peft_config, network, adapter_name=_ADAPTER)
+    for name, parameter in network.named_parameters():
+        is_lora = f".{_ADAPTER}." in name
+        parameter.requires_grad_(is_lora)
+        if is_lora:
+            # PEFT draws A in the base's dtype and on its device. Drawn here instead: one seed gives one start on every
+            # device and for every storage of the base.
+            value = torch.zeros(parameter.shape)
+            if ".lora_A." in name:
+                nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=rng)
+            parameter.data = value.to(device)
+    network.eval()
+    after_eval_(network)
+
+
+def _read_init_lora(config: Config) -> dict[str, Tensor]:
+    from byg_plugin.lora_formats import convert, read_lora
+
+    assert config.lora.init_from is not None
+    tensors, metadata = read_lora(config.lora.init_from)
+    family = metadata.get("byg.family", config.model.family)
+    if family != config.model.family:
+        raise ValueError(f"lora.init_from = {config.lora.init_from} was trained for {family!r}, model.family is {config.model.family!r}")
+    return convert(tensors, "diffusers")
+
+
+def _set_attention(network: nn.Module, backend: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Choose the attention kernel and run it once, forward and backward, on this device and dtype.
+
+    Raises:
+        ValueError: it cannot be used here, with the reason.
+    """
+    if backend == "native":
+        return
+    from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+    try:
+        network.set_attention_backend(backend)
+        q = torch.randn(1, 8, 2, 64, device=device, dtype=dtype, requires_grad=True)
+        dispatch_attention_fn(q, q, q, backend=backend).sum().backward()
+    except (ImportError, RuntimeError, NotImplementedError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f'model.attention = "{backend}" cannot be used on {device.type} with {dtype}: {reason}. Use model.attention = "native"'
+        ) from error

@@ -1,0 +1,40 @@
+"""Pixels in and out: tensors to PIL images, PNG files with their settings inside, side-by-side pictures."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+
+def to_pil(pixels: Tensor) -> Image.Image:
+    """(3, H, W) in [-1, 1] -> 8-bit RGB image."""
+    array = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0)
+    return Image.fromarray(array.cpu().numpy())
+
+
+def side_by_side(*images: Image.Image, gap: int = 4) -> Image.Image:
+    """Images of one height in a row on white."""
+    width = sum(image.width for image in images) + gap * (len(images) - 1)
+    sheet = Image.new("RGB", (width, max(image.height for image in images)), "white")
+    left = 0
+    for image in images:
+        sheet.paste(image, (left, 0))
+        left += image.width + gap
+    return sheet
+
+
+def save_png(image: Image.Image, path: Path, settings: Mapping[str, Any]) -> None:
+    """Write a PNG atomically, with `settings` as JSON in its text chunk `byg`."""
+    info = PngInfo()
+    info.add_text("byg", json.dumps(settings, ensure_ascii=True))
+    partial = path.with_name(f".partial-{path.name}")
+    image.save(partial, format="PNG", pnginfo=info)
+    os.replace(partial, path)

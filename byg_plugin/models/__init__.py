@@ -1,0 +1,19 @@
+"""Model families by name."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from byg_plugin.models.base import Family
+
+if TYPE_CHECKING:
+    from byg_plugin.training.config import Config
+
+
+def make_family(config: Config) -> Family:
+    """The configured family; its heavy imports happen here and not before."""
+    if config.model.family == "flux":
+        from byg_plugin.models.flux import FluxFamily
+
+        return FluxFamily(config)
+    raise AssertionError(f"config accepted the unknown family {config.model.family!r}")

@@ -1,0 +1,75 @@
+"""What a model family gives to hosts, caches and editing: the only knowledge of packing, positions, guidance and experts.
+
+A family is one file beside this one. It loads the frozen parts and turns a network into one velocity call; it never
+knows of LoRA, objectives or loops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+Text = Mapping[str, Tensor]
+"""One or several encoded texts: named tensors with the batch first. Only a family looks inside."""
+
+
+class Family(Protocol):
+    """One model family, configured (position, guidance, parts' places)."""
+
+    name: str
+    default_lora_targets: str
+    """Regular expression that a whole module name must match."""
+
+    # --- frozen parts; each is loaded where it is used and dropped by its caller ---
+    def load_transformers(self, dtype: torch.dtype) -> dict[str, nn.Module]:
+        """The experts by name, frozen, on the CPU, in eval mode. One entry for a family without experts."""
+        ...
+
+    def meta_transformers(self) -> dict[str, nn.Module]:
+        """The same experts on the meta device: shapes, no weights."""
+        ...
+
+    def sequence_tokens(self, height: int, width: int) -> int:
+        """Tokens of one sample of an image of this size in pixels: noisy, source and text."""
+        ...
+
+    def load_vae(self, device: torch.device) -> nn.Module: ...
+
+    def load_text_encoders(self, device: torch.device) -> Any: ...
+
+    def fingerprint(self, part: str) -> str:
+        """Identity of the weights of `vae` or `text` plus what is done with them; enters every cache key."""
+        ...
+
+    def pixel_multiple(self) -> int:
+        """Sides of an image must be multiples of this many pixels. Loads no weights."""
+        ...
+
+    # --- pixels and texts ---
+    def encode_pixels(self, vae: nn.Module, pixels: Tensor) -> Tensor:
+        """(B, 3, F, H, W) in [-1, 1] -> normalised latents (B, C, F', H', W'), float32."""
+        ...
+
+    def decode_latents(self, vae: nn.Module, latents: Tensor) -> Tensor:
+        """The inverse of `encode_pixels`: (B, 3, F, H, W) in [-1, 1], float32."""
+        ...
+
+    def encode_texts(self, encoders: Any, texts: Sequence[str]) -> dict[str, Tensor]:
+        """B texts -> named tensors, batch first, on the CPU."""
+        ...
+
+    # --- the network ---
+    def expert_of(self, t: Tensor) -> str:
+        """Name of the expert that serves these t; all of them must be on one side."""
+        ...
+
+    def velocity(self, network: nn.Module, noisy: Tensor, t: Tensor, text: Text, source: Tensor | None) -> Tensor:
+        """Velocity `noise - data` at `noisy` (B, C, F, H, W), t (B,) in [0, 1]; `source` as latents or None."""
+        ...
+
+    def shifted_nodes(self, nodes: Tensor, latent_shape: Sequence[int]) -> Tensor:
+        """The family's inference shift applied to nodes in [0, 1] (1 = noise); end points stay."""
+        ...

@@ -1,0 +1,86 @@
+"""What an objective sees: three velocity fields over one set of weights, a batch, and a way to differentiate.
+
+Nothing here knows a host, a model family or a loop. A host supplies the fields; a loop draws noise and t, supplies
+`backward`, and steps the optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+Text = Mapping[str, Tensor]
+"""Encoded texts of a batch: named tensors with the batch first. Opaque here, but for concatenation."""
+
+Metrics = dict[str, Tensor]
+"""Detached scalars by name."""
+
+
+class Velocity(Protocol):
+    """A velocity field: (noisy (B, C, F, H, W), t (B,), text of B, source like noisy or None) -> like noisy, float32."""
+
+    def __call__(self, noisy: Tensor, t: Tensor, text: Text, source: Tensor | None) -> Tensor: ...
+
+
+class VelocityFields(Protocol):
+    """One network in three states. Each context restores the state it found, also after an exception.
+
+    `edit`: LoRA on, trainable; a backward of what it returned runs inside the context.
+    `ema`: the rollout's weights (EMA, or the current ones with decay 0); no gradient.
+    `base`: LoRA off, to the last bit the model without LoRA; never called with a source; no gradient.
+    """
+
+    def edit(self) -> AbstractContextManager[Velocity]: ...
+
+    def ema(self) -> AbstractContextManager[Velocity]: ...
+
+    def base(self) -> AbstractContextManager[Velocity]: ...
+
+
+class Backward(Protocol):
+    """Differentiate a loss now. Returns the factor the loss was multiplied by (accumulation, loss scale).
+
+    `last` is true on a step's final call: only then may gradients be synchronised or an engine step.
+    """
+
+    def __call__(self, loss: Tensor, *, last: bool) -> float: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """One micro-batch with its randomness, drawn by the caller."""
+
+    source: Tensor
+    """x: latents (B, C, F, H, W)."""
+    src_caption: Text
+    tgt_caption: Text
+    instruction: Text
+    reverse_instruction: Text
+    noise: Tensor
+    """epsilon, like source: the same noise starts the rollout and makes x_t."""
+    t: Tensor
+    """(B,) in [0, 1]."""
+    nodes: Tensor
+    """(n + 1,) rollout nodes from 1 to 0, before t is moved in."""
+    identity_step: bool = False
+    """Train the identity term alone (one coin an optimizer step)."""
+    target: Tensor | None = None
+    """y: the edited latents; only the paired baseline has them."""
+
+
+class Objective(Protocol):
+    """A training objective."""
+
+    def step(self, fields: VelocityFields, batch: Batch, backward: Backward | None) -> Metrics:
+        """Compute all terms and differentiate them; with `backward=None` only compute (validation)."""
+        ...
+
+
+def cat_text(*texts: Text) -> Text:
+    """Texts of several batches as one batch."""
+    return {name: torch.cat([text[name] for text in texts]) for name in texts[0]}

@@ -1,0 +1,259 @@
+"""Algorithm 1 of "Bootstrap Your Generator": self-consistent flow editing without pairs.
+
+From a source x, its caption p_src, a target caption p_tgt, an instruction c and its inverse c_bar, with noise and t:
+
+    rollout   y_t, y_0     n Euler steps of the EMA model from the noise, one of them ending at t       (section 4.1)
+    forward   v_fwd        edit(y_t, t, c, x);   y_hat = y_t - t v_fwd
+    reverse   v_rev        edit(x_t, t, c_bar, y_hyb),  y_hyb = sg(y_0) + (y_hat - sg(y_hat))           (Eq. 4)
+    identity  v_id         edit(x_t, t, c_bar, x)
+
+    L_cycle = ||v_rev - (noise - x)||^2                                                                 (Eq. 3)
+    L_prior = 1 - cos(v - v_src, v_tgt - v_src) + alpha ||v - v_tgt||^2                                 (Eq. 2)
+              forward: the frozen base at y_t with (p_src, p_tgt); reverse: at x_t with the two swapped
+    L_id    = ||v_id - (noise - x)||^2
+    L       = lambda_cycle L_cycle + lambda_prior (L_prior_fwd + L_prior_rev) + lambda_id L_id          (Eq. 5)
+
+How the gradient is taken differs from the text, its value does not. y_hyb has the *value* y_0, which the rollout
+already knows, so the reverse pass need not wait for the forward pass (`graph = "sequential"`): differentiate the
+reverse pass with respect to a leaf that holds y_0, keep g = dL/dy_hyb, free the graph, and give the forward pass the
+term <g, y_hat>. One graph is alive at a time: the peak memory of supervised training. `graph = "joint"` is Algorithm 1
+as printed, one graph, the reference.
+
+Everything without gradient comes first, then forward-backward pairs: the one order in which swapped blocks, swapped
+experts and recomputed activations see the weights they were made with.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from byg_plugin import flow, timesteps
+from byg_plugin.objectives.base import Backward, Batch, Metrics, Text, Velocity, VelocityFields, cat_text
+
+if TYPE_CHECKING:
+    from byg_plugin.training.config import ObjectiveConfig
+
+
+class Frozen(NamedTuple):
+    """The frozen base's two velocities at one noisy state: where the edit comes from and where it goes."""
+
+    v_src: Tensor
+    v_tgt: Tensor
+
+
+class UnpairedCycle:
+    """See the module. `config` is the `[objective]` section."""
+
+    def __init__(self, config: ObjectiveConfig):
+        self.config = config
+        self.lambda_cycle = config.lambda_cycle if config.cycle else 0.0
+        self.lambda_prior = config.lambda_prior if config.prior else 0.0
+
+    def step(self, fields: VelocityFields, batch: Batch, backward: Backward | None) -> Metrics:
+        """One micro-step: every term of Algorithm 1, differentiated in memory's order.
+
+        Args:
+            fields: the network as `edit`, `ema` and `base` velocity fields.
+            batch: latents, texts, noise, t; `identity_step` trains the identity term alone.
+            backward: differentiates a loss; None computes the terms without gradient.
+
+        Returns:
+            detached scalars: `loss` (Eq. 5), each term, the cosines, `zero_directions` (samples whose cosine is undefined).
+        """
+        with torch.set_grad_enabled(backward is not None):
+            if batch.identity_step:
+                return self._identity_step(fields, batch, backward)
+            if not (self.lambda_cycle or self.lambda_prior or self.config.lambda_id):
+                raise ValueError("objective: lambda_cycle, lambda_prior and lambda_id are all 0 or switched off; nothing to train")
+
+            x_t = flow.interpolate(batch.source, batch.noise, batch.t)
+            y_t, y_0 = self._rollout(fields, batch)
+            if not self.config.bootstrap:
+                y_t = x_t
+            forward, reverse = self._frozen_velocities(fields, batch, y_t, x_t)
+            if self.config.graph == "joint":
+                return self._joint(fields, batch, backward, x_t, y_t, y_0, forward, reverse)
+            return self._sequential(fields, batch, backward, x_t, y_t, y_0, forward, reverse)
+
+    # --- 1. without gradient: the pseudo-targets and the frozen base ---
+
+    @torch.no_grad()
+    def _rollout(self, fields: VelocityFields, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Euler from the noise: y_t exactly at each sample's t, and y_0 where something is conditioned on it."""
+        if not self._reverse_pass and not self.config.bootstrap:
+            return batch.noise, None
+        needs_y0 = self._reverse_pass and self.config.routing
+        schedule, index = timesteps.nodes_through(batch.nodes, batch.t)
+        last = schedule.shape[1] - 1 if needs_y0 else int(index.max())
+        y, y_t = batch.noise, torch.zeros_like(batch.noise)
+        with fields.ema() as velocity:
+            for k in range(last):
+                s, s_next = schedule[:, k], schedule[:, k + 1]
+                y = flow.euler_step(y, velocity(y, s, batch.instruction, batch.source), s, s_next)
+                y_t = torch.where(flow.expand(index == k + 1, y).bool(), y, y_t)
+        return y_t, y if needs_y0 else None
+
+    @torch.no_grad()
+    def _frozen_velocities(self, fields: VelocityFields, batch: Batch, y_t: Tensor, x_t: Tensor) -> tuple[Frozen, Frozen]:
+        """v_src and v_tgt at y_t, and, with the captions swapped, at x_t; `frozen_batch` of the four at once."""
+        if not self.lambda_prior:
+            unused = torch.zeros(())
+            return Frozen(unused, unused), Frozen(unused, unused)
+        src, tgt = batch.src_caption, batch.tgt_caption
+        queries = [(y_t, src), (y_t, tgt), (x_t, tgt), (x_t, src)]
+        velocities: list[Tensor] = []
+        with fields.base() as velocity:
+            for first in range(0, len(queries), self.config.frozen_batch):
+                some = queries[first : first + self.config.frozen_batch]
+                noisy = torch.cat([state for state, _ in some])
+                t = batch.t.repeat(len(some))
+                velocities += velocity(noisy, t, cat_text(*[text for _, text in some]), None).chunk(len(some))
+        return Frozen(velocities[0], velocities[1]), Frozen(velocities[2], velocities[3])
+
+    # --- 2. the terms, as pure functions of a velocity ---
+
+    def _prior(self, v: Tensor, frozen: Frozen, direction: str) -> tuple[Tensor, Metrics]:
+        """L_dir + alpha L_MSE, a mean over the batch; a zero direction counts as 1 and has no gradient."""
+        mse = flow.mean_squared(v - frozen.v_tgt)
+        similarity, defined = flow.cosine(v - frozen.v_src, frozen.v_tgt - frozen.v_src)
+        loss = self.config.alpha * mse
+        if self.config.directional:
+            loss = loss + (1 - similarity)
+        metrics = {
+            f"prior_{direction}": loss.mean().detach(),
+            f"cosine_{direction}": similarity.mean().detach(),
+            f"mse_{direction}": mse.mean().detach(),
+            f"zero_directions_{direction}": (~defined).sum().to(loss.dtype),
+        }
+        return loss.mean(), metrics
+
+    def _reconstruction(self, v: Tensor, batch: Batch) -> Tensor:
+        """||v - (noise - x)||^2: the cycle and the identity loss."""
+        return flow.mean_squared(v - flow.path_velocity(batch.source, batch.noise)).mean()
+
+    def _reverse_loss(self, v_rev: Tensor, batch: Batch, frozen: Frozen) -> tuple[Tensor, Metrics]:
+        cycle = self._reconstruction(v_rev, batch)
+        loss, metrics = self.lambda_cycle * cycle, {"cycle": cycle.detach()}
+        if self.lambda_prior:
+            prior, more = self._prior(v_rev, frozen, "rev")
+            loss, metrics = loss + self.lambda_prior * prior, metrics | more
+        return loss, metrics
+
+    def _forward_loss(self, v_fwd: Tensor, frozen: Frozen) -> tuple[Tensor, Metrics]:
+        if not self.lambda_prior:
+            return v_fwd.new_zeros(()), {}
+        prior, metrics = self._prior(v_fwd, frozen, "fwd")
+        return self.lambda_prior * prior, metrics
+
+    @property
+    def _reverse_pass(self) -> bool:
+        return bool(self.lambda_cycle or self.lambda_prior)
+
+    # --- 3. with gradient ---
+
+    def _identity_step(self, fields: VelocityFields, batch: Batch, backward: Backward | None) -> Metrics:
+        x_t = flow.interpolate(batch.source, batch.noise, batch.t)
+        with fields.edit() as velocity:
+            identity = self._reconstruction(velocity(x_t, batch.t, batch.reverse_instruction, batch.source), batch)
+            loss = self.config.identity_step_weight * identity
+            if backward is not None:
+                backward(loss, last=True)
+        return {"loss": loss.detach(), "identity": identity.detach()}
+
+    def _sequential(
+        self,
+        fields: VelocityFields,
+        batch: Batch,
+        backward: Backward | None,
+        x_t: Tensor,
+        y_t: Tensor,
+        y_0: Tensor | None,
+        forward: Frozen,
+        reverse: Frozen,
+    ) -> Metrics:
+        """Identity, reverse and forward pass, each differentiated and freed before the next."""
+        c, c_bar, x, t = batch.instruction, batch.reverse_instruction, batch.source, batch.t
+        total, metrics, g = x_t.new_zeros(()), {}, None
+        with fields.edit() as velocity:
+            leaf = None
+            if self._reverse_pass:
+                leaf = y_0 if self.config.routing else self._one_step_prediction(velocity, y_t, t, c, x)
+                assert leaf is not None
+                leaf = leaf.detach().clone().requires_grad_(backward is not None)
+
+            v_rev = None
+            if self.config.lambda_id:
+                if self.config.merge_identity and leaf is not None:
+                    both = velocity(torch.cat([x_t, x_t]), t.repeat(2), cat_text(c_bar, c_bar), torch.cat([leaf, x]))
+                    v_rev, v_id = both.chunk(2)
+                else:
+                    v_id = velocity(x_t, t, c_bar, x)
+                identity = self._reconstruction(v_id, batch)
+                loss = self.config.lambda_id * identity
+                total, metrics = total + loss.detach(), metrics | {"identity": identity.detach()}
+                if v_rev is None:
+                    if backward is not None:
+                        backward(loss, last=not self._reverse_pass)
+                    loss = None
+            else:
+                loss = None
+
+            if leaf is not None:
+                v_rev = velocity(x_t, t, c_bar, leaf) if v_rev is None else v_rev
+                reverse_loss, more = self._reverse_loss(v_rev, batch, reverse)
+                total, metrics = total + reverse_loss.detach(), metrics | more
+                if backward is not None:
+                    scale = backward(reverse_loss if loss is None else loss + reverse_loss, last=False)
+                    assert leaf.grad is not None
+                    # The loop's factor is in leaf.grad already and would enter twice through the forward pass.
+                    g = leaf.grad / scale
+                del v_rev, reverse_loss, leaf
+
+                v_fwd = velocity(y_t, t, c, x)
+                prior_loss, more = self._forward_loss(v_fwd, forward)
+                total, metrics = total + prior_loss.detach(), metrics | more
+                if backward is not None:
+                    assert g is not None
+                    y_hat = flow.predict_data(y_t, v_fwd, t)
+                    backward(prior_loss + (g * y_hat).sum(), last=True)
+        return {"loss": total, **metrics}
+
+    @torch.no_grad()
+    def _one_step_prediction(self, velocity: Velocity, y_t: Tensor, t: Tensor, c: Text, x: Tensor) -> Tensor:
+        """The value of y_hat before its graph is built; only without routing is it needed."""
+        return flow.predict_data(y_t, velocity(y_t, t, c, x), t)
+
+    def _joint(
+        self,
+        fields: VelocityFields,
+        batch: Batch,
+        backward: Backward | None,
+        x_t: Tensor,
+        y_t: Tensor,
+        y_0: Tensor | None,
+        forward: Frozen,
+        reverse: Frozen,
+    ) -> Metrics:
+        """Algorithm 1, lines 13-36, as one graph."""
+        c, c_bar, x, t = batch.instruction, batch.reverse_instruction, batch.source, batch.t
+        total, metrics = x_t.new_zeros(()), {}
+        with fields.edit() as velocity:
+            if self._reverse_pass:
+                v_fwd = velocity(y_t, t, c, x)
+                y_hat = flow.predict_data(y_t, v_fwd, t)
+                total, metrics = self._forward_loss(v_fwd, forward)
+                y_hyb = y_hat
+                if self.config.routing:
+                    assert y_0 is not None
+                    y_hyb = y_0.detach() + (y_hat - y_hat.detach())  # Eq. 4: value of y_0, gradient of y_hat
+                reverse_loss, more = self._reverse_loss(velocity(x_t, t, c_bar, y_hyb), batch, reverse)
+                total, metrics = total + reverse_loss, metrics | more
+            if self.config.lambda_id:
+                identity = self._reconstruction(velocity(x_t, t, c_bar, x), batch)
+                total, metrics = total + self.config.lambda_id * identity, metrics | {"identity": identity.detach()}
+            if backward is not None:
+                backward(total, last=True)
+        return {"loss": total.detach(), **metrics}

@@ -1,0 +1,61 @@
+"""The law of the training t, and the nodes of rollouts and samplers. All in the convention of `flow.py`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+def shift(t: Tensor, s: float) -> Tensor:
+    """t <- s t / (1 + (s - 1) t): moves times towards noise for s > 1; 0 and 1 stay (Esser et al. 2024)."""
+    return s * t / (1 + (s - 1) * t)
+
+
+def sample_t(
+    batch: int,
+    generator: torch.Generator,
+    *,
+    distribution: Literal["uniform", "logit_normal"] = "uniform",
+    s: float = 1.0,
+    t_min: float = 0.0,
+    t_max: float = 1.0,
+) -> Tensor:
+    """(batch,) float32 training times in [t_min, t_max] on the generator's device.
+
+    `uniform` is Algorithm 1; `logit_normal` is sigmoid(z), z ~ N(0, 1). The shift comes after the law, the range last
+    (a linear map of [0, 1] onto it).
+    """
+    device = generator.device
+    if distribution == "uniform":
+        t = torch.rand(batch, generator=generator, device=device)
+    else:
+        t = torch.sigmoid(torch.randn(batch, generator=generator, device=device))
+    return t_min + (t_max - t_min) * shift(t, s)
+
+
+def uniform_nodes(steps: int, device: torch.device | None = None) -> Tensor:
+    """(steps + 1,) equidistant times from 1 (noise) to 0 (data), float32."""
+    return torch.linspace(1, 0, steps + 1, device=device)
+
+
+def nodes_through(nodes: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """A schedule per sample that visits its t exactly.
+
+    The nearest interior node moves onto t; the end points 1 and 0 never move, so y_0 costs no extra step.
+
+    Args:
+        nodes: (n + 1,) falling from 1 to 0, n >= 2.
+        t: (B,) in [0, 1].
+
+    Returns:
+        (B, n + 1) nodes, and (B,) the index of t in them, in 1 .. n - 1.
+    """
+    if nodes.ndim != 1 or len(nodes) < 3:
+        raise ValueError(f"a rollout needs at least 2 steps, got nodes of shape {tuple(nodes.shape)}")
+    nodes = nodes.to(t)
+    index = (nodes[1:-1][None] - t[:, None]).abs().argmin(dim=1) + 1
+    schedule = nodes.repeat(len(t), 1)
+    schedule[torch.arange(len(t), device=t.device), index] = t
+    return schedule, index

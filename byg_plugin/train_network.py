@@ -1,0 +1,140 @@
+"""Train an editing LoRA.
+
+    accelerate launch byg_plugin/train_network.py --config configs/flux_image.toml [--set train.steps=100] [--resume latest]
+    python byg_plugin/train_network.py --config ... --print-config     the resolved configuration
+    python byg_plugin/train_network.py --config ... --dry-run          what would be trained, and the memory sum
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):  # started as a script: the package's parent must be importable, the package's folder must not
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import argparse
+import logging
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from byg_plugin import _cli
+
+if TYPE_CHECKING:
+    from byg_plugin.models.base import Family
+    from byg_plugin.training.config import Config
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _cli.common_parser(__doc__ or "")
+    parser.add_argument("--resume", metavar="latest|FOLDER", help="go on from the newest, or this, checkpoint")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration as JSON and stop")
+    parser.add_argument("--dry-run", action="store_true", help="print items, buckets, tokens, a decoded sample's place and the memory sum; stop")
+    return parser
+
+
+def main() -> None:
+    """The command; `_cli.run` turns errors into one line."""
+    args = _parser().parse_args()
+    from byg_plugin.training.config import load_config
+
+    config = load_config(args.config, args.set)
+    if args.print_config:
+        print(config.to_json())
+        return
+    # After --print-config: these import torch and diffusers, seconds.
+    from byg_plugin.models import make_family
+    from byg_plugin.training.device import resolve_device
+
+    device = resolve_device(config.model.device)
+    family = make_family(config)
+    if args.dry_run:
+        dry_run(config, family, device)
+        return
+    train(config, family, device, args.resume)
+
+
+def train(config: Config, family: Family, device: Any, resume: str | None) -> Path:
+    """Train to the end; returns the LoRA file.
+
+    Raises:
+        ValueError: something the user can mend, before any model is loaded.
+    """
+    from accelerate import Accelerator
+
+    from byg_plugin.training.loop import Interrupted, Trainer, versions
+
+    _check_extras(config)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    tracker = None if config.train.tracker == "none" else config.train.tracker
+    accelerator = Accelerator(cpu=device.type == "cpu", log_with=tracker, project_dir=config.output.dir)
+    trainer = Trainer(config, family, accelerator, resume)
+    if accelerator.is_main_process:
+        _write_beside(config, versions())
+    if tracker:
+        accelerator.init_trackers("byg", init_kwargs={"wandb": {"dir": config.output.dir}} if tracker == "wandb" else {})
+    try:
+        lora = trainer.run()
+    except Interrupted as stop:
+        _cli.say(str(stop), accelerator.is_main_process)
+        raise KeyboardInterrupt from stop
+    finally:
+        accelerator.end_training()
+    _cli.say(f"LoRA: {lora}", accelerator.is_main_process)
+    return lora
+
+
+def dry_run(config: Config, family: Family, device: Any) -> None:
+    """Print what would be trained. Loads the VAE for one decoded sample, never the network."""
+    from byg_plugin.data.dataset import CachedTuples
+    from byg_plugin.hosts.diffusers import lora_shapes
+    from byg_plugin.images import save_png, to_pil
+    from byg_plugin.training.memory import memory_sum, report, sizes
+
+    networks = family.meta_transformers()
+    shapes = [s for network in networks.values() for s in lora_shapes(network, config, family)]
+    width, blocks = sizes(next(iter(networks.values())))
+    tokens = family.sequence_tokens(config.dataset.resolution, config.dataset.resolution)
+    print(f"model: {config.model.family}, {sum(p.numel() for n in networks.values() for p in n.parameters()):,} parameters, {blocks} blocks")
+    print(f"LoRA: rank {config.lora.rank}, {len(shapes) // 2} modules, {sum(a * b for a, b in shapes):,} parameters")
+    print(f"sequence at {config.dataset.resolution} x {config.dataset.resolution}: {tokens} tokens (noisy + source + text)")
+    print("device memory of a step:\n" + report(memory_sum(config, networks, shapes, tokens, width, blocks)))
+
+    data = CachedTuples(config, family, "train")
+    buckets = Counter(data.bucket(i) for i in range(len(data)))
+    print(f"tuples: {len(data)} to train, {config.dataset.validation_items} held out")
+    for bucket, count in buckets.most_common():
+        print(f"  {count:6d} in bucket {bucket}")
+    example, item = data[0], data.tuples[0]
+    picture = to_pil(family.decode_latents(family.load_vae(device), example["source"][None].to(device))[0, :, 0])
+    path = Path(config.output.dir) / "dry_run_sample.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    texts = {role: getattr(item, role) for role in ("src_caption", "tgt_caption", "instruction", "reverse_instruction")}
+    save_png(picture, path, texts)
+    print(f"first tuple, decoded from its cached latents: {path}")
+    for role, text in texts.items():
+        print(f"  {role}: {text}")
+
+
+def _check_extras(config: Config) -> None:
+    from importlib.util import find_spec
+
+    needed = {"tensorboard": "diffusers", "wandb": "wandb"}
+    if config.train.tracker in needed and find_spec(config.train.tracker) is None:
+        raise ValueError(
+            f'train.tracker = "{config.train.tracker}" is not installed: pip install "byg-plugin[{needed[config.train.tracker]}]", '
+            f'or set train.tracker = "none"'
+        )
+
+
+def _write_beside(config: Config, versions: dict[str, str]) -> None:
+    """Resolved configuration, versions and command beside the outputs."""
+    import json
+
+    folder = Path(config.output.dir)
+    (folder / "config.json").write_text(config.to_json(), encoding="utf-8")
+    (folder / "run.json").write_text(json.dumps({"versions": versions, "command": sys.argv}, indent=2), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    _cli.run(main)

@@ -1,0 +1,353 @@
+"""The typed configuration: one TOML file drives caching, training and editing.
+
+Every option is declared once, here, with a sentence and its unit. `load_config` turns a file plus `--set` overrides
+into a frozen `Config`, or raises one `ValueError` that names every bad key, its value, the nearest valid key and the
+remedy, before any model is loaded.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+class Section(BaseModel):
+    """Frozen, strict about types (a string is never taken for a number), and closed: an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+Weight = Annotated[float, Field(ge=0.0)]
+
+
+class ModelConfig(Section):
+    """Which frozen base model is edited with, and how it is held in memory."""
+
+    family: Literal["flux"] = Field("flux", description="Model family.")
+    host: Literal["diffusers"] = Field("diffusers", description="Training host; `diffusers` is the embedded one.")
+    path: str | None = Field(None, description="Diffusers folder or hub id with every part of the model.")
+    transformer: str | None = Field(None, description="Single .safetensors file or folder of the DiT; overrides `path`.")
+    vae: str | None = Field(None, description="Single .safetensors file or folder of the VAE; overrides `path`.")
+    t5: str | None = Field(None, description="Single .safetensors file or folder of the T5 encoder; overrides `path`.")
+    clip: str | None = Field(None, description="Single .safetensors file or folder of CLIP-L; overrides `path`.")
+    dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="Dtype of the frozen weights.")
+    quantization: Literal["none", "fp8", "int8", "nf4"] = Field(
+        "none",
+        description="Storage of the frozen linears: fp8 (ours, per-channel scale), int8 or nf4 (bitsandbytes extra).",
+    )
+    attention: Literal["native", "flash", "xformers"] = Field(
+        "native", description="Attention kernel; probed at start, refused with the reason when unusable."
+    )
+    gradient_checkpointing: bool = Field(True, description="Recompute blocks in backward (non-reentrant).")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto = CUDA where there is one, else CPU.")
+
+    def part(self, name: str) -> str:
+        """Where one part (`transformer`, `vae`, `t5`, `clip`) is loaded from.
+
+        Raises:
+            ValueError: neither `model.<name>` nor `model.path` is set.
+        """
+        place = getattr(self, name) or self.path
+        if place is None:
+            raise ValueError(f"model.{name} is not set: give model.{name}, or model.path for a whole diffusers folder")
+        return place
+
+
+class DatasetConfig(Section):
+    """What is trained on, and where its encodings are cached."""
+
+    tuples: str = Field(description="JSONL of edit tuples, or a folder of images with same-stem .json tuples.")
+    image_root: str | None = Field(None, description="Folder that relative `source` paths start from; default: the tuples' own.")
+    cache_dir: str = Field(description="Folder of cached latents and text encodings.")
+    resolution: Annotated[int, Field(ge=16, le=4096)] = Field(
+        512, description="Target size: buckets have about resolution x resolution pixels, never more than the image has."
+    )
+    buckets: bool = Field(True, description="Aspect-ratio buckets; false crops every image to a centred square.")
+    max_aspect: Annotated[float, Field(ge=1.0, le=8.0)] = Field(2.0, description="Longest bucket side over its shortest.")
+    bucket_step: Annotated[int, Field(ge=8, le=512)] | None = Field(
+        None, description="Bucket sides are multiples of this many pixels; default: 64, or the family's own for less than 256 px."
+    )
+    validation_items: NonNegative = Field(0, description="Tuples held out for validation loss and previews (whole sources).")
+    cache_batch_size: Positive = Field(1, description="Images or texts encoded at once while caching.")
+    workers: NonNegative = Field(0, description="Loader processes a rank that read the cache (0 = in the training process).")
+
+
+class ConditioningConfig(Section):
+    """How the source enters the network."""
+
+    position: Literal["same", "kontext"] = Field(
+        "same", description="Position ids of the source tokens: the noisy tokens' own, or first id 1 as stock Kontext tools."
+    )
+    guidance: Annotated[float, Field(ge=0.0)] = Field(
+        3.5, description="Value of FLUX's guidance embedding for edit, EMA and base, in training and editing."
+    )
+    max_text_tokens: Annotated[int, Field(ge=4, le=512)] = Field(512, description="T5 tokens a text is padded or cut to.")
+
+
+class ObjectiveConfig(Section):
+    """Algorithm 1 of the paper, its weights, and one switch per ablation of its Table 4."""
+
+    name: Literal["unpaired_cycle", "paired"] = Field("unpaired_cycle", description="paired = the supervised baseline (Eq. 1).")
+    graph: Literal["sequential", "joint"] = Field("sequential", description="One graph at a time, or the single-graph reference.")
+    lambda_cycle: Weight = Field(1.0, description="Weight of the cycle loss.")
+    lambda_prior: Weight = Field(1.0, description="Weight of forward and reverse prior losses.")
+    lambda_id: Weight = Field(0.2, description="Weight of the identity loss.")
+    alpha: Weight = Field(0.1, description="Weight of the MSE inside the prior loss.")
+    ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.99, description="Decay of the rollout's weights, an optimizer step; 0 = current weights."
+    )
+    rollout_steps: Annotated[int, Field(ge=2)] = Field(10, description="Euler steps from noise to y_0.")
+    rollout_schedule: Literal["uniform", "shifted"] = Field("uniform", description="Nodes of the rollout (family's shift).")
+    t_distribution: Literal["uniform", "logit_normal"] = Field("uniform", description="Law of the training t.")
+    t_shift: Annotated[float, Field(gt=0.0)] = Field(1.0, description="t <- s t / (1 + (s - 1) t); 1 = none.")
+    t_min: Probability = Field(0.0, description="Smallest t that is drawn.")
+    t_max: Probability = Field(1.0, description="Largest t that is drawn.")
+    identity_warmup_steps: NonNegative = Field(200, description="First optimizer steps that train the identity term alone.")
+    identity_probability: Probability = Field(0.15, description="Chance that a later step trains the identity term alone.")
+    identity_step_weight: Weight = Field(1.0, description="Weight of the identity term on an identity step.")
+    frozen_batch: Literal[1, 2, 4] = Field(2, description="Frozen-base velocities of one sample evaluated at once.")
+    merge_identity: bool = Field(False, description="Batch the identity pass with the reverse pass (small inputs; more memory).")
+    routing: bool = Field(True, description="Ablation: false conditions the reverse pass on the one-step prediction.")
+    bootstrap: bool = Field(True, description="Ablation: false feeds x_t instead of the rollout's y_t.")
+    cycle: bool = Field(True, description="Ablation: false drops the cycle loss (the reverse prior stays).")
+    directional: bool = Field(True, description="Ablation: false keeps only alpha * MSE of the prior.")
+    prior: bool = Field(True, description="Ablation: false drops the prior losses.")
+
+    @model_validator(mode="after")
+    def _check(self) -> ObjectiveConfig:
+        if self.t_min >= self.t_max:
+            raise ValueError(f"objective.t_min = {self.t_min} must be below objective.t_max = {self.t_max}: the range of t is empty")
+        if self.merge_identity and self.graph == "joint":
+            raise ValueError("objective.merge_identity batches passes of graph = 'sequential'; set one of the two")
+        return self
+
+
+class LoraConfig(Section):
+    """The trained adapter."""
+
+    rank: Positive = Field(64, description="Rank of every adapted linear.")
+    alpha: Annotated[float, Field(gt=0.0)] | None = Field(None, description="Scale numerator (scale = alpha / rank); default: rank.")
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.0, description="Dropout on the adapter's input.")
+    targets: str | None = Field(
+        None, description="Regular expression that a whole module name must match; default: attention and MLP linears of all blocks."
+    )
+    init_from: str | None = Field(None, description="Earlier LoRA file to start from (same family and rank).")
+
+    @property
+    def scale_numerator(self) -> float:
+        """alpha, which is the rank unless set."""
+        return float(self.rank) if self.alpha is None else self.alpha
+
+
+class TrainConfig(Section):
+    """The loop."""
+
+    steps: Positive = Field(description="Optimizer steps.")
+    global_batch_size: Positive = Field(8, description="Tuples an optimizer step = processes x accumulation x batch_size.")
+    batch_size: Positive = Field(1, description="Tuples a process and micro-step.")
+    lr: Annotated[float, Field(gt=0.0)] = Field(3e-4, description="Peak learning rate.")
+    optimizer: Literal["adamw", "adamw8bit"] = Field("adamw", description="adamw8bit needs the bitsandbytes extra.")
+    weight_decay: Weight = Field(1e-2, description="AdamW's decoupled weight decay.")
+    betas: tuple[Probability, Probability] = Field((0.9, 0.999), description="AdamW's moment decays.", strict=False)
+    lr_schedule: Literal["constant", "cosine"] = Field("constant", description="Shape after the warm-up; cosine ends at 0.")
+    lr_warmup_steps: NonNegative = Field(0, description="Steps of linear warm-up of the learning rate.")
+    max_grad_norm: Weight = Field(1.0, description="Gradients are clipped to this global norm; 0 = not clipped.")
+    mixed_precision: Literal["no", "bf16"] = Field("bf16", description="Autocast of the network's forward passes.")
+    seed: NonNegative = Field(0, description="Seed of data order, t, noise and LoRA initialisation.")
+    log_every: Positive = Field(1, description="Steps between log lines.")
+    save_every: NonNegative = Field(500, description="Steps between checkpoints; 0 = only at the end.")
+    keep_last: NonNegative = Field(3, description="Checkpoints kept; 0 = all.")
+    validate_every: NonNegative = Field(0, description="Steps between validation losses; 0 = never.")
+    tracker: Literal["tensorboard", "wandb", "none"] = Field("tensorboard", description="Where curves go; wandb is an extra.")
+
+
+class SampleConfig(Section):
+    """Previews during training, and the defaults of `edit.py`."""
+
+    every: NonNegative = Field(0, description="Steps between previews (and one at step 0); 0 = never.")
+    items: Positive = Field(4, description="Tuples previewed, from the validation items where there are any.")
+    steps: Positive = Field(20, description="Euler steps of an edit.")
+    schedule: Literal["uniform", "shifted"] = Field("shifted", description="Nodes of the sampler (family's own shift).")
+    seed: NonNegative = Field(0, description="Seed of the previews' noise.")
+    weights: Literal["ema", "live"] = Field("ema", description="Which LoRA weights the previews use.")
+
+
+class OutputConfig(Section):
+    """Where results go."""
+
+    dir: str = Field(description="Folder of checkpoints, logs, previews and the final LoRA.")
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field("byg_lora", description="File stem of the LoRA.")
+
+
+class Config(Section):
+    """The whole configuration. Paths are relative to the folder the command is run in."""
+
+    model: ModelConfig
+    dataset: DatasetConfig
+    conditioning: ConditioningConfig = ConditioningConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    lora: LoraConfig = LoraConfig()
+    train: TrainConfig
+    sample: SampleConfig = SampleConfig()
+    output: OutputConfig
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        if self.train.global_batch_size % self.train.batch_size:
+            raise ValueError(
+                f"train.global_batch_size = {self.train.global_batch_size} is not a multiple of train.batch_size = "
+                f"{self.train.batch_size}: change one of them"
+            )
+        if self.train.validate_every and not self.dataset.validation_items:
+            raise ValueError("train.validate_every needs held-out tuples: set dataset.validation_items, e.g. 8")
+        if self.model.quantization in ("int8", "nf4") and self.model.dtype == "float32":
+            raise ValueError(f"model.quantization = {self.model.quantization!r} computes in 16 bit: set model.dtype = 'bfloat16'")
+        return self
+
+    def accumulation(self, processes: int) -> int:
+        """Micro-steps an optimizer step on this many processes.
+
+        Raises:
+            ValueError: the global batch does not divide.
+        """
+        per_micro = self.train.batch_size * processes
+        if self.train.global_batch_size % per_micro:
+            raise ValueError(
+                f"train.global_batch_size = {self.train.global_batch_size} is not a multiple of {processes} processes x "
+                f"train.batch_size = {self.train.batch_size}: change train.global_batch_size, e.g. to {per_micro}"
+            )
+        return self.train.global_batch_size // per_micro
+
+    def to_json(self) -> str:
+        """The resolved configuration as indented JSON."""
+        return json.dumps(self.model_dump(mode="json"), indent=2)
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read a TOML file and `section.key=value` overrides into a `Config`.
+
+    Args:
+        path: the TOML file.
+        overrides: `section.key=value`, the value in TOML syntax (a bare word is taken as a string).
+
+    Raises:
+        ValueError: the file is missing or not TOML, or any key, type or combination is wrong.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"--config {path}: no such file")
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config {path}: not valid TOML: {error}") from error
+    for override in overrides:
+        _apply_override(raw, override)
+    return parse_config(raw, origin=str(path))
+
+
+def parse_config(raw: dict[str, Any], origin: str = "configuration") -> Config:
+    """Validate a nested dictionary; see `load_config`."""
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        lines = [_explain(item) for item in error.errors(include_url=False)]
+        raise ValueError(f"{origin}:\n" + "\n".join(f"  - {line}" for line in lines)) from error
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    section, dot, name = key.strip().partition(".")
+    if not separator or not dot or not name:
+        raise ValueError(f"--set {override}: expected section.key=value, e.g. --set train.steps=100")
+    try:
+        value = tomllib.loads(f"value = {text.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    table = raw.setdefault(section, {})
+    if not isinstance(table, dict):
+        raise ValueError(f"--set {override}: [{section}] is not a section of the configuration")
+    table[name] = value
+
+
+def _explain(item: Any) -> str:
+    """One validation error as a sentence with key, value and remedy."""
+    location = [str(part) for part in item["loc"]]
+    key = ".".join(location)
+    value = item.get("input")
+    if item["type"] == "extra_forbidden":
+        return f"unknown key {key} = {value!r}; {_nearest(location)}"
+    if item["type"] == "missing":
+        return f"{key} is missing: {_describe(location) or 'add this section'}"
+    message = item["msg"].removeprefix("Value error, ")
+    if not location or item["type"] == "value_error":
+        return message
+    described = _describe(location)
+    return f"{key} = {value!r}: {message[0].lower()}{message[1:]}" + (f" ({described})" if described else "")
+
+
+def _section_model(name: str) -> type[BaseModel] | None:
+    field = Config.model_fields.get(name)
+    annotation = field.annotation if field else None
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def _describe(location: list[str]) -> str:
+    section = _section_model(location[0])
+    if section is None or len(location) < 2 or location[1] not in section.model_fields:
+        return ""
+    return section.model_fields[location[1]].description or ""
+
+
+# Names that other trainers give to our options and that no edit distance finds.
+_KNOWN_ELSEWHERE_AS = {
+    "learning_rate": "lr",
+    "max_train_steps": "steps",
+    "train_batch_size": "batch_size",
+    "network_dim": "rank",
+    "network_alpha": "alpha",
+    "guidance_scale": "guidance",
+}
+
+
+def _nearest(location: list[str]) -> str:
+    if len(location) == 1:
+        names, where = list(Config.model_fields), "sections"
+    else:
+        section = _section_model(location[0])
+        names, where = (list(section.model_fields) if section else []), f"keys of [{location[0]}]"
+    homes = [f"{s}.{location[-1]}" for s in Config.model_fields if location[-1] in getattr(_section_model(s), "model_fields", {})]
+    if homes:
+        return f"did you mean {homes[0]}?"
+    wanted = _KNOWN_ELSEWHERE_AS.get(location[-1], location[-1])
+    close = difflib.get_close_matches(wanted, names, n=1, cutoff=0.5)
+    if close:
+        return f"did you mean {'.'.join([*location[:-1], close[0]])}?"
+    return f"{where}: {', '.join(names)}"
+
+
+def reference() -> str:
+    """Every option with its type, default and sentence, as Markdown (for the documentation)."""
+    lines = []
+    for name in Config.model_fields:
+        section = _section_model(name)
+        assert section is not None
+        lines += [f"\n### [{name}]", "", (section.__doc__ or "").strip(), "", "| key | default | what |", "|---|---|---|"]
+        for key, field in section.model_fields.items():
+            default = "required" if field.is_required() else json.dumps(field.default)
+            choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+            options = f" One of {', '.join(map(json.dumps, choices))}." if choices else ""
+            lines.append(f"| `{key}` | `{default}` | {field.description}{options} |")
+    return "\n".join(lines).strip() + "\n"

@@ -1,0 +1,58 @@
+"""The exponential moving average of the LoRA weights that makes the rollouts (section 4.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class EmaWeights:
+    """A float32 shadow of named parameters, swapped in by pointer: no copy, no second adapter.
+
+    With decay 0 there is no shadow: the rollout uses the current weights (the paper's video recipe).
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float):
+        if not 0.0 <= decay < 1.0:
+            raise ValueError(f"objective.ema_decay = {decay} must be in [0, 1)")
+        self.decay = decay
+        self._live = dict(parameters)
+        self._shadow = {name: p.detach().clone().float() for name, p in parameters.items()} if decay else {}
+
+    def decay_at(self, step: int) -> float:
+        """Decay of the update after optimizer step `step` (from 1), ramped up: a slow average of a LoRA whose B starts
+        at zero would make the first rollouts nearly the bare base model. (1 + k) / (10 + k) is the field's usual ramp."""
+        return min(self.decay, (1 + step) / (10 + step))
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Follow the live weights after optimizer step `step` (from 1)."""
+        if self._shadow:
+            live = [self._live[name].detach() for name in self._shadow]
+            torch._foreach_lerp_(list(self._shadow.values()), live, 1 - self.decay_at(step))
+
+    @contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """The shadow in the network's place; the live weights are back on exit, also after an exception."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for name, shadow in self._shadow.items():
+            parameter = self._live[name]
+            parameter.data, self._shadow[name] = shadow, parameter.data
+
+    def state(self) -> dict[str, Tensor]:
+        """The rollout's weights by name (with decay 0: the live ones)."""
+        return dict(self._shadow) if self._shadow else {name: p.detach() for name, p in self._live.items()}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Restore the shadow; names and shapes must be the parameters'."""
+        for name, shadow in self._shadow.items():
+            shadow.copy_(state[name])

@@ -1,0 +1,412 @@
+"""The training loop of the embedded host: draws randomness, steps the objective, keeps what a user must not lose."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from byg_plugin import __version__, sampling, timesteps
+from byg_plugin.data.dataset import BucketBatches, CachedTuples, collate
+from byg_plugin.hosts.diffusers import DiffusersHost
+from byg_plugin.models.base import Family
+from byg_plugin.objectives import make_objective
+from byg_plugin.objectives.base import Batch, Metrics
+from byg_plugin.training import checkpoint, preview
+from byg_plugin.training.config import Config
+from byg_plugin.training.distributed import any_rank, average_gradients, broadcast_from_first, mean_over_ranks
+from byg_plugin.training.randomness import coin, derived_seed, generator
+
+logger = get_logger(__name__)
+
+TEXT_ROLES = ("src_caption", "tgt_caption", "instruction", "reverse_instruction")
+VALIDATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
+# What may differ between a checkpoint and the run that goes on from it without changing what is computed.
+_FREE_ON_RESUME = {"sample", "output", "train.save_every", "train.keep_last", "train.log_every", "train.validate_every", "train.tracker"}
+_FIXED_ON_RESUME = ("lora.rank", "lora.alpha", "lora.targets", "model.family", "conditioning.position", "objective.name")
+
+
+class Interrupted(Exception):
+    """Ctrl-C: everything is saved."""
+
+
+class Trainer:
+    """One run of `[train] steps` optimizer steps.
+
+    Args:
+        config: the whole configuration.
+        family: the model family.
+        accelerator: processes, devices and trackers.
+        resume: None, "latest" or a checkpoint folder.
+
+    Raises:
+        ValueError: caches, output folder, checkpoint or options are unusable; nothing was changed.
+    """
+
+    def __init__(self, config: Config, family: Family, accelerator: Accelerator, resume: str | None = None):
+        self.config, self.family, self.accelerator = config, family, accelerator
+        self.accumulation = config.accumulation(accelerator.num_processes)
+        self.folder = Path(config.output.dir)
+        # Cheap checks first: nothing is loaded for a run that cannot start.
+        self.resume_from = self._check_output(resume)
+        self.data = CachedTuples(config, family, "train")
+        self.validation = CachedTuples(config, family, "validation") if config.dataset.validation_items else None
+        self.batches = BucketBatches(self.data, config.train.batch_size, config.train.seed)
+        state = checkpoint.load(self.resume_from) if self.resume_from else None
+        if state:
+            _check_same_run(config, state.config)
+
+        self.host = DiffusersHost(config, family, accelerator.device)
+        self.parameters = list(self.host.parameters.values())
+        broadcast_from_first(self.parameters)
+        self.objective = make_objective(config.objective)
+        self.optimizer = _make_optimizer(config, self.parameters)
+        self.step = 0
+        if state:
+            self._restore(state)
+        self._stop = False
+
+    # --- start and state ---
+
+    def _check_output(self, resume: str | None) -> Path | None:
+        folder = self.folder / "checkpoints"
+        if resume:
+            return checkpoint.find(folder, resume)
+        existing = checkpoint.checkpoints(folder)
+        if existing:
+            raise ValueError(
+                f"output.dir = {self.folder} already has checkpoints up to {existing[-1].name}: go on with --resume latest, "
+                f"or choose another output.dir"
+            )
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / f".probe-{os.getpid()}"
+            probe.write_bytes(b"")
+            probe.unlink()
+        except OSError as error:
+            raise ValueError(f"output.dir = {self.folder} is not writable: {error.strerror}; choose another folder") from error
+        return None
+
+    def _restore(self, state: checkpoint.TrainingState) -> None:
+        for name, parameter in self.host.parameters.items():
+            parameter.data.copy_(state.lora[name])
+        if self.config.objective.ema_decay:
+            self.host.ema_weights.load(state.ema)
+        self.optimizer.load_state_dict(state.optimizer)
+        self.step = state.step
+        if self.accelerator.is_main_process and self._log_path.exists():
+            # Lines of steps after the checkpoint are about to be made again.
+            os.truncate(self._log_path, min(state.log_bytes, self._log_path.stat().st_size))
+
+    @property
+    def _log_path(self) -> Path:
+        return self.folder / "log.jsonl"
+
+    # --- the loop ---
+
+    def run(self) -> Path:
+        """Train to `[train] steps`; returns the final LoRA file.
+
+        Raises:
+            Interrupted: after Ctrl-C, when everything is saved.
+            FloatingPointError: a loss or gradient is not finite; the weights are those before this step.
+        """
+        config = self.config
+        if self.step == 0:
+            self._preview()
+        bar = tqdm(total=config.train.steps, initial=self.step, desc="train", disable=not self.accelerator.is_main_process)
+        with _interruptible(self), bar:
+            for micro_batches in self._loader():
+                started = time.perf_counter()
+                metrics = self._optimizer_step(micro_batches)
+                self.step += 1
+                seconds = time.perf_counter() - started
+                if self.step % config.train.log_every == 0 or self.step == config.train.steps:
+                    self._log(metrics, seconds, bar)
+                bar.update(1)
+                self._after_step()
+        return self._export()
+
+    def _after_step(self) -> None:
+        train, sample = self.config.train, self.config.sample
+        stop = any_rank(self._stop, self.accelerator.device)
+        last = self.step == train.steps
+        # Saved before anything optional: a preview or a validation may fail, be slow or be interrupted.
+        if last or stop or (train.save_every and self.step % train.save_every == 0):
+            self._save()
+        if train.validate_every and (last or self.step % train.validate_every == 0):
+            self._validate()
+        if sample.every and (last or self.step % sample.every == 0):
+            self._preview()
+        if stop and not last:
+            raise Interrupted(f"interrupted after step {self.step}; everything is saved, go on with --resume latest")
+
+    def _position(self, step: int, micro: int) -> int:
+        """Index of this process's micro-batch in the run over all ranks: `randomness.py` draws from it."""
+        return (step * self.accumulation + micro) * self.accelerator.num_processes + self.accelerator.process_index
+
+    def _loader(self) -> Iterator[list[dict[str, Any]]]:
+        """Lists of `accumulation` micro-batches, one list an optimizer step, from the current step on."""
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        order = (
+            self.batches.micro_batch(step, micro, rank, world, self.accumulation)
+            for step in range(self.step, self.config.train.steps)
+            for micro in range(self.accumulation)
+        )
+        loader = DataLoader(self.data, batch_sampler=order, collate_fn=collate, num_workers=self.config.dataset.workers)
+        step: list[dict[str, Any]] = []
+        for micro_batch in loader:
+            step.append(micro_batch)
+            if len(step) == self.accumulation:
+                yield step
+                step = []
+
+    def _optimizer_step(self, micro_batches: list[dict[str, Any]]) -> Metrics:
+        """One optimizer step on this process's micro-batches; returns its metrics (means over the micro-steps)."""
+        config = self.config
+        identity_step = self._is_identity_step()
+        sums: Metrics = {}
+        for micro, examples in enumerate(micro_batches):
+            position = self._position(self.step, micro)
+            torch.manual_seed(derived_seed(config.train.seed, "dropout", position))
+            batch = self._batch(examples, generator(config.train.seed, "noise", position), identity_step)
+            for name, value in self.objective.step(self.host, batch, self._backward).items():
+                sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value / self.accumulation
+        average_gradients(self.parameters)
+        limit = config.train.max_grad_norm or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
+        self._stop_if_not_finite(sums | {"gradient norm": norm})
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(config, self.step)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.host.ema_weights.update(self.step + 1)
+        return sums | {"grad_norm": norm, "identity_step": torch.tensor(float(identity_step), device=norm.device)}
+
+    def _backward(self, loss: Tensor, *, last: bool) -> float:
+        """Gradients are averaged over processes once, after the step: `last` needs nothing here."""
+        scale = 1.0 / self.accumulation
+        (loss * scale).backward()
+        return scale
+
+    def _is_identity_step(self) -> bool:
+        objective = self.config.objective
+        if objective.name != "unpaired_cycle":
+            return False
+        return self.step < objective.identity_warmup_steps or coin(self.config.train.seed, self.step, objective.identity_probability)
+
+    def _batch(self, examples: dict[str, Any], rng: torch.Generator, identity_step: bool, t: Tensor | None = None) -> Batch:
+        """A collated micro-batch on the device, with its noise and t (drawn on the CPU: the same on every device)."""
+        objective, device = self.config.objective, self.accelerator.device
+        source = examples["source"]
+        noise = torch.randn(source.shape, generator=rng)
+        if t is None:
+            t = timesteps.sample_t(
+                len(source), rng, distribution=objective.t_distribution, s=objective.t_shift, t_min=objective.t_min, t_max=objective.t_max
+            )
+        nodes = sampling.sampling_nodes(self.family, objective.rollout_steps, objective.rollout_schedule, tuple(source.shape))
+        target = examples.get("target")
+        return Batch(
+            source=source.to(device),
+            noise=noise.to(device),
+            t=t.to(device),
+            nodes=nodes.to(device),
+            identity_step=identity_step,
+            target=None if target is None else target.to(device),
+            **{role: {name: value.to(device) for name, value in examples[role].items()} for role in TEXT_ROLES},
+        )
+
+    def _stop_if_not_finite(self, metrics: Metrics) -> None:
+        bad = [name for name, value in metrics.items() if not math.isfinite(value.item())]
+        if any_rank(bool(bad), self.accelerator.device):
+            self.optimizer.zero_grad(set_to_none=True)
+            kept = checkpoint.checkpoints(self.folder / "checkpoints")
+            raise FloatingPointError(
+                f"{', '.join(bad) or 'another process'} is not finite at step {self.step + 1}; the weights were not changed. "
+                f"Last checkpoint: {kept[-1] if kept else 'none'}. Try a lower train.lr or train.max_grad_norm, or model.dtype = 'bfloat16'"
+            )
+
+    # --- what is written ---
+
+    def _log(self, metrics: Metrics, seconds: float, bar: Any) -> None:
+        values = mean_over_ranks(metrics)
+        values |= {"lr": learning_rate(self.config, self.step - 1), "seconds": seconds}
+        if not self.accelerator.is_main_process:
+            return
+        shown = {k: f"{values[k]:.3g}" for k in ("loss", "cosine_fwd", "cycle", "identity") if k in values}
+        bar.set_postfix(shown, refresh=False)
+        _append_json(self._log_path, {"step": self.step, **values})
+        self.accelerator.log(values, step=self.step)
+
+    def _save(self) -> None:
+        if self.accelerator.is_main_process:
+            lora = {name: p.detach() for name, p in self.host.parameters.items()}
+            ema = self.host.ema_weights.state()
+            state = checkpoint.TrainingState(
+                step=self.step,
+                lora=lora,
+                ema=ema if self.config.objective.ema_decay else {},
+                optimizer=self.optimizer.state_dict(),
+                config=self.config.model_dump(mode="json"),
+                log_bytes=self._log_path.stat().st_size if self._log_path.exists() else 0,
+            )
+            folder = self.folder / "checkpoints"
+            extra = {"versions": versions(), "command": sys.argv}
+            checkpoint.save(folder, state, self._lora_files(), keep_last=self.config.train.keep_last, extra=extra)
+        self.accelerator.wait_for_everyone()
+
+    def _lora_files(self) -> dict[str, tuple[dict[str, Tensor], dict[str, str]]]:
+        name = self.config.output.name
+        lora = {n: p.detach() for n, p in self.host.parameters.items()}
+        files = {f"{name}.safetensors": (self.host.export_lora(lora), lora_metadata(self.config, self.step, "live"))}
+        if self.config.objective.ema_decay:
+            ema = self.host.export_lora(self.host.ema_weights.state())
+            files[f"{name}-ema.safetensors"] = (ema, lora_metadata(self.config, self.step, "ema"))
+        return files
+
+    def _export(self) -> Path:
+        """Copies of the last checkpoint's LoRA files beside the checkpoints folder."""
+        if self.accelerator.is_main_process:
+            last = checkpoint.checkpoints(self.folder / "checkpoints")[-1]
+            for name in self._lora_files():
+                partial = self.folder / f".partial-{name}"
+                partial.write_bytes((last / name).read_bytes())
+                os.replace(partial, self.folder / name)
+        return self.folder / f"{self.config.output.name}.safetensors"
+
+    def _preview(self) -> None:
+        if self.config.sample.every and self.accelerator.is_main_process:
+            preview.write(self.config, self.family, self.host, self.validation or self.data, self.step, self.accelerator)
+        self.accelerator.wait_for_everyone()
+
+    @torch.no_grad()
+    def _validate(self) -> None:
+        """Terms of the objective on held-out tuples at fixed t and noise: comparable over a run and between runs."""
+        if self.validation is not None and self.accelerator.is_main_process:
+            sums: dict[str, float] = {}
+            count = len(self.validation) * len(VALIDATION_TIMES)
+            for item in range(len(self.validation)):
+                examples = collate([self.validation[item]])
+                for index, t in enumerate(VALIDATION_TIMES):
+                    rng = generator(0, "validation", item * len(VALIDATION_TIMES) + index)
+                    batch = self._batch(examples, rng, identity_step=False, t=torch.tensor([t]))
+                    for name, value in self.objective.step(self.host, batch, None).items():
+                        sums[name] = sums.get(name, 0.0) + value.item() / count
+            values = {f"validation/{name}": value for name, value in sums.items()}
+            _append_json(self.folder / "validation.jsonl", {"step": self.step, **values})
+            self.accelerator.log(values, step=self.step)
+        self.accelerator.wait_for_everyone()
+
+
+# --- pieces without state ---
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """Learning rate of optimizer step `step` (from 0): linear warm-up, then constant or cosine to 0."""
+    train = config.train
+    if step < train.lr_warmup_steps:
+        return train.lr * (step + 1) / (train.lr_warmup_steps + 1)
+    if train.lr_schedule == "constant":
+        return train.lr
+    progress = (step - train.lr_warmup_steps) / max(1, train.steps - train.lr_warmup_steps)
+    return train.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def _make_optimizer(config: Config, parameters: list[Any]) -> torch.optim.Optimizer:
+    train = config.train
+    options: dict[str, Any] = {"lr": train.lr, "betas": train.betas, "weight_decay": train.weight_decay}
+    if train.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, **options)
+    try:
+        import bitsandbytes as bnb
+    except ImportError as error:
+        raise ValueError(f'train.optimizer = "adamw8bit" needs bitsandbytes: pip install "byg-plugin[bnb]" ({error})') from error
+    return bnb.optim.AdamW8bit(parameters, **options)
+
+
+def lora_metadata(config: Config, step: int, weights: str) -> dict[str, str]:
+    """Metadata of a LoRA file: what a reader needs and what a maker wants to know. No paths, prompts or keys."""
+    base = config.model.path or config.model.transformer or ""
+    return {
+        "byg.version": __version__,
+        "byg.family": config.model.family,
+        "byg.position": config.conditioning.position,
+        "byg.guidance": repr(config.conditioning.guidance),
+        "byg.max_text_tokens": str(config.conditioning.max_text_tokens),
+        "byg.rank": str(config.lora.rank),
+        "byg.alpha": str(config.lora.rank),  # the scale is folded into B
+        "byg.base": base.replace("\\", "/").rstrip("/").rpartition("/")[2],
+        "byg.resolution": str(config.dataset.resolution),
+        "byg.schedule": config.sample.schedule,
+        "byg.targets": config.lora.targets or "",
+        "byg.objective": config.objective.model_dump_json(),
+        "byg.weights": weights,
+        "byg.step": str(step),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    found = {"byg_plugin": __version__, "python": sys.version.split()[0]}
+    for name in ("torch", "diffusers", "peft", "accelerate", "transformers", "safetensors", "bitsandbytes"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _check_same_run(config: Config, saved: dict[str, Any]) -> None:
+    """Refuse what cannot continue, and say loudly what makes the run another one."""
+    now = config.model_dump(mode="json")
+    changed = [
+        (f"{section}.{key}", saved.get(section, {}).get(key), value)
+        for section, values in now.items()
+        for key, value in values.items()
+        if saved.get(section, {}).get(key) != value
+    ]
+    fixed = [f"{key}: {old!r} -> {new!r}" for key, old, new in changed if key in _FIXED_ON_RESUME]
+    if fixed:
+        raise ValueError(f"--resume: the checkpoint was trained with other values of {'; '.join(fixed)}; set them back, or start a new run")
+    for key, old, new in changed:
+        if key not in _FREE_ON_RESUME and key.partition(".")[0] not in _FREE_ON_RESUME:
+            logger.warning("--resume: %s was %r and is now %r; the curve will differ from an uninterrupted run", key, old, new)
+
+
+def _append_json(path: Path, record: dict[str, Any]) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+@contextmanager
+def _interruptible(trainer: Trainer) -> Iterator[None]:
+    """First Ctrl-C (or a scheduler's SIGTERM): finish the step, save, stop. Second: stop at once."""
+
+    def handler(signum: int, frame: FrameType | None) -> None:
+        if trainer._stop:
+            raise KeyboardInterrupt
+        trainer._stop = True
+        print("\ninterrupted: saving after this step (Ctrl-C again to stop at once)", file=sys.stderr, flush=True)
+
+    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)

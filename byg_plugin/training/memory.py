@@ -1,0 +1,79 @@
+"""The memory sum of `--dry-run`: what a step keeps on the device, part by part."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import nn
+
+from byg_plugin.training.config import Config
+
+GIB = 2**30
+_STORED_BYTES = {"fp8": 1.0, "int8": 1.0, "nf4": 0.5 + 4 / 64}  # nf4: 4 bits and one float32 scale a 64-block
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One line: `exact` is arithmetic on shapes, otherwise an estimate."""
+
+    name: str
+    bytes: float
+    exact: bool
+
+
+def memory_sum(config: Config, networks: dict[str, nn.Module], lora_shapes: Sequence[Sequence[int]], tokens: int, width: int, blocks: int) -> list[Part]:
+    """The parts.
+
+    Args:
+        config: the whole configuration.
+        networks: the experts, on the meta device if you like: only shapes are read.
+        lora_shapes: shapes of all LoRA tensors.
+        tokens: tokens of the longest sequence of one sample (noisy + source + text).
+        width: hidden width.
+        blocks: transformer blocks.
+    """
+    dtype_bytes = torch.finfo(getattr(torch, config.model.dtype)).bits / 8
+    stored = _STORED_BYTES.get(config.model.quantization, dtype_bytes)
+    in_blocks = rest = 0
+    for network in networks.values():
+        linears = {id(m.weight) for n, m in network.named_modules() if isinstance(m, nn.Linear) and "blocks." in n}
+        for parameter in network.parameters():
+            if id(parameter) in linears:
+                in_blocks += parameter.numel()
+            else:
+                rest += parameter.numel()
+    lora = sum(prod(shape) for shape in lora_shapes) * 4.0
+    moments = 2 * lora if config.train.optimizer == "adamw" else lora / 2
+    activation_bytes = 2.0 if config.train.mixed_precision == "bf16" else 4.0
+    inputs = config.train.batch_size * tokens * width * activation_bytes
+    # A FLUX block keeps about 34 hidden-size tensors for its backward (norms, q k v, attention out, a 4x MLP and its GELU).
+    kept = inputs * (blocks + 34) if config.model.gradient_checkpointing else inputs * blocks * 34
+    parts = [
+        Part(name=f"frozen weights ({config.model.quantization if config.model.quantization != 'none' else config.model.dtype})",
+             bytes=in_blocks * stored + rest * dtype_bytes, exact=config.model.quantization in ("none", "fp8")),
+        Part(name="LoRA weights (float32)", bytes=lora, exact=True),
+        Part(name="LoRA gradients (float32)", bytes=lora, exact=True),
+        Part(name=f"optimizer moments ({config.train.optimizer})", bytes=moments, exact=config.train.optimizer == "adamw"),
+    ]
+    if config.objective.ema_decay and config.objective.name == "unpaired_cycle":
+        parts.append(Part(name="EMA weights (float32)", bytes=lora, exact=True))
+    what = "saved block inputs + one block recomputed" if config.model.gradient_checkpointing else "activations of all blocks"
+    parts.append(Part(name=f"{what} ({tokens} tokens)", bytes=kept, exact=False))
+    return parts
+
+
+def report(parts: Sequence[Part]) -> str:
+    """The sum as text; an unmeasured figure is called an estimate."""
+    lines = [f"  {part.bytes / GIB:8.2f} GiB  {part.name}{'' if part.exact else '  [estimate]'}" for part in parts]
+    total = sum(part.bytes for part in parts)
+    return "\n".join([*lines, f"  {total / GIB:8.2f} GiB  sum  [estimate; the CUDA context and fragmentation add about 1 GiB]"])
+
+
+def sizes(network: Any) -> tuple[int, int]:
+    """(hidden width, transformer blocks) of a diffusers transformer."""
+    blocks = sum(len(child) for name, child in network.named_children() if name.endswith("blocks") and isinstance(child, nn.ModuleList))
+    return int(network.inner_dim), blocks

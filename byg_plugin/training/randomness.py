@@ -1,0 +1,27 @@
+"""Every random number of a run is a pure function of (seed, purpose, where in the run it is drawn).
+
+So a resumed run draws what the uninterrupted one draws, and N processes draw together what one process with N times the
+accumulation draws: `position` counts micro-batches over the whole run and all ranks. There is no state to save.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+
+def derived_seed(seed: int, purpose: str, position: int) -> int:
+    """A 63-bit seed; neighbouring positions are independent, as consecutive raw seeds of a generator need not be."""
+    digest = hashlib.sha256(f"{seed}/{purpose}/{position}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def generator(seed: int, purpose: str, position: int) -> torch.Generator:
+    """A CPU generator for one purpose at one position: the same numbers on every device."""
+    return torch.Generator().manual_seed(derived_seed(seed, purpose, position))
+
+
+def coin(seed: int, step: int, probability: float) -> bool:
+    """The identity coin of one optimizer step: one toss, the same on every rank."""
+    return torch.rand((), generator=generator(seed, "identity", step)).item() < probability
