@@ -1,0 +1,193 @@
+"""Exact metrics of edits of the tiny world, read from pixels. Fixed before any editor was tuned; not to be changed.
+
+- **edit**: at least 80 % of the pixels that the edit must change are nearest the colour they must get.
+- **preserved**: the mean absolute error to the source over the pixels that must not change is at most 0.06 (colours
+  in 0..1), and every bystander (object, and the background when an object is edited) keeps its colour on 80 % of its
+  pixels.
+- **joint** (the headline): edit, preserved, and an intersection over union of at least 0.8 between the pixels whose
+  colour name changed and those that had to change.
+
+Pixels on the edge of two regions are counted nowhere. The pebble's survival is reported and not required.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from byg_plugin.demo import world
+
+EDIT_SHARE = 0.8  # of pixels
+KEEP_ERROR = 0.06  # mean absolute error, colours in 0..1
+MASK_IOU = 0.8
+PEBBLE_ERROR = 0.15  # mean absolute error over the pebble's pixels
+
+Table = dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Score:
+    """One edit: shares and errors in 0..1, verdicts as bools; `pebble` is None when no pixel is wholly its own."""
+
+    edit_share: float
+    outside_error: float
+    iou: float
+    edit: bool
+    preserved: bool
+    joint: bool
+    pebble: bool | None
+
+
+def score(image: np.ndarray, edit: world.Edit) -> Score:
+    """Compare an edited `(SIZE, SIZE, 3)` uint8 image with the exact edit."""
+    _check(image, edit.id)
+    source = world.render(edit.before)
+    error = np.abs(image.astype(float) - source) / 255
+    error = error.mean(-1)
+    must, keep = world.true_mask(edit.before, edit.after)
+    labels, wanted, had = world.nearest_labels(image), world.true_labels(edit.after), world.true_labels(edit.before)
+    share = float((labels == wanted)[must].mean())
+    outside = float(error[keep].mean())
+    changed = (labels != had) & (must | keep)
+    iou = float((changed & must).sum() / (changed | must).sum())
+    edited = share >= EDIT_SHARE
+    preserved = outside <= KEEP_ERROR and _bystanders_survive(labels, edit, keep)
+    pebble = world.regions(edit.before) == world.PEBBLE
+    return Score(
+        edit_share=share,
+        outside_error=outside,
+        iou=iou,
+        edit=edited,
+        preserved=preserved,
+        joint=edited and preserved and iou >= MASK_IOU,
+        pebble=bool(error[pebble].mean() <= PEBBLE_ERROR) if pebble.any() else None,
+    )
+
+
+def _check(image: np.ndarray, name: str) -> None:
+    shape = (world.SIZE, world.SIZE, 3)
+    if image.shape != shape or image.dtype != np.uint8:
+        raise ValueError(f"edit {name!r} is {image.dtype} {image.shape}: metrics read uint8 RGB images, {shape}")
+
+
+def _bystanders_survive(labels: np.ndarray, edit: world.Edit, keep: np.ndarray) -> bool:
+    """Whether each region that the edit leaves alone still has its colour on `EDIT_SHARE` of its pixels."""
+    where, had = world.regions(edit.before), world.true_labels(edit.before)
+    for region in (world.BACKGROUND, *range(world.FIRST_OBJECT, world.FIRST_OBJECT + len(edit.before.things))):
+        pixels = (where == region) & keep
+        # Below half, what remains of a region is the part of an edited one that happens not to change.
+        if pixels.sum() >= 0.5 * (where == region).sum() and (labels == had)[pixels].mean() < EDIT_SHARE:
+            return False
+    return True
+
+
+def evaluate(edits: Mapping[str, np.ndarray], tuples: Sequence[world.Edit]) -> Table:
+    """Score the edited image of every tuple (by its id) and average: one row an edit type and one for "all"."""
+    if not tuples:
+        raise ValueError("there are no tuples to evaluate: write an eval split with at least one")
+    missing = [edit.id for edit in tuples if edit.id not in edits]
+    if missing:
+        raise ValueError(f"{len(missing)} of {len(tuples)} tuples lack an edited image, first {missing[0]!r}: edit them")
+    scores = [(edit.edit_type, score(edits[edit.id], edit)) for edit in tuples]
+    kinds = [*dict.fromkeys(sorted(kind for kind, _ in scores)), "all"]
+    return {kind: _average([s for name, s in scores if kind in (name, "all")]) for kind in kinds}
+
+
+def _average(scores: list[Score]) -> dict[str, float]:
+    rows = [asdict(s) for s in scores]
+    means = {"n": float(len(rows))}
+    for name in rows[0]:
+        known = [float(row[name]) for row in rows if row[name] is not None]
+        means[name] = float(np.mean(known)) if known else float("nan")
+    return means
+
+
+def baselines(tuples: Sequence[world.Edit]) -> dict[str, Table]:
+    """What the exact edit and the untouched source score: the two ends that every table shows."""
+    return {
+        "ground truth": evaluate({edit.id: world.render(edit.after) for edit in tuples}, tuples),
+        "copy the source": evaluate({edit.id: world.render(edit.before) for edit in tuples}, tuples),
+    }
+
+
+_COLUMNS = {
+    "joint": "joint", "edit": "edit", "preserved": "source preserved", "pebble": "pebble kept",
+    "iou": "mask IoU", "outside_error": "error outside",
+}  # fmt: skip
+_PERCENT = ("joint", "edit", "preserved", "pebble")
+
+
+def markdown(tables: Mapping[str, Table]) -> str:
+    """Tables by method as one Markdown table, a row for each method and edit type."""
+    lines = ["| method | edits | n | " + " | ".join(_COLUMNS.values()) + " |", "|---" * (3 + len(_COLUMNS)) + "|"]
+    for method, table in tables.items():
+        for kind, row in table.items():
+            cells = [f"{100 * row[c]:.1f} %" if c in _PERCENT else f"{row[c]:.3f}" for c in _COLUMNS]
+            lines.append(f"| {method} | {kind} | {row['n']:.0f} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def write_tables(folder: str | Path, tables: Mapping[str, Table]) -> None:
+    """Write `figures.json` and `figures.md` into `folder`."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "figures.json").write_text(json.dumps(tables, indent=1) + "\n", encoding="utf-8")
+    (folder / "figures.md").write_text(markdown(tables), encoding="utf-8")
+
+
+# --- samples of the base -------------------------------------------------------------------------------------------
+
+
+def follows_caption(image: np.ndarray, scene: world.Scene) -> tuple[bool, bool]:
+    """Whether a text-to-image sample has the colours, and the shape, that the caption of a one-object scene names.
+
+    Colours: the background's covers at least 60 % of the picture, the object's at least 1.5 % and at most 30 %, all
+    others together (edges make some) at most 5 %. Shape: the named one fits the object's pixels best, with an
+    intersection over union of at least 0.75.
+    """
+    assert len(scene.things) == 1, "only scenes with one object are read"
+    thing = scene.things[0]
+    labels = world.nearest_labels(image)
+    share = {name: float((labels == i).mean()) for i, name in enumerate(world.LABELS)}
+    others = sum(share[name] for name in world.COLOURS if name not in (scene.background, thing.colour))
+    colours = share[scene.background] >= 0.6 and 0.015 <= share[thing.colour] <= 0.3 and others <= 0.05
+    fits = shape_fits(labels == world.LABELS.index(thing.colour))
+    best = max(fits, key=fits.__getitem__)
+    return colours, best == thing.shape and fits[best] >= 0.75
+
+
+def shape_fits(pixels: np.ndarray) -> dict[str, float]:
+    """Intersection over union of a bool `(SIZE, SIZE)` mask's solid part with each shape of the same extent."""
+    pixels = _solid(pixels)
+    if not pixels.any():
+        return dict.fromkeys(world.SHAPES, 0.0)
+    rows, columns = np.flatnonzero(pixels.any(1)), np.flatnonzero(pixels.any(0))
+    top, left = rows[0], columns[0]
+    height, width = rows[-1] + 1 - top, columns[-1] + 1 - left
+    radius = {"circle": (height + width) / 4, "square": (height + width) / 4 * 2**0.5, "triangle": height / 1.5}
+    below = {"circle": height / 2, "square": height / 2, "triangle": radius["triangle"]}  # centre below the top
+    fits = {}
+    for shape in world.SHAPES:
+        ideal = world.inside(shape, left + width / 2, top + below[shape], radius[shape])
+        fits[shape] = float((ideal & pixels).sum() / (ideal | pixels).sum())
+    return fits
+
+
+def _solid(pixels: np.ndarray) -> np.ndarray:
+    """What hangs together with a full 3 x 3 block of the mask: mixed colours on other things' edges are thin."""
+    block = [(i, j) for i in range(3) for j in range(3)]
+
+    def around(mask: np.ndarray, how: np.ufunc, offsets: Sequence[tuple[int, int]]) -> np.ndarray:
+        grown = np.pad(mask, 1)
+        return how.reduce([grown[i : i + mask.shape[0], j : j + mask.shape[1]] for i, j in offsets])
+
+    part = around(pixels, np.logical_and, block)
+    while True:
+        grown = around(part, np.logical_or, [(1, 1), (0, 1), (2, 1), (1, 0), (1, 2)]) & pixels
+        if (grown == part).all():
+            return part
+        part = grown
