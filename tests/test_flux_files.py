@@ -112,6 +112,15 @@ def test_transformer_from_folders_and_a_diffusers_file(tmp_path: Path):
         assert torch.equal(flux_output(flux_files.load_flux_transformer(str(place), dtype=F32)), flux_output(model))
 
 
+def test_meta_transformer_has_the_loaded_ones_shapes(tmp_path: Path):
+    model = tiny_flux(guidance=False)
+    model.save_pretrained(tmp_path / "transformer")
+    for place in (tmp_path, native_file(model, tmp_path / "flux.safetensors")):
+        meta = flux_files.flux_transformer_on_meta(place)
+        assert {p.device.type for p in meta.parameters()} == {"meta"}
+        assert {n: p.shape for n, p in meta.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
+
+
 def test_dtype_is_asked_for(tmp_path: Path):
     path = native_file(tiny_flux(), tmp_path / "flux.safetensors")
     assert {p.dtype for p in flux_files.load_flux_transformer(path, dtype=BF16).parameters()} == {BF16}
@@ -192,7 +201,13 @@ def ldm_names(state: dict[str, torch.Tensor], blocks: int) -> dict[str, torch.Te
         name = re.sub(r"up_blocks\.(\d+)\.resnets\.(\d+)", lambda m: f"up.{blocks - 1 - int(m[1])}.block.{m[2]}", name)
         name = re.sub(r"up_blocks\.(\d+)\.upsamplers\.0", lambda m: f"up.{blocks - 1 - int(m[1])}.upsample", name)
         name = re.sub(r"mid_block\.resnets\.(\d+)", lambda m: f"mid.block_{int(m[1]) + 1}", name)
-        for theirs, ldm in (("group_norm", "norm"), ("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "proj_out")):
+        for theirs, ldm in (
+            ("group_norm", "norm"),
+            ("to_q", "q"),
+            ("to_k", "k"),
+            ("to_v", "v"),
+            ("to_out.0", "proj_out"),
+        ):
             name = name.replace(f"mid_block.attentions.0.{theirs}.", f"mid.attn_1.{ldm}.")
         return name.replace("conv_shortcut", "nin_shortcut").replace("conv_norm_out", "norm_out")
 
@@ -319,7 +334,13 @@ def test_shipped_tokenizers_give_the_known_ids():
     assert clip("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
     assert clip("A  photo of a\ncat").input_ids == clip("a photo of a cat").input_ids
     assert t5("translate English to German: Hello").input_ids == [13959, 1566, 12, 2968, 10, 8774, 1]
-    assert (len(clip), len(t5), t5.pad_token_id, t5.eos_token_id, t5.convert_tokens_to_ids("▁the")) == (49408, 32100, 0, 1, 8)
+    assert (len(clip), len(t5), t5.pad_token_id, t5.eos_token_id, t5.convert_tokens_to_ids("▁the")) == (
+        49408,
+        32100,
+        0,
+        1,
+        8,
+    )
     padded = clip(["cat", "a cat"], padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
     assert padded.shape == (2, 77)
     assert padded[0].tolist()[:4] == [49406, 2368, 49407, 49407]
@@ -371,6 +392,16 @@ def test_fingerprint_of_a_large_file_samples_it_and_of_a_missing_hub_id_says_wha
     assert flux_files.weights_fingerprint(path, "vae") != first
     with pytest.raises(ValueError, match="hf download nobody/nothing"):
         flux_files.weights_fingerprint("nobody/nothing", "vae")
+
+
+def test_fingerprint_of_a_hub_id_is_that_of_its_cached_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    tiny_t5().save_pretrained(tmp_path / "text_encoder_2")
+    cached = str(tmp_path / "text_encoder_2" / "config.json")
+    monkeypatch.setattr(flux_files, "try_to_load_from_cache", lambda repo, name: cached)
+    with pytest.raises(ValueError, match="owner/flux: the tokenizer of its t5 is not in the local hub cache"):
+        flux_files.weights_fingerprint("owner/flux", "t5")
+    flux_files.load_t5(tmp_path, dtype=F32)[1].save_pretrained(tmp_path / "tokenizer_2")
+    assert flux_files.weights_fingerprint("owner/flux", "t5") == flux_files.weights_fingerprint(tmp_path, "t5")
 
 
 # --- refusals ---

@@ -107,6 +107,19 @@ def load_flux_transformer(place: str | Path, *, dtype: torch.dtype) -> FluxTrans
     return model.eval()
 
 
+def flux_transformer_on_meta(place: str | Path) -> FluxTransformer2DModel:
+    """The transformer that `load_flux_transformer` would load, on the meta device: names and shapes, no weights read.
+
+    Raises:
+        ValueError: as `load_flux_transformer`, as far as configuration or header tell.
+    """
+    config = _config_only(place, "transformer", FluxTransformer2DModel, _transformer_config)
+    with torch.device("meta"):
+        model = FluxTransformer2DModel.from_config(config)
+    _refuse_extra_channels(model.config, place)
+    return model.eval()
+
+
 def load_flux_vae(place: str | Path, *, dtype: torch.dtype) -> AutoencoderKL:
     """FLUX.1's autoencoder in `dtype`, on the CPU, in eval mode.
 
@@ -171,16 +184,7 @@ def vae_downsampling(place: str | Path) -> int:
     Raises:
         ValueError: nothing is at `place`, or it is not FLUX.1's kind of autoencoder.
     """
-    file = _single_file(place, "vae")
-    folder = _part_folder(place, "vae") if file is None else None
-    config: Mapping[str, Any]
-    if file is not None:
-        with _Weights(file, "vae") as weights:
-            config = _config_beside(weights) or _vae_config(weights)
-    elif folder is not None:
-        config = _json(folder / "config.json")
-    else:
-        config = _hub(lambda: AutoencoderKL.load_config(str(place), subfolder="vae"), place)
+    config = _config_only(place, "vae", AutoencoderKL, _vae_config)
     return 2 ** (len(config["block_out_channels"]) - 1)
 
 
@@ -204,13 +208,13 @@ def weights_fingerprint(place: str | Path, part: str) -> str:
         if folder is None:
             folder = _cached_folder(str(place), part)
             tokenizer = _beside(folder, part)
+            if part in _SHIPPED_TOKENIZERS and tokenizer is None:
+                raise _not_cached(str(place), "tokenizer of its " + part)
         for path in _weight_files(folder):
             _hash_sampled(digest, path)
         # Private keys and the library's version change with every saving and say nothing of the weights.
         config = _json(folder / "config.json")
-        kept = {
-            key: value for key, value in config.items() if not key.startswith("_") and key != "transformers_version"
-        }
+        kept = {key: value for key, value in config.items() if not key.startswith("_") and key != "transformers_version"}
         digest.update(json.dumps(kept, sort_keys=True).encode())
     if part in _SHIPPED_TOKENIZERS:
         _hash_tokenizer(digest, tokenizer, part)
@@ -269,9 +273,7 @@ def _part_folder(place: str | Path, part: str) -> Path | None:
     for folder in (root / _SUBFOLDERS[part][0], root):
         if (folder / "config.json").is_file():
             return folder
-    raise ValueError(
-        f"{root}: has no {_SUBFOLDERS[part][0]}/config.json or config.json ({part}); use {_SUGGESTED[part]}"
-    )
+    raise ValueError(f"{root}: has no {_SUBFOLDERS[part][0]}/config.json or config.json ({part}); use {_SUGGESTED[part]}")
 
 
 def _from_folder(kind: Any, place: str | Path, part: str, **dtype: torch.dtype) -> Any:
@@ -283,6 +285,20 @@ def _from_folder(kind: Any, place: str | Path, part: str, **dtype: torch.dtype) 
     _refuse_other_class(_json(folder / "config.json"), kind, folder)
     _weight_files(folder)
     return kind.from_pretrained(str(folder), use_safetensors=True, local_files_only=True, **dtype)
+
+
+def _config_only(place: str | Path, part: str, kind: Any, infer: Callable[[_Weights], dict[str, Any]]) -> dict[str, Any]:
+    """The part's configuration without its weights; from a single file's header where there is none."""
+    file = _single_file(place, part)
+    if file is not None:
+        with _Weights(file, part) as weights:
+            return _config_beside(weights) or infer(weights)
+    folder = _part_folder(place, part)
+    if folder is None:
+        return _hub(lambda: kind.load_config(str(place), subfolder=_SUBFOLDERS[part][0]), place)
+    config = _json(folder / "config.json")
+    _refuse_other_class(config, kind, folder)
+    return config
 
 
 def _refuse_other_class(config: Mapping[str, Any], kind: Any, folder: Path) -> None:
@@ -305,10 +321,12 @@ def _hub(load: Callable[[], Any], place: str | Path) -> Any:
 def _cached_folder(repo: str, part: str) -> Path:
     found = try_to_load_from_cache(repo, f"{_SUBFOLDERS[part][0]}/config.json")
     if not isinstance(found, str):
-        raise ValueError(
-            f"{repo}: its {part} is not in the local hub cache; run `hf download {repo}`, or give a folder"
-        )
+        raise _not_cached(repo, part)
     return Path(found).parent
+
+
+def _not_cached(repo: str, part: str) -> ValueError:
+    return ValueError(f"{repo}: the {part} is not in the local hub cache; run `hf download {repo}`, or give a folder")
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -399,9 +417,7 @@ class _Weights:
         found = [layer + suffix for suffix in _SCALES if layer + suffix in self.names]
         if not found:
             if "scaled_fp8" in self.names:
-                raise ValueError(
-                    f"{self.path}: marked as scaled fp8, but {name} has no scale_weight; the file is damaged"
-                )
+                raise ValueError(f"{self.path}: marked as scaled fp8, but {name} has no scale_weight; the file is damaged")
             return None
         scale = self._handle.get_tensor(self.prefix + found[0]).float()
         rows = self.shape(name)[0]
@@ -612,9 +628,7 @@ def _split(weights: _Weights, name: str, linear: flux_names.Linear, kind: str, d
         return {f"{linear.parts[0]}.{kind}": _swap_halves(whole) if linear.swap else whole}
     unit, remainder = divmod(total, sum(linear.widths))
     if remainder:
-        raise ValueError(
-            f"{weights.path}: {name} has {total} rows, which do not divide into {len(linear.parts)} parts of FLUX.1"
-        )
+        raise ValueError(f"{weights.path}: {name} has {total} rows, which do not divide into {len(linear.parts)} parts of FLUX.1")
     parts, start = {}, 0
     for part, width in zip(linear.parts, linear.widths, strict=True):
         parts[f"{part}.{kind}"] = weights.read(name, dtype, slice(start, start + width * unit))
@@ -655,9 +669,7 @@ def _build(
     given = {name: tuple(tensor.shape) for name, tensor in state.items()}
     wrong = [name for name in (expected | given) if expected.get(name) != given.get(name)]
     if wrong:
-        raise weights.error(
-            f"{len(wrong)} tensors are missing, left over or of another shape, such as {', '.join(wrong[:3])}"
-        )
+        raise weights.error(f"{len(wrong)} tensors are missing, left over or of another shape, such as {', '.join(wrong[:3])}")
     model.load_state_dict(state, strict=True, assign=True)
     if isinstance(model, T5EncoderModel):
         model.tie_weights()

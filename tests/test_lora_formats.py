@@ -1,0 +1,465 @@
+"""LoRA formats: exact conversions, files that other tools load, reports, refusals."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FluxPipeline, FluxTransformer2DModel
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from byg_plugin import convert_lora, lora_formats
+from byg_plugin.models import flux_files, flux_names
+
+DOUBLE_ONLY = (
+    r"transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
+    r"|transformer_blocks\.\d+\.(ff|ff_context)\.net\.(0\.proj|2)"
+)
+DEFAULT = DOUBLE_ONLY + r"|single_transformer_blocks\.\d+\.(attn\.(to_q|to_k|to_v)|proj_mlp|proj_out)"
+BLOCKS, SINGLES = 2, 3
+METADATA = {"format": "pt", "byg.version": "0.1.0", "byg.family": "flux", "byg.position": "same", "byg.rank": "4"}
+
+
+def tiny_flux() -> FluxTransformer2DModel:
+    torch.manual_seed(0)
+    return FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=BLOCKS,
+        num_single_layers=SINGLES,
+        attention_head_dim=32,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        pooled_projection_dim=20,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 14, 14),
+    ).eval()
+
+
+@torch.no_grad()
+def output(model: FluxTransformer2DModel) -> Tensor:
+    g = torch.Generator().manual_seed(1)
+    return model(
+        hidden_states=torch.randn(2, 6, 16, generator=g),
+        timestep=torch.tensor([0.3, 0.8]),
+        guidance=torch.tensor([3.5, 2.0]),
+        encoder_hidden_states=torch.randn(2, 5, 24, generator=g),
+        pooled_projections=torch.randn(2, 20, generator=g),
+        txt_ids=torch.zeros(5, 3),
+        img_ids=torch.stack([torch.zeros(6), torch.arange(6) // 3, torch.arange(6) % 3], dim=1).float(),
+        return_dict=False,
+    )[0]
+
+
+def every_linear() -> list[str]:
+    return [name for name, module in tiny_flux().named_modules() if isinstance(module, torch.nn.Linear)]
+
+
+def peft_lora(targets: str | list[str] = DEFAULT, rank: int = 4) -> tuple[dict[str, Tensor], Tensor]:
+    """(our file's tensors, the model's output with them) of a PEFT LoRA on the tiny FLUX whose B is not zero."""
+    model = tiny_flux()
+    base = output(model)
+    model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, init_lora_weights=False))
+    edited = output(model)
+    assert (edited - base).abs().max() > 1e-2, "the adapter must do something"
+    tensors = {
+        "transformer." + name.replace(".default.", "."): parameter.detach().clone()
+        for name, parameter in model.named_parameters()
+        if "lora_" in name
+    }
+    return tensors, edited
+
+
+def updates(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a native-named file adds to each native weight, computed from the definition alpha / rank * up @ down."""
+    out = {}
+    for key, down in tensors.items():
+        if key.endswith(".lora_down.weight"):
+            layer = key.removesuffix(".lora_down.weight")
+            scale = tensors[f"{layer}.alpha"].item() / down.shape[0]
+            out[layer] = scale * tensors[f"{layer}.lora_up.weight"] @ down
+    return out
+
+
+def merged_into_native_file(tensors: dict[str, Tensor], path: Path) -> Path:
+    """The tiny FLUX in native layout with a musubi-named LoRA added by hand."""
+    native = flux_files.to_native_layout(tiny_flux().state_dict())
+    flat = {name.removesuffix(".weight").replace(".", "_"): name for name in native if name.endswith(".weight")}
+    for layer, update in updates(tensors).items():
+        name = flat[layer.removeprefix("lora_unet_")]
+        native[name] = native[name] + update
+    save_file({name: tensor.contiguous() for name, tensor in native.items()}, path)
+    return path
+
+
+# --- files that others load ---
+
+
+def test_our_file_loads_in_diffusers_and_reproduces_the_output(tmp_path: Path):
+    tensors, edited = peft_lora()
+    lora_formats.write_lora(tmp_path / "lora.safetensors", tensors, METADATA)
+    model = tiny_flux()
+    pipe = FluxPipeline(None, None, None, None, None, None, model)
+    pipe.load_lora_weights(str(tmp_path / "lora.safetensors"))
+    assert (output(model) - output(tiny_flux())).abs().max() > 1e-2
+    torch.testing.assert_close(output(model), edited, rtol=0, atol=1e-6)
+
+
+def test_musubi_conversion_added_to_native_weights_gives_the_same_output(tmp_path: Path):
+    tensors, edited = peft_lora()
+    converted = lora_formats.convert(tensors, "musubi")
+    assert len(updates(converted)) == 8 * BLOCKS + 2 * SINGLES
+    merged = flux_files.load_flux_transformer(merged_into_native_file(converted, tmp_path / "f.safetensors"), dtype=torch.float32)
+    torch.testing.assert_close(output(merged), edited, rtol=0, atol=2e-5)
+
+
+def test_layers_outside_the_blocks_convert_too_with_their_halves_swapped(tmp_path: Path):
+    """`norm_out` is (scale, shift) in diffusers and (shift, scale) in native files."""
+    tensors, edited = peft_lora(every_linear())
+    named = {key.split(".lora_")[0] for key in tensors}
+    assert {"transformer.norm_out.linear", "transformer.x_embedder", "transformer.proj_out"} <= named
+    converted = lora_formats.convert(tensors, "comfyui")
+    flat = {}
+    for key, tensor in converted.items():
+        suffix = next(s for s in (".lora_down.weight", ".lora_up.weight", ".alpha") if key.endswith(s))
+        flat["lora_unet_" + key.removeprefix("diffusion_model.").removesuffix(suffix).replace(".", "_") + suffix] = tensor
+    merged = flux_files.load_flux_transformer(merged_into_native_file(flat, tmp_path / "f.safetensors"), dtype=torch.float32)
+    torch.testing.assert_close(output(merged), edited, rtol=0, atol=5e-5)
+
+
+def test_native_named_files_load_in_diffusers(tmp_path: Path):
+    """Double blocks only: diffusers splits a single block's linear1 at FLUX.1's real width."""
+    tensors, edited = peft_lora(DOUBLE_ONLY)
+    for to in ("musubi", "comfyui"):
+        converted = lora_formats.convert(tensors, to)
+        lora_formats.write_lora(tmp_path / f"{to}.safetensors", converted, METADATA)
+        model = tiny_flux()
+        FluxPipeline(None, None, None, None, None, None, model).load_lora_weights(str(tmp_path / f"{to}.safetensors"))
+        torch.testing.assert_close(output(model), edited, rtol=0, atol=1e-6)
+        assert not lora_formats.check(converted, METADATA, ["diffusers"]).loses
+
+
+# --- exactness ---
+
+
+def test_round_trip_is_bit_for_bit():
+    tensors, _ = peft_lora(every_linear())
+    there = lora_formats.convert(tensors, "comfyui")
+    back = lora_formats.convert(there, "diffusers")
+    assert back.keys() == tensors.keys()
+    assert all(torch.equal(back[key], tensors[key]) for key in tensors)
+
+
+def test_fused_layers_stack_different_matrices_and_keep_shared_ones():
+    tensors, _ = peft_lora()
+    layer = "transformer.transformer_blocks.1.attn.to_{}.lora_A.weight"
+    converted = lora_formats.convert(tensors, "musubi")
+    qkv = "lora_unet_double_blocks_1_img_attn_qkv"
+    assert converted[f"{qkv}.lora_down.weight"].shape == (12, 64)
+    assert converted["lora_unet_single_blocks_0_linear1.lora_down.weight"].shape == (16, 64)
+    expected = torch.cat([tensors[layer.format(n).replace("_A", "_B")] @ tensors[layer.format(n)] for n in "qkv"])
+    torch.testing.assert_close(updates(converted)[qkv], expected)
+    shared = dict(tensors) | {layer.format(n): tensors[layer.format("q")] for n in "kv"}
+    converted = lora_formats.convert(shared, "musubi")
+    assert converted[f"{qkv}.lora_down.weight"].shape == (4, 64)
+    expected = torch.cat([shared[layer.format(n).replace("_A", "_B")] @ shared[layer.format(n)] for n in "qkv"])
+    torch.testing.assert_close(updates(converted)[qkv], expected)
+
+
+@pytest.mark.parametrize("missing", ["to_q", "to_k", "proj_mlp"])
+def test_a_part_without_lora_gets_zero_rows(missing: str):
+    layer = "transformer.single_transformer_blocks.0."
+    tensors, _ = peft_lora()
+    kept = {k: v for k, v in tensors.items() if k.startswith(layer) and missing not in k}
+    native = updates(lora_formats.convert(kept, "musubi"))["lora_unet_single_blocks_0_linear1"]
+    rows = dict(zip(("to_q", "to_k", "to_v", "proj_mlp"), native.split([64, 64, 64, 256]), strict=True))
+    for name, piece in rows.items():
+        if name == missing:
+            assert not piece.any()
+        else:
+            stem = layer + (name if name == "proj_mlp" else f"attn.{name}")
+            torch.testing.assert_close(piece, kept[f"{stem}.lora_B.weight"] @ kept[f"{stem}.lora_A.weight"])
+    back = lora_formats.convert(lora_formats.convert(kept, "musubi"), "diffusers")
+    assert back.keys() == kept.keys()
+
+
+def kohya(rank: int = 6, alpha: float | None = 2.0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """A native file as trainers of fused layers write it: one shared `down` for q, k, v."""
+    g = torch.Generator().manual_seed(3)
+    out = {}
+    for linear in flux_names.linears(BLOCKS, SINGLES, guidance=False):
+        if not linear.native.startswith(("double_blocks", "single_blocks")):
+            continue
+        name = "lora_unet_" + linear.native.replace(".", "_")
+        out[f"{name}.lora_down.weight"] = torch.randn(rank, 64, generator=g).to(dtype)
+        out[f"{name}.lora_up.weight"] = torch.randn(64 * sum(linear.widths), rank, generator=g).to(dtype)
+        if alpha is not None:
+            out[f"{name}.alpha"] = torch.tensor(alpha)
+    return out
+
+
+@pytest.mark.parametrize("alpha", [2.0, None])
+def test_alpha_is_folded_for_diffusers_and_kept_between_native_formats(alpha: float | None):
+    tensors = kohya(alpha=alpha)
+    scale = 1.0 if alpha is None else alpha / 6
+    peft = lora_formats.convert(tensors, "diffusers")
+    assert not [key for key in peft if key.endswith("alpha")]
+    q = "transformer.transformer_blocks.0.attn.to_q"
+    expected = scale * tensors["lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight"][:64]
+    torch.testing.assert_close(peft[f"{q}.lora_B.weight"], expected)
+    assert torch.equal(peft[f"{q}.lora_A.weight"], tensors["lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"])
+    comfy = lora_formats.convert(tensors, "comfyui")
+    assert comfy["diffusion_model.double_blocks.0.img_attn.qkv.alpha"].item() == (6.0 if alpha is None else alpha)
+    back = lora_formats.convert(peft, "musubi")
+    theirs = updates(kohya(alpha=6.0 if alpha is None else alpha))
+    for layer, update in updates(back).items():
+        torch.testing.assert_close(update, theirs[layer])
+
+
+def test_folding_does_not_round_in_half_precision():
+    halves = lora_formats.convert(kohya(rank=4, alpha=1.0, dtype=torch.bfloat16), "diffusers")
+    assert {t.dtype for t in halves.values()} == {torch.bfloat16}, "a power of two is exact"
+    thirds = lora_formats.convert(kohya(rank=6, alpha=2.0, dtype=torch.bfloat16), "diffusers")
+    assert {t.dtype for k, t in thirds.items() if "lora_B" in k} == {torch.float32}
+
+
+def test_a_fresh_lora_keeps_its_layers():
+    tensors = {k: torch.zeros_like(v) if "lora_up" in k else v for k, v in kohya().items()}
+    peft = lora_formats.convert(tensors, "diffusers")
+    assert peft["transformer.transformer_blocks.0.attn.to_v.lora_A.weight"].shape == (6, 64)
+
+
+@pytest.mark.parametrize(
+    ("rename", "expected"),
+    [
+        (lambda k: k, "diffusers"),
+        (lambda k: k.replace("transformer.", "", 1).replace(".weight", ".default.weight"), "other:"),
+        (lambda k: k.replace("transformer.", "base_model.model.", 1), "other:base_model.model."),
+        (
+            lambda k: (
+                "lora_transformer_"
+                + k.removeprefix("transformer.").split(".lora_")[0].replace(".", "_")
+                + (".lora_down.weight" if "lora_A" in k else ".lora_up.weight")
+            ),
+            "other:lora_transformer_",
+        ),
+    ],
+)
+def test_namings_that_are_read(rename, expected: str):
+    tensors, _ = peft_lora()
+    renamed = {rename(key): tensor for key, tensor in tensors.items()}
+    assert lora_formats.detect_format(renamed) == expected
+    back = lora_formats.convert(renamed, "diffusers")
+    assert all(torch.equal(back[key], tensors[key]) for key in tensors)
+
+
+def test_detect_native_formats():
+    assert lora_formats.detect_format(kohya()) == "musubi"
+    assert lora_formats.detect_format(lora_formats.convert(kohya(), "comfyui")) == "comfyui"
+
+
+# --- checking ---
+
+
+def full_size_peft(targets: set[str] | None = None) -> dict[str, Tensor]:
+    """Every layer of a full FLUX.1-dev at rank 1; real numbers of rows, memory for none of them."""
+    with torch.device("meta"):
+        model = FluxTransformer2DModel.from_config(flux_files.shipped_config("transformer"))
+    out = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and (targets is None or name in targets):
+            out[f"transformer.{name}.lora_A.weight"] = torch.ones(1, 1).expand(1, module.in_features)
+            out[f"transformer.{name}.lora_B.weight"] = torch.ones(1, 1).expand(module.out_features, 1)
+    return out
+
+
+def test_check_of_our_own_file():
+    tensors = {k: v for k, v in full_size_peft().items() if re.fullmatch(DEFAULT, k.split(".", 1)[1].split(".lora_")[0])}
+    report = lora_formats.check(tensors, METADATA)
+    assert (report.format, report.modules) == ("diffusers", 418)
+    loads = {tool.tool: len(tool.loaded) for tool in report.tools}
+    assert loads == {"diffusers": 418, "comfyui": 418, "musubi": 0}
+    assert report.loses
+    assert not lora_formats.check(tensors, METADATA, ["diffusers", "comfyui"]).loses
+
+
+def test_full_size_native_file_loads_everywhere():
+    tensors = {k: v for k, v in full_size_peft().items() if re.fullmatch(DEFAULT, k.split(".", 1)[1].split(".lora_")[0])}
+    native = lora_formats.convert(tensors, "musubi")
+    report = lora_formats.check(native, METADATA)
+    assert [(tool.tool, len(tool.loaded), len(tool.lost)) for tool in report.tools] == [
+        ("diffusers", 228, 0),
+        ("comfyui", 228, 0),
+        ("musubi", 228, 0),
+    ]
+
+
+def test_layers_that_get_lost_are_named():
+    tensors, _ = peft_lora(every_linear())
+    native = lora_formats.convert(tensors, "comfyui")
+    lost = {item.name: item.why for item in lora_formats.check(native, METADATA, ["diffusers"]).tools[0].lost}
+    assert "outside the blocks" in lost["diffusion_model.img_in"]
+    assert "full width 3072" in lost["diffusion_model.single_blocks.0.linear1"]
+    with pytest.raises(ValueError, match=r"musubi would lose 10 of .*blocks only.*--allow-loss"):
+        lora_formats.convert(tensors, "musubi")
+    kept = lora_formats.convert(tensors, "musubi", allow_loss=True)
+    assert len(lora_formats.losses(tensors, "musubi")) == 10
+    assert not [key for key in kept if "blocks" not in key]
+
+
+@pytest.mark.parametrize(
+    ("rename", "tool", "why"),
+    [
+        (lambda k: k.replace("lora_A", "lora_down").replace("lora_B", "lora_up"), "diffusers", None),
+        (lambda k: k.replace("transformer.", "", 1), "diffusers", "loads nothing under this naming"),
+        (lambda k: k.replace("transformer.", "base_model.model.", 1), "comfyui", "no such names"),
+        (lambda k: k, "musubi", "--to musubi"),
+    ],
+)
+def test_reasons(rename, tool: str, why: str | None):
+    tensors = {rename(key): tensor for key, tensor in peft_lora()[0].items()}
+    report = lora_formats.check(tensors, METADATA, [tool]).tools[0]
+    assert [why in item.why for item in report.lost] == ([True] * 39 if why else [])
+
+
+def test_strength_that_a_tool_would_get_wrong(tmp_path: Path):
+    peft, _ = peft_lora()
+    suffixed = {k.replace("lora_A", "lora_down").replace("lora_B", "lora_up"): v for k, v in peft.items()}
+    layer = "transformer.transformer_blocks.0.attn.to_q"
+    suffixed[f"{layer}.alpha"] = torch.tensor(1.0)
+    lost = lora_formats.check(suffixed, METADATA, ["diffusers"]).tools[0].lost
+    assert [(item.name, "ignores alpha" in item.why) for item in lost] == [(layer, True)]
+    header = METADATA | {"lora_adapter_metadata": json.dumps({"transformer.r": 4, "transformer.lora_alpha": 2})}
+    report = lora_formats.check(peft, header, ["diffusers", "comfyui"])
+    assert [len(tool.lost) for tool in report.tools] == [0, 39]
+    lora_formats.write_lora(tmp_path / "lora.safetensors", peft, header)
+    tensors, metadata = lora_formats.read_lora(tmp_path / "lora.safetensors")
+    assert metadata == METADATA
+    folded = lora_formats.convert(tensors, "diffusers")
+    assert torch.equal(folded[f"{layer}.lora_B.weight"], 0.5 * peft[f"{layer}.lora_B.weight"])
+
+
+@pytest.mark.parametrize("tool", lora_formats.FORMATS)
+def test_runtime_follows_the_position(tool: lora_formats.Format):
+    assert lora_formats.runtime(tool, {"byg.position": "same"}).startswith("needs a")
+    assert lora_formats.runtime(tool, {"byg.position": "kontext"}).startswith("runs stock")
+    assert lora_formats.runtime(tool, {}).startswith("unknown")
+
+
+# --- refusals ---
+
+
+def test_what_is_not_a_lora_of_flux():
+    with pytest.raises(ValueError, match=r"no LoRA of flux .* such as diffusion_model.blocks.0.self_attn.q"):
+        name = "diffusion_model.blocks.0.self_attn.q"
+        lora_formats.detect_format({f"{name}.lora_A.weight": torch.ones(1, 2), f"{name}.lora_B.weight": torch.ones(2, 1)})
+    with pytest.raises(ValueError, match="unknown family 'wan'"):
+        lora_formats.check(kohya(), {"byg.family": "wan"})
+    with pytest.raises(ValueError, match="DoRA"):
+        lora_formats.convert(kohya() | {"lora_unet_double_blocks_0_img_attn_qkv.dora_scale": torch.ones(1)}, "diffusers")
+    with pytest.raises(ValueError, match="unknown LoRA format 'xlabs'"):
+        lora_formats.convert(kohya(), "xlabs")
+
+
+def test_foreign_and_broken_tensors_are_losses():
+    tensors = kohya()
+    del tensors["lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight"]
+    tensors["lora_te1_text_model.lora_down.weight"] = torch.ones(1, 1)
+    tensors["lora_te1_text_model.lora_up.weight"] = torch.ones(1, 1)
+    tensors["lora_unet_img_in.diff"] = torch.ones(1)
+    with pytest.raises(ValueError, match="would lose 3"):
+        lora_formats.convert(tensors, "diffusers")
+    assert lora_formats.convert(tensors, "diffusers", allow_loss=True)
+    assert {item.name for item in lora_formats.losses(tensors, "diffusers")} == {
+        "lora_unet_double_blocks_0_img_attn_qkv",
+        "lora_te1_text_model",
+        "lora_unet_img_in.diff",
+    }
+
+
+def test_one_layer_under_two_names_is_refused():
+    tensors = peft_lora()[0] | kohya()
+    with pytest.raises(ValueError, match="are the same layer"):
+        lora_formats.convert(tensors, "comfyui")
+    with pytest.raises(ValueError, match="several namings"):
+        lora_formats.detect_format(tensors)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("no.safetensors", None, "no such file"),
+        ("lora.pt", b"x", "not a .safetensors file"),
+        ("bad.safetensors", b"xxxxxxxxxxxx", "not a readable"),
+    ],
+)
+def test_unreadable_files(tmp_path: Path, name: str, content: bytes | None, message: str):
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as refusal:
+        lora_formats.read_lora(path)
+    assert name in str(refusal.value)
+
+
+def test_writing_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "lora.safetensors"
+    lora_formats.write_lora(path, {"a": torch.ones(1)}, {})
+
+    def full_disk(tensors, beside, metadata):
+        Path(beside).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(lora_formats, "save_file", full_disk)
+    with pytest.raises(ValueError, match="No space left"):
+        lora_formats.write_lora(path, {"a": torch.zeros(1)}, {})
+    assert load_file(path)["a"].item() == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["lora.safetensors"]
+    with pytest.raises(ValueError, match="does not exist; make it"):
+        lora_formats.write_lora(tmp_path / "no" / "lora.safetensors", {}, {})
+
+
+# --- the command ---
+
+
+def test_the_command_converts_keeps_metadata_and_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    tensors, _ = peft_lora()
+    source, out = tmp_path / "lora.safetensors", tmp_path / "musubi.safetensors"
+    lora_formats.write_lora(source, tensors, METADATA)
+    assert convert_lora.main([str(source), "--to", "musubi", "--out", str(out)]) == 0
+    converted, metadata = lora_formats.read_lora(out)
+    assert metadata == METADATA
+    assert lora_formats.detect_format(converted) == "musubi"
+    before = out.read_bytes()
+    assert convert_lora.main([str(source), "--to", "comfyui", "--out", str(out)]) == 2
+    assert "exists" in capsys.readouterr().err
+    assert out.read_bytes() == before
+    assert convert_lora.main([str(source), "--to", "comfyui", "--out", str(out), "--overwrite"]) == 0
+    assert convert_lora.main([str(source), "--to", "comfyui"]) == 2
+    assert convert_lora.main([str(tmp_path / "no.safetensors"), "--check"]) == 2
+
+
+def test_the_command_checks(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    source = tmp_path / "lora.safetensors"
+    lora_formats.write_lora(source, peft_lora()[0], METADATA)
+    assert convert_lora.main([str(source), "--check", "--tools", "diffusers", "comfyui"]) == 0
+    assert convert_lora.main([str(source), "--check", "--modules"]) == 1
+    shown = capsys.readouterr().out
+    assert "musubi: loads 0, loses 39" in shown
+    assert "needs a node" in shown
+    assert "loaded  transformer.single_transformer_blocks.2.proj_out" in shown
+
+
+def test_the_command_runs_as_a_file_from_anywhere(tmp_path: Path):
+    lora_formats.write_lora(tmp_path / "lora.safetensors", kohya(), METADATA)
+    script = Path(convert_lora.__file__).resolve()
+    command = [sys.executable, str(script), "lora.safetensors", "--check", "--tools", "comfyui"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "comfyui: loads 29, loses 0" in done.stdout
