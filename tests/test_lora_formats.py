@@ -172,6 +172,15 @@ def test_fused_layers_stack_different_matrices_and_keep_shared_ones():
     torch.testing.assert_close(updates(converted)[qkv], expected)
 
 
+def test_parts_of_one_matrix_but_of_different_strength_are_not_merged():
+    layer = "transformer.transformer_blocks.0.attn.to_"
+    down, up = torch.randn(2, 64), torch.randn(64, 2)
+    tensors = {f"{layer}{n}.{m}.weight": t for n in "qkv" for m, t in (("lora_A", down), ("lora_B", up))}
+    tensors[f"{layer}k.alpha"] = torch.tensor(1.0)
+    update = updates(lora_formats.convert(tensors, "musubi"))["lora_unet_double_blocks_0_img_attn_qkv"]
+    torch.testing.assert_close(update, torch.cat([up @ down, 0.5 * up @ down, up @ down]))
+
+
 @pytest.mark.parametrize("missing", ["to_q", "to_k", "proj_mlp"])
 def test_a_part_without_lora_gets_zero_rows(missing: str):
     layer = "transformer.single_transformer_blocks.0."
