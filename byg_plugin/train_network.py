@@ -1,8 +1,8 @@
 """Train an editing LoRA.
 
-    accelerate launch byg_plugin/train_network.py --config configs/flux_image.toml [--set train.steps=100] [--resume latest]
-    python byg_plugin/train_network.py --config ... --print-config     the resolved configuration
-    python byg_plugin/train_network.py --config ... --dry-run          what would be trained, and the memory sum
+accelerate launch byg_plugin/train_network.py --config configs/flux_image.toml [--set train.steps=100] [--resume latest]
+python byg_plugin/train_network.py --config ... --print-config     the resolved configuration
+python byg_plugin/train_network.py --config ... --dry-run          what would be trained, and the memory sum
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = _cli.common_parser(__doc__ or "")
     parser.add_argument("--resume", metavar="latest|FOLDER", help="go on from the newest, or this, checkpoint")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration as JSON and stop")
-    parser.add_argument("--dry-run", action="store_true", help="print items, buckets, tokens, a decoded sample's place and the memory sum; stop")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print items, buckets, tokens, a decoded sample's place and the memory sum; stop"
+    )
     return parser
 
 
@@ -95,7 +97,9 @@ def dry_run(config: Config, family: Family, device: Any) -> None:
     shapes = [s for network in networks.values() for s in lora_shapes(network, config, family)]
     width, blocks = sizes(next(iter(networks.values())))
     tokens = family.sequence_tokens(config.dataset.resolution, config.dataset.resolution)
-    print(f"model: {config.model.family}, {sum(p.numel() for n in networks.values() for p in n.parameters()):,} parameters, {blocks} blocks")
+    print(
+        f"model: {config.model.family}, {sum(p.numel() for n in networks.values() for p in n.parameters()):,} parameters, {blocks} blocks"
+    )
     print(f"LoRA: rank {config.lora.rank}, {len(shapes) // 2} modules, {sum(a * b for a, b in shapes):,} parameters")
     print(f"sequence at {config.dataset.resolution} x {config.dataset.resolution}: {tokens} tokens (noisy + source + text)")
     print("device memory of a step:\n" + report(memory_sum(config, networks, shapes, tokens, width, blocks)))

@@ -21,7 +21,7 @@ from byg_plugin.models.base import Text
 if TYPE_CHECKING:
     from byg_plugin.training.config import Config
 
-# Attention and MLP linears of all double and single blocks: 19 x 14 + 38 x 6 = 494 modules in FLUX.1-dev. Modulation,
+# Attention and MLP linears of all double and single blocks: 19 x 12 + 38 x 5 = 418 modules in FLUX.1-dev. Modulation,
 # norms, embedders and the head stay frozen: no tool loads a LoRA of all of them.
 DEFAULT_TARGETS = (
     r"transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"

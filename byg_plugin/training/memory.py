@@ -25,7 +25,9 @@ class Part:
     exact: bool
 
 
-def memory_sum(config: Config, networks: dict[str, nn.Module], lora_shapes: Sequence[Sequence[int]], tokens: int, width: int, blocks: int) -> list[Part]:
+def memory_sum(
+    config: Config, networks: dict[str, nn.Module], lora_shapes: Sequence[Sequence[int]], tokens: int, width: int, blocks: int
+) -> list[Part]:
     """The parts.
 
     Args:
@@ -53,8 +55,11 @@ def memory_sum(config: Config, networks: dict[str, nn.Module], lora_shapes: Sequ
     # A FLUX block keeps about 34 hidden-size tensors for its backward (norms, q k v, attention out, a 4x MLP and its GELU).
     kept = inputs * (blocks + 34) if config.model.gradient_checkpointing else inputs * blocks * 34
     parts = [
-        Part(name=f"frozen weights ({config.model.quantization if config.model.quantization != 'none' else config.model.dtype})",
-             bytes=in_blocks * stored + rest * dtype_bytes, exact=config.model.quantization in ("none", "fp8")),
+        Part(
+            name=f"frozen weights ({config.model.quantization if config.model.quantization != 'none' else config.model.dtype})",
+            bytes=in_blocks * stored + rest * dtype_bytes,
+            exact=config.model.quantization in ("none", "fp8"),
+        ),
         Part(name="LoRA weights (float32)", bytes=lora, exact=True),
         Part(name="LoRA gradients (float32)", bytes=lora, exact=True),
         Part(name=f"optimizer moments ({config.train.optimizer})", bytes=moments, exact=config.train.optimizer == "adamw"),

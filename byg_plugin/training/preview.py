@@ -23,9 +23,7 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 
-def write(
-    config: Config, family: Family, host: DiffusersHost, data: CachedTuples, step: int, accelerator: Accelerator
-) -> None:
+def write(config: Config, family: Family, host: DiffusersHost, data: CachedTuples, step: int, accelerator: Accelerator) -> None:
     """Edit the first `[sample] items` tuples and write `previews/step-000500/<n>.png`. A failure is told, never raised."""
     try:
         images = _render(config, family, host, data)

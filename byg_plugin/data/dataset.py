@@ -1,0 +1,173 @@
+"""What training reads: cached tuples, checked against their files, and a stateless order of batches."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from byg_plugin.data import buckets
+from byg_plugin.data.cache import Keys, latent_store, text_store
+from byg_plugin.data.tuples import TEXTS, EditTuple, read_tuples
+from byg_plugin.models.base import Family
+from byg_plugin.training.config import Config
+from byg_plugin.training.randomness import generator
+
+_SHOWN = 3
+
+
+class CachedTuples(Dataset[dict[str, Any]]):
+    """The tuples of one split with their cached latents and text encodings.
+
+    Args:
+        config: the whole configuration.
+        family: for keys only; no weights are loaded.
+        split: `validation` holds out about `dataset.validation_items` tuples, whole sources.
+
+    Raises:
+        ValueError: tuples are wrong, or the cache lacks what they need now (changed image, text, model or size); it says
+            what to run.
+    """
+
+    def __init__(self, config: Config, family: Family, split: Literal["train", "validation"] = "train"):
+        self.config = config
+        self.paired = config.objective.name == "paired"
+        self._latents, self._texts = latent_store(config), text_store(config)
+        self._keys = Keys(config, family)
+        every = read_tuples(config.dataset)
+        train, validation = split_tuples(every, config.dataset.validation_items)
+        self.tuples = train if split == "train" else validation
+        if self.paired and (without := [item for item in every if item.target is None]):
+            raise ValueError(
+                f'objective.name = "paired" needs a `target` in every tuple; {len(without)} of {len(every)} have none, e.g. {without[0].id}'
+            )
+        self._check_cached()
+
+    def _check_cached(self) -> None:
+        self._pictures = []
+        latents: list[str] = []
+        texts: list[str] = []
+        known: dict[str, bool] = {}
+        for item in self.tuples:
+            source = self._keys.source(item)
+            target = self._keys.target(item) if self.paired else None
+            self._pictures.append((source, target))
+            latents += [str(p.file) for p in (source, target) if p and not known.setdefault(p.key, self._latents.has(p.key))]
+            for text in (getattr(item, role) for role in TEXTS):
+                key = self._keys.text(text)
+                if key not in known:
+                    known[key] = self._texts.has(key)
+                    if not known[key]:
+                        texts.append(text)
+        complaints = [
+            f"{len(missing)} {what} are not cached as they are now, e.g. {', '.join(repr(m) for m in missing[:_SHOWN])}: "
+            f"run {command} with this configuration"
+            for missing, what, command in (
+                (latents, "images", "cache_latents.py"),
+                (texts, "texts", "cache_text_encoder_outputs.py"),
+            )
+            if missing
+        ]
+        if complaints:
+            raise ValueError(
+                f"dataset.cache_dir = {Path(self.config.dataset.cache_dir)} does not match the tuples, model and resolution:\n"
+                + "\n".join(f"  - {c}" for c in complaints)
+            )
+
+    def __len__(self) -> int:
+        return len(self.tuples)
+
+    def bucket(self, index: int) -> buckets.Size:
+        """(width, height) in pixels that a tuple is trained at."""
+        return self._pictures[index][0].bucket
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """`source` (C, F, H, W), each text role as named tensors, `index`; `target` for the paired objective."""
+        source, target = self._pictures[index]
+        item: dict[str, Any] = {"index": index, "source": self._latents.read(source.key)["latents"]}
+        for role in TEXTS:
+            item[role] = self.encoding(getattr(self.tuples[index], role))
+        if target is not None:
+            item["target"] = self._latents.read(target.key)["latents"]
+        return item
+
+    def encoding(self, text: str) -> dict[str, Tensor]:
+        """The cached encoding of one of the tuples' texts, without batch."""
+        return self._texts.read(self._keys.text(text))
+
+
+def split_tuples(tuples: Sequence[EditTuple], validation_items: int) -> tuple[list[EditTuple], list[EditTuple]]:
+    """(training, validation): whole sources in a stable random order go to validation until it has enough tuples.
+
+    Raises:
+        ValueError: nothing would be left to train on.
+    """
+    by_source: dict[str, list[EditTuple]] = defaultdict(list)
+    for item in tuples:
+        by_source[str(item.source)].append(item)
+    # The order hangs on each source's name alone: new tuples do not reshuffle what was held out.
+    order = sorted(by_source, key=lambda source: hashlib.sha256(Path(source).name.encode()).hexdigest())
+    held_out: set[str] = set()
+    count = 0
+    for source in order:
+        if count >= validation_items:
+            break
+        held_out.add(source)
+        count += len(by_source[source])
+    train = [item for item in tuples if str(item.source) not in held_out]
+    if not train:
+        raise ValueError(
+            f"dataset.validation_items = {validation_items} leaves nothing to train on: {len(tuples)} tuples of {len(by_source)} sources"
+        )
+    return train, [item for item in tuples if str(item.source) in held_out]
+
+
+def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Stack items of one bucket; text encodings stay named tensors."""
+    batch: dict[str, Any] = {"index": [item["index"] for item in items], "source": torch.stack([item["source"] for item in items])}
+    for role in TEXTS:
+        batch[role] = {name: torch.stack([item[role][name] for item in items]) for name in items[0][role]}
+    if "target" in items[0]:
+        batch["target"] = torch.stack([item["target"] for item in items])
+    return batch
+
+
+class BucketBatches:
+    """An endless order of one-bucket batches that is a pure function of (seed, position): resuming needs no state.
+
+    In each epoch every tuple appears at least once; a bucket's last batch is filled up from its beginning, so that no
+    tuple is ever dropped.
+    """
+
+    def __init__(self, data: CachedTuples, batch_size: int, seed: int):
+        self.batch_size, self.seed = batch_size, seed
+        by_bucket: dict[buckets.Size, list[int]] = defaultdict(list)
+        for index in range(len(data)):
+            by_bucket[data.bucket(index)].append(index)
+        self._buckets = [by_bucket[bucket] for bucket in sorted(by_bucket)]
+        self.per_epoch = sum(-(-len(members) // batch_size) for members in self._buckets)
+        self._epoch: tuple[int, list[list[int]]] = (-1, [])
+
+    def batches(self, epoch: int) -> list[list[int]]:
+        """The batches of one epoch, shuffled inside buckets and among them."""
+        if self._epoch[0] != epoch:
+            rng = generator(self.seed, "order", epoch)
+            batches = []
+            for members in self._buckets:
+                order = [members[i] for i in torch.randperm(len(members), generator=rng).tolist()]
+                for first in range(0, len(order), self.batch_size):
+                    batches.append([order[(first + k) % len(order)] for k in range(self.batch_size)])
+            shuffled = [batches[i] for i in torch.randperm(len(batches), generator=rng).tolist()]
+            self._epoch = (epoch, shuffled)
+        return self._epoch[1]
+
+    def micro_batch(self, step: int, micro: int, rank: int, world: int, accumulation: int) -> list[int]:
+        """Tuples of one micro-step. N processes take together what one takes with N times the accumulation."""
+        epoch, place = divmod((step * accumulation + micro) * world + rank, self.per_epoch)
+        return self.batches(epoch)[place]

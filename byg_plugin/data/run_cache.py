@@ -1,0 +1,43 @@
+"""The two caching commands: configuration, processes and the closing line around `cache.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from byg_plugin import _cli
+from byg_plugin.data import cache
+from byg_plugin.data.tuples import read_tuples
+from byg_plugin.training.config import load_config
+
+
+def run(what: Literal["latents", "texts"], config_path: str, overrides: Sequence[str], *, prune: bool) -> None:
+    """Cache `latents` or `texts` of a configuration, by all processes of an `accelerate launch`.
+
+    Raises:
+        ValueError: configuration, tuples or images are wrong; what can be cached is cached.
+    """
+    config = load_config(config_path, tuple(overrides))
+    tuples = read_tuples(config.dataset)
+
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+
+    from byg_plugin.models import make_family
+    from byg_plugin.training.device import resolve_device
+
+    device = resolve_device(config.model.device)
+    state = PartialState(cpu=device.type == "cpu")
+    processes = cache.Processes(rank=state.process_index, world=state.num_processes, gather=gather_object)
+    work = cache.cache_latents if what == "latents" else cache.cache_texts
+    summary = work(config, make_family(config), tuples, state.device, processes, prune=prune)
+    unit = "images" if what == "latents" else "texts"
+    line = f"{summary.encoded} {unit} encoded, {summary.kept} were cached already, in {config.dataset.cache_dir}"
+    if summary.pruned:
+        line += f"; {summary.pruned} unused entries removed"
+    _cli.say(line, state.is_main_process)
+    if summary.small:
+        _cli.say(
+            f"note: {summary.small} images are below dataset.resolution = {config.dataset.resolution}; they keep their size (nothing is scaled up)",
+            state.is_main_process,
+        )

@@ -1,0 +1,347 @@
+"""Edit images with a trained LoRA.
+
+    python byg_plugin/edit.py --model black-forest-labs/FLUX.1-dev --lora out/byg_flux-ema.safetensors \
+        --source photo.jpg --instruction "make it snow" --out edits
+
+`--source` may be a folder; `--tuples` edits every tuple of a JSONL file. From Python:
+
+    from byg_plugin import EditPipeline
+    pipe = EditPipeline.from_lora("out/byg_flux-ema.safetensors", model="black-forest-labs/FLUX.1-dev")
+    pipe("photo.jpg", "make it snow").save("edit.png")
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import argparse
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from byg_plugin import _cli, sampling
+from byg_plugin.data.buckets import bucket_for, crop_to_bucket, to_tensor
+from byg_plugin.data.media import load_image
+from byg_plugin.images import save_png, side_by_side, to_pil
+from byg_plugin.lora_formats import convert, read_lora
+from byg_plugin.models import make_family
+from byg_plugin.training.config import Config, load_config, parse_config
+from byg_plugin.training.device import resolve_device
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One edit to make."""
+
+    source: Path
+    instruction: str
+    name: str
+    """Stem of the files it is written to."""
+
+
+class EditPipeline:
+    """A base model with an editing LoRA. Make one with `from_lora`.
+
+    The text encoders are in memory while texts are encoded and dropped before the network comes; encodings are kept.
+    """
+
+    def __init__(self, config: Config, lora: Mapping[str, Tensor], *, strength: float = 1.0):
+        self.config = config
+        self.device = resolve_device(config.model.device)
+        self.family = make_family(config)
+        self._lora, self._strength = lora, strength
+        self._host: Any = None
+        self._vae: Any = None
+        self._texts: dict[str, dict[str, Tensor]] = {}
+
+    @classmethod
+    def from_lora(
+        cls,
+        lora: str | Path,
+        *,
+        model: str | None = None,
+        config: Config | None = None,
+        strength: float = 1.0,
+        guidance: float | None = None,
+        resolution: int | None = None,
+        device: str = "auto",
+        dtype: str = "bfloat16",
+        quantization: str = "none",
+    ) -> EditPipeline:
+        """Read a LoRA of any of our formats; its metadata supplies family, position ids, guidance and resolution.
+
+        Args:
+            lora: the .safetensors file.
+            model: diffusers folder or hub id of the base (or give `config`).
+            config: a training configuration: its `[model]` section is used.
+            strength: scale of the LoRA; 1 = as trained, 0 = the base with source tokens.
+            guidance: instead of the metadata's.
+            resolution: instead of the metadata's; about resolution x resolution pixels.
+            device, dtype, quantization: as in `[model]`, where no `config` is given.
+
+        Raises:
+            ValueError: the file or a value is unusable.
+        """
+        tensors, metadata = read_lora(lora)
+        tensors = convert(tensors, "diffusers")
+        return cls(
+            _edit_config(metadata, tensors, model, config, guidance, resolution, device, dtype, quantization), tensors, strength=strength
+        )
+
+    def __call__(
+        self,
+        source: str | Path | Image.Image,
+        instruction: str,
+        *,
+        steps: int | None = None,
+        schedule: str | None = None,
+        seed: int = 0,
+    ) -> Image.Image:
+        """One edited image, of the size of the source's bucket (never larger than the source)."""
+        return self.batch([source], [instruction], steps=steps, schedule=schedule, seeds=[seed])[0][1]
+
+    @torch.no_grad()
+    def batch(
+        self,
+        sources: Sequence[str | Path | Image.Image],
+        instructions: Sequence[str],
+        *,
+        steps: int | None = None,
+        schedule: str | None = None,
+        seeds: Sequence[int],
+        on_step: Any = None,
+    ) -> list[tuple[Image.Image, Image.Image]]:
+        """(source as the model saw it, edit) of each; sources of one batch must fall into one bucket.
+
+        Raises:
+            ValueError: they do not, or an instruction is empty.
+        """
+        self.encode(instructions)
+        self._load()
+        pictures = [self._prepare(source) for source in sources]
+        if len({picture.size for picture in pictures}) > 1:
+            raise ValueError(f"images of one batch need one size, got {sorted({p.size for p in pictures})}; use a batch of 1")
+        pixels = torch.stack([to_tensor(picture) for picture in pictures]).unsqueeze(2).to(self.device)
+        latents = self.family.encode_pixels(self._vae, pixels)
+        text = {
+            name: torch.stack([self._texts[instruction][name] for instruction in instructions]).to(self.device)
+            for name in self._texts[instructions[0]]
+        }
+        # One noise a seed, whatever the batch: a picture does not depend on its neighbours.
+        noise = torch.cat([sampling.seeded_noise((1, *latents.shape[1:]), seed, self.device) for seed in seeds])
+        sample = self.config.sample
+        nodes = sampling.sampling_nodes(self.family, steps or sample.steps, schedule or sample.schedule, tuple(latents.shape))
+        with self._host.live() as velocity:
+            edits = sampling.sample(velocity, noise, text, latents, nodes, on_step)
+        decoded = self.family.decode_latents(self._vae, edits)
+        return [(picture, to_pil(edit[:, 0])) for picture, edit in zip(pictures, decoded, strict=True)]
+
+    @torch.no_grad()
+    def encode(self, texts: Iterable[str]) -> None:
+        """Encode texts that are not known yet. Call it once with all texts: the encoders are loaded for each call."""
+        new = sorted({text for text in texts if text not in self._texts})
+        empty = [text for text in new if not text.strip()]
+        if empty:
+            raise ValueError("--instruction is empty: say what to change")
+        if new:
+            encoders = self.family.load_text_encoders(self.device)
+            for text in new:
+                self._texts[text] = {name: value[0] for name, value in self.family.encode_texts(encoders, [text]).items()}
+
+    def prepare_size(self, source: str | Path | Image.Image) -> tuple[int, int]:
+        """(width, height) of the edit of a source."""
+        return self._prepare(source).size
+
+    def _prepare(self, source: str | Path | Image.Image) -> Image.Image:
+        image = source.convert("RGB") if isinstance(source, Image.Image) else load_image(Path(source))
+        return crop_to_bucket(image, bucket_for(image.size, self.config.dataset, self.family.pixel_multiple()))
+
+    def _load(self) -> None:
+        if self._host is None:
+            from byg_plugin.hosts.diffusers import DiffusersHost
+
+            self._host = DiffusersHost(self.config, self.family, self.device)
+            self._host.load_lora(self._lora)
+            self._host.set_strength(self._strength)
+            self._vae = self.family.load_vae(self.device)
+
+
+def _edit_config(
+    metadata: Mapping[str, str],
+    tensors: Mapping[str, Tensor],
+    model: str | None,
+    config: Config | None,
+    guidance: float | None,
+    resolution: int | None,
+    device: str,
+    dtype: str,
+    quantization: str,
+) -> Config:
+    """The configuration of an edit: the LoRA's metadata over the training configuration over the arguments' defaults."""
+    if config is None and model is None:
+        raise ValueError("name the base model: --model FOLDER_OR_HUB_ID, or --config with a [model] section")
+    family = metadata.get("byg.family")
+    if family is None:
+        raise ValueError(
+            "the LoRA has no byg.* metadata: it was not made by byg_plugin, or a tool dropped it; how its source tokens are placed is unknown"
+        )
+    raw: dict[str, Any] = (
+        config.model_dump() if config else {"model": {"path": model, "device": device, "dtype": dtype, "quantization": quantization}}
+    )
+    if model is not None:
+        raw["model"] |= {"path": model, "transformer": None, "vae": None, "t5": None, "clip": None}
+    if raw["model"].get("family", "flux") != family:
+        raise ValueError(f"the LoRA was trained for {family!r}, the configuration is for {raw['model']['family']!r}")
+    ranks = {tensor.shape[0] for name, tensor in tensors.items() if name.endswith(".lora_A.weight")}
+    if len(ranks) != 1:
+        raise ValueError(f"the LoRA mixes ranks {sorted(ranks)}; LoRAs of byg_plugin have one")
+    modules = sorted({name.partition(".")[2].rpartition(".lora_")[0] for name in tensors})
+    (rank,) = ranks
+    raw["model"]["gradient_checkpointing"] = False
+    raw["conditioning"] = {
+        "position": metadata["byg.position"],
+        "guidance": float(metadata["byg.guidance"]) if guidance is None else guidance,
+        "max_text_tokens": int(metadata["byg.max_text_tokens"]),
+    }
+    raw["lora"] = {"rank": rank, "targets": "|".join(re.escape(module) for module in modules)}
+    dataset = raw.get("dataset", {"tuples": "", "cache_dir": ""})
+    raw["dataset"] = dataset | {"resolution": resolution or int(metadata["byg.resolution"])}
+    raw["objective"] = {"ema_decay": 0.0}
+    if raw["model"]["dtype"] == "float32":
+        raw["train"] = {"steps": 1, "mixed_precision": "no"}
+    else:
+        raw["train"] = {"steps": 1}
+    if "sample" not in raw:
+        raw["sample"] = {"schedule": metadata.get("byg.schedule", "shifted")}
+    raw.setdefault("output", {"dir": "."})
+    return parse_config(raw, origin="edit")
+
+
+def jobs_of(args: argparse.Namespace) -> list[Job]:
+    """What the command line asks for.
+
+    Raises:
+        ValueError: nothing, too much, or something missing.
+    """
+    if args.tuples:
+        if args.source or args.instruction:
+            raise ValueError("--tuples has its own sources and instructions: leave out --source and --instruction")
+        from byg_plugin.data.tuples import read_tuples_file
+
+        return [
+            Job(source=item.source, instruction=item.instruction, name=f"{index:05d}_{item.source.stem}")
+            for index, item in enumerate(read_tuples_file(Path(args.tuples)))
+        ]
+    if not args.source or not args.instruction:
+        raise ValueError("give --source IMAGE_OR_FOLDER and --instruction TEXT, or --tuples FILE")
+    source = Path(args.source)
+    if source.is_dir():
+        images = sorted(path for path in source.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+        if not images:
+            raise ValueError(f"--source {source}: no image in this folder ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        return [Job(source=path, instruction=args.instruction, name=path.stem) for path in images]
+    if not source.is_file():
+        raise ValueError(f"--source {source}: no such file or folder")
+    return [Job(source=source, instruction=args.instruction, name=source.stem)]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _cli.common_parser(__doc__ or "", config_required=False)
+    parser.add_argument("--model", help="base model: diffusers folder or hub id (instead of --config)")
+    parser.add_argument("--lora", required=True, help="LoRA file (.safetensors)")
+    parser.add_argument("--source", help="image, or folder of images")
+    parser.add_argument("--instruction", help="what to change")
+    parser.add_argument("--tuples", help="JSONL of tuples: edit each source by its instruction")
+    parser.add_argument("--out", default="edits", help="folder of the results (default: edits)")
+    parser.add_argument("--steps", type=_positive, help="Euler steps (default 20)")
+    parser.add_argument("--schedule", choices=["uniform", "shifted"], help="nodes of the sampler (default: the LoRA's)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default 0; image i uses seed + i)")
+    parser.add_argument("--guidance", type=float, help="guidance embedding (default: the LoRA's)")
+    parser.add_argument("--strength", type=float, default=1.0, help="scale of the LoRA (default 1)")
+    parser.add_argument("--resolution", type=_positive, help="about resolution x resolution pixels (default: the LoRA's)")
+    parser.add_argument("--batch-size", type=_positive, default=1, help="images of one size edited at once (default 1)")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="with --model (default auto)")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"], help="with --model")
+    parser.add_argument("--quantization", default="none", choices=["none", "fp8", "int8", "nf4"], help="with --model")
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return value
+
+
+def main() -> None:
+    """The command; see the module."""
+    args = _parser().parse_args()
+    config = load_config(args.config, args.set) if args.config else None
+    jobs = jobs_of(args)
+    out = Path(args.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {out}: cannot be made: {error.strerror}") from error
+    pipe = EditPipeline.from_lora(
+        args.lora,
+        model=args.model,
+        config=config,
+        strength=args.strength,
+        guidance=args.guidance,
+        resolution=args.resolution,
+        device=args.device,
+        dtype=args.dtype,
+        quantization=args.quantization,
+    )
+    # All texts first: then the encoders leave for good. Sizes too: an unreadable image stops before the long work.
+    sized = [(pipe.prepare_size(job.source), index, job) for index, job in enumerate(jobs)]
+    pipe.encode([job.instruction for job in jobs])
+    settings = {
+        "lora": Path(args.lora).name,
+        "steps": args.steps or pipe.config.sample.steps,
+        "schedule": args.schedule or pipe.config.sample.schedule,
+        "guidance": pipe.config.conditioning.guidance,
+        "strength": args.strength,
+    }
+    with tqdm(total=len(jobs) * settings["steps"], desc="edit", unit="step") as bar:
+        for group in _batches(sorted(sized, key=lambda item: item[:2]), args.batch_size):
+            pairs = pipe.batch(
+                [job.source for _, _, job in group],
+                [job.instruction for _, _, job in group],
+                steps=args.steps,
+                schedule=args.schedule,
+                seeds=[args.seed + index for _, index, _ in group],
+                on_step=lambda n=len(group): bar.update(n),
+            )
+            for (_, index, job), (source, edit) in zip(group, pairs, strict=True):
+                mine = settings | {"instruction": job.instruction, "seed": args.seed + index, "size": list(edit.size)}
+                save_png(edit, out / f"{job.name}.png", mine)
+                save_png(side_by_side(source, edit), out / f"{job.name}_side_by_side.png", mine)
+    print(f"{len(jobs)} edits in {out}")
+
+
+def _batches(items: Sequence[tuple[tuple[int, int], int, Job]], size: int) -> Iterator[list[tuple[tuple[int, int], int, Job]]]:
+    """Runs of at most `size` items of one picture size; `items` are sorted by it."""
+    start = 0
+    while start < len(items):
+        group = [item for item in islice(items, start, start + size) if item[0] == items[start][0]]
+        yield group
+        start += len(group)
+
+
+if __name__ == "__main__":
+    _cli.run(main)
