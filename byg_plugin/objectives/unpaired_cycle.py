@@ -142,6 +142,10 @@ class UnpairedCycle:
             loss, metrics = loss + self.lambda_prior * prior, metrics | more
         return loss, metrics
 
+    def _identity_loss(self, v_id: Tensor, batch: Batch) -> tuple[Tensor, Metrics]:
+        identity = self._reconstruction(v_id, batch)
+        return self.config.lambda_id * identity, {"identity": identity.detach()}
+
     def _forward_loss(self, v_fwd: Tensor, frozen: Frozen) -> tuple[Tensor, Metrics]:
         if not self.lambda_prior:
             return v_fwd.new_zeros(()), {}
@@ -176,50 +180,40 @@ class UnpairedCycle:
     ) -> Metrics:
         """Identity, reverse and forward pass, each differentiated and freed before the next."""
         c, c_bar, x, t = batch.instruction, batch.reverse_instruction, batch.source, batch.t
-        total, metrics, g = x_t.new_zeros(()), {}, None
+        terms = _Terms()
+
+        def differentiate(loss: Tensor, *, last: bool) -> float:
+            return 1.0 if backward is None else backward(loss, last=last)
+
         with fields.edit() as velocity:
-            leaf = None
-            if self._reverse_pass:
-                leaf = y_0 if self.config.routing else self._one_step_prediction(velocity, y_t, t, c, x)
-                assert leaf is not None
-                leaf = leaf.detach().clone().requires_grad_(backward is not None)
+            if not self._reverse_pass:
+                differentiate(terms.add(*self._identity_loss(velocity(x_t, t, c_bar, x), batch)), last=True)
+                return terms.metrics()
 
-            v_rev = None
-            if self.config.lambda_id:
-                if self.config.merge_identity and leaf is not None:
-                    both = velocity(torch.cat([x_t, x_t]), t.repeat(2), cat_text(c_bar, c_bar), torch.cat([leaf, x]))
-                    v_rev, v_id = both.chunk(2)
-                else:
-                    v_id = velocity(x_t, t, c_bar, x)
-                identity = self._reconstruction(v_id, batch)
-                loss = self.config.lambda_id * identity
-                total, metrics = total + loss.detach(), metrics | {"identity": identity.detach()}
-                if v_rev is None:
-                    if backward is not None:
-                        backward(loss, last=not self._reverse_pass)
-                    loss = None
+            leaf = y_0 if self.config.routing else self._one_step_prediction(velocity, y_t, t, c, x)
+            assert leaf is not None
+            leaf = leaf.detach().clone().requires_grad_(backward is not None)
+
+            if self.config.lambda_id and self.config.merge_identity:
+                both = velocity(torch.cat([x_t, x_t]), t.repeat(2), cat_text(c_bar, c_bar), torch.cat([leaf, x]))
+                v_rev, v_id = both.chunk(2)
+                loss = terms.add(*self._identity_loss(v_id, batch)) + terms.add(*self._reverse_loss(v_rev, batch, reverse))
+                del both, v_rev, v_id
             else:
-                loss = None
+                if self.config.lambda_id:
+                    differentiate(terms.add(*self._identity_loss(velocity(x_t, t, c_bar, x), batch)), last=False)
+                loss = terms.add(*self._reverse_loss(velocity(x_t, t, c_bar, leaf), batch, reverse))
+            scale = differentiate(loss, last=False)
+            del loss  # with it goes the reverse pass's graph
 
-            if leaf is not None:
-                v_rev = velocity(x_t, t, c_bar, leaf) if v_rev is None else v_rev
-                reverse_loss, more = self._reverse_loss(v_rev, batch, reverse)
-                total, metrics = total + reverse_loss.detach(), metrics | more
-                if backward is not None:
-                    scale = backward(reverse_loss if loss is None else loss + reverse_loss, last=False)
-                    assert leaf.grad is not None
-                    # The loop's factor is in leaf.grad already and would enter twice through the forward pass.
-                    g = leaf.grad / scale
-                del v_rev, reverse_loss, leaf
-
-                v_fwd = velocity(y_t, t, c, x)
-                prior_loss, more = self._forward_loss(v_fwd, forward)
-                total, metrics = total + prior_loss.detach(), metrics | more
-                if backward is not None:
-                    assert g is not None
-                    y_hat = flow.predict_data(y_t, v_fwd, t)
-                    backward(prior_loss + (g * y_hat).sum(), last=True)
-        return {"loss": total, **metrics}
+            v_fwd = velocity(y_t, t, c, x)
+            loss = terms.add(*self._forward_loss(v_fwd, forward))
+            if leaf.grad is not None:
+                # dL/dy_hyb of the unscaled loss: the loop's factor is in leaf.grad and would enter a second time here.
+                g = leaf.grad / scale
+                loss = loss + (g * flow.predict_data(y_t, v_fwd, t)).sum()
+            differentiate(loss, last=True)
+        return terms.metrics()
 
     @torch.no_grad()
     def _one_step_prediction(self, velocity: Velocity, y_t: Tensor, t: Tensor, c: Text, x: Tensor) -> Tensor:
@@ -239,21 +233,40 @@ class UnpairedCycle:
     ) -> Metrics:
         """Algorithm 1, lines 13-36, as one graph."""
         c, c_bar, x, t = batch.instruction, batch.reverse_instruction, batch.source, batch.t
-        total, metrics = x_t.new_zeros(()), {}
+        terms = _Terms()
         with fields.edit() as velocity:
+            loss = x_t.new_zeros(())
             if self._reverse_pass:
                 v_fwd = velocity(y_t, t, c, x)
+                loss = terms.add(*self._forward_loss(v_fwd, forward))
                 y_hat = flow.predict_data(y_t, v_fwd, t)
-                total, metrics = self._forward_loss(v_fwd, forward)
                 y_hyb = y_hat
                 if self.config.routing:
                     assert y_0 is not None
                     y_hyb = y_0.detach() + (y_hat - y_hat.detach())  # Eq. 4: value of y_0, gradient of y_hat
-                reverse_loss, more = self._reverse_loss(velocity(x_t, t, c_bar, y_hyb), batch, reverse)
-                total, metrics = total + reverse_loss, metrics | more
+                loss = loss + terms.add(*self._reverse_loss(velocity(x_t, t, c_bar, y_hyb), batch, reverse))
             if self.config.lambda_id:
-                identity = self._reconstruction(velocity(x_t, t, c_bar, x), batch)
-                total, metrics = total + self.config.lambda_id * identity, metrics | {"identity": identity.detach()}
+                loss = loss + terms.add(*self._identity_loss(velocity(x_t, t, c_bar, x), batch))
             if backward is not None:
-                backward(total, last=True)
-        return {"loss": total.detach(), **metrics}
+                backward(loss, last=True)
+        return terms.metrics()
+
+
+class _Terms:
+    """The weighted sum and the metrics of a step, collected term by term, detached."""
+
+    def __init__(self) -> None:
+        self._total: Tensor | None = None
+        self._metrics: Metrics = {}
+
+    def add(self, weighted: Tensor, metrics: Metrics) -> Tensor:
+        """Record a weighted term; gives it back, to be differentiated."""
+        value = weighted.detach()
+        self._total = value if self._total is None else self._total + value
+        self._metrics |= metrics
+        return weighted
+
+    def metrics(self) -> Metrics:
+        """`loss` (Eq. 5) and the terms."""
+        assert self._total is not None
+        return {"loss": self._total, **self._metrics}
