@@ -80,7 +80,7 @@ class FluxFamily:
 
     def load_transformers(self, dtype: torch.dtype) -> dict[str, nn.Module]:
         """The one network, under the name `transformer`: frozen, on the CPU, in eval mode."""
-        network = flux_files.load_flux_transformer(self._config.model.part("transformer"), dtype=dtype)
+        network: nn.Module = flux_files.load_flux_transformer(self._config.model.part("transformer"), dtype=dtype)
         return {"transformer": network.eval().requires_grad_(False)}
 
     def meta_transformers(self) -> dict[str, nn.Module]:

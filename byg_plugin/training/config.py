@@ -351,3 +351,7 @@ def reference() -> str:
             options = f" One of {', '.join(map(json.dumps, choices))}." if choices else ""
             lines.append(f"| `{key}` | `{default}` | {field.description}{options} |")
     return "\n".join(lines).strip() + "\n"
+
+
+if __name__ == "__main__":
+    print("# Configuration\n\nMade by `python -m byg_plugin.training.config > docs/configuration.md`.\n\n" + reference(), end="")
