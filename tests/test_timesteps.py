@@ -1,0 +1,117 @@
+"""The law of t, and schedules that visit it."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from byg_plugin import timesteps
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_shift_keeps_the_ends_and_one_is_the_identity():
+    t = torch.linspace(0, 1, 11, dtype=torch.float64)
+    torch.testing.assert_close(timesteps.shift(t, 1.0), t)
+    for s in (0.3, 3.0):
+        moved = timesteps.shift(t, s)
+        assert moved[0] == 0 and abs(moved[-1].item() - 1) < 1e-15
+        assert (moved.diff() > 0).all()
+
+
+def test_shift_above_one_moves_towards_noise():
+    t = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+    assert (timesteps.shift(t, 3.0) > t).all()
+    assert (timesteps.shift(t, 1 / 3) < t).all()
+    assert timesteps.shift(torch.tensor(0.5), 3.0).item() == 0.75  # 1.5 / (1 + 1)
+    torch.testing.assert_close(timesteps.shift(timesteps.shift(t, 3.0), 1 / 3), t)
+
+
+@pytest.mark.parametrize("s", [1.0, 3.0])
+def test_uniform_t_has_the_quantiles_of_a_shifted_uniform(s):
+    t = timesteps.sample_t(40_000, rng(), s=s)
+    assert t.shape == (40_000,) and t.dtype == torch.float32
+    levels = torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9])
+    torch.testing.assert_close(torch.quantile(t, levels), timesteps.shift(levels, s), rtol=0, atol=0.015)
+
+
+def test_logit_normal_t_has_a_normal_logit():
+    logit = torch.logit(timesteps.sample_t(40_000, rng(), distribution="logit_normal").double())
+    assert abs(logit.mean().item()) < 0.02
+    assert abs(logit.std().item() - 1) < 0.02
+
+
+def test_the_shift_of_a_logit_normal_moves_the_logit_by_log_s():
+    logit = torch.logit(timesteps.sample_t(40_000, rng(), distribution="logit_normal", s=4.0).double())
+    assert abs(logit.mean().item() - math.log(4.0)) < 0.02
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "logit_normal"])
+def test_the_range_is_filled_and_never_left(distribution):
+    t = timesteps.sample_t(20_000, rng(), distribution=distribution, s=2.0, t_min=0.2, t_max=0.7)
+    assert t.min() >= 0.2 and t.max() <= 0.7
+    assert t.min() < 0.25 and t.max() > 0.67
+
+
+def test_t_depends_on_the_generator_alone():
+    torch.manual_seed(1)
+    first = timesteps.sample_t(5, rng(7))
+    torch.manual_seed(2)
+    assert torch.equal(first, timesteps.sample_t(5, rng(7)))
+    assert not torch.equal(first, timesteps.sample_t(5, rng(8)))
+    assert len(first.unique()) == 5
+
+
+def test_uniform_nodes_fall_from_one_to_zero():
+    nodes = timesteps.uniform_nodes(10)
+    assert nodes[0] == 1 and nodes[-1] == 0 and len(nodes) == 11
+    torch.testing.assert_close(nodes.diff(), torch.full((10,), -0.1))
+
+
+# --- nodes_through ---
+
+TIMES = torch.tensor([0.0, 0.01, 0.13, 0.5, 0.77, 0.99, 1.0], dtype=torch.float64)
+SCHEDULES = {
+    "uniform 10": torch.linspace(1, 0, 11, dtype=torch.float64),
+    "uniform 2": torch.linspace(1, 0, 3, dtype=torch.float64),
+    "uniform 3": torch.linspace(1, 0, 4, dtype=torch.float64),
+    "shifted": timesteps.shift(torch.linspace(1, 0, 9, dtype=torch.float64), 3.0),
+}
+
+
+@pytest.mark.parametrize("nodes", SCHEDULES.values(), ids=SCHEDULES)
+def test_every_schedule_visits_its_t_exactly_and_keeps_the_ends(nodes):
+    schedule, index = timesteps.nodes_through(nodes, TIMES)
+    assert schedule.shape == (len(TIMES), len(nodes))
+    assert torch.equal(schedule[torch.arange(len(TIMES)), index], TIMES)
+    assert (schedule[:, 0] == 1).all() and (schedule[:, -1] == 0).all()
+    assert (index >= 1).all() and (index <= len(nodes) - 2).all()
+    assert (schedule.diff(dim=1) <= 0).all(), "a rollout never goes back in time"
+
+
+@pytest.mark.parametrize("nodes", SCHEDULES.values(), ids=SCHEDULES)
+def test_only_the_nearest_interior_node_moves(nodes):
+    before = nodes.clone()
+    schedule, index = timesteps.nodes_through(nodes, TIMES)
+    for i, t in enumerate(TIMES.tolist()):
+        interior = nodes[1:-1]
+        assert abs(interior[index[i] - 1] - t) == (interior - t).abs().min()
+        others = torch.arange(len(nodes)) != index[i]
+        assert torch.equal(schedule[i, others], nodes[others])
+    assert torch.equal(nodes, before), "the shared nodes must not be written to"
+
+
+def test_a_t_on_a_node_changes_nothing():
+    nodes = SCHEDULES["uniform 10"]
+    schedule, index = timesteps.nodes_through(nodes, nodes[3:4])
+    assert torch.equal(schedule[0], nodes) and index.tolist() == [3]
+
+
+@pytest.mark.parametrize("nodes", [torch.tensor([1.0, 0.0]), torch.tensor([1.0]), torch.ones(2, 5)])
+def test_a_rollout_of_less_than_two_steps_is_refused(nodes):
+    with pytest.raises(ValueError, match="at least 2 steps"):
+        timesteps.nodes_through(nodes, torch.tensor([0.5]))
