@@ -36,5 +36,8 @@ def save_png(image: Image.Image, path: Path, settings: Mapping[str, Any]) -> Non
     info = PngInfo()
     info.add_text("byg", json.dumps(settings, ensure_ascii=True))
     partial = path.with_name(f".partial-{path.name}")
-    image.save(partial, format="PNG", pnginfo=info)
-    os.replace(partial, path)
+    try:
+        image.save(partial, format="PNG", pnginfo=info)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

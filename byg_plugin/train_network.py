@@ -47,8 +47,10 @@ def main() -> None:
     # After --print-config: these import torch and diffusers, seconds.
     from byg_plugin.models import make_family
     from byg_plugin.training.device import resolve_device
+    from byg_plugin.training.extras import require_model_extras
 
     device = resolve_device(config.model.device)
+    require_model_extras(config)
     family = make_family(config)
     if args.dry_run:
         dry_run(config, family, device)
@@ -62,14 +64,19 @@ def train(config: Config, family: Family, device: Any, resume: str | None) -> Pa
     Raises:
         ValueError: something the user can mend, before any model is loaded.
     """
-    from accelerate import Accelerator
+    from datetime import timedelta
 
+    from accelerate import Accelerator, InitProcessGroupKwargs
+
+    from byg_plugin.training.extras import require_training_extras
     from byg_plugin.training.loop import Interrupted, Trainer, versions
 
-    _check_extras(config)
+    require_training_extras(config)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     tracker = None if config.train.tracker == "none" else config.train.tracker
-    accelerator = Accelerator(cpu=device.type == "cpu", log_with=tracker, project_dir=config.output.dir)
+    # The other processes wait while the first one saves, validates and previews.
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=3))
+    accelerator = Accelerator(cpu=device.type == "cpu", log_with=tracker, project_dir=config.output.dir, kwargs_handlers=[patience])
     trainer = Trainer(config, family, accelerator, resume)
     if accelerator.is_main_process:
         _write_beside(config, versions())
@@ -112,23 +119,15 @@ def dry_run(config: Config, family: Family, device: Any) -> None:
     example, item = data[0], data.tuples[0]
     picture = to_pil(family.decode_latents(family.load_vae(device), example["source"][None].to(device))[0, :, 0])
     path = Path(config.output.dir) / "dry_run_sample.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
     texts = {role: getattr(item, role) for role in ("src_caption", "tgt_caption", "instruction", "reverse_instruction")}
-    save_png(picture, path, texts)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_png(picture, path, texts)
+    except OSError as error:
+        raise ValueError(f"output.dir = {config.output.dir} is not writable: {error.strerror}; choose another folder") from error
     print(f"first tuple, decoded from its cached latents: {path}")
     for role, text in texts.items():
         print(f"  {role}: {text}")
-
-
-def _check_extras(config: Config) -> None:
-    from importlib.util import find_spec
-
-    needed = {"tensorboard": "diffusers", "wandb": "wandb"}
-    if config.train.tracker in needed and find_spec(config.train.tracker) is None:
-        raise ValueError(
-            f'train.tracker = "{config.train.tracker}" is not installed: pip install "byg-plugin[{needed[config.train.tracker]}]", '
-            f'or set train.tracker = "none"'
-        )
 
 
 def _write_beside(config: Config, versions: dict[str, str]) -> None:

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from byg_plugin.hosts.quantize import after_eval_, quantize_
 from byg_plugin.models.base import Family
 from byg_plugin.objectives.base import Text, Velocity
 from byg_plugin.training.ema import EmaWeights
+from byg_plugin.training.extras import require_model_extras
 
 if TYPE_CHECKING:
     from byg_plugin.training.config import Config
@@ -37,17 +38,20 @@ class DiffusersHost:
     def __init__(self, config: Config, family: Family, device: torch.device):
         self.config, self.family, self.device = config, family, device
         dtype = getattr(torch, config.model.dtype)
+        require_model_extras(config)
+        _probe_attention(config.model.attention, device, dtype)
         self.networks = family.load_transformers(dtype)
         rng = torch.Generator().manual_seed(config.train.seed)
         for network in self.networks.values():
             quantize_(network, config.model.quantization, dtype)
             network.to(device)
-            _set_attention(network, config.model.attention, device, dtype)
+            if config.model.attention != "native":
+                network.set_attention_backend(config.model.attention)
             if config.model.gradient_checkpointing:
                 network.enable_gradient_checkpointing()
             _inject_lora(network, config, config.lora.targets or family.default_lora_targets, device, rng)
-        self._lora_layers = [m for n in self.networks.values() for m in n.modules() if _is_lora_layer(m)]
-        self._dropouts = [m for m in (d for layer in self._lora_layers for d in layer.lora_dropout.values())]
+        self._lora_layers: list[Any] = [m for n in self.networks.values() for m in n.modules() if _is_lora_layer(m)]
+        self._dropouts: list[nn.Module] = [d for layer in self._lora_layers for d in layer.lora_dropout.values()]
         self.parameters = self._named_lora_parameters()
         if config.lora.init_from:
             self.load_lora(_read_init_lora(config))
@@ -57,10 +61,10 @@ class DiffusersHost:
 
     @contextmanager
     def edit(self) -> Iterator[Velocity]:
-        """LoRA on, trainable, LoRA dropout active. Backward runs inside."""
+        """LoRA on, trainable. Backward runs inside. LoRA dropout is active where gradients are: a validation has none."""
         modes = [m.training for m in self._dropouts]
         for module in self._dropouts:
-            module.train()
+            module.train(torch.is_grad_enabled())
         try:
             yield self._velocity
         finally:
@@ -181,7 +185,7 @@ def matched_linears(network: nn.Module, pattern: str) -> list[str]:
     # bitsandbytes' linears are nn.Linear too.
     wrong = [name for name, module in matched if not isinstance(module, nn.Linear)]
     if wrong:
-        raise ValueError(f"lora.targets = {pattern!r} also matches {wrong[0]}, which is not a linear; narrow the pattern")
+        raise ValueError(f"lora.targets = {pattern!r} also matches {wrong[0] or 'the whole network'}, which is not a linear; narrow the pattern")
     return [name for name, _ in matched]
 
 
@@ -189,7 +193,7 @@ def lora_shapes(network: nn.Module, config: Config, family: Family) -> list[tupl
     """Shapes of all LoRA tensors that `[lora]` asks of this network (which may lie on the meta device)."""
     shapes = []
     for name in matched_linears(network, config.lora.targets or family.default_lora_targets):
-        linear = network.get_submodule(name)
+        linear: Any = network.get_submodule(name)
         shapes += [(config.lora.rank, linear.in_features), (linear.out_features, config.lora.rank)]
     return shapes
 
@@ -227,8 +231,8 @@ def _read_init_lora(config: Config) -> dict[str, Tensor]:
     return convert(tensors, "diffusers")
 
 
-def _set_attention(network: nn.Module, backend: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Choose the attention kernel and run it once, forward and backward, on this device and dtype.
+def _probe_attention(backend: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Run the attention kernel once, forward and backward, on this device and dtype: before a model is loaded.
 
     Raises:
         ValueError: it cannot be used here, with the reason.
@@ -236,13 +240,15 @@ def _set_attention(network: nn.Module, backend: str, device: torch.device, dtype
     if backend == "native":
         return
     from diffusers.models.attention_dispatch import dispatch_attention_fn
+    from diffusers.models.modeling_utils import ModelMixin
 
     try:
-        network.set_attention_backend(backend)
+        # Checks that the package is there and new enough; the kernel itself does not.
+        ModelMixin().set_attention_backend(backend)
         q = torch.randn(1, 8, 2, 64, device=device, dtype=dtype, requires_grad=True)
         dispatch_attention_fn(q, q, q, backend=backend).sum().backward()
     except (ImportError, RuntimeError, NotImplementedError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error).strip().splitlines()[0].rstrip(".")
         raise ValueError(
             f'model.attention = "{backend}" cannot be used on {device.type} with {dtype}: {reason}. Use model.attention = "native"'
         ) from error

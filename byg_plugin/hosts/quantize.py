@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
@@ -41,7 +40,8 @@ class Fp8Linear(nn.Linear):
         """Quantise a linear; its bias keeps its dtype."""
         out = cls(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
         weight = linear.weight.detach().float()
-        scale = weight.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / torch.finfo(FP8).max
+        # Clamped after the division: a subnormal scale may be flushed to 0, and a row of zeros would become NaN.
+        scale = (weight.abs().amax(dim=1, keepdim=True) / torch.finfo(FP8).max).clamp(min=torch.finfo(torch.float32).tiny)
         out.weight = nn.Parameter((weight / scale).to(FP8), requires_grad=False)
         out.register_buffer("weight_scale", scale)
         out.bias = linear.bias
@@ -61,25 +61,16 @@ def quantize_(network: nn.Module, kind: Literal["none", "fp8", "int8", "nf4"], c
     """Replace the linears inside the blocks, in place; embedders, norms' modulation heads outside blocks stay.
 
     int8 and nf4 are quantised by bitsandbytes when the network is moved to its device.
-
-    Raises:
-        ValueError: the bitsandbytes extra is missing.
     """
     if kind == "none":
         return
-    if kind in ("int8", "nf4") and find_spec("bitsandbytes") is None:
-        raise ValueError(
-            f'model.quantization = "{kind}" needs bitsandbytes: pip install "byg-plugin[bnb]" (or use model.quantization = "fp8")'
-        )
     for name, module in list(network.named_modules()):
         if type(module) is nn.Linear and "blocks." in name:
             parent = network.get_submodule(name.rpartition(".")[0])
             setattr(parent, name.rpartition(".")[2], _quantized(module, kind, compute_dtype))
     # PEFT picks the LoRA layer that knows bitsandbytes' weights by these flags.
-    if kind == "int8":
-        network.is_loaded_in_8bit = True
-    if kind == "nf4":
-        network.is_loaded_in_4bit = True
+    if kind in ("int8", "nf4"):
+        vars(network)["is_loaded_in_8bit" if kind == "int8" else "is_loaded_in_4bit"] = True
 
 
 def _quantized(linear: nn.Linear, kind: str, compute_dtype: torch.dtype) -> nn.Module:

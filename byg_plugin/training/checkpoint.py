@@ -12,6 +12,7 @@ order are functions of (seed, step) and need no state (see `randomness.py`).
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -20,12 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+logger = logging.getLogger(__name__)
 _NAME = re.compile(r"step-(\d{6,})")
 _PARTIAL = ".partial-"
+TENSORS = "training.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +43,6 @@ class TrainingState:
     """`torch.optim.Optimizer.state_dict()`."""
     config: dict[str, Any]
     """The configuration the state was trained with."""
-    log_bytes: int = 0
-    """Length of log.jsonl at this step."""
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -85,25 +86,30 @@ def save(
             save_file(dict(tensors), partial / name, metadata={"format": "pt", **metadata})
         tensors, scalars = _split_optimizer(state.optimizer)
         tensors |= {f"lora/{k}": v for k, v in state.lora.items()} | {f"ema/{k}": v for k, v in state.ema.items()}
-        save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, partial / "training.safetensors")
-        record = {"step": state.step, "log_bytes": state.log_bytes, "optimizer": scalars, "config": state.config, **extra}
+        save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, partial / TENSORS)
+        record = {"step": state.step, "optimizer": scalars, "config": state.config, **extra}
         (partial / "state.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
         _sync(partial)
         os.replace(partial, final)
         _sync_folder(folder)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk in its own class
         raise ValueError(_cannot_save(final, error, checkpoints(folder))) from error
-    except Exception as error:
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        # safetensors reports a full disk in a class of its own.
-        if type(error).__name__ == "SafetensorError":
-            raise ValueError(_cannot_save(final, error, checkpoints(folder))) from error
-        raise
     if keep_last:
         for old in checkpoints(folder)[:-keep_last]:
-            shutil.rmtree(old)
+            _remove(old)
     return final
+
+
+def _remove(old: Path) -> None:
+    """Renamed first: a kill in the middle must not leave half a checkpoint under a complete one's name."""
+    doomed = old.with_name(f"{_PARTIAL}{old.name}-{os.getpid()}")
+    try:
+        os.replace(old, doomed)
+        shutil.rmtree(doomed)
+    except OSError as error:  # e.g. open in another program on Windows: no reason to end a run
+        logger.warning("old checkpoint %s was not removed: %s", old, error)
 
 
 def _cannot_save(final: Path, error: Exception, earlier: list[Path]) -> str:
@@ -115,13 +121,20 @@ def load(path: Path) -> TrainingState:
     """Read a checkpoint.
 
     Raises:
-        ValueError: it is incomplete or not ours.
+        ValueError: it is incomplete, damaged or not ours.
     """
-    if not (path / "state.json").is_file() or not (path / "training.safetensors").is_file():
-        raise ValueError(f"{path} is not a checkpoint: it has no state.json and training.safetensors")
+    try:
+        return _load(path)
+    except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); resume from an earlier checkpoint") from error
+
+
+def _load(path: Path) -> TrainingState:
+    if not (path / "state.json").is_file() or not (path / TENSORS).is_file():
+        raise ValueError(f"{path} is not a checkpoint: it has no state.json and {TENSORS}")
     record = json.loads((path / "state.json").read_text(encoding="utf-8"))
     groups: dict[str, dict[str, Tensor]] = {"lora": {}, "ema": {}, "optimizer": {}}
-    with safe_open(path / "training.safetensors", framework="pt") as file:
+    with safe_open(path / TENSORS, framework="pt") as file:
         for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
             group, _, name = key.partition("/")
             groups[group][name] = file.get_tensor(key)
@@ -131,7 +144,6 @@ def load(path: Path) -> TrainingState:
         ema=groups["ema"],
         optimizer=_join_optimizer(groups["optimizer"], record["optimizer"]),
         config=record["config"],
-        log_bytes=record["log_bytes"],
     )
 
 

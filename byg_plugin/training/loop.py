@@ -39,7 +39,15 @@ TEXT_ROLES = ("src_caption", "tgt_caption", "instruction", "reverse_instruction"
 VALIDATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 # What may differ between a checkpoint and the run that goes on from it without changing what is computed.
 _FREE_ON_RESUME = {"sample", "output", "train.save_every", "train.keep_last", "train.log_every", "train.validate_every", "train.tracker"}
-_FIXED_ON_RESUME = ("lora.rank", "lora.alpha", "lora.targets", "model.family", "conditioning.position", "objective.name")
+_FIXED_ON_RESUME = (
+    "lora.rank",
+    "lora.alpha",
+    "lora.targets",
+    "model.family",
+    "conditioning.position",
+    "objective.name",
+    "train.optimizer",
+)
 
 
 class Interrupted(Exception):
@@ -86,10 +94,14 @@ class Trainer:
 
     def _check_output(self, resume: str | None) -> Path | None:
         folder = self.folder / "checkpoints"
-        if resume:
-            return checkpoint.find(folder, resume)
         existing = checkpoint.checkpoints(folder)
-        if existing:
+        found = checkpoint.find(folder, resume) if resume else None
+        if found and existing and found.resolve() != existing[-1].resolve():
+            raise ValueError(
+                f"--resume {resume}: output.dir = {self.folder} has the later or other checkpoint {existing[-1].name}, which is never "
+                f"overwritten: use --resume latest, or choose another output.dir"
+            )
+        if existing and not found:
             raise ValueError(
                 f"output.dir = {self.folder} already has checkpoints up to {existing[-1].name}: go on with --resume latest, "
                 f"or choose another output.dir"
@@ -101,22 +113,28 @@ class Trainer:
             probe.unlink()
         except OSError as error:
             raise ValueError(f"output.dir = {self.folder} is not writable: {error.strerror}; choose another folder") from error
-        return None
+        return found
 
     def _restore(self, state: checkpoint.TrainingState) -> None:
         for name, parameter in self.host.parameters.items():
             parameter.data.copy_(state.lora[name])
         if self.config.objective.ema_decay:
-            self.host.ema_weights.load(state.ema)
+            # A run that had no EMA goes on with one that starts at its weights.
+            self.host.ema_weights.load(state.ema or state.lora)
         self.optimizer.load_state_dict(state.optimizer)
         self.step = state.step
-        if self.accelerator.is_main_process and self._log_path.exists():
+        if self.accelerator.is_main_process:
             # Lines of steps after the checkpoint are about to be made again.
-            os.truncate(self._log_path, min(state.log_bytes, self._log_path.stat().st_size))
+            for path in (self._log_path, self._validation_path):
+                _drop_lines_after(path, state.step)
 
     @property
     def _log_path(self) -> Path:
         return self.folder / "log.jsonl"
+
+    @property
+    def _validation_path(self) -> Path:
+        return self.folder / "validation.jsonl"
 
     # --- the loop ---
 
@@ -128,8 +146,10 @@ class Trainer:
             FloatingPointError: a loss or gradient is not finite; the weights are those before this step.
         """
         config = self.config
-        if self.step == 0:
-            self._preview()
+        # Before the first step a preview alone; later, what a kill between saving and what follows it may have cost.
+        self._preview_if_due()
+        if self.step:
+            self._validate_if_due()
         bar = tqdm(total=config.train.steps, initial=self.step, desc="train", disable=not self.accelerator.is_main_process)
         with _interruptible(self), bar:
             for micro_batches in self._loader():
@@ -144,18 +164,33 @@ class Trainer:
         return self._export()
 
     def _after_step(self) -> None:
-        train, sample = self.config.train, self.config.sample
+        train = self.config.train
         stop = any_rank(self._stop, self.accelerator.device)
         last = self.step == train.steps
         # Saved before anything optional: a preview or a validation may fail, be slow or be interrupted.
         if last or stop or (train.save_every and self.step % train.save_every == 0):
             self._save()
-        if train.validate_every and (last or self.step % train.validate_every == 0):
-            self._validate()
-        if sample.every and (last or self.step % sample.every == 0):
-            self._preview()
+        self._validate_if_due()
+        self._preview_if_due()
         if stop and not last:
             raise Interrupted(f"interrupted after step {self.step}; everything is saved, go on with --resume latest")
+
+    def _due(self, every: int) -> bool:
+        return bool(every) and (self.step % every == 0 or self.step == self.config.train.steps)
+
+    # What is on disk is asked by the first process alone: the others would see it change under them and miss the barrier.
+
+    def _validate_if_due(self) -> None:
+        if self._due(self.config.train.validate_every):
+            if self.accelerator.is_main_process and self.step not in _steps_in(self._validation_path):
+                self._validate()
+            self.accelerator.wait_for_everyone()
+
+    def _preview_if_due(self) -> None:
+        if self._due(self.config.sample.every):
+            if self.accelerator.is_main_process and not preview.folder(self.config, self.step).exists():
+                preview.write(self.config, self.family, self.host, self.validation or self.data, self.step, self.accelerator)
+            self.accelerator.wait_for_everyone()
 
     def _position(self, step: int, micro: int) -> int:
         """Index of this process's micro-batch in the run over all ranks: `randomness.py` draws from it."""
@@ -169,7 +204,7 @@ class Trainer:
             for step in range(self.step, self.config.train.steps)
             for micro in range(self.accumulation)
         )
-        loader = DataLoader(self.data, batch_sampler=order, collate_fn=collate, num_workers=self.config.dataset.workers)
+        loader = DataLoader(self.data, batch_sampler=order, collate_fn=collate, num_workers=self.config.dataset.workers, worker_init_fn=_ignore_interrupts)
         step: list[dict[str, Any]] = []
         for micro_batch in loader:
             step.append(micro_batch)
@@ -264,7 +299,6 @@ class Trainer:
                 ema=ema if self.config.objective.ema_decay else {},
                 optimizer=self.optimizer.state_dict(),
                 config=self.config.model_dump(mode="json"),
-                log_bytes=self._log_path.stat().st_size if self._log_path.exists() else 0,
             )
             folder = self.folder / "checkpoints"
             extra = {"versions": versions(), "command": sys.argv}
@@ -284,34 +318,34 @@ class Trainer:
         """Copies of the last checkpoint's LoRA files beside the checkpoints folder."""
         if self.accelerator.is_main_process:
             last = checkpoint.checkpoints(self.folder / "checkpoints")[-1]
-            for name in self._lora_files():
-                partial = self.folder / f".partial-{name}"
-                partial.write_bytes((last / name).read_bytes())
-                os.replace(partial, self.folder / name)
+            for path in last.glob("*.safetensors"):
+                if path.name == checkpoint.TENSORS:
+                    continue
+                partial = self.folder / f".partial-{path.name}"
+                try:
+                    partial.write_bytes(path.read_bytes())
+                    os.replace(partial, self.folder / path.name)
+                except OSError as error:
+                    partial.unlink(missing_ok=True)
+                    raise ValueError(f"cannot write {self.folder / path.name}: {error.strerror}; the same file is {path}") from error
         return self.folder / f"{self.config.output.name}.safetensors"
-
-    def _preview(self) -> None:
-        if self.config.sample.every and self.accelerator.is_main_process:
-            preview.write(self.config, self.family, self.host, self.validation or self.data, self.step, self.accelerator)
-        self.accelerator.wait_for_everyone()
 
     @torch.no_grad()
     def _validate(self) -> None:
         """Terms of the objective on held-out tuples at fixed t and noise: comparable over a run and between runs."""
-        if self.validation is not None and self.accelerator.is_main_process:
-            sums: dict[str, float] = {}
-            count = len(self.validation) * len(VALIDATION_TIMES)
-            for item in range(len(self.validation)):
-                examples = collate([self.validation[item]])
-                for index, t in enumerate(VALIDATION_TIMES):
-                    rng = generator(0, "validation", item * len(VALIDATION_TIMES) + index)
-                    batch = self._batch(examples, rng, identity_step=False, t=torch.tensor([t]))
-                    for name, value in self.objective.step(self.host, batch, None).items():
-                        sums[name] = sums.get(name, 0.0) + value.item() / count
-            values = {f"validation/{name}": value for name, value in sums.items()}
-            _append_json(self.folder / "validation.jsonl", {"step": self.step, **values})
-            self.accelerator.log(values, step=self.step)
-        self.accelerator.wait_for_everyone()
+        assert self.validation is not None, "the configuration asks for validation items"
+        sums: dict[str, float] = {}
+        count = len(self.validation) * len(VALIDATION_TIMES)
+        for item in range(len(self.validation)):
+            examples = collate([self.validation[item]])
+            for index, t in enumerate(VALIDATION_TIMES):
+                rng = generator(0, "validation", item * len(VALIDATION_TIMES) + index)
+                batch = self._batch(examples, rng, identity_step=False, t=torch.tensor([t]))
+                for name, value in self.objective.step(self.host, batch, None).items():
+                    sums[name] = sums.get(name, 0.0) + value.item() / count
+        values = {f"validation/{name}": value for name, value in sums.items()}
+        _append_json(self._validation_path, {"step": self.step, **values})
+        self.accelerator.log(values, step=self.step)
 
 
 # --- pieces without state ---
@@ -333,10 +367,8 @@ def _make_optimizer(config: Config, parameters: list[Any]) -> torch.optim.Optimi
     options: dict[str, Any] = {"lr": train.lr, "betas": train.betas, "weight_decay": train.weight_decay}
     if train.optimizer == "adamw":
         return torch.optim.AdamW(parameters, **options)
-    try:
-        import bitsandbytes as bnb
-    except ImportError as error:
-        raise ValueError(f'train.optimizer = "adamw8bit" needs bitsandbytes: pip install "byg-plugin[bnb]" ({error})') from error
+    import bitsandbytes as bnb
+
     return bnb.optim.AdamW8bit(parameters, **options)
 
 
@@ -390,8 +422,40 @@ def _check_same_run(config: Config, saved: dict[str, Any]) -> None:
 
 
 def _append_json(path: Path, record: dict[str, Any]) -> None:
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror}; make room, then go on with --resume latest") from error
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log; one that a kill or a full disk cut off is no line."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+def _steps_in(path: Path) -> set[int]:
+    return {record["step"] for record in _records(path)}
+
+
+def _drop_lines_after(path: Path, step: int) -> None:
+    if path.exists():
+        partial = path.with_name(f".partial-{path.name}")
+        kept = [json.dumps(record) + "\n" for record in _records(path) if record["step"] <= step]
+        partial.write_text("".join(kept), encoding="utf-8")
+        os.replace(partial, path)
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """A loader process: Ctrl-C reaches the whole group, and only the training process may answer it. SIGTERM ends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @contextmanager

@@ -23,15 +23,20 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 
+def folder(config: Config, step: int) -> Path:
+    """Where the previews of a step lie."""
+    return Path(config.output.dir) / "previews" / f"step-{step:06d}"
+
+
 def write(config: Config, family: Family, host: DiffusersHost, data: CachedTuples, step: int, accelerator: Accelerator) -> None:
     """Edit the first `[sample] items` tuples and write `previews/step-000500/<n>.png`. A failure is told, never raised."""
     try:
         images = _render(config, family, host, data)
-        folder = Path(config.output.dir) / "previews" / f"step-{step:06d}"
-        folder.mkdir(parents=True, exist_ok=True)
+        place = folder(config, step)
+        place.mkdir(parents=True, exist_ok=True)
         for index, (image, instruction) in enumerate(images):
             settings = {"step": step, "instruction": instruction, "seed": config.sample.seed + index, "steps": config.sample.steps}
-            save_png(image, folder / f"{index:03d}.png", settings)
+            save_png(image, place / f"{index:03d}.png", settings)
         _log(accelerator, [image for image, _ in images], step)
     except Exception as error:  # noqa: BLE001 - a picture is no reason to lose a run; what it touches is restored by contexts
         logger.warning("preview at step %d failed and training goes on: %s: %s", step, type(error).__name__, error)

@@ -1,0 +1,38 @@
+"""Optional packages: a missing one is an error that names its install line, before any model is loaded."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from byg_plugin.training.config import Config
+
+
+def require(package: str, why: str, extra: str, instead: str = "") -> None:
+    """Check that a package can be imported.
+
+    Raises:
+        ValueError: it cannot; names `why` it is needed, the install line and what to do `instead`.
+    """
+    if find_spec(package) is None:
+        otherwise = f", or {instead}" if instead else ""
+        raise ValueError(f'{why} needs {package}, which is not installed: pip install "byg-plugin[{extra}]"{otherwise}')
+
+
+def require_model_extras(config: Config) -> None:
+    """What loading and calling the configured model needs."""
+    for package in ("diffusers", "transformers", "peft"):
+        require(package, f'model.host = "{config.model.host}"', "diffusers")
+    if config.model.quantization in ("int8", "nf4"):
+        require("bitsandbytes", f'model.quantization = "{config.model.quantization}"', "bnb", 'set model.quantization = "fp8"')
+    if config.model.attention == "xformers":
+        require("xformers", 'model.attention = "xformers"', "xformers", 'set model.attention = "native"')
+
+
+def require_training_extras(config: Config) -> None:
+    """What training needs beyond the model."""
+    train = config.train
+    if train.optimizer == "adamw8bit":
+        require("bitsandbytes", 'train.optimizer = "adamw8bit"', "bnb", 'set train.optimizer = "adamw"')
+    if train.tracker != "none":
+        extra = {"tensorboard": "diffusers", "wandb": "wandb"}[train.tracker]
+        require(train.tracker, f'train.tracker = "{train.tracker}"', extra, 'set train.tracker = "none"')
