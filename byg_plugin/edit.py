@@ -19,9 +19,11 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -38,6 +40,7 @@ from byg_plugin.lora_formats import convert, read_lora
 from byg_plugin.models import make_family
 from byg_plugin.training.config import Config, load_config, parse_config
 from byg_plugin.training.device import resolve_device
+from byg_plugin.training.extras import require_model_extras
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 
@@ -61,6 +64,7 @@ class EditPipeline:
     def __init__(self, config: Config, lora: Mapping[str, Tensor], *, strength: float = 1.0):
         self.config = config
         self.device = resolve_device(config.model.device)
+        require_model_extras(config)
         self.family = make_family(config)
         self._lora, self._strength = lora, strength
         self._host: Any = None
@@ -77,9 +81,9 @@ class EditPipeline:
         strength: float = 1.0,
         guidance: float | None = None,
         resolution: int | None = None,
-        device: str = "auto",
-        dtype: str = "bfloat16",
-        quantization: str = "none",
+        device: str | None = None,
+        dtype: str | None = None,
+        quantization: str | None = None,
     ) -> EditPipeline:
         """Read a LoRA of any of our formats; its metadata supplies family, position ids, guidance and resolution.
 
@@ -90,16 +94,24 @@ class EditPipeline:
             strength: scale of the LoRA; 1 = as trained, 0 = the base with source tokens.
             guidance: instead of the metadata's.
             resolution: instead of the metadata's; about resolution x resolution pixels.
-            device, dtype, quantization: as in `[model]`, where no `config` is given.
+            device, dtype, quantization: as in `[model]`, instead of the configuration's.
 
         Raises:
             ValueError: the file or a value is unusable.
         """
         tensors, metadata = read_lora(lora)
-        tensors = convert(tensors, "diffusers")
-        return cls(
-            _edit_config(metadata, tensors, model, config, guidance, resolution, device, dtype, quantization), tensors, strength=strength
-        )
+        try:
+            section = {"path": model, "device": device, "dtype": dtype, "quantization": quantization}
+            raw = _from_metadata(metadata, config, {key: value for key, value in section.items() if value is not None})
+            tensors = convert(tensors, "diffusers")
+            raw["lora"] = _lora_section(tensors)
+        except ValueError as error:
+            raise ValueError(f"{lora}: {error}") from error
+        if guidance is not None:
+            raw["conditioning"]["guidance"] = guidance
+        if resolution is not None:
+            raw["dataset"]["resolution"] = resolution
+        return cls(parse_config(raw, origin="edit"), tensors, strength=strength)
 
     def __call__(
         self,
@@ -127,8 +139,10 @@ class EditPipeline:
         """(source as the model saw it, edit) of each; sources of one batch must fall into one bucket.
 
         Raises:
-            ValueError: they do not, or an instruction is empty.
+            ValueError: they do not, an instruction is empty, or the numbers of sources, instructions and seeds differ.
         """
+        if not len(sources) == len(instructions) == len(seeds):
+            raise ValueError(f"a batch needs as many instructions and seeds as sources: {len(sources)}, {len(instructions)}, {len(seeds)}")
         self.encode(instructions)
         self._load()
         pictures = [self._prepare(source) for source in sources]
@@ -155,7 +169,7 @@ class EditPipeline:
         new = sorted({text for text in texts if text not in self._texts})
         empty = [text for text in new if not text.strip()]
         if empty:
-            raise ValueError("--instruction is empty: say what to change")
+            raise ValueError("the instruction is empty: say what to change")
         if new:
             encoders = self.family.load_text_encoders(self.device)
             for text in new:
@@ -179,55 +193,79 @@ class EditPipeline:
             self._vae = self.family.load_vae(self.device)
 
 
-def _edit_config(
-    metadata: Mapping[str, str],
-    tensors: Mapping[str, Tensor],
-    model: str | None,
-    config: Config | None,
-    guidance: float | None,
-    resolution: int | None,
-    device: str,
-    dtype: str,
-    quantization: str,
-) -> Config:
-    """The configuration of an edit: the LoRA's metadata over the training configuration over the arguments' defaults."""
-    if config is None and model is None:
+_NEEDED = ("byg.family", "byg.position", "byg.guidance", "byg.max_text_tokens", "byg.resolution")
+
+
+def _from_metadata(metadata: Mapping[str, str], config: Config | None, model: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of an edit: what the LoRA says of itself over a training configuration; `model` over its [model]."""
+    if config is None and "path" not in model:
         raise ValueError("name the base model: --model FOLDER_OR_HUB_ID, or --config with a [model] section")
-    family = metadata.get("byg.family")
-    if family is None:
+    missing = [key for key in _NEEDED if key not in metadata]
+    if missing:
         raise ValueError(
-            "the LoRA has no byg.* metadata: it was not made by byg_plugin, or a tool dropped it; how its source tokens are placed is unknown"
+            f"the LoRA's metadata lacks {', '.join(missing)}: it was not made by byg_plugin, or a tool dropped them; "
+            f"how its source tokens are placed is unknown"
         )
-    raw: dict[str, Any] = (
-        config.model_dump() if config else {"model": {"path": model, "device": device, "dtype": dtype, "quantization": quantization}}
-    )
-    if model is not None:
-        raw["model"] |= {"path": model, "transformer": None, "vae": None, "t5": None, "clip": None}
-    if raw["model"].get("family", "flux") != family:
-        raise ValueError(f"the LoRA was trained for {family!r}, the configuration is for {raw['model']['family']!r}")
+    family = metadata["byg.family"]
+    if config is None:
+        section, expected = {}, "flux"
+        raw: dict[str, Any] = {"dataset": {"tuples": "", "cache_dir": ""}, "output": {"dir": "."}}
+        raw["sample"] = {"schedule": metadata.get("byg.schedule", "shifted")}
+    else:
+        raw = config.model_dump(include={"model", "dataset", "sample", "output"})
+        section, expected = raw["model"], config.model.family
+    if family != expected:
+        raise ValueError(f"the LoRA was trained for {family!r}, the base model is {expected!r}")
+    if "path" in model:
+        section |= {"transformer": None, "vae": None, "t5": None, "clip": None}
+    raw["model"] = section | model | {"gradient_checkpointing": False}
+    try:
+        raw["conditioning"] = {
+            "position": metadata["byg.position"],
+            "guidance": float(metadata["byg.guidance"]),
+            "max_text_tokens": int(metadata["byg.max_text_tokens"]),
+        }
+        raw["dataset"]["resolution"] = int(metadata["byg.resolution"])
+    except ValueError as error:
+        raise ValueError(f"the LoRA's metadata is damaged: {error}") from error
+    raw["objective"] = {"ema_decay": 0.0}
+    in_float32 = raw["model"].get("dtype") == "float32"
+    raw["train"] = {"steps": 1, "mixed_precision": config.train.mixed_precision if config else "no" if in_float32 else "bf16"}
+    return raw
+
+
+def _lora_section(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The `[lora]` section that fits a file's tensors."""
     ranks = {tensor.shape[0] for name, tensor in tensors.items() if name.endswith(".lora_A.weight")}
     if len(ranks) != 1:
         raise ValueError(f"the LoRA mixes ranks {sorted(ranks)}; LoRAs of byg_plugin have one")
     modules = sorted({name.partition(".")[2].rpartition(".lora_")[0] for name in tensors})
-    (rank,) = ranks
-    raw["model"]["gradient_checkpointing"] = False
-    raw["conditioning"] = {
-        "position": metadata["byg.position"],
-        "guidance": float(metadata["byg.guidance"]) if guidance is None else guidance,
-        "max_text_tokens": int(metadata["byg.max_text_tokens"]),
-    }
-    raw["lora"] = {"rank": rank, "targets": "|".join(re.escape(module) for module in modules)}
-    dataset = raw.get("dataset", {"tuples": "", "cache_dir": ""})
-    raw["dataset"] = dataset | {"resolution": resolution or int(metadata["byg.resolution"])}
-    raw["objective"] = {"ema_decay": 0.0}
-    if raw["model"]["dtype"] == "float32":
-        raw["train"] = {"steps": 1, "mixed_precision": "no"}
-    else:
-        raw["train"] = {"steps": 1}
-    if "sample" not in raw:
-        raw["sample"] = {"schedule": metadata.get("byg.schedule", "shifted")}
-    raw.setdefault("output", {"dir": "."})
-    return parse_config(raw, origin="edit")
+    return {"rank": ranks.pop(), "targets": "|".join(re.escape(module) for module in modules)}
+
+
+def _files(out: Path, job: Job) -> tuple[Path, Path]:
+    """The edit and its side-by-side."""
+    return out / f"{job.name}.png", out / f"{job.name}_side_by_side.png"
+
+
+def _check_out(out: Path, jobs: Sequence[Job]) -> None:
+    """Before the long work: the folder can be written, and no result would overwrite a source or another result."""
+    sources = {job.source.resolve() for job in jobs}
+    made_by: dict[Path, Path] = {}
+    for job in jobs:
+        for file in _files(out, job):
+            if file.resolve() in sources:
+                raise ValueError(f"--out {out}: {file.name} would overwrite a source; choose another folder")
+            if file in made_by:
+                raise ValueError(f"--source: {made_by[file].name} and {job.source.name} would both become {file.name}; rename one")
+            made_by[file] = job.source
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / f".probe-{os.getpid()}"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"--out {out}: cannot be written: {error.strerror}; choose another folder") from error
 
 
 def jobs_of(args: argparse.Namespace) -> list[Job]:
@@ -245,6 +283,8 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
             Job(source=item.source, instruction=item.instruction, name=f"{index:05d}_{item.source.stem}")
             for index, item in enumerate(read_tuples_file(Path(args.tuples)))
         ]
+    if args.instruction is not None and not args.instruction.strip():
+        raise ValueError("--instruction is empty: say what to change")
     if not args.source or not args.instruction:
         raise ValueError("give --source IMAGE_OR_FOLDER and --instruction TEXT, or --tuples FILE")
     source = Path(args.source)
@@ -260,7 +300,7 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _cli.common_parser(__doc__ or "", config_required=False)
-    parser.add_argument("--model", help="base model: diffusers folder or hub id (instead of --config)")
+    parser.add_argument("--model", help="base model: diffusers folder or hub id (instead of the one in --config)")
     parser.add_argument("--lora", required=True, help="LoRA file (.safetensors)")
     parser.add_argument("--source", help="image, or folder of images")
     parser.add_argument("--instruction", help="what to change")
@@ -273,9 +313,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--strength", type=float, default=1.0, help="scale of the LoRA (default 1)")
     parser.add_argument("--resolution", type=_positive, help="about resolution x resolution pixels (default: the LoRA's)")
     parser.add_argument("--batch-size", type=_positive, default=1, help="images of one size edited at once (default 1)")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="with --model (default auto)")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"], help="with --model")
-    parser.add_argument("--quantization", default="none", choices=["none", "fp8", "int8", "nf4"], help="with --model")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], help="default: the configuration's, or auto")
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="default: the configuration's, or bfloat16")
+    parser.add_argument("--quantization", choices=["none", "fp8", "int8", "nf4"], help="default: the configuration's, or none")
     return parser
 
 
@@ -289,13 +329,12 @@ def _positive(text: str) -> int:
 def main() -> None:
     """The command; see the module."""
     args = _parser().parse_args()
+    if args.set and not args.config:
+        raise ValueError("--set overrides a key of --config: give --config, or use edit's own options")
     config = load_config(args.config, args.set) if args.config else None
     jobs = jobs_of(args)
     out = Path(args.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out {out}: cannot be made: {error.strerror}") from error
+    _check_out(out, jobs)
     pipe = EditPipeline.from_lora(
         args.lora,
         model=args.model,
@@ -325,12 +364,16 @@ def main() -> None:
                 steps=args.steps,
                 schedule=args.schedule,
                 seeds=[args.seed + index for _, index, _ in group],
-                on_step=lambda n=len(group): bar.update(n),
+                on_step=partial(bar.update, len(group)),
             )
             for (_, index, job), (source, edit) in zip(group, pairs, strict=True):
                 mine = settings | {"instruction": job.instruction, "seed": args.seed + index, "size": list(edit.size)}
-                save_png(edit, out / f"{job.name}.png", mine)
-                save_png(side_by_side(source, edit), out / f"{job.name}_side_by_side.png", mine)
+                edit_file, pair_file = _files(out, job)
+                try:
+                    save_png(edit, edit_file, mine)
+                    save_png(side_by_side(source, edit), pair_file, mine)
+                except OSError as error:
+                    raise ValueError(f"--out {out}: cannot write {job.name}: {error.strerror}; earlier edits are there") from error
     print(f"{len(jobs)} edits in {out}")
 
 

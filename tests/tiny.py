@@ -40,7 +40,7 @@ TINY_FLUX = {
     "guidance_embeds": True,
     "axes_dims_rope": (4, 6, 6),
 }
-WORDS = "add remove make a the snow sky blue red dog cat beach mountain of in house photo".split()
+WORDS = ["add", "remove", "make", "a", "the", "snow", "sky", "blue", "red", "dog", "cat", "beach", "mountain", "of", "in", "house", "photo"]
 
 
 def tiny_flux(seed: int = 0, **changes: Any) -> FluxTransformer2DModel:

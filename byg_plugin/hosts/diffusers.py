@@ -185,7 +185,9 @@ def matched_linears(network: nn.Module, pattern: str) -> list[str]:
     # bitsandbytes' linears are nn.Linear too.
     wrong = [name for name, module in matched if not isinstance(module, nn.Linear)]
     if wrong:
-        raise ValueError(f"lora.targets = {pattern!r} also matches {wrong[0] or 'the whole network'}, which is not a linear; narrow the pattern")
+        raise ValueError(
+            f"lora.targets = {pattern!r} also matches {wrong[0] or 'the whole network'}, which is not a linear; narrow the pattern"
+        )
     return [name for name, _ in matched]
 
 

@@ -204,7 +204,9 @@ class Trainer:
             for step in range(self.step, self.config.train.steps)
             for micro in range(self.accumulation)
         )
-        loader = DataLoader(self.data, batch_sampler=order, collate_fn=collate, num_workers=self.config.dataset.workers, worker_init_fn=_ignore_interrupts)
+        loader = DataLoader(
+            self.data, batch_sampler=order, collate_fn=collate, num_workers=self.config.dataset.workers, worker_init_fn=_ignore_interrupts
+        )
         step: list[dict[str, Any]] = []
         for micro_batch in loader:
             step.append(micro_batch)
