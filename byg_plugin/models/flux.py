@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -80,12 +80,12 @@ class FluxFamily:
 
     def load_transformers(self, dtype: torch.dtype) -> dict[str, nn.Module]:
         """The one network, under the name `transformer`: frozen, on the CPU, in eval mode."""
-        network: nn.Module = flux_files.load_flux_transformer(self._config.model.part("transformer"), dtype=dtype)
+        network = cast(nn.Module, flux_files.load_flux_transformer(self._config.model.part("transformer"), dtype=dtype))
         return {"transformer": network.eval().requires_grad_(False)}
 
     def meta_transformers(self) -> dict[str, nn.Module]:
         """See `models.base.Family`."""
-        return {"transformer": flux_files.flux_transformer_on_meta(self._config.model.part("transformer"))}
+        return {"transformer": cast(nn.Module, flux_files.flux_transformer_on_meta(self._config.model.part("transformer")))}
 
     def sequence_tokens(self, height: int, width: int) -> int:
         """See `models.base.Family`."""

@@ -18,14 +18,16 @@ def _world() -> int:
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Mean of the gradients over all processes, in one collective a dtype; a missing gradient counts as 0."""
+    """Mean of the gradients over all processes, in one collective.
+
+    Parameters without a gradient are left out: the optimizer must not move them. Which ones they are is the same on every
+    process, because the kind of a step (identity or edit, which expert) is drawn for all of them together.
+    """
     if _world() == 1:
         return
-    parameters = list(parameters)
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
     grads = [p.grad for p in parameters if p.grad is not None]
+    if not grads:
+        return
     flat = torch.cat([g.flatten() for g in grads])
     torch.distributed.all_reduce(flat)
     flat /= _world()
