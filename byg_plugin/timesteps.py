@@ -9,8 +9,11 @@ from torch import Tensor
 
 
 def shift(t: Tensor, s: float) -> Tensor:
-    """t <- s t / (1 + (s - 1) t): moves times towards noise for s > 1; 0 and 1 stay (Esser et al. 2024)."""
-    return s * t / (1 + (s - 1) * t)
+    """t <- s t / (1 + (s - 1) t): moves times towards noise for s > 1 (Esser et al. 2024).
+
+    Written so that 0 and 1 stay what they are to the last bit.
+    """
+    return t / (t + (1 - t) / s)
 
 
 def sample_t(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from byg_plugin import timesteps
 from byg_plugin.models import flux_files
 from byg_plugin.models.base import Text
 
@@ -194,8 +195,7 @@ class FluxFamily:
         """FLUX.1-dev's resolution-dependent shift: exp(mu) with mu linear in the tokens, 0.5 at 256 and 1.15 at 4096."""
         tokens = pack_length(*latent_shape[-2:])
         mu = 0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256)
-        shift = math.exp(mu)
-        return shift * nodes / (1 + (shift - 1) * nodes)
+        return timesteps.shift(nodes, math.exp(mu))
 
 
 def pack_length(height: int, width: int) -> int:

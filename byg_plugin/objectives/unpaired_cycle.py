@@ -61,14 +61,13 @@ class UnpairedCycle:
             backward: differentiates a loss; None computes the terms without gradient.
 
         Returns:
-            detached scalars: `loss` (Eq. 5), each term, the cosines, `zero_directions` (samples whose cosine is undefined).
+            detached scalars: `loss` (Eq. 5), each term, the cosines, and the counts `zero_directions_fwd` and `zero_directions_rev`
+            of samples whose cosine is undefined.
         """
         with torch.set_grad_enabled(backward is not None):
             if batch.identity_step:
                 return self._identity_step(fields, batch, backward)
-            if not (self.lambda_cycle or self.lambda_prior or self.config.lambda_id):
-                raise ValueError("objective: lambda_cycle, lambda_prior and lambda_id are all 0 or switched off; nothing to train")
-
+            assert self._reverse_pass or self.config.lambda_id, "the configuration refuses an objective without a term"
             x_t = flow.interpolate(batch.source, batch.noise, batch.t)
             y_t, y_0 = self._rollout(fields, batch)
             if not self.config.bootstrap:
@@ -83,9 +82,9 @@ class UnpairedCycle:
     @torch.no_grad()
     def _rollout(self, fields: VelocityFields, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Euler from the noise: y_t exactly at each sample's t, and y_0 where something is conditioned on it."""
-        if not self._reverse_pass and not self.config.bootstrap:
-            return batch.noise, None
         needs_y0 = self._reverse_pass and self.config.routing
+        if not needs_y0 and not (self._reverse_pass and self.config.bootstrap):
+            return batch.noise, None  # nothing reads them
         schedule, index = timesteps.nodes_through(batch.nodes, batch.t)
         last = schedule.shape[1] - 1 if needs_y0 else int(index.max())
         y, y_t = batch.noise, torch.zeros_like(batch.noise)
@@ -208,7 +207,8 @@ class UnpairedCycle:
 
             v_fwd = velocity(y_t, t, c, x)
             loss = terms.add(*self._forward_loss(v_fwd, forward))
-            if leaf.grad is not None:
+            if backward is not None:
+                assert leaf.grad is not None, "the network cut the gradient at its source tokens: the cycle would train nothing"
                 # dL/dy_hyb of the unscaled loss: the loop's factor is in leaf.grad and would enter a second time here.
                 g = leaf.grad / scale
                 loss = loss + (g * flow.predict_data(y_t, v_fwd, t)).sum()

@@ -130,6 +130,12 @@ class ObjectiveConfig(Section):
     def _check(self) -> ObjectiveConfig:
         if self.t_min >= self.t_max:
             raise ValueError(f"objective.t_min = {self.t_min} must be below objective.t_max = {self.t_max}: the range of t is empty")
+        terms = (self.lambda_cycle and self.cycle, self.lambda_prior and self.prior, self.lambda_id)
+        if self.name == "unpaired_cycle" and not any(terms):
+            raise ValueError(
+                "objective.lambda_cycle, objective.lambda_prior and objective.lambda_id are all 0 or switched off: nothing is left "
+                "to train; give one of them a weight"
+            )
         if self.merge_identity and self.graph == "joint":
             raise ValueError("objective.merge_identity batches passes of graph = 'sequential'; set one of the two")
         return self

@@ -224,7 +224,7 @@ class Trainer:
             torch.manual_seed(derived_seed(config.train.seed, "dropout", position))
             batch = self._batch(examples, generator(config.train.seed, "noise", position), identity_step)
             for name, value in self.objective.step(self.host, batch, self._backward).items():
-                sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value / self.accumulation
+                sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value / self._share(name)
         average_gradients(self.parameters)
         limit = config.train.max_grad_norm or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
@@ -235,6 +235,10 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.host.ema_weights.update(self.step + 1)
         return sums | {"grad_norm": norm, "identity_step": torch.tensor(float(identity_step), device=norm.device)}
+
+    def _share(self, name: str) -> int:
+        """What a metric of one micro-step is divided by: losses are averaged, counts are added up."""
+        return 1 if name.startswith("zero_directions") else self.accumulation
 
     def _backward(self, loss: Tensor, *, last: bool) -> float:
         """Gradients are averaged over processes once, after the step: `last` needs nothing here."""
@@ -283,6 +287,9 @@ class Trainer:
 
     def _log(self, metrics: Metrics, seconds: float, bar: Any) -> None:
         values = mean_over_ranks(metrics)
+        for name in values:
+            if name.startswith("zero_directions"):
+                values[name] *= self.accelerator.num_processes
         values |= {"lr": learning_rate(self.config, self.step - 1), "seconds": seconds}
         if not self.accelerator.is_main_process:
             return

@@ -1,0 +1,51 @@
+"""The demo from end to end, a few steps of it: plumbing, not learning."""
+
+import json
+
+import pytest
+
+from byg_plugin.demo.__main__ import run_demo
+
+FEW = [
+    "train.steps=3",
+    "objective.identity_warmup_steps=1",
+    "objective.rollout_steps=2",
+    "train.global_batch_size=4",
+    "train.batch_size=4",
+    "train.save_every=2",
+    "train.log_every=1",
+    "dataset.validation_items=2",
+    "train.validate_every=3",
+    "sample.every=0",
+    "sample.steps=2",
+]
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo")
+    return out, run_demo(out, FEW, train_tuples=12, eval_tuples=4)
+
+
+def test_every_method_is_in_the_table(demo):
+    out, tables = demo
+    assert json.loads((out / "figures.json").read_text(encoding="utf-8")) == tables
+    assert tables["ground truth"]["all"]["joint"] == 1.0
+    assert tables["copy the source"]["all"]["edit"] == 0.0
+    assert tables["edited without pairs"]["all"]["n"] == 4
+
+
+def test_pictures_and_lora_are_there(demo):
+    out, _ = demo
+    assert (out / "contact_sheet.png").stat().st_size > 5000
+    assert (out / "training" / "demo-ema.safetensors").is_file()
+    assert len(list((out / "edits").glob("*.png"))) == 8
+    steps = [json.loads(line)["step"] for line in (out / "training" / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert steps == [1, 2, 3]
+
+
+def test_a_second_run_trains_nothing(demo):
+    out, tables = demo
+    before = (out / "training" / "demo-ema.safetensors").stat().st_mtime_ns
+    assert run_demo(out, FEW, train_tuples=12, eval_tuples=4) == tables
+    assert (out / "training" / "demo-ema.safetensors").stat().st_mtime_ns == before
