@@ -179,9 +179,8 @@ def matched_linears(network: nn.Module, pattern: str) -> list[str]:
     matched = [(name, module) for name, module in network.named_modules() if compiled.fullmatch(name)]
     if not matched:
         linears = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
-        raise ValueError(
-            f"lora.targets = {pattern!r} matches no module; it must match whole names such as {', '.join(linears[:1] + linears[-2:])}"
-        )
+        shown = [name for name in linears if "blocks." in name] or linears
+        raise ValueError(f"lora.targets = {pattern!r} matches no module; it must match whole names such as {shown[0]} or {shown[-1]}")
     # bitsandbytes' linears are nn.Linear too.
     wrong = [name for name, module in matched if not isinstance(module, nn.Linear)]
     if wrong:
