@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,19 +34,20 @@ def bucket_step(dataset: DatasetConfig, pixel_multiple: int) -> int:
     return step
 
 
-def all_buckets(dataset: DatasetConfig, pixel_multiple: int) -> list[Size]:
+@lru_cache(maxsize=16)  # asked for once an image
+def all_buckets(dataset: DatasetConfig, pixel_multiple: int) -> tuple[Size, ...]:
     """The sizes of about resolution x resolution pixels within the allowed aspect ratios, by aspect."""
     step = bucket_step(dataset, pixel_multiple)
     side = dataset.resolution // step * step
     if not dataset.buckets:
-        return [(side, side)]
+        return ((side, side),)
     area = dataset.resolution**2
     sizes = {(side, side)}
     for width in range(step, int(dataset.resolution * dataset.max_aspect) + step, step):
         height = area // width // step * step
         if height and max(width / height, height / width) <= dataset.max_aspect:
             sizes.add((width, height))
-    return sorted(sizes, key=lambda size: size[0] / size[1])
+    return tuple(sorted(sizes, key=lambda size: size[0] / size[1]))
 
 
 def bucket_for(size: Size, dataset: DatasetConfig, pixel_multiple: int) -> Size:
@@ -61,9 +63,10 @@ def bucket_for(size: Size, dataset: DatasetConfig, pixel_multiple: int) -> Size:
     bucket = min(all_buckets(dataset, pixel_multiple), key=lambda b: (abs(math.log(b[0] / b[1]) - aspect), -b[0] * b[1]))
     if bucket[0] <= width and bucket[1] <= height:
         return bucket
-    # Scaled down to fit inside the picture: the longest side that covers both, in the model's own (finer) step.
-    scale = min(width / bucket[0], height / bucket[1])
-    small = [max(pixel_multiple, int(side * scale) // pixel_multiple * pixel_multiple) for side in bucket]
+    # The bucket's shape, scaled down to fit inside the picture, in the model's own (finer) step. In whole numbers: a quotient
+    # just under its exact value would cost a step.
+    have, of = (width, bucket[0]) if width * bucket[1] <= height * bucket[0] else (height, bucket[1])
+    small = [max(pixel_multiple, side * have // of // pixel_multiple * pixel_multiple) for side in bucket]
     return small[0], small[1]
 
 
@@ -72,18 +75,24 @@ def is_below_resolution(bucket: Size, dataset: DatasetConfig, pixel_multiple: in
     return bucket not in all_buckets(dataset, pixel_multiple)
 
 
-def crop_to_bucket(image: Image.Image, bucket: Size) -> Image.Image:
-    """Scale (LANCZOS) so that the bucket is just covered, then crop the centre. Both sides must be at least the bucket's."""
-    if image.size == bucket:
+def crop_to_bucket(image: Image.Image, bucket: Size, frame: Size | None = None) -> Image.Image:
+    """Scale (LANCZOS) so that the bucket is just covered, and crop the centre, in one resampling.
+
+    Args:
+        image: both sides at least the bucket's.
+        bucket: the result's size.
+        frame: a picture of the same frame in another size, whose relative crop is taken; default: the image's own.
+    """
+    assert image.width >= bucket[0] and image.height >= bucket[1], f"{image.size} would be scaled up to {bucket}"
+    if image.size == bucket and frame in (None, bucket):
         return image
-    scale = max(bucket[0] / image.width, bucket[1] / image.height)
-    assert scale <= 1, f"{image.size} would be scaled up to {bucket}"
-    width, height = (max(side, round(have * scale)) for side, have in zip(bucket, image.size, strict=True))
-    left, top = (width - bucket[0]) // 2, (height - bucket[1]) // 2
-    # One resampling: the crop as a box in the original's pixels.
-    box = (left / width * image.width, top / height * image.height)
-    far = ((left + bucket[0]) / width * image.width, (top + bucket[1]) / height * image.height)
-    return image.resize(bucket, Image.Resampling.LANCZOS, box=(*box, *far))
+    width, height = frame or image.size
+    # The largest centred part of the frame that has the bucket's shape, as fractions of the frame's sides.
+    across = min(1.0, height * bucket[0] / (bucket[1] * width))
+    down = min(1.0, width * bucket[1] / (bucket[0] * height))
+    left, top = (1 - across) / 2 * image.width, (1 - down) / 2 * image.height
+    box = (left, top, min(left + across * image.width, image.width), min(top + down * image.height, image.height))
+    return image.resize(bucket, Image.Resampling.LANCZOS, box=box)
 
 
 def to_tensor(image: Image.Image) -> Tensor:

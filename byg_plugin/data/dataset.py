@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from byg_plugin.data import buckets
-from byg_plugin.data.cache import Keys, latent_store, text_store
+from byg_plugin.data.cache import Keys, Picture, Store, latent_store, text_store
 from byg_plugin.data.tuples import TEXTS, EditTuple, read_tuples
 from byg_plugin.models.base import Family
 from byg_plugin.training.config import Config
@@ -50,34 +51,32 @@ class CachedTuples(Dataset[dict[str, Any]]):
         self._check_cached()
 
     def _check_cached(self) -> None:
-        self._pictures = []
-        latents: list[str] = []
-        texts: list[str] = []
-        known: dict[str, bool] = {}
+        self._pictures: list[tuple[Picture, Picture | None]] = []
+        images: dict[str, str] = {}
+        texts: dict[str, str] = {}
+        remembered = dict(self._keys.files.known)
         for item in self.tuples:
             source = self._keys.source(item)
             target = self._keys.target(item) if self.paired else None
             self._pictures.append((source, target))
-            latents += [str(p.file) for p in (source, target) if p and not known.setdefault(p.key, self._latents.has(p.key))]
-            for text in (getattr(item, role) for role in TEXTS):
-                key = self._keys.text(text)
-                if key not in known:
-                    known[key] = self._texts.has(key)
-                    if not known[key]:
-                        texts.append(text)
+            images |= {picture.key: str(picture.file) for picture in (source, target) if picture}
+            texts |= {self._keys.text(getattr(item, role)): getattr(item, role) for role in TEXTS}
+        if self._keys.files.known != remembered:
+            with suppress(ValueError):  # a cache that may only be read: the images are hashed again next time
+                self._keys.files.save()
         complaints = [
-            f"{len(missing)} {what} are not cached as they are now, e.g. {', '.join(repr(m) for m in missing[:_SHOWN])}: "
-            f"run {command} with this configuration"
-            for missing, what, command in (
-                (latents, "images", "cache_latents.py"),
-                (texts, "texts", "cache_text_encoder_outputs.py"),
+            complaint
+            for store, wanted, what, command in (
+                (self._latents, images, "images", "cache_latents"),
+                (self._texts, texts, "texts", "cache_text_encoder_outputs"),
             )
-            if missing
+            if (complaint := _missing(store, wanted, what, command))
         ]
         if complaints:
             raise ValueError(
                 f"dataset.cache_dir = {Path(self.config.dataset.cache_dir)} does not match the tuples, model and resolution:\n"
-                + "\n".join(f"  - {c}" for c in complaints)
+                + "\n".join(f"  - {complaint}" for complaint in complaints)
+                + "\nuse the same --config and --set; what is cached already is kept"
             )
 
     def __len__(self) -> int:
@@ -102,6 +101,17 @@ class CachedTuples(Dataset[dict[str, Any]]):
         return self._texts.read(self._keys.text(text))
 
 
+def _missing(store: Store, wanted: Mapping[str, str], what: str, command: str) -> str | None:
+    """A sentence on the entries (key: what it is of) that are not in the store, with the command that makes them."""
+    missing = [name for key, name in wanted.items() if not store.has(key)]
+    if not missing:
+        return None
+    examples = ", ".join(repr(name) for name in missing[:_SHOWN])
+    entries = store.count()
+    why = f"none of {entries} entries has their content, this model and this size" if entries else "nothing is cached yet"
+    return f"{len(missing)} of {len(wanted)} {what} are not cached as they are now, {why}: {examples}; run python -m byg_plugin.{command}"
+
+
 def split_tuples(tuples: Sequence[EditTuple], validation_items: int) -> tuple[list[EditTuple], list[EditTuple]]:
     """(training, validation): whole sources in a stable random order go to validation until it has enough tuples.
 
@@ -111,8 +121,8 @@ def split_tuples(tuples: Sequence[EditTuple], validation_items: int) -> tuple[li
     by_source: dict[str, list[EditTuple]] = defaultdict(list)
     for item in tuples:
         by_source[str(item.source)].append(item)
-    # The order hangs on each source's name alone: new tuples do not reshuffle what was held out.
-    order = sorted(by_source, key=lambda source: hashlib.sha256(Path(source).name.encode()).hexdigest())
+    # The order hangs on each source's own name: new tuples do not reshuffle what was held out, nor does a move of the folder.
+    order = sorted(by_source, key=_held_out_rank)
     held_out: set[str] = set()
     count = 0
     for source in order:
@@ -126,6 +136,14 @@ def split_tuples(tuples: Sequence[EditTuple], validation_items: int) -> tuple[li
             f"dataset.validation_items = {validation_items} leaves nothing to train on: {len(tuples)} tuples of {len(by_source)} sources"
         )
     return train, [item for item in tuples if str(item.source) in held_out]
+
+
+def _held_out_rank(source: str) -> tuple[str, str, str]:
+    """A stable random rank by file name; the folder's name decides among equal ones (0001/source.png, 0002/source.png)."""
+    path = Path(source)
+    names = (path.name, f"{path.parent.name}/{path.name}")
+    by_name, by_folder = (hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest() for name in names)
+    return by_name, by_folder, source
 
 
 def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -30,7 +30,14 @@ def run(what: Literal["latents", "texts"], config_path: str, overrides: Sequence
     state = PartialState(cpu=device.type == "cpu")
     processes = cache.Processes(rank=state.process_index, world=state.num_processes, gather=gather_object)
     work = cache.cache_latents if what == "latents" else cache.cache_texts
-    summary = work(config, make_family(config), tuples, state.device, processes, prune=prune)
+    try:
+        summary = work(config, make_family(config), tuples, state.device, processes, prune=prune)
+    except cache.UnusableImages as error:
+        if state.is_main_process:
+            raise
+        raise SystemExit(2) from error  # every process has the same list; one shows it
+    finally:
+        state.destroy_process_group()
     unit = "images" if what == "latents" else "texts"
     line = f"{summary.encoded} {unit} encoded, {summary.kept} were cached already, in {config.dataset.cache_dir}"
     if summary.pruned:
@@ -38,6 +45,7 @@ def run(what: Literal["latents", "texts"], config_path: str, overrides: Sequence
     _cli.say(line, state.is_main_process)
     if summary.small:
         _cli.say(
-            f"note: {summary.small} images are below dataset.resolution = {config.dataset.resolution}; they keep their size (nothing is scaled up)",
+            f"note: {summary.small} images are below dataset.resolution = {config.dataset.resolution}; they keep their size, "
+            f"nothing is scaled up",
             state.is_main_process,
         )
