@@ -16,7 +16,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -162,17 +162,26 @@ def find(folder: Path, resume: str) -> Path:
 
 
 def _split_optimizer(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """state_dict() -> flat tensors and JSON scalars. Works for torch's and bitsandbytes' AdamW: any flat per-parameter state."""
+    """state_dict() -> flat tensors and JSON scalars. Works for torch's and bitsandbytes' AdamW: any per-parameter state."""
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, Any] = {"param_groups": state["param_groups"], "state": {}}
     for index, values in state["state"].items():
         scalars["state"][str(index)] = {}
-        for name, value in values.items():
+        for name, value in _flat(values):
             if isinstance(value, Tensor):
                 tensors[f"optimizer/{index}/{name}"] = value
             else:
                 scalars["state"][str(index)][name] = value
     return tensors, scalars
+
+
+def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """bitsandbytes hides its quantised moments in a dictionary of their own, and loads them with or without it."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value)
+        else:
+            yield name, value
 
 
 def _join_optimizer(tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> dict[str, Any]:
