@@ -1,0 +1,359 @@
+"""Editing with a LoRA that the trainer wrote, on tiny random models in a real diffusers folder."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxPipeline
+from PIL import Image
+from tiny import fill_caches, make_trainer, model_folder, run_config, tiny_config, tiny_texts, wake, workspace
+
+from byg_plugin import EditPipeline, edit
+from byg_plugin.data.buckets import crop_to_bucket, to_tensor
+from byg_plugin.data.media import load_image
+from byg_plugin.lora_formats import read_lora, write_lora
+from byg_plugin.models import flux_files
+from byg_plugin.models.flux import FluxFamily
+from byg_plugin.sampling import sample, sampling_nodes, seeded_noise
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Written by the trainer, with a LoRA that is awake."""
+    trainer = make_trainer(run_config(tmp_path_factory.mktemp("lora") / "out", train={"steps": 1}))
+    wake(trainer.host)
+    return trainer.run()
+
+
+def pipeline(lora: Path, **options: Any) -> EditPipeline:
+    return EditPipeline.from_lora(lora, model=str(model_folder()), **({"dtype": "float32", "device": "cpu"} | options))
+
+
+def photo(index: int = 0) -> Path:
+    return workspace() / f"photo{index}.png"
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image).astype(int)
+
+
+def difference(a: Image.Image, b: Image.Image) -> float:
+    return float(np.abs(pixels(a) - pixels(b)).max())
+
+
+# --- the pipeline ---
+
+
+@torch.no_grad()
+def by_hand(lora: Path | None, source: Path, instruction: str, *, steps: int, seed: int) -> torch.Tensor:
+    """Edited pixels from the parts, without `EditPipeline` and without the host's LoRA code: diffusers' own loader."""
+    family = FluxFamily(tiny_config(Path("unused"), model={"path": str(model_folder())}))
+    network = flux_files.load_flux_transformer(model_folder(), dtype=torch.float32)
+    if lora is not None:
+        parts = dict.fromkeys(("scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+        FluxPipeline(**parts, transformer=network).load_lora_weights(str(lora))
+    vae = family.load_vae(CPU)
+    latents = family.encode_pixels(vae, to_tensor(crop_to_bucket(load_image(source), (64, 64)))[None, :, None])
+    text = family.encode_texts(family.load_text_encoders(CPU), [instruction])
+    nodes = sampling_nodes(family, steps, "shifted", tuple(latents.shape))
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
+    edited = sample(lambda x, t, c, s: family.velocity(network, x, t, c, s), noise, text, latents, nodes)
+    return family.decode_latents(vae, edited)[0, :, 0]
+
+
+def test_an_edit_is_what_diffusers_own_loader_gives(lora: Path):
+    result = pipeline(lora)(photo(), "add the snow", steps=3, seed=4)
+    assert result.size == (64, 64)
+    wanted = ((by_hand(lora, photo(), "add the snow", steps=3, seed=4) + 1) * 127.5).permute(1, 2, 0).numpy()
+    assert np.abs(pixels(result) - wanted).max() <= 1.01
+    without = ((by_hand(None, photo(), "add the snow", steps=3, seed=4) + 1) * 127.5).permute(1, 2, 0).numpy()
+    assert np.abs(pixels(result) - without).max() > 3, "the LoRA changes nothing"
+
+
+def test_strength_0_is_the_base_with_source_tokens(lora: Path):
+    result = pipeline(lora, strength=0.0)(photo(), "add the snow", steps=3, seed=4)
+    wanted = ((by_hand(None, photo(), "add the snow", steps=3, seed=4) + 1) * 127.5).permute(1, 2, 0).numpy()
+    assert np.abs(pixels(result) - wanted).max() <= 1.01
+
+
+def test_the_trainers_file_in_diffusers_reproduces_our_velocity(tmp_path: Path):
+    trainer = make_trainer(run_config(tmp_path / "out", train={"steps": 1}, lora={"alpha": 2.0}))
+    wake(trainer.host)
+    path = trainer.run()
+    network = flux_files.load_flux_transformer(model_folder(), dtype=torch.float32)
+    parts = dict.fromkeys(("scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    FluxPipeline(**parts, transformer=network).load_lora_weights(str(path))
+    rng = torch.Generator().manual_seed(0)
+    noisy, source = (torch.randn(2, 16, 1, 8, 8, generator=rng) for _ in range(2))
+    call = (noisy, torch.tensor([0.3, 0.8]), tiny_texts(2, 1), source)
+    with trainer.host.live() as velocity, torch.no_grad():
+        torch.testing.assert_close(trainer.family.velocity(network, *call), velocity(*call), rtol=1e-4, atol=1e-5)
+        plain = flux_files.load_flux_transformer(model_folder(), dtype=torch.float32)
+        assert not torch.allclose(trainer.family.velocity(plain, *call), velocity(*call), atol=1e-2)
+
+
+def test_a_batch_of_two_is_two_of_one(lora: Path, monkeypatch: pytest.MonkeyPatch):
+    latents: list[torch.Tensor] = []
+
+    def keep(*args: Any) -> torch.Tensor:
+        latents.append(sample(*args))
+        return latents[-1]
+
+    monkeypatch.setattr(edit.sampling, "sample", keep)
+    pipe, texts = pipeline(lora), ["add the snow", "remove the sky"]
+    together = pipe.batch([photo(0), photo(1)], texts, steps=3, seeds=[1, 2])
+    for i in (0, 1):
+        alone = pipe.batch([photo(i)], [texts[i]], steps=3, seeds=[i + 1])
+        torch.testing.assert_close(latents[0][i : i + 1], latents[-1], rtol=1e-5, atol=1e-5)
+        assert difference(alone[0][0], together[i][0]) == 0 and difference(alone[0][1], together[i][1]) <= 1
+    assert not torch.allclose(latents[0][0], latents[0][1], atol=1e-2)
+
+
+def test_what_changes_an_edit_and_what_does_not(lora: Path):
+    pipe = pipeline(lora)
+    usual = pipe(photo(), "add the snow", steps=3, seed=4)
+    assert difference(pipe(photo(), "add the snow", steps=3, seed=4), usual) == 0
+    changed = {
+        "seed": pipe(photo(), "add the snow", steps=3, seed=5),
+        "steps": pipe(photo(), "add the snow", steps=5, seed=4),
+        "schedule": pipe(photo(), "add the snow", steps=3, seed=4, schedule="uniform"),
+        "instruction": pipe(photo(), "remove the dog", steps=3, seed=4),
+        "source": pipe(photo(1), "add the snow", steps=3, seed=4),
+        "strength": pipeline(lora, strength=0.3)(photo(), "add the snow", steps=3, seed=4),
+        "guidance": pipeline(lora, guidance=0.0)(photo(), "add the snow", steps=3, seed=4),
+    }
+    for name, image in changed.items():
+        assert difference(image, usual) >= 1, name
+
+
+def test_conditioning_comes_from_the_metadata(lora: Path, tmp_path: Path):
+    tensors, metadata = read_lora(lora)
+    kontext = metadata | {"byg.position": "kontext", "byg.guidance": "2.5", "byg.resolution": "32", "byg.schedule": "uniform"}
+    write_lora(tmp_path / "kontext.safetensors", tensors, kontext)
+    pipe = pipeline(tmp_path / "kontext.safetensors")
+    conditioning = pipe.config.conditioning
+    assert (conditioning.position, conditioning.guidance, pipe.config.dataset.resolution) == ("kontext", 2.5, 32)
+    assert pipe.config.sample.schedule == "uniform" and pipe.config.conditioning.max_text_tokens == 8
+    assert pipe(photo(), "add the snow", steps=1).size == (32, 32)
+    assert pipeline(tmp_path / "kontext.safetensors", resolution=48, guidance=1.0).config.conditioning.guidance == 1.0
+
+
+def test_a_configuration_gives_the_model_and_options_override_it(lora: Path):
+    config = run_config(Path("unused-output"), train={"mixed_precision": "no"})
+    pipe = EditPipeline.from_lora(lora, config=config)
+    assert pipe.config.model.path == str(model_folder()) and pipe.config.model.dtype == "float32"
+    assert pipe.config.train.mixed_precision == "no"
+    changed = EditPipeline.from_lora(lora, config=config, quantization="fp8")
+    assert changed.config.model.quantization == "fp8"
+    same, stored = (p(photo(), "add the snow", steps=2) for p in (pipe, changed))
+    assert difference(same, stored) >= 1
+
+
+def test_converted_loras_edit_alike(lora: Path, tmp_path: Path):
+    from byg_plugin.lora_formats import convert
+
+    tensors, metadata = read_lora(lora)
+    write_lora(tmp_path / "musubi.safetensors", convert(tensors, "musubi"), metadata)
+    one, two = (pipeline(path)(photo(), "add the snow", steps=2) for path in (lora, tmp_path / "musubi.safetensors"))
+    assert difference(one, two) <= 1
+
+
+def test_texts_are_encoded_once_and_encoders_are_not_kept(lora: Path, monkeypatch: pytest.MonkeyPatch):
+    pipe, calls = pipeline(lora), []
+    load = pipe.family.load_text_encoders
+    monkeypatch.setattr(pipe.family, "load_text_encoders", lambda device: (calls.append(1), load(device))[1])
+    pipe.encode(["add the snow", "add the snow", "remove the sky"])
+    pipe(photo(), "add the snow", steps=1)
+    assert len(calls) == 1
+    assert "TextEncoders" not in {type(value).__name__ for value in vars(pipe).values()}
+
+
+# --- errors ---
+
+
+def foreign(change: Callable[[dict[str, str]], dict[str, str]], lora: Path, path: Path) -> Path:
+    tensors, metadata = read_lora(lora)
+    write_lora(path, tensors, change(metadata))
+    return path
+
+
+def test_loras_that_cannot_be_used(lora: Path, tmp_path: Path):
+    cases: list[tuple[Callable[[dict[str, str]], dict[str, str]], str]] = [
+        (lambda m: {}, "metadata lacks byg.family, .*not made by byg_plugin"),
+        (lambda m: {k: v for k, v in m.items() if k != "byg.position"}, "metadata lacks byg.position"),
+        (lambda m: m | {"byg.family": "wan"}, "was trained for 'wan', the base model is 'flux'"),
+        (lambda m: m | {"byg.guidance": "much"}, "metadata is damaged"),
+        (lambda m: m | {"byg.position": "elsewhere"}, "conditioning.position = 'elsewhere'"),
+    ]
+    for index, (change, message) in enumerate(cases):
+        with pytest.raises(ValueError, match=message):
+            pipeline(foreign(change, lora, tmp_path / f"{index}.safetensors"))
+    with pytest.raises(ValueError, match="no such file"):
+        pipeline(tmp_path / "missing.safetensors")
+    (tmp_path / "broken.safetensors").write_bytes(b"12345678")
+    with pytest.raises(ValueError, match="not a readable .safetensors file"):
+        pipeline(tmp_path / "broken.safetensors")
+    with pytest.raises(ValueError, match="not a .safetensors file"):
+        pipeline(photo())
+    with pytest.raises(ValueError, match="--model"):
+        EditPipeline.from_lora(lora)
+
+
+def test_a_lora_of_other_widths_is_refused(lora: Path, tmp_path: Path):
+    tensors, metadata = read_lora(lora)
+    name = next(n for n in tensors if n.endswith("attn.to_q.lora_A.weight"))
+    write_lora(tmp_path / "wide.safetensors", tensors | {name: torch.zeros(4, 64)}, metadata)
+    with pytest.raises(ValueError, match="has shape .*the model it was trained on"):
+        pipeline(tmp_path / "wide.safetensors")(photo(), "add the snow", steps=1)
+
+
+def test_bad_calls(lora: Path, tmp_path: Path):
+    pipe = pipeline(lora)
+    with pytest.raises(ValueError, match="instruction is empty"):
+        pipe(photo(), "  ")
+    with pytest.raises(ValueError, match="missing.png: no such file"):
+        pipe(tmp_path / "missing.png", "add the snow", steps=1)
+    with pytest.raises(ValueError, match="one size"):
+        pipe.batch([photo(0), photo(2)], ["add", "add"], steps=1, seeds=[0, 1])
+    with pytest.raises(ValueError, match="as many instructions and seeds as sources"):
+        pipe.batch([photo(0), photo(1)], ["add", "add"], steps=1, seeds=[0])
+    with pytest.raises(ValueError, match="nowhere"):
+        EditPipeline.from_lora(lora, model=str(tmp_path / "nowhere"))(photo(), "add", steps=1)
+
+
+# --- the command ---
+
+
+def command(monkeypatch: pytest.MonkeyPatch, lora: Path | None, *arguments: Any, model: bool = True) -> None:
+    fixed = ["--lora", str(lora)] + (["--model", str(model_folder()), "--dtype", "float32", "--device", "cpu"] if model else [])
+    monkeypatch.setattr(sys, "argv", ["edit.py", *fixed, *map(str, arguments)])
+    edit.main()
+
+
+def test_one_image(lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    options = ["--steps", 3, "--seed", 4, "--strength", 0.8, "--guidance", 2]
+    command(monkeypatch, lora, "--source", photo(), "--instruction", "add the snow", "--out", tmp_path / "out", *options)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["photo0.png", "photo0_side_by_side.png"]
+    with Image.open(tmp_path / "out/photo0.png") as image, Image.open(tmp_path / "out/photo0_side_by_side.png") as pair:
+        settings = json.loads(image.text["byg"])
+        assert settings == {
+            "lora": lora.name,
+            "steps": 3,
+            "schedule": "shifted",
+            "guidance": 2.0,
+            "strength": 0.8,
+            "instruction": "add the snow",
+            "seed": 4,
+            "size": [64, 64],
+        }
+        assert json.loads(pair.text["byg"]) == settings
+        again = pipeline(lora, strength=0.8, guidance=2.0)(photo(), "add the snow", steps=3, seed=4)
+        assert difference(image, again) == 0, "the settings in the file make the file"
+        assert pair.size == (64 + 4 + 64, 64)
+        assert difference(pair.crop((0, 0, 64, 64)), Image.open(photo()).convert("RGB")) == 0
+        assert difference(pair.crop((68, 0, 132, 64)), image) == 0
+
+
+def test_a_folder_in_batches(lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    common = ["--source", workspace(), "--instruction", "add the snow", "--steps", 2]
+    command(monkeypatch, lora, *common, "--out", tmp_path / "one")
+    command(monkeypatch, lora, *common, "--out", tmp_path / "two", "--batch-size", 2)
+    names = sorted(p.name for p in (tmp_path / "one").iterdir())
+    assert names == sorted(f"photo{i}{end}.png" for i in range(4) for end in ("", "_side_by_side"))
+    for index in range(4):
+        one, two = (Image.open(tmp_path / place / f"photo{index}.png") for place in ("one", "two"))
+        assert json.loads(one.text["byg"]) == json.loads(two.text["byg"])
+        assert json.loads(one.text["byg"])["seed"] == index
+        assert difference(one, two) <= 1
+    sizes = {Image.open(tmp_path / "one" / f"photo{i}.png").size for i in range(4)}
+    assert len(sizes) > 1, "buckets"
+
+
+def test_a_tuples_file(lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    command(monkeypatch, lora, "--tuples", workspace() / "tuples.jsonl", "--out", tmp_path, "--steps", 1)
+    edits = sorted(p for p in tmp_path.iterdir() if "side" not in p.name)
+    assert [p.name for p in edits] == ["00000_photo0.png", "00001_photo0.png", *(f"0000{i + 1}_photo{i}.png" for i in (1, 2, 3))]
+    assert json.loads(Image.open(edits[1]).text["byg"])["instruction"] == "add the sky"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--source", "{work}/photo0.png"], "give --source IMAGE_OR_FOLDER and --instruction TEXT"),
+        (["--source", "{work}/photo0.png", "--instruction", "  "], "--instruction is empty"),
+        (["--source", "{tmp}/none.png", "--instruction", "add"], "none.png: no such file or folder"),
+        (["--source", "{tmp}/empty", "--instruction", "add"], "no image in this folder"),
+        (["--source", "{tmp}/twins", "--instruction", "add"], "a.bmp and a.png would both become a.png"),
+        (["--source", "{tmp}/twins/a.png", "--instruction", "add", "--out", "{tmp}/twins"], "a.png would overwrite a source"),
+        (["--source", "{work}/photo0.png", "--instruction", "add", "--out", "{tmp}/file"], "--out .*file: cannot be written"),
+        (["--tuples", "{work}/tuples.jsonl", "--source", "x"], "leave out --source"),
+        (["--tuples", "{tmp}/none.jsonl"], "none.jsonl"),
+        (["--source", "{tmp}/text.png", "--instruction", "add"], "text.png: not an image"),
+        (["--source", "{work}/photo0.png", "--instruction", "add", "--set", "sample.steps=3"], "--set overrides a key of --config"),
+    ],
+)
+def test_wrong_commands(lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "twins").mkdir()
+    for name in ("a.png", "a.bmp"):
+        Image.new("RGB", (64, 64)).save(tmp_path / "twins" / name)
+    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "text.png").write_text("no image")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    given = [a.format(work=workspace(), tmp=tmp_path) for a in arguments]
+    if "--out" not in given:
+        given += ["--out", str(tmp_path / "out")]
+    with pytest.raises(ValueError, match=message):
+        command(monkeypatch, lora, *given)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_a_disk_that_fills_up_while_saving(lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*args: Any, **options: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(ValueError, match="cannot write photo0: No space left on device"):
+        command(monkeypatch, lora, "--source", photo(), "--instruction", "add", "--out", tmp_path / "out", "--steps", 1)
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_seeded_noise_does_not_depend_on_the_batch():
+    shape = (1, 16, 1, 4, 4)
+    assert torch.equal(seeded_noise(shape, 3, CPU), seeded_noise(shape, 3, CPU))
+    assert not torch.equal(seeded_noise(shape, 3, CPU), seeded_noise(shape, 4, CPU))
+
+
+# --- real photos, from files to edits ---
+
+
+def test_real_photos_are_cached_trained_on_and_edited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    data = pytest.importorskip("skimage.data")
+    shipped = Path(data.__file__).parent
+    photos = [shipped / name for name in ("astronaut.png", "coffee.png", "chelsea.png", "camera.png") if (shipped / name).is_file()]
+    if len(photos) < 2:
+        pytest.skip("this scikit-image ships too few photos")
+    texts = {"src_caption": "photo of a cat", "tgt_caption": "photo of a dog", "instruction": "make a dog"}
+    lines = [json.dumps({"source": str(p), **texts, "reverse_instruction": "make a cat"}) for p in photos]
+    (tmp_path / "tuples.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    dataset = {"tuples": str(tmp_path / "tuples.jsonl"), "cache_dir": str(tmp_path / "cache"), "resolution": 96}
+    config = run_config(tmp_path / "out", dataset=dataset, train={"steps": 4})
+    fill_caches(config)
+    trainer = make_trainer(config)
+    buckets = {trainer.data.bucket(i) for i in range(len(photos))}
+    assert len(buckets) >= 2, "photos of several shapes"
+    path = trainer.run()
+    command(monkeypatch, path, "--tuples", tmp_path / "tuples.jsonl", "--out", tmp_path / "edits", "--steps", 2, "--batch-size", 4)
+    for index, source in enumerate(photos):
+        with Image.open(tmp_path / "edits" / f"{index:05d}_{source.stem}.png") as image:
+            assert image.size == trainer.data.bucket(index) and image.mode == "RGB"
+            assert np.asarray(image).std() > 0
