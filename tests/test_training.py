@@ -399,6 +399,32 @@ def test_sigterm_saves_and_a_second_one_stops_at_once(tmp_path: Path):
     assert checkpoint.checkpoints(tmp_path / "out/checkpoints") == []
 
 
+def test_ctrl_c_reaches_the_whole_group_and_the_loader_process_leaves_it_to_the_trainer(tmp_path: Path):
+    config = run_config(tmp_path / "out", dataset={"workers": 1}, train={"save_every": 0})
+
+    def work() -> None:
+        os.setpgid(0, 0)  # a terminal's Ctrl-C goes to a group; not to pytest's
+        trainer = make_trainer(config)
+        original = trainer._stop_if_not_finite
+
+        def hook(metrics: Any) -> None:
+            original(metrics)
+            if trainer.step == 2:
+                os.killpg(0, signal.SIGINT)
+                time.sleep(0.3)  # for the loader process to fall over
+
+        trainer._stop_if_not_finite = hook  # type: ignore[method-assign]
+        try:
+            trainer.run()
+        except loop.Interrupted:
+            raise SystemExit(11) from None
+
+    log = tmp_path / "log"
+    assert in_child(work, log) == 11, log.read_text()
+    assert log.read_text().count("interrupted: saving") == 1
+    assert checkpoint.checkpoints(tmp_path / "out/checkpoints")[-1].name == "step-000003"
+
+
 def test_signal_handlers_are_given_back(tmp_path: Path):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     make_trainer(run_config(tmp_path / "out", train={"steps": 1})).run()
@@ -504,6 +530,12 @@ def test_a_finished_run_resumes_to_itself(tmp_path: Path, reference: Path):
     shutil.copytree(reference, tmp_path / "out")
     make_trainer(run_config(tmp_path / "out"), "latest").run()
     assert_same_run(tmp_path / "out", reference)
+
+
+def test_a_finished_run_resumes_into_another_folder(tmp_path: Path, reference: Path):
+    make_trainer(run_config(tmp_path / "new"), str(reference / "checkpoints/step-000006")).run()
+    a, b = tensors_of(tmp_path / "new"), tensors_of(reference)
+    assert all(torch.equal(a[n], b[n]) for n in a)
 
 
 def test_an_ema_can_be_switched_on_in_a_resumed_run(tmp_path: Path):

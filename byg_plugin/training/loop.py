@@ -146,6 +146,8 @@ class Trainer:
             FloatingPointError: a loss or gradient is not finite; the weights are those before this step.
         """
         config = self.config
+        if self.resume_from and self.resume_from.resolve().parent != (self.folder / "checkpoints").resolve():
+            self._save()  # a run that goes on in another folder needs nothing of the old one
         # Before the first step a preview alone; later, what a kill between saving and what follows it may have cost.
         self._preview_if_due()
         if self.step:
