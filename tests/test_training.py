@@ -18,14 +18,14 @@ import pytest
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from tiny import curve, in_child, make_trainer, run_config, workspace
+from tiny import curve, in_child, make_trainer, run_config, wake, workspace
 
 from byg_plugin import train_network
 from byg_plugin.models.flux import FluxFamily
 from byg_plugin.training import checkpoint, loop, preview
 from byg_plugin.training.config import Config
 from byg_plugin.training.loop import Trainer, learning_rate
-from byg_plugin.training.randomness import coin
+from byg_plugin.training.randomness import coin, generator
 
 ROOT = Path(__file__).parents[1]
 
@@ -259,16 +259,46 @@ def test_a_loader_process_gives_the_same_run(tmp_path: Path, reference: Path):
     assert_same_run(tmp_path / "out", reference)
 
 
-def test_accumulation_over_the_same_tuples_changes_the_grouping_alone(tmp_path: Path):
-    """2 x 1 and 1 x 2 draw other t, so only shapes and counts can be compared; the sum itself is the objective's test."""
-    trainer = make_trainer(run_config(tmp_path / "out", train={"global_batch_size": 6}))
-    assert trainer.accumulation == 6
-    seen: list[list[int]] = []
+def test_an_optimizer_step_is_the_mean_over_its_micro_steps(tmp_path: Path):
+    """Also through the reverse pass, whose gradient at y_0 must not be scaled twice."""
+    settings = {
+        "train": {"global_batch_size": 3, "max_grad_norm": 0.0},
+        "objective": {"identity_warmup_steps": 0, "identity_probability": 0.0},
+    }
+    trainer = make_trainer(run_config(tmp_path / "out", **settings))
+    assert trainer.accumulation == 3
+    wake(trainer.host)
+    micro_batches = next(trainer._loader())
+    total = {name: torch.zeros_like(p) for name, p in trainer.host.parameters.items()}
+
+    def plain(loss: torch.Tensor, *, last: bool) -> float:
+        loss.backward()
+        return 1.0
+
+    for position, examples in enumerate(micro_batches):
+        batch = trainer._batch(examples, generator(trainer.config.train.seed, "noise", position), identity_step=False)
+        trainer.objective.step(trainer.host, batch, plain)
+        for name, parameter in trainer.host.parameters.items():
+            assert parameter.grad is not None
+            total[name] += parameter.grad / 3
+            parameter.grad = None
+    taken: dict[str, torch.Tensor] = {}
+
+    def take(*args: Any) -> None:
+        taken.update({name: p.grad.clone() for name, p in trainer.host.parameters.items() if p.grad is not None})
+
+    trainer.optimizer.step = take  # type: ignore[method-assign]
+    metrics = trainer._optimizer_step(micro_batches)
+    for name, wanted in total.items():
+        torch.testing.assert_close(taken[name], wanted, rtol=1e-4, atol=1e-6)
+    norm = torch.stack([wanted.norm() for wanted in total.values()]).norm()
+    assert metrics["grad_norm"].item() == pytest.approx(norm.item(), rel=1e-4)
+
+
+def test_an_epoch_shows_every_tuple(tmp_path: Path):
+    trainer = make_trainer(run_config(tmp_path / "out", train={"global_batch_size": 5, "steps": 3}))
     for group in trainer._loader():
-        seen.append([i for micro in group for i in micro["index"]])
-    assert len(seen) == 6 and all(len(group) == 6 for group in seen)
-    flat = [i for group in seen for i in group]
-    assert sorted(flat[:5]) == [0, 1, 2, 3, 4], "an epoch shows every tuple"
+        assert sorted(i for micro in group for i in micro["index"]) == [0, 1, 2, 3, 4]
 
 
 # --- signals and the real command ---
@@ -360,8 +390,11 @@ def test_two_processes_are_one_with_twice_the_accumulation(tmp_path: Path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(29000 + os.getpid() % 2000)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     # A small rate: Adam's first steps turn a rounding difference in a tiny gradient into one of the rate's size.
-    command = [*launch, str(ROOT / "byg_plugin/train_network.py"), "--config", str(toml), "--set", "train.lr=3e-4"]
-    make_trainer(run_config(tmp_path / "one", train={"lr": 3e-4})).run()
+    command = [*launch, str(ROOT / "byg_plugin/train_network.py"), "--config", str(toml)]
+    # Validation and previews are the first process's work; the other one must wait for it and not hang.
+    for override in ("train.lr=3e-4", "dataset.validation_items=1", "train.validate_every=2", "sample.every=3", "sample.steps=1"):
+        command += ["--set", override]
+    make_trainer(run_config(tmp_path / "one", dataset={"validation_items": 1}, train={"lr": 3e-4})).run()
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=240)
     assert done.returncode == 0, done.stderr
     for name in ("byg_lora", "byg_lora-ema"):
@@ -370,6 +403,8 @@ def test_two_processes_are_one_with_twice_the_accumulation(tmp_path: Path):
         assert max(b[n].abs().max().item() for n in b if "lora_B" in n) > 1e-4
     for one, other in zip(curve(tmp_path / "out"), curve(tmp_path / "one"), strict=True):
         assert one == pytest.approx(other, rel=1e-4, abs=1e-6)
+    assert [line["step"] for line in curve(tmp_path / "out", "validation.jsonl")] == [2, 4, 6]
+    assert len(list((tmp_path / "out/previews").iterdir())) == 3
 
 
 def test_sigterm_saves_and_a_second_one_stops_at_once(tmp_path: Path):
