@@ -14,6 +14,7 @@ import pytest
 import torch
 from data_fakes import CPU, ROLES, FakeFamily, data_set, entries, hashed, picture, record, write_tuples
 from PIL import Image
+from safetensors.torch import save
 
 from byg_plugin.data import cache
 from byg_plugin.data.buckets import crop_to_bucket, to_tensor
@@ -243,9 +244,10 @@ def test_a_cut_off_or_emptied_entry_is_written_again_and_no_other(tmp_path: Path
     latents, texts = sorted((tmp_path / "cache" / "latents").iterdir()), sorted((tmp_path / "cache" / "texts").iterdir())
     latents[0].write_bytes(latents[0].read_bytes()[:-1])
     latents[1].write_bytes(b"")
+    latents[2].write_bytes(save({}))  # whole, and nothing in it
     texts[0].write_bytes(texts[0].read_bytes()[:40])
     family, *_ = run(config)
-    assert (family.images, len(family.texts)) == (2, 1) and entries(config) == before
+    assert (family.images, len(family.texts)) == (3, 1) and entries(config) == before
 
 
 def failing(tmp_path: Path, images: int = 4) -> tuple[Config, dict[str, bytes]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -16,6 +17,7 @@ import pytest
 import torch
 from data_fakes import CPU, ROLES, FakeFamily, data_set, entries, record, write_tuples
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny import tiny_config
 
 from byg_plugin.data import buckets
@@ -38,8 +40,6 @@ def toml(config: Config, path: Path) -> Path:
         lines.append(f"[{section}]")
         for key, value in config.model_dump(mode="json", exclude_none=True)[section].items():
             # JSON's strings, numbers and lists of numbers are TOML's too.
-            import json
-
             lines.append(f"{key} = {json.dumps(value)}")
     path.write_text("\n".join(lines), encoding="utf-8")
     return path
@@ -170,8 +170,6 @@ def test_another_vae_of_the_same_shape_is_another_model(tmp_path: Path) -> None:
     cache_texts(config, family, read_tuples(config.dataset), CPU)
     assert len(CachedTuples(config, family)) == 1
     before = entries(config)
-    from safetensors.torch import load_file, save_file
-
     shutil.copytree(BASE / "vae", tmp_path / "vae")
     weights = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
     state = {name: tensor.clone() for name, tensor in load_file(weights).items()}

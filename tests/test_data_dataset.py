@@ -13,7 +13,7 @@ import torch
 from data_fakes import CPU, ROLES, FakeFamily, data_set, hashed, picture, record, write_tuples
 from tiny import tiny_config
 
-from byg_plugin.data.cache import cache_latents, cache_texts
+from byg_plugin.data.cache import Keys, cache_latents, cache_texts, texts_of
 from byg_plugin.data.dataset import BucketBatches, CachedTuples, collate, split_tuples
 from byg_plugin.data.tuples import EditTuple, read_tuples
 from byg_plugin.training.config import Config
@@ -135,8 +135,6 @@ def test_10000_tuples_are_checked_in_seconds(tmp_path: Path) -> None:
     # 30,050 entries without 30,050 synced writes.
     family = FakeFamily()
     cache_latents(config, family, read_tuples(config.dataset), CPU)
-    from byg_plugin.data.cache import Keys, texts_of
-
     keys, folder = Keys(config, family), tmp_path / "cache" / "texts"
     one = data_set(tmp_path / "one", images=1)
     cache_texts(one, family, read_tuples(one.dataset), CPU)
@@ -222,6 +220,8 @@ def test_every_tuple_at_least_once_an_epoch_in_batches_of_one_bucket(data: Cache
         assert set(counts) == set(range(14))
         if size == 1:
             assert set(counts.values()) == {1}
+        for members in ([0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10], [11, 12, 13]):  # filling up favours nobody
+            assert max(counts[k] for k in members) - min(counts[k] for k in members) <= 1
         collate([data[index] for index in made[0]])
 
 
