@@ -14,8 +14,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from tiny import curve, in_child, make_trainer, run_config, wake, workspace
@@ -633,6 +635,22 @@ def test_previews_are_written_and_change_nothing(tmp_path: Path, reference: Path
     assert set(map(tuple, files.values())) == {("000.png", "001.png")}
     first, last = ((out / "previews" / name / "000.png").read_bytes() for name in (folders[0], folders[-1]))
     assert first != last
+
+
+def test_previews_have_fixed_seeds_and_the_asked_weights(tmp_path: Path):
+    def pictures(step: int, **sample: Any) -> list[np.ndarray]:
+        config = run_config(tmp_path / "out", sample={"items": 2, "steps": 2} | sample)
+        torch.manual_seed(step)  # the run's own random state must not matter
+        preview.write(config, trainer.family, trainer.host, trainer.data, step, trainer.accelerator)
+        return [np.asarray(Image.open(path)) for path in sorted(preview.folder(config, step).glob("*.png"))]
+
+    trainer = make_trainer(run_config(tmp_path / "out"))
+    wake(trainer.host)
+    one, two = pictures(1), pictures(2)
+    assert len(one) == 2 and all(np.array_equal(a, b) for a, b in zip(one, two, strict=True))
+    assert not np.array_equal(one[0], pictures(3, weights="live")[0])
+    assert not np.array_equal(one[0], pictures(4, seed=9)[0])
+    assert np.array_equal(one[0][:, :64], np.asarray(pictures(5, weights="live")[0])[:, :64]), "the source stands on the left"
 
 
 def test_a_failing_preview_does_not_end_the_run(tmp_path: Path, reference: Path, monkeypatch: pytest.MonkeyPatch):
