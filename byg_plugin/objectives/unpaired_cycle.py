@@ -44,6 +44,20 @@ class Frozen(NamedTuple):
     v_tgt: Tensor
 
 
+class States(NamedTuple):
+    """All that a step needs and that has no gradient."""
+
+    x_t: Tensor
+    y_t: Tensor
+    """The pseudo-target at t (without bootstrapping: x_t)."""
+    y_0: Tensor | None
+    """The rollout's end; None where nothing is conditioned on it."""
+    forward: Frozen
+    """At y_t, from p_src to p_tgt."""
+    reverse: Frozen
+    """At x_t, from p_tgt to p_src."""
+
+
 class UnpairedCycle:
     """See the module. `config` is the `[objective]` section."""
 
@@ -72,10 +86,10 @@ class UnpairedCycle:
             y_t, y_0 = self._rollout(fields, batch)
             if not self.config.bootstrap:
                 y_t = x_t
-            forward, reverse = self._frozen_velocities(fields, batch, y_t, x_t)
+            states = States(x_t, y_t, y_0, *self._frozen_velocities(fields, batch, y_t, x_t))
             if self.config.graph == "joint":
-                return self._joint(fields, batch, backward, x_t, y_t, y_0, forward, reverse)
-            return self._sequential(fields, batch, backward, x_t, y_t, y_0, forward, reverse)
+                return self._joint(fields, batch, states, backward)
+            return self._sequential(fields, batch, states, backward)
 
     # --- 1. without gradient: the pseudo-targets and the frozen base ---
 
@@ -166,19 +180,10 @@ class UnpairedCycle:
                 backward(loss, last=True)
         return {"loss": loss.detach(), "identity": identity.detach()}
 
-    def _sequential(
-        self,
-        fields: VelocityFields,
-        batch: Batch,
-        backward: Backward | None,
-        x_t: Tensor,
-        y_t: Tensor,
-        y_0: Tensor | None,
-        forward: Frozen,
-        reverse: Frozen,
-    ) -> Metrics:
+    def _sequential(self, fields: VelocityFields, batch: Batch, states: States, backward: Backward | None) -> Metrics:
         """Identity, reverse and forward pass, each differentiated and freed before the next."""
         c, c_bar, x, t = batch.instruction, batch.reverse_instruction, batch.source, batch.t
+        x_t, y_t, y_0, forward, reverse = states
         terms = _Terms()
 
         def differentiate(loss: Tensor, *, last: bool) -> float:
@@ -220,19 +225,10 @@ class UnpairedCycle:
         """The value of y_hat before its graph is built; only without routing is it needed."""
         return flow.predict_data(y_t, velocity(y_t, t, c, x), t)
 
-    def _joint(
-        self,
-        fields: VelocityFields,
-        batch: Batch,
-        backward: Backward | None,
-        x_t: Tensor,
-        y_t: Tensor,
-        y_0: Tensor | None,
-        forward: Frozen,
-        reverse: Frozen,
-    ) -> Metrics:
+    def _joint(self, fields: VelocityFields, batch: Batch, states: States, backward: Backward | None) -> Metrics:
         """Algorithm 1, lines 13-36, as one graph."""
         c, c_bar, x, t = batch.instruction, batch.reverse_instruction, batch.source, batch.t
+        x_t, y_t, y_0, forward, reverse = states
         terms = _Terms()
         with fields.edit() as velocity:
             loss = x_t.new_zeros(())
