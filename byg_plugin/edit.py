@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 
 from byg_plugin import _cli, sampling
 from byg_plugin.data.buckets import bucket_for, crop_to_bucket, to_tensor
-from byg_plugin.data.media import load_image
+from byg_plugin.data.media import load_image, to_rgb
 from byg_plugin.images import save_png, side_by_side, to_pil
 from byg_plugin.lora_formats import convert, read_lora
 from byg_plugin.models import make_family
@@ -180,7 +180,7 @@ class EditPipeline:
         return self._prepare(source).size
 
     def _prepare(self, source: str | Path | Image.Image) -> Image.Image:
-        image = source.convert("RGB") if isinstance(source, Image.Image) else load_image(Path(source))
+        image = to_rgb(source) if isinstance(source, Image.Image) else load_image(Path(source))
         return crop_to_bucket(image, bucket_for(image.size, self.config.dataset, self.family.pixel_multiple()))
 
     def _load(self) -> None:

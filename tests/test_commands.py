@@ -224,18 +224,18 @@ def hide(*packages: str) -> Callable[[], None]:
 @pytest.mark.parametrize(
     ("script", "package", "override", "install"),
     [
-        ("train_network", "tensorboard", "train.tracker=tensorboard", "byg-plugin[diffusers]"),
-        ("train_network", "wandb", "train.tracker=wandb", "byg-plugin[wandb]"),
-        ("train_network", "bitsandbytes", "train.optimizer=adamw8bit", "byg-plugin[bnb]"),
-        ("train_network", "diffusers", "train.steps=2", "byg-plugin[diffusers]"),
-        ("train_network", "peft", "train.steps=2", "byg-plugin[diffusers]"),
+        ("train_network", "tensorboard", "train.tracker=tensorboard", ".[diffusers]"),
+        ("train_network", "wandb", "train.tracker=wandb", ".[wandb]"),
+        ("train_network", "bitsandbytes", "train.optimizer=adamw8bit", ".[bnb]"),
+        ("train_network", "diffusers", "train.steps=2", ".[diffusers]"),
+        ("train_network", "peft", "train.steps=2", ".[diffusers]"),
     ],
 )
 def test_a_missing_extra_names_its_install_line(toml: Path, tmp_path: Path, script: str, package: str, override: str, install: str):
     code, said = run(script, "--config", toml, "--set", override, log=tmp_path / "log", before=hide(package))
     assert code == 2, said
     error = one_line_error(said)
-    assert f"needs {package}, which is not installed" in error and f'pip install "{install}"' in error
+    assert f"needs {package}, which is not installed" in error and f'pip install -e "{install}"' in error
     assert not (tmp_path / "out" / "checkpoints").exists()
 
 
@@ -252,7 +252,7 @@ def test_edit_without_diffusers_names_its_install_line(tmp_path: Path):
     arguments = ["--lora", tmp_path / "l.safetensors", "--model", model_folder(), "--source", workspace() / "photo0.png"]
     code, said = run("edit", *arguments, "--instruction", "add", log=tmp_path / "log", before=hide("diffusers"))
     assert code == 2, said
-    assert 'pip install "byg-plugin[diffusers]"' in one_line_error(said)
+    assert 'pip install -e ".[diffusers]"' in one_line_error(said)
 
 
 def test_the_shipped_recipes_are_valid(tmp_path: Path):

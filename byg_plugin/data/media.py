@@ -53,7 +53,7 @@ def load_image(path: Path) -> Image.Image:
         try:
             upright = ImageOps.exif_transpose(image)
             upright.load()
-            return _rgb(upright)
+            return to_rgb(upright)
         except _DAMAGED as error:
             raise _damaged(path, error) from error
 
@@ -104,7 +104,12 @@ def _damaged(path: Path, error: Exception) -> ValueError:
     return ValueError(f"{path}: cannot be read, it is damaged or cut off ({error}); replace it or remove its tuples")
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB: transparency on white, 16-bit greys scaled.
+
+    Raises:
+        ValueError: the range of its pixels is not known (32-bit integers, floats).
+    """
     if image.mode.startswith("I"):
         # Pillow's own conversion clips 16-bit greys at 255 instead of scaling them.
         values = np.asarray(image)

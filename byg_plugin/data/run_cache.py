@@ -25,7 +25,9 @@ def run(what: Literal["latents", "texts"], config_path: str, overrides: Sequence
 
     from byg_plugin.models import make_family
     from byg_plugin.training.device import resolve_device
+    from byg_plugin.training.extras import require_model_extras
 
+    require_model_extras(config)
     device = resolve_device(config.model.device)
     state = PartialState(cpu=device.type == "cpu")
     processes = cache.Processes(rank=state.process_index, world=state.num_processes, gather=gather_object)

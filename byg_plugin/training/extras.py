@@ -14,8 +14,9 @@ def require(package: str, why: str, extra: str, instead: str = "") -> None:
         ValueError: it cannot; names `why` it is needed, the install line and what to do `instead`.
     """
     if find_spec(package) is None:
+        install = f'pip install -e ".[{extra}]"'
         otherwise = f", or {instead}" if instead else ""
-        raise ValueError(f'{why} needs {package}, which is not installed: pip install "byg-plugin[{extra}]"{otherwise}')
+        raise ValueError(f"{why} needs {package}, which is not installed: in the folder of byg_plugin, {install}{otherwise}")
 
 
 def require_model_extras(config: Config) -> None:
