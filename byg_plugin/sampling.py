@@ -30,7 +30,7 @@ def sample(
     """Integrate the velocity from noise (B, C, F, H, W) at t = 1 to latents at t = 0.
 
     Args:
-        velocity: the field, e.g. of `DiffusersHost.live()`.
+        velocity: the field, e.g. of `Host.live()`.
         noise: the starting point.
         text: encoded instructions (or captions, for the base).
         source: source latents, or None for the base model.

@@ -77,6 +77,7 @@ def train(config: Config, family: Family, device: Any, resume: str | None) -> Pa
     # The other processes wait while the first one saves, validates and previews.
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=3))
     accelerator = Accelerator(cpu=device.type == "cpu", log_with=tracker, project_dir=config.output.dir, kwargs_handlers=[patience])
+    _check_launch(accelerator, config)
     trainer = Trainer(config, family, accelerator, resume)
     if accelerator.is_main_process:
         _write_beside(config, versions())
@@ -128,6 +129,19 @@ def dry_run(config: Config, family: Family, device: Any) -> None:
     print(f"first tuple, decoded from its cached latents: {path}")
     for role, text in texts.items():
         print(f"  {role}: {text}")
+
+
+def _check_launch(accelerator: Any, config: Config) -> None:
+    """What `accelerate launch` was told and this loop does not do is refused, not ignored."""
+    kind = accelerator.distributed_type.value
+    if kind not in ("NO", "MULTI_GPU", "MULTI_CPU", "MULTI_XPU"):
+        raise ValueError(f"accelerate launch asks for {kind}, which this host does not support: run plain multi-GPU (accelerate config)")
+    asked = accelerator.mixed_precision
+    if asked not in ("no", config.train.mixed_precision):
+        raise ValueError(
+            f'accelerate launch asks for mixed precision "{asked}", train.mixed_precision is "{config.train.mixed_precision}": '
+            f"set one of them to the other's value"
+        )
 
 
 def _write_beside(config: Config, versions: dict[str, str]) -> None:

@@ -49,3 +49,15 @@ def test_a_second_run_trains_nothing(demo):
     before = (out / "training" / "demo-ema.safetensors").stat().st_mtime_ns
     assert run_demo(out, FEW, train_tuples=12, eval_tuples=4) == tables
     assert (out / "training" / "demo-ema.safetensors").stat().st_mtime_ns == before
+
+
+def test_other_settings_are_not_shown_as_these(demo):
+    out, _ = demo
+    with pytest.raises(ValueError, match="was trained with other settings"):
+        run_demo(out, [*FEW, "train.lr=0.01"], train_tuples=12, eval_tuples=4)
+
+
+def test_no_ema_is_edited_with_the_live_weights(tmp_path):
+    tables = run_demo(tmp_path, [*FEW, "objective.ema_decay=0.0", "train.steps=1", "output.name=other"], train_tuples=12, eval_tuples=2)
+    assert tables["edited without pairs"]["all"]["n"] == 2
+    assert not (tmp_path / "training" / "other-ema.safetensors").exists()

@@ -82,6 +82,11 @@ class CachedTuples(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.tuples)
 
+    def digest(self) -> str:
+        """Identity of the order of batches: the tuples, one after another, and their buckets."""
+        contents = [(item.id, self.bucket(index)) for index, item in enumerate(self.tuples)]
+        return hashlib.sha256(repr(contents).encode()).hexdigest()
+
     def bucket(self, index: int) -> buckets.Size:
         """(width, height) in pixels that a tuple is trained at."""
         return self._pictures[index][0].bucket

@@ -9,6 +9,7 @@ done again: an interrupted demo goes on where it stopped. Delete the folder to s
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from PIL import Image
 
 from byg_plugin import _cli
 from byg_plugin.demo import metrics, sheet, world
+from byg_plugin.training.config import Config, load_config
 
 TRAIN_TUPLES, EVAL_TUPLES = 512, 64
 
@@ -63,7 +65,10 @@ def run_demo(out: Path, overrides: list[str], train_tuples: int = TRAIN_TUPLES, 
         options += ["--set", f"{key}={_quoted(value)}"]
     for override in overrides:
         options += ["--set", override]
-    lora = out / "training" / "demo-ema.safetensors"
+    resolved = load_config(config, [str(word) for word in options[2:] if word != "--set"])
+    suffix = "-ema" if resolved.objective.ema_decay else ""
+    lora = Path(resolved.output.dir) / f"{resolved.output.name}{suffix}.safetensors"
+    _refuse_other_settings(Path(resolved.output.dir) / "config.json", resolved, out)
     started = time.perf_counter()
     _run("-m", "byg_plugin.cache_latents", *options)
     _run("-m", "byg_plugin.cache_text_encoder_outputs", *options)
@@ -81,10 +86,16 @@ def run_demo(out: Path, overrides: list[str], train_tuples: int = TRAIN_TUPLES, 
     }
     tables = {**metrics.baselines(truths), "edited without pairs": metrics.evaluate(images, truths)}
     metrics.write_tables(out, tables)
-    sheet.contact_sheet(out / "contact_sheet.png", truths, images)
+    sheet.contact_sheet(out / "contact_sheet.png", truths, images, columns=8, rows=2)
     print("\n" + metrics.markdown(tables))
     print(f"caching, training and editing took {seconds:.0f} s; look at {out / 'contact_sheet.png'}")
     return tables
+
+
+def _refuse_other_settings(trained: Path, resolved: Config, out: Path) -> None:
+    """What was trained with other settings must not be shown as the result of these."""
+    if trained.exists() and json.loads(trained.read_text(encoding="utf-8")) != json.loads(resolved.to_json()):
+        raise ValueError(f"--out {out} was trained with other settings: delete it, or choose another folder")
 
 
 def _configs() -> Path:
@@ -94,8 +105,6 @@ def _configs() -> Path:
 
 
 def _quoted(value: str | Path) -> str:
-    import json
-
     return json.dumps(str(value))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from byg_plugin.training.config import Config
 
 _ADAPTER = "byg"
+logger = logging.getLogger(__name__)
 
 
 class DiffusersHost:
@@ -30,12 +32,13 @@ class DiffusersHost:
         config: the whole configuration.
         family: the model family that loads the experts and calls them.
         device: where the networks live.
+        fresh: start from `lora.init_from`, where it is set.
 
     Raises:
         ValueError: `lora.targets` matches nothing or something that is no linear, or an option cannot be honoured here.
     """
 
-    def __init__(self, config: Config, family: Family, device: torch.device):
+    def __init__(self, config: Config, family: Family, device: torch.device, *, fresh: bool = True):
         self.config, self.family, self.device = config, family, device
         dtype = getattr(torch, config.model.dtype)
         require_model_extras(config)
@@ -53,7 +56,7 @@ class DiffusersHost:
         self._lora_layers: list[Any] = [m for n in self.networks.values() for m in n.modules() if _is_lora_layer(m)]
         self._dropouts: list[nn.Module] = [d for layer in self._lora_layers for d in layer.lora_dropout.values()]
         self.parameters = self._named_lora_parameters()
-        if config.lora.init_from:
+        if config.lora.init_from and fresh:
             self.load_lora(_read_init_lora(config))
         self.ema_weights = EmaWeights(self.parameters, config.objective.ema_decay)
 
@@ -229,7 +232,16 @@ def _read_init_lora(config: Config) -> dict[str, Tensor]:
     family = metadata.get("byg.family", config.model.family)
     if family != config.model.family:
         raise ValueError(f"lora.init_from = {config.lora.init_from} was trained for {family!r}, model.family is {config.model.family!r}")
-    return convert(tensors, "diffusers")
+    position = metadata.get("byg.position", config.conditioning.position)
+    if position != config.conditioning.position:
+        raise ValueError(
+            f"lora.init_from = {config.lora.init_from} was trained with conditioning.position = {position!r}, here it is "
+            f"{config.conditioning.position!r}: set it to {position!r}"
+        )
+    guidance = float(metadata.get("byg.guidance", config.conditioning.guidance))
+    if guidance != config.conditioning.guidance:
+        logger.warning("lora.init_from was trained with conditioning.guidance = %s, here it is %s", guidance, config.conditioning.guidance)
+    return convert(tensors, "diffusers", family=family)
 
 
 def _probe_attention(backend: str, device: torch.device, dtype: torch.dtype) -> None:

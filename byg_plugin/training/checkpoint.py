@@ -16,6 +16,7 @@ import logging
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,8 @@ class TrainingState:
     """`torch.optim.Optimizer.state_dict()`."""
     config: dict[str, Any]
     """The configuration the state was trained with."""
+    data: str = ""
+    """Digest of the tuples and buckets: the order of batches is a function of them."""
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -87,10 +90,10 @@ def save(
         tensors, scalars = _split_optimizer(state.optimizer)
         tensors |= {f"lora/{k}": v for k, v in state.lora.items()} | {f"ema/{k}": v for k, v in state.ema.items()}
         save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, partial / TENSORS)
-        record = {"step": state.step, "optimizer": scalars, "config": state.config, **extra}
+        record = {"step": state.step, "optimizer": scalars, "config": state.config, "data": state.data, **extra}
         (partial / "state.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
         _sync(partial)
-        os.replace(partial, final)
+        _rename_folder(partial, final)
         _sync_folder(folder)
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk in its own class
         raise ValueError(_cannot_save(final, error, checkpoints(folder))) from error
@@ -100,6 +103,18 @@ def save(
         for old in checkpoints(folder)[:-keep_last]:
             _remove(old)
     return final
+
+
+def _rename_folder(partial: Path, final: Path) -> None:
+    """Windows refuses while a virus scanner or an indexer looks at a new file inside: that passes within seconds."""
+    for _ in range(20):
+        try:
+            return os.replace(partial, final)
+        except PermissionError:
+            if os.name != "nt":
+                raise
+            time.sleep(0.25)
+    os.replace(partial, final)
 
 
 def _remove(old: Path) -> None:
@@ -137,13 +152,15 @@ def _load(path: Path) -> TrainingState:
     with safe_open(path / TENSORS, framework="pt") as file:
         for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
             group, _, name = key.partition("/")
-            groups[group][name] = file.get_tensor(key)
+            # A copy: a view would keep the file mapped, and a mapped file cannot be removed on Windows.
+            groups[group][name] = file.get_tensor(key).clone()
     return TrainingState(
         step=record["step"],
         lora=groups["lora"],
         ema=groups["ema"],
         optimizer=_join_optimizer(groups["optimizer"], record["optimizer"]),
         config=record["config"],
+        data=record.get("data", ""),
     )
 
 

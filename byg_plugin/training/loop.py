@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from byg_plugin import __version__, sampling, timesteps
 from byg_plugin.data.dataset import BucketBatches, CachedTuples, collate
-from byg_plugin.hosts.diffusers import DiffusersHost
+from byg_plugin.hosts import make_host
 from byg_plugin.models.base import Family
 from byg_plugin.objectives import make_objective
 from byg_plugin.objectives.base import Batch, Metrics
@@ -79,8 +79,10 @@ class Trainer:
         state = checkpoint.load(self.resume_from) if self.resume_from else None
         if state:
             _check_same_run(config, state.config)
+            self._check_place(state)
 
-        self.host = DiffusersHost(config, family, accelerator.device)
+        # A resumed run has its weights: it needs no file that it started from.
+        self.host = make_host(config, family, accelerator.device, fresh=state is None)
         self.parameters = list(self.host.parameters.values())
         broadcast_from_first(self.parameters)
         self.objective = make_objective(config.objective)
@@ -114,6 +116,14 @@ class Trainer:
         except OSError as error:
             raise ValueError(f"output.dir = {self.folder} is not writable: {error.strerror}; choose another folder") from error
         return found
+
+    def _check_place(self, state: checkpoint.TrainingState) -> None:
+        if state.step > self.config.train.steps:
+            raise ValueError(
+                f"train.steps = {self.config.train.steps} is below the checkpoint's {state.step} steps: raise it, nothing is left to do"
+            )
+        if state.data != self.data.digest():
+            logger.warning("--resume: the tuples are not those of the checkpoint; the order of batches differs from an uninterrupted run")
 
     def _restore(self, state: checkpoint.TrainingState) -> None:
         for name, parameter in self.host.parameters.items():
@@ -310,6 +320,7 @@ class Trainer:
                 ema=ema if self.config.objective.ema_decay else {},
                 optimizer=self.optimizer.state_dict(),
                 config=self.config.model_dump(mode="json"),
+                data=self.data.digest(),
             )
             folder = self.folder / "checkpoints"
             extra = {"versions": versions(), "command": sys.argv}
@@ -385,7 +396,7 @@ def _make_optimizer(config: Config, parameters: list[Any]) -> torch.optim.Optimi
 
 def lora_metadata(config: Config, step: int, weights: str) -> dict[str, str]:
     """Metadata of a LoRA file: what a reader needs and what a maker wants to know. No paths, prompts or keys."""
-    base = config.model.path or config.model.transformer or ""
+    base = config.model.part("transformer")
     return {
         "byg.version": __version__,
         "byg.family": config.model.family,

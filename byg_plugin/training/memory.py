@@ -53,7 +53,10 @@ def memory_sum(
     activation_bytes = 2.0 if config.train.mixed_precision == "bf16" else 4.0
     inputs = config.train.batch_size * tokens * width * activation_bytes
     # A FLUX block keeps about 34 hidden-size tensors for its backward (norms, q k v, attention out, a 4x MLP and its GELU).
-    kept = inputs * (blocks + 34) if config.model.gradient_checkpointing else inputs * blocks * 34
+    a_pass = inputs * blocks if config.model.gradient_checkpointing else inputs * blocks * 34
+    unpaired = config.objective.name == "unpaired_cycle"
+    passes = 3 if unpaired and config.objective.graph == "joint" else 2 if unpaired and config.objective.merge_identity else 1
+    kept = passes * a_pass + (inputs * 34 * (2 if passes == 2 else 1) if config.model.gradient_checkpointing else 0)
     parts = [
         Part(
             name=f"frozen weights ({config.model.quantization if config.model.quantization != 'none' else config.model.dtype})",
@@ -64,10 +67,10 @@ def memory_sum(
         Part(name="LoRA gradients (float32)", bytes=lora, exact=True),
         Part(name=f"optimizer moments ({config.train.optimizer})", bytes=moments, exact=config.train.optimizer == "adamw"),
     ]
-    if config.objective.ema_decay and config.objective.name == "unpaired_cycle":
+    if config.objective.ema_decay:
         parts.append(Part(name="EMA weights (float32)", bytes=lora, exact=True))
     what = "saved block inputs + one block recomputed" if config.model.gradient_checkpointing else "activations of all blocks"
-    parts.append(Part(name=f"{what} ({tokens} tokens)", bytes=kept, exact=False))
+    parts.append(Part(name=f"{what}, {passes} pass{'es' if passes > 1 else ''} at once ({tokens} tokens)", bytes=kept, exact=False))
     return parts
 
 

@@ -18,7 +18,7 @@ from byg_plugin.training.config import Config
 
 if TYPE_CHECKING:
     from byg_plugin.data.dataset import CachedTuples
-    from byg_plugin.hosts.diffusers import DiffusersHost
+    from byg_plugin.hosts import Host
 
 logger = get_logger(__name__)
 
@@ -28,7 +28,7 @@ def folder(config: Config, step: int) -> Path:
     return Path(config.output.dir) / "previews" / f"step-{step:06d}"
 
 
-def write(config: Config, family: Family, host: DiffusersHost, data: CachedTuples, step: int, accelerator: Accelerator) -> None:
+def write(config: Config, family: Family, host: Host, data: CachedTuples, step: int, accelerator: Accelerator) -> None:
     """Edit the first `[sample] items` tuples and write `previews/step-000500/<n>.png`. A failure is told, never raised."""
     try:
         images = _render(config, family, host, data)
@@ -43,7 +43,7 @@ def write(config: Config, family: Family, host: DiffusersHost, data: CachedTuple
 
 
 @torch.no_grad()
-def _render(config: Config, family: Family, host: DiffusersHost, data: CachedTuples) -> list[tuple[Image.Image, str]]:
+def _render(config: Config, family: Family, host: Host, data: CachedTuples) -> list[tuple[Image.Image, str]]:
     sample = config.sample
     latents = []
     weights = host.ema if sample.weights == "ema" else host.live
