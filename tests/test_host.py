@@ -354,7 +354,7 @@ def test_bitsandbytes_missing_names_the_install_line(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(extras, "find_spec", lambda name: None if name == "bitsandbytes" else object())
     config = host_config(tmp_path, model={"quantization": "nf4", "dtype": "bfloat16", "path": str(tmp_path / "never read")})
-    with pytest.raises(ValueError, match=r'quantization = "nf4" needs bitsandbytes.*byg-plugin\[bnb\]'):
+    with pytest.raises(ValueError, match=r'quantization = "nf4" needs bitsandbytes.*-e "\.\[bnb\]"'):
         DiffusersHost(config, FluxFamily(config), torch.device("cpu"))
 
 
