@@ -1,14 +1,18 @@
 # make demo   everything from nothing: environment, tiny world, caches, training, edits, contact sheet, figures
 # make test   the whole test suite on the CPU
 #
-# Uses the active virtual environment if there is one, else makes .venv. An installed torch is never replaced; where none is,
-# TORCH is installed. Linux without a GPU: make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+# Uses the active virtual or conda environment (not conda's base) if there is one, else makes .venv. An installed torch is
+# never replaced: one that is too old stops the installation. Where none is, TORCH is installed.
+# Linux without a GPU: make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-VENV ?= $(if $(VIRTUAL_ENV),$(VIRTUAL_ENV),.venv)
+CONDA := $(if $(filter-out base,$(CONDA_DEFAULT_ENV)),$(CONDA_PREFIX))
+VENV ?= $(or $(VIRTUAL_ENV),$(CONDA),.venv)
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.byg-installed
+TORCH_THERE := $(VENV)/torch-constraint.txt
+TORCH_LINE := from importlib.metadata import version; print('torch==' + version('torch'))
 DEMO_OUT ?= demo_out
 
 .PHONY: demo test lint install clean
@@ -31,7 +35,8 @@ $(BIN)/python:
 
 $(STAMP): pyproject.toml setup.py constraints.txt | $(BIN)/python
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install $(TORCH)
-	$(BIN)/python -m pip install -c constraints.txt -e ".[dev]"
+	$(BIN)/python -c "$(TORCH_LINE)" > $(TORCH_THERE)
+	$(BIN)/python -m pip install -c constraints.txt -c $(TORCH_THERE) -e ".[dev]"
 	touch $@
 
 clean:

@@ -25,7 +25,7 @@ from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from byg_plugin.models import flux_names
@@ -231,7 +231,8 @@ def write_lora(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mappin
         raise ValueError(f"{path}: the folder {path.parent} does not exist; make it first")
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside, metadata=dict(metadata))
+        # Not save_file: it makes files that only their owner may read, whatever the umask.
+        beside.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata=dict(metadata)))
         os.replace(beside, path)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path}: cannot be written ({error})") from error

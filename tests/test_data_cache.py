@@ -371,6 +371,14 @@ def test_encodings_that_are_not_finite_are_not_cached(tmp_path: Path) -> None:
     assert entries(config) == {}
 
 
+def test_cut_texts_are_named_by_the_run_that_encodes_them(tmp_path: Path) -> None:
+    config = data_set(tmp_path)
+    edit_tuples(config, lambda records: [item.update(instruction=f"long {index}") for index, item in enumerate(records)])
+    _, latents, texts = run(with_dataset(config, cache_batch_size=2))
+    assert latents.cut == () and sorted(texts.cut) == ["long 0", "long 1", "long 2"]
+    assert run(config)[2].cut == ()
+
+
 def test_small_images_are_counted_and_not_scaled_up(tmp_path: Path) -> None:
     config = data_set(tmp_path)
     picture(tmp_path / "0.png", (40, 40))

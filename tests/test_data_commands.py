@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -58,8 +59,10 @@ def wait_for_entries(config: Config, count: int, process: subprocess.Popen[str])
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT] if hasattr(signal, "SIGKILL") else [])
-def test_stopped_in_the_middle_and_run_again(tmp_path: Path, how: signal.Signals) -> None:
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows cannot send these signals to a process")
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGINT"])
+def test_stopped_in_the_middle_and_run_again(tmp_path: Path, name: str) -> None:
+    how = signal.Signals[name]
     config = data_set(tmp_path, images=12)
     process = faked("latents", 0.3, toml(config, tmp_path / "c.toml"))
     wait_for_entries(config, 3, process)
@@ -138,6 +141,9 @@ def test_real_photos_through_the_commands_into_batches(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         said.append(done.stdout)
     assert "4 images encoded, 0 were cached already" in said[0] and "25 texts encoded" in said[1]
+    assert re.search(r"note: \d+ texts are longer than conditioning.max_text_tokens = 8 tokens and were cut, e.g. '\w+ \d of", said[1]), (
+        said
+    )
     family = make_family(config)
     data = CachedTuples(config, family)
     sizes = {data.tuples[i].source.name: data.bucket(i) for i in range(len(data))}

@@ -231,6 +231,15 @@ def test_texts_are_padded_to_one_length_and_do_not_depend_on_their_neighbours():
         assert not torch.allclose(together[name][0], together[name][1])
 
 
+def test_texts_that_are_cut_are_known(caplog: pytest.LogCaptureFixture):
+    encoders = family().load_text_encoders(CPU)
+    fits, cut = " ".join(["snow"] * 7), " ".join(["snow"] * 8)  # 8 tokens, of which T5's end is one
+    assert family().longer_than_limit(encoders, [fits, cut, "add snow"]) == [False, True, False]
+    one, other = (family().encode_texts(encoders, [text + end])["t5"] for text, end in ((cut, ""), (cut, " dog")))
+    assert torch.equal(one, other), "what is past the limit is read after all"
+    assert "longer than the specified maximum" not in caplog.text
+
+
 def test_sizes():
     flux_family = family()
     assert flux_family.pixel_multiple() == 16

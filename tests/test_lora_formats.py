@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -421,17 +422,29 @@ def test_writing_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = tmp_path / "lora.safetensors"
     lora_formats.write_lora(path, {"a": torch.ones(1)}, {})
 
-    def full_disk(tensors, beside, metadata):
-        Path(beside).write_bytes(b"half")
+    def full_disk(beside: Path, data: bytes):
+        with open(beside, "wb") as file:
+            file.write(data[: len(data) // 2])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(lora_formats, "save_file", full_disk)
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
     with pytest.raises(ValueError, match="No space left"):
         lora_formats.write_lora(path, {"a": torch.zeros(1)}, {})
     assert load_file(path)["a"].item() == 1
     assert [p.name for p in tmp_path.iterdir()] == ["lora.safetensors"]
     with pytest.raises(ValueError, match="does not exist; make it"):
         lora_formats.write_lora(tmp_path / "no" / "lora.safetensors", {}, {})
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no umask")
+@pytest.mark.parametrize("umask", [0o022, 0o007])
+def test_the_file_s_mode_follows_the_umask(tmp_path: Path, umask: int):
+    before = os.umask(umask)
+    try:
+        lora_formats.write_lora(tmp_path / "lora.safetensors", {"a": torch.ones(1)}, {})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "lora.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask
 
 
 # --- the command ---

@@ -363,6 +363,7 @@ def wait_for_step(out: Path, step: int, process: subprocess.Popen[bytes], log: P
     raise AssertionError(f"step {step} was not reached: {log.read_text()}")
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows cannot send these signals to a process")
 def test_the_command_survives_kill_9_and_ctrl_c(tmp_path: Path):
     out, steps, log = tmp_path / "out", 14, tmp_path / "log"
     toml = write_toml(tmp_path / "run.toml", out, steps)
@@ -460,6 +461,12 @@ def test_ctrl_c_reaches_the_whole_group_and_the_loader_process_leaves_it_to_the_
     assert in_child(work, log) == 11, log.read_text()
     assert log.read_text().count("interrupted: saving") == 1
     assert checkpoint.checkpoints(tmp_path / "out/checkpoints")[-1].name == "step-000003"
+
+
+def test_what_needs_a_fork_is_skipped_where_there_is_none(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delattr(os, "fork", raising=False)
+    with pytest.raises(pytest.skip.Exception, match="no os.fork"):
+        in_child(lambda: None)
 
 
 def test_signal_handlers_are_given_back(tmp_path: Path):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL, FluxTransformer2DModel
@@ -222,7 +223,12 @@ def curve(out: Path, name: str = "log.jsonl") -> list[dict[str, Any]]:
 
 
 def in_child(work: Callable[[], object], stderr: Path | None = None) -> int:
-    """Run `work` in a forked child, which may be killed in it; returns the exit code (negative: a signal)."""
+    """Run `work` in a forked child, which may be killed in it; returns the exit code (negative: a signal).
+
+    Skips the test where processes cannot fork (Windows).
+    """
+    if not hasattr(os, "fork"):
+        pytest.skip("no os.fork on this system")
     sys.stdout.flush()
     sys.stderr.flush()
     child = os.fork()

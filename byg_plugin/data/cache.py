@@ -297,6 +297,8 @@ class Summary:
     kept: int
     small: int = 0
     pruned: int = 0
+    cut: tuple[str, ...] = ()
+    """Texts encoded in this run that are longer than the family takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -421,12 +423,14 @@ def cache_texts(
     todo = sorted(key for key in by_key if not store.has(key))
     processes.gather([])
     mine = todo[processes.rank :: processes.world]
+    cut: list[str] = []
     if mine:
         encoders = family.load_text_encoders(device)
         with tqdm(total=len(mine), desc="encode texts", unit="text", disable=processes.rank > 0) as bar:
             for group in _groups(mine, config.dataset.cache_batch_size, lambda key: None):
+                texts = [by_key[key] for key in group]
                 with _memory_advice(len(group)):
-                    encoded = family.encode_texts(encoders, [by_key[key] for key in group])
+                    encoded = family.encode_texts(encoders, texts)
                 if not all(value.isfinite().all() for value in encoded.values()):
                     raise ValueError(
                         f"model.dtype = {config.model.dtype!r}: the encoding of {by_key[group[0]]!r} or of the {len(group) - 1} after it "
@@ -434,10 +438,11 @@ def cache_texts(
                     )
                 for index, key in enumerate(group):
                     store.write(key, {name: value[index] for name, value in encoded.items()})
+                cut += [text for text, longer in zip(texts, family.longer_than_limit(encoders, texts), strict=True) if longer]
                 bar.update(len(group))
-    processes.gather([])
+    cut = processes.gather(cut)
     pruned = store.prune(by_key) if prune and processes.rank == 0 else 0
-    return Summary(encoded=len(todo), kept=len(by_key) - len(todo), pruned=pruned)
+    return Summary(encoded=len(todo), kept=len(by_key) - len(todo), pruned=pruned, cut=tuple(cut))
 
 
 @contextmanager

@@ -51,3 +51,9 @@ def run(what: Literal["latents", "texts"], config_path: str, overrides: Sequence
             f"nothing is scaled up",
             state.is_main_process,
         )
+    if summary.cut:
+        _cli.say(
+            f"note: {len(summary.cut)} texts are longer than conditioning.max_text_tokens = {config.conditioning.max_text_tokens} tokens "
+            f"and were cut, e.g. {summary.cut[0]!r}",
+            state.is_main_process,
+        )

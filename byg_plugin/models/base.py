@@ -61,6 +61,10 @@ class Family(Protocol):
         """B texts -> named tensors, batch first, on the CPU."""
         ...
 
+    def longer_than_limit(self, encoders: Any, texts: Sequence[str]) -> list[bool]:
+        """Of each text, whether `encode_texts` cuts it at conditioning.max_text_tokens. Runs no encoder."""
+        ...
+
     # --- the network ---
     def expert_of(self, t: Tensor) -> str:
         """Name of the expert that serves these t; all of them must be on one side."""

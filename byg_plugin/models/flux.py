@@ -156,6 +156,12 @@ class FluxFamily:
         pooled = encoders.clip(clip_ids.input_ids.to(device)).pooler_output
         return {"t5": sequence.cpu(), "pooled": pooled.cpu()}
 
+    def longer_than_limit(self, encoders: TextEncoders, texts: Sequence[str]) -> list[bool]:
+        """See `models.base.Family`. Of T5; CLIP's own 77 tokens are no setting, and FLUX takes only a pooled vector from it."""
+        # verbose=False: the tokenizer would warn of its own model_max_length.
+        ids = encoders.t5_tokenizer(list(texts), truncation=False, verbose=False).input_ids
+        return [len(tokens) > self._config.conditioning.max_text_tokens for tokens in ids]
+
     # --- the network ---
 
     def expert_of(self, t: Tensor) -> str:
