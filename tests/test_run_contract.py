@@ -105,3 +105,10 @@ def test_the_memory_sum_follows_the_switches(tmp_path: Path):
     assert bytes_of(model={"quantization": "fp8"}) < sequential
     assert bytes_of(objective={"ema_decay": 0.0}) == sequential - 4 * 2 * 4 * 32
     assert bytes_of(objective={"name": "paired", "ema_decay": 0.0}) < bytes_of(objective={"name": "paired"})
+
+
+def test_lora_files_can_be_read_by_others(tmp_path: Path):
+    lora = one_step_lora(tmp_path / "out")
+    inside = checkpoint.find(tmp_path / "out" / "checkpoints", "latest") / lora.name
+    (tmp_path / "plain").write_bytes(b"")
+    assert lora.stat().st_mode == inside.stat().st_mode == (tmp_path / "plain").stat().st_mode

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -86,7 +87,8 @@ def save(
             shutil.rmtree(leftover)
         partial.mkdir()
         for name, (tensors, metadata) in lora_files.items():
-            save_file(dict(tensors), partial / name, metadata={"format": "pt", **metadata})
+            # Not save_file: its files are private to the user, and these are for other programs.
+            (partial / name).write_bytes(serialize(dict(tensors), metadata={"format": "pt", **metadata}))
         tensors, scalars = _split_optimizer(state.optimizer)
         tensors |= {f"lora/{k}": v for k, v in state.lora.items()} | {f"ema/{k}": v for k, v in state.ema.items()}
         save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, partial / TENSORS)
