@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import io
+import re
 import sys
+import traceback
 from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+_PACKAGE = Path(__file__).resolve().parent
 
 
 def common_parser(description: str, *, config_required: bool = True) -> argparse.ArgumentParser:
@@ -16,15 +23,61 @@ def common_parser(description: str, *, config_required: bool = True) -> argparse
 
 
 def run(main: Callable[[], object]) -> None:
-    """Run a command. A user's error (`ValueError`, a loss that is not finite) is one line and exit code 2; Ctrl-C is 130;
-    anything else is our defect and keeps its traceback."""
+    """Run a command and end the process as its outcome asks.
+
+    Exit code 2 and a message without a traceback: a `ValueError` or `FloatingPointError` (a loss that is not finite) that
+    this package raised, a device out of memory, a file that cannot be read or written. Ctrl-C is 130. Anything else, also a
+    `ValueError` raised in another library, is our defect: it keeps its traceback, and Python exits with 1.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        # A Windows console's cp1252 lacks most letters; one in a file name or caption must not end a run.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except (ValueError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from error
+        if not _raised_here(error):
+            raise
+        # A loader process's error is its traceback as text.
+        _fail(str(error).rpartition("\nValueError: ")[2].rstrip(), error)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _fail(f"{error.filename}: {error.strerror or error}", error)
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        # What follows is advice on the allocator's settings.
+        reason = " ".join(str(error).partition(" Of the allocated")[0].split())
+        _fail(f"{reason} {_LESS_MEMORY}".lstrip(), error)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+
+
+_LESS_MEMORY = (
+    'To need less memory: model.quantization = "fp8" (or int8, nf4), a smaller dataset.resolution, objective.frozen_batch = 1, '
+    "model.gradient_checkpointing = true; while caching dataset.cache_batch_size = 1; in edit --quantization fp8, a smaller "
+    "--resolution, --batch-size 1"
+)
+
+
+def _fail(message: str, error: Exception) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(2) from error
+
+
+def _raised_here(error: Exception) -> bool:
+    """Whether the statement that raised it is this package's."""
+    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    if str(error).startswith("Caught "):  # torch raised it again for a loader process
+        files += re.findall(r'^  File "(.+)", line \d+', str(error), re.MULTILINE)
+    return bool(files) and Path(files[-1]).resolve().is_relative_to(_PACKAGE)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    # Not imported here: commands that only look at a configuration do without torch, whose import takes seconds.
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(error, torch.OutOfMemoryError)
 
 
 def say(text: str, main_process: bool = True) -> None:

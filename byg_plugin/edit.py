@@ -3,7 +3,8 @@
     python byg_plugin/edit.py --model black-forest-labs/FLUX.1-dev --lora out/byg_flux-ema.safetensors \
         --source photo.jpg --instruction "make it snow" --out edits
 
-`--source` may be a folder; `--tuples` edits every tuple of a JSONL file. From Python:
+`--source` may be a folder; `--tuples` edits every tuple of a JSONL file. Guidance, resolution, position ids and the sampler's
+schedule are what the LoRA says of its training, whatever `--config` says; the options below override them. From Python:
 
     from byg_plugin import EditPipeline
     pipe = EditPipeline.from_lora("out/byg_flux-ema.safetensors", model="black-forest-labs/FLUX.1-dev")
@@ -19,30 +20,34 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from byg_plugin import _cli, sampling
-from byg_plugin.data.buckets import bucket_for, crop_to_bucket, to_tensor
-from byg_plugin.data.media import load_image, to_rgb
+from byg_plugin.data.buckets import Size, bucket_for, crop_to_bucket, to_tensor
+from byg_plugin.data.media import image_size, load_image, to_rgb
 from byg_plugin.images import save_png, side_by_side, to_pil
 from byg_plugin.lora_formats import convert, read_lora
 from byg_plugin.models import make_family
-from byg_plugin.training.config import Config, load_config, parse_config
+from byg_plugin.training.config import Config, DatasetConfig, load_config, parse_config
 from byg_plugin.training.device import resolve_device
 from byg_plugin.training.extras import require_model_extras
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+_MAX_SEED = 2**63 - 1  # what torch's generators take
+_TOLD_CUT = 0.2  # of a picture's pixels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,10 +63,14 @@ class Job:
 class EditPipeline:
     """A base model with an editing LoRA. Make one with `from_lora`.
 
-    The text encoders are in memory while texts are encoded and dropped before the network comes; encodings are kept.
+    The text encoders are in memory while texts are encoded and dropped before the network comes; encodings are kept. A later
+    call with a new instruction loads the encoders again: on a CUDA device the network waits on the CPU meanwhile, unless it
+    is stored in int8 or nf4, whose weights stay on the device. Where instructions are known beforehand, `encode` them at once.
     """
 
     def __init__(self, config: Config, lora: Mapping[str, Tensor], *, strength: float = 1.0):
+        if not math.isfinite(strength):
+            raise ValueError(f"strength = {strength} is not a finite number; 1 = as trained")
         self.config = config
         self.device = resolve_device(config.model.device)
         require_model_extras(config)
@@ -85,12 +94,12 @@ class EditPipeline:
         dtype: str | None = None,
         quantization: str | None = None,
     ) -> EditPipeline:
-        """Read a LoRA of any of our formats; its metadata supplies family, position ids, guidance and resolution.
+        """Read a LoRA of any of our formats; its metadata supplies family, position ids, guidance, resolution and schedule.
 
         Args:
             lora: the .safetensors file.
             model: diffusers folder or hub id of the base (or give `config`).
-            config: a training configuration: its `[model]` section is used.
+            config: a training configuration: its `[model]`, buckets and `[sample]` steps are used.
             strength: scale of the LoRA; 1 = as trained, 0 = the base with source tokens.
             guidance: instead of the metadata's.
             resolution: instead of the metadata's; about resolution x resolution pixels.
@@ -139,10 +148,14 @@ class EditPipeline:
         """(source as the model saw it, edit) of each; sources of one batch must fall into one bucket.
 
         Raises:
-            ValueError: they do not, an instruction is empty, or the numbers of sources, instructions and seeds differ.
+            ValueError: they do not, an instruction is empty, a seed is out of range, or the numbers of sources, instructions
+                and seeds differ.
         """
         if not len(sources) == len(instructions) == len(seeds):
             raise ValueError(f"a batch needs as many instructions and seeds as sources: {len(sources)}, {len(instructions)}, {len(seeds)}")
+        for seed in seeds:
+            if not 0 <= seed <= _MAX_SEED:
+                raise ValueError(f"seed = {seed} is out of range: 0 to {_MAX_SEED}")
         self.encode(instructions)
         self._load()
         pictures = [self._prepare(source) for source in sources]
@@ -171,26 +184,47 @@ class EditPipeline:
         if empty:
             raise ValueError("the instruction is empty: say what to change")
         if new:
-            encoders = self.family.load_text_encoders(self.device)
-            for text in new:
-                self._texts[text] = {name: value[0] for name, value in self.family.encode_texts(encoders, [text]).items()}
+            with self._network_aside():
+                self._encode_new(new)
+
+    def _encode_new(self, texts: Sequence[str]) -> None:
+        # On its own: the encoders must be gone before the network is back.
+        encoders = self.family.load_text_encoders(self.device)
+        for text in texts:
+            self._texts[text] = {name: value[0] for name, value in self.family.encode_texts(encoders, [text]).items()}
+
+    @contextmanager
+    def _network_aside(self) -> Iterator[None]:
+        """A loaded network is on the CPU: a card that holds the network or the encoders need not hold both."""
+        # bitsandbytes' weights do not come back from the CPU as they were.
+        stays = self._host is None or self.device.type != "cuda" or self.config.model.quantization in ("int8", "nf4")
+        networks = [] if stays else list(self._host.networks.values())
+        try:
+            for network in networks:
+                network.to("cpu")
+            yield
+        finally:
+            for network in networks:
+                network.to(self.device)
 
     def prepare_size(self, source: str | Path | Image.Image) -> tuple[int, int]:
         """(width, height) of the edit of a source."""
         return self._prepare(source).size
 
     def _prepare(self, source: str | Path | Image.Image) -> Image.Image:
-        image = to_rgb(source) if isinstance(source, Image.Image) else load_image(Path(source))
+        image = to_rgb(ImageOps.exif_transpose(source)) if isinstance(source, Image.Image) else load_image(Path(source))
         return crop_to_bucket(image, bucket_for(image.size, self.config.dataset, self.family.pixel_multiple()))
 
     def _load(self) -> None:
         if self._host is None:
             from byg_plugin.hosts.diffusers import DiffusersHost
 
-            self._host = DiffusersHost(self.config, self.family, self.device)
-            self._host.load_lora(self._lora)
-            self._host.set_strength(self._strength)
-            self._vae = self.family.load_vae(self.device)
+            host = DiffusersHost(self.config, self.family, self.device)
+            host.load_lora(self._lora)
+            host.set_strength(self._strength)
+            vae = self.family.load_vae(self.device)
+            # Last: a caller that catches an error and calls again must not edit without LoRA.
+            self._host, self._vae = host, vae
 
 
 _NEEDED = ("byg.family", "byg.position", "byg.guidance", "byg.max_text_tokens", "byg.resolution")
@@ -210,10 +244,12 @@ def _from_metadata(metadata: Mapping[str, str], config: Config | None, model: Ma
     if config is None:
         section, expected = {}, "flux"
         raw: dict[str, Any] = {"dataset": {"tuples": "", "cache_dir": ""}, "output": {"dir": "."}}
-        raw["sample"] = {"schedule": metadata.get("byg.schedule", "shifted")}
+        raw["sample"] = {}
     else:
         raw = config.model_dump(include={"model", "dataset", "sample", "output"})
         section, expected = raw["model"], config.model.family
+    if "byg.schedule" in metadata:
+        raw["sample"]["schedule"] = metadata["byg.schedule"]
     if family != expected:
         raise ValueError(f"the LoRA was trained for {family!r}, the base model is {expected!r}")
     if "path" in model:
@@ -268,8 +304,8 @@ def _check_out(out: Path, jobs: Sequence[Job]) -> None:
         raise ValueError(f"--out {out}: cannot be written: {error.strerror}; choose another folder") from error
 
 
-def jobs_of(args: argparse.Namespace) -> list[Job]:
-    """What the command line asks for.
+def jobs_of(args: argparse.Namespace, config: Config | None = None) -> list[Job]:
+    """What the command line asks for; relative sources of `--tuples` start from the configuration's dataset.image_root.
 
     Raises:
         ValueError: nothing, too much, or something missing.
@@ -277,11 +313,16 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
     if args.tuples:
         if args.source or args.instruction:
             raise ValueError("--tuples has its own sources and instructions: leave out --source and --instruction")
-        from byg_plugin.data.tuples import read_tuples_file
+        from byg_plugin.data.tuples import read_tuples, read_tuples_file
 
+        # A folder of tuples has its images beside them, wherever those of training are.
+        if config is None or Path(args.tuples).is_dir():
+            tuples = read_tuples_file(Path(args.tuples))
+        else:
+            tuples = read_tuples(config.dataset.model_copy(update={"tuples": args.tuples}))
         return [
             Job(source=item.source, instruction=item.instruction, name=f"{index:05d}_{item.source.stem}")
-            for index, item in enumerate(read_tuples_file(Path(args.tuples)))
+            for index, item in enumerate(tuples)
         ]
     if args.instruction is not None and not args.instruction.strip():
         raise ValueError("--instruction is empty: say what to change")
@@ -304,26 +345,69 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--lora", required=True, help="LoRA file (.safetensors)")
     parser.add_argument("--source", help="image, or folder of images")
     parser.add_argument("--instruction", help="what to change")
-    parser.add_argument("--tuples", help="JSONL of tuples: edit each source by its instruction")
+    parser.add_argument(
+        "--tuples",
+        help="JSONL or folder of tuples: edit each source by its instruction; relative sources start from dataset.image_root of --config, "
+        "or the file's folder",
+    )
     parser.add_argument("--out", default="edits", help="folder of the results (default: edits)")
-    parser.add_argument("--steps", type=_positive, help="Euler steps (default 20)")
-    parser.add_argument("--schedule", choices=["uniform", "shifted"], help="nodes of the sampler (default: the LoRA's)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default 0; image i uses seed + i)")
-    parser.add_argument("--guidance", type=float, help="guidance embedding (default: the LoRA's)")
-    parser.add_argument("--strength", type=float, default=1.0, help="scale of the LoRA (default 1)")
-    parser.add_argument("--resolution", type=_positive, help="about resolution x resolution pixels (default: the LoRA's)")
-    parser.add_argument("--batch-size", type=_positive, default=1, help="images of one size edited at once (default 1)")
+    parser.add_argument("--steps", type=positive_whole_number, help="Euler steps (default: sample.steps of --config, or 20)")
+    parser.add_argument(
+        "--schedule",
+        choices=["uniform", "shifted"],
+        help="nodes of the sampler (default: the LoRA's byg.schedule, which wins over sample.schedule of --config)",
+    )
+    parser.add_argument(
+        "--seed", type=seed_number, default=0, help="seed of the noise, 0 to 2^63 - 1 (default 0; image i, counted from 0, uses seed + i)"
+    )
+    parser.add_argument("--guidance", type=finite_number, help="guidance embedding (default: the LoRA's)")
+    parser.add_argument("--strength", type=finite_number, default=1.0, help="scale of the LoRA (default 1 = as trained)")
+    parser.add_argument("--resolution", type=positive_whole_number, help="about resolution x resolution pixels (default: the LoRA's)")
+    parser.add_argument("--batch-size", type=positive_whole_number, default=1, help="images of one size edited at once (default 1)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], help="default: the configuration's, or auto")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="default: the configuration's, or bfloat16")
     parser.add_argument("--quantization", choices=["none", "fp8", "int8", "nf4"], help="default: the configuration's, or none")
     return parser
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
+def positive_whole_number(text: str) -> int:
+    """An argument's type."""
+    return _whole_number(text, 1, None, "a positive whole number")
+
+
+def seed_number(text: str) -> int:
+    """An argument's type."""
+    return _whole_number(text, 0, _MAX_SEED, f"a whole number from 0 to {_MAX_SEED}")
+
+
+def _whole_number(text: str, least: int, most: int | None, what: str) -> int:
+    try:
+        value = int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from error
+    if value < least or (most is not None and value > most):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
     return value
+
+
+def finite_number(text: str) -> float:
+    """An argument's type."""
+    try:
+        value = float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from error
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+    return value
+
+
+def _tell_cut(source: Path, size: Size, bucket: Size, dataset: DatasetConfig) -> None:
+    """Say on stderr that much of a picture will not be in its edit."""
+    kept = min(size[0] / size[1], bucket[0] / bucket[1]) / max(size[0] / size[1], bucket[0] / bucket[1])
+    if 1 - kept > _TOLD_CUT:
+        remedy = "raise dataset.max_aspect" if dataset.buckets else "set dataset.buckets = true"
+        text = f"{source}: {1 - kept:.0%} of its {size[0]} x {size[1]} pixels are cut off for an edit of {bucket[0]} x {bucket[1]}"
+        tqdm.write(f"{text}; pad it, or {remedy} in --config", file=sys.stderr)
 
 
 def main() -> None:
@@ -332,7 +416,7 @@ def main() -> None:
     if args.set and not args.config:
         raise ValueError("--set overrides a key of --config: give --config, or use edit's own options")
     config = load_config(args.config, args.set) if args.config else None
-    jobs = jobs_of(args)
+    jobs = jobs_of(args, config)
     out = Path(args.out)
     _check_out(out, jobs)
     pipe = EditPipeline.from_lora(
@@ -348,6 +432,8 @@ def main() -> None:
     )
     # All texts first: then the encoders leave for good. Sizes too: an unreadable image stops before the long work.
     sized = [(pipe.prepare_size(job.source), index, job) for index, job in enumerate(jobs)]
+    for bucket, _, job in sized:
+        _tell_cut(job.source, image_size(job.source), bucket, pipe.config.dataset)
     pipe.encode([job.instruction for job in jobs])
     settings = {
         "lora": Path(args.lora).name,

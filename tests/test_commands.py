@@ -17,6 +17,8 @@ import pytest
 import torch
 from tiny import curve, in_child, model_folder, run_config, workspace, write_tuples
 
+from byg_plugin import _cli
+
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ("train_network", "cache_latents", "cache_text_encoder_outputs", "edit", "convert_lora")
 
@@ -57,6 +59,103 @@ def one_line_error(said: str) -> str:
     assert "Traceback" not in said, said
     (line,) = [line for line in said.splitlines() if line.startswith("error: ")] or [f"no error line in: {said}"]
     return said[said.index(line) :]
+
+
+# --- how a command ends ---
+
+
+def ended(work: Callable[[], object], log: Path) -> tuple[int, str]:
+    """`_cli.run(work)` in a child: exit code, and what it printed."""
+    return in_child(lambda: _cli.run(work), log), log.read_text(encoding="utf-8")
+
+
+def raising(error: BaseException) -> Callable[[], None]:
+    def work() -> None:
+        raise error
+
+    return work
+
+
+def test_out_of_memory_names_what_needs_less(tmp_path: Path):
+    text = (
+        "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 23.99 GiB. Of the allocated memory 1 GiB "
+        "is allocated by PyTorch.\nIf reserved"
+    )
+    code, said = ended(raising(torch.OutOfMemoryError(text)), tmp_path / "log")
+    assert code == 2, said
+    (line,) = said.splitlines()
+    assert line.startswith("error: CUDA out of memory. Tried to allocate 20.00 GiB.") and "allocated by" not in line
+    levers = ("model.quantization", "dataset.resolution", "objective.frozen_batch = 1", "model.gradient_checkpointing = true")
+    assert all(lever in line for lever in (*levers, "--resolution", "--quantization", "--batch-size")), line
+    assert one_line_error(said)
+
+
+def test_another_runtime_error_keeps_its_traceback(tmp_path: Path):
+    code, said = ended(raising(RuntimeError("shapes differ")), tmp_path / "log")
+    assert code not in (0, 2) and "Traceback" in said and "RuntimeError: shapes differ" in said
+
+
+def test_a_file_that_may_not_be_opened_is_named_with_the_reason(tmp_path: Path):
+    code, said = ended(raising(PermissionError(13, "Permission denied", "photos/a.png")), tmp_path / "log")
+    assert code == 2 and said == "error: photos/a.png: Permission denied\n"
+    code, said = ended(lambda: (tmp_path / "none").read_bytes(), tmp_path / "log2")
+    assert code == 2 and said == f"error: {tmp_path / 'none'}: No such file or directory\n"
+    code, said = ended(raising(OSError("nobody knows which file")), tmp_path / "log3")
+    assert code != 2 and "Traceback" in said
+
+
+def test_a_value_error_of_another_library_keeps_its_traceback(tmp_path: Path):
+    code, said = ended(lambda: json.loads("{"), tmp_path / "log")
+    assert code not in (0, 2) and "Traceback" in said and "JSONDecodeError" in said
+    code, said = ended(lambda: _cli.run(raising(ValueError("not ours"))), tmp_path / "log2")
+    assert code not in (0, 2) and "ValueError: not ours" in said
+
+
+def test_a_value_error_of_ours_is_a_line_also_where_a_library_raised_its_cause(tmp_path: Path):
+    from byg_plugin.training.config import load_config, parse_config
+
+    code, said = ended(lambda: parse_config({"lora": {"rank": 0}}), tmp_path / "log")
+    assert code == 2 and "lora.rank = 0" in one_line_error(said)
+    (tmp_path / "bad.toml").write_bytes(b"\xff\xfe")
+    code, said = ended(lambda: load_config(tmp_path / "bad.toml"), tmp_path / "log2")
+    assert code == 2 and "not valid TOML" in one_line_error(said)
+
+
+class Broken(torch.utils.data.Dataset):
+    def __init__(self, work: Callable[[], object]):
+        self.work = work
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> object:
+        return self.work()
+
+
+def test_a_value_error_from_a_loader_process_is_whose_it_is(tmp_path: Path):
+    from byg_plugin.training.config import load_config
+
+    def load(work: Callable[[], object]) -> Callable[[], object]:
+        return lambda: list(torch.utils.data.DataLoader(Broken(work), num_workers=1))
+
+    code, said = ended(load(lambda: load_config("none.toml")), tmp_path / "log")
+    assert (code, said) == (2, "error: --config none.toml: no such file\n")
+    code, said = ended(load(lambda: json.loads("{")), tmp_path / "log2")
+    assert code not in (0, 2) and "Traceback" in said
+
+
+def test_a_defect_exits_with_1_in_a_real_process(tmp_path: Path):
+    code = "import json; from byg_plugin import _cli; _cli.run(lambda: json.loads('{'))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "Traceback" in done.stderr
+
+
+def test_a_console_that_lacks_letters_does_not_end_a_run():
+    code = "from byg_plugin import _cli; _cli.run(lambda: print('caption: \\u96ea'))"
+    environment = os.environ | {"PYTHONIOENCODING": "cp1252"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == b"caption: \\u96ea"
 
 
 # --- real processes ---

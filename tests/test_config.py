@@ -93,6 +93,13 @@ def test_a_file_that_is_not_toml_is_named(tmp_path, content):
     assert str(path) in str(caught.value)
 
 
+def test_a_file_with_a_byte_order_mark_is_read(tmp_path, minimal):
+    path = tmp_path / "bom.toml"
+    path.write_text(MINIMAL.lstrip(), encoding="utf-8-sig")
+    assert path.read_bytes().startswith(b"\xef\xbb\xbf[")
+    assert load_config(path) == load_config(minimal)
+
+
 def test_the_file_is_named_before_its_errors(tmp_path):
     path = tmp_path / "config.toml"
     path.write_text(MINIMAL + "[lora]\nrnk = 4\n", encoding="utf-8")
@@ -201,6 +208,11 @@ def test_all_errors_are_told_at_once():
         ("model", "attention", "sdpa"),
         ("output", "name", "../elsewhere"),
         ("output", "name", ""),
+        ("output", "name", "training"),
+        ("output", "name", "Training"),
+        ("train", "seed", -1),
+        ("train", "seed", 2**63),
+        ("sample", "seed", 2**63),
     ],
 )
 def test_a_wrong_value_is_named_with_its_key(section, key, value):
@@ -208,6 +220,20 @@ def test_a_wrong_value_is_named_with_its_key(section, key, value):
     assert f"{section}.{key}" in message
     if not isinstance(value, list):
         assert repr(value) in message
+
+
+@pytest.mark.parametrize("betas", [[0.9, 1.0], [1.0, 0.9], [-0.1, 0.9]])
+def test_moment_decays_are_below_1(betas):
+    assert "train.betas" in message_of(raw(train={"betas": betas}))
+
+
+def test_the_largest_seed_is_what_a_generator_takes():
+    config = parse_config(raw(train={"seed": 2**63 - 1}, sample={"seed": 2**63 - 1}))
+    assert config.train.seed == config.sample.seed == 2**63 - 1
+
+
+def test_a_name_that_only_begins_like_the_checkpoints_file_is_taken():
+    assert parse_config(raw(output={"name": "training_1"})).output.name == "training_1"
 
 
 def test_a_wrong_value_comes_with_what_the_key_means():

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from tiny import fill_caches, make_trainer, model_folder, run_config, tiny_confi
 from byg_plugin import EditPipeline, edit
 from byg_plugin.data.buckets import crop_to_bucket, to_tensor
 from byg_plugin.data.media import load_image
+from byg_plugin.hosts.diffusers import DiffusersHost
 from byg_plugin.lora_formats import read_lora, write_lora
 from byg_plugin.models import flux_files
 from byg_plugin.models.flux import FluxFamily
@@ -177,6 +179,99 @@ def test_texts_are_encoded_once_and_encoders_are_not_kept(lora: Path, monkeypatc
     assert "TextEncoders" not in {type(value).__name__ for value in vars(pipe).values()}
 
 
+class Network:
+    """Notes where it is sent."""
+
+    def __init__(self, events: list[str]):
+        self.events = events
+
+    def to(self, device: Any) -> None:
+        self.events.append(f"network on {device}")
+
+
+@pytest.mark.parametrize(
+    ("device", "quantization", "wanted"),
+    [
+        ("cuda", "none", ["network on cpu", "encoders come", "encoders go", "network on cuda"]),
+        ("cuda", "fp8", ["network on cpu", "encoders come", "encoders go", "network on cuda"]),
+        ("cuda", "nf4", ["encoders come", "encoders go"]),
+        ("cpu", "none", ["encoders come", "encoders go"]),
+    ],
+)
+def test_a_new_instruction_does_not_hold_network_and_encoders_at_once(
+    lora: Path, monkeypatch: pytest.MonkeyPatch, device: str, quantization: str, wanted: list[str]
+):
+    pipe, events = pipeline(lora, quantization=quantization, dtype="bfloat16"), []
+
+    class Encoders:
+        def __del__(self) -> None:
+            events.append("encoders go")
+
+    def load(where: torch.device) -> Encoders:
+        events.append("encoders come")
+        return Encoders()
+
+    monkeypatch.setattr(pipe.family, "load_text_encoders", load)
+    monkeypatch.setattr(pipe.family, "encode_texts", lambda encoders, texts: {"t5": torch.zeros(1, 8, 32)})
+    pipe._host, pipe.device = SimpleNamespace(networks={"transformer": Network(events)}), torch.device(device)
+    pipe.encode(["add the snow"])
+    pipe.encode(["add the snow"])
+    assert events == wanted
+
+
+def test_the_network_is_back_when_encoding_fails(lora: Path, monkeypatch: pytest.MonkeyPatch):
+    pipe, events = pipeline(lora), []
+
+    def fail(where: torch.device) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(pipe.family, "load_text_encoders", fail)
+    pipe._host, pipe.device = SimpleNamespace(networks={"transformer": Network(events)}), torch.device("cuda")
+    with pytest.raises(torch.OutOfMemoryError):
+        pipe.encode(["add the snow"])
+    assert events == ["network on cpu", "network on cuda"]
+
+
+def test_a_load_that_fails_leaves_nothing_half_loaded(lora: Path, monkeypatch: pytest.MonkeyPatch):
+    pipe = pipeline(lora)
+    usual = pipeline(lora)(photo(), "add the snow", steps=2, seed=4)
+
+    def fail(*args: Any) -> None:
+        raise OSError("once")
+
+    for owner, name in ((DiffusersHost, "load_lora"), (pipe.family, "load_vae")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, fail)
+            with pytest.raises(OSError, match="once"):
+                pipe(photo(), "add the snow", steps=2, seed=4)
+        assert pipe._host is None and pipe._vae is None
+    assert difference(pipe(photo(), "add the snow", steps=2, seed=4), usual) == 0
+
+
+def test_an_image_in_memory_is_turned_as_its_file_would_be(lora: Path, tmp_path: Path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned
+    with Image.open(photo()) as image:
+        image.convert("RGB").crop((0, 0, 64, 32)).save(tmp_path / "turned.png", exif=exif)
+    pipe = pipeline(lora)
+    width, height = pipe.prepare_size(tmp_path / "turned.png")
+    assert width < height
+    with Image.open(tmp_path / "turned.png") as image:
+        assert difference(pipe._prepare(image), pipe._prepare(tmp_path / "turned.png")) == 0
+
+
+def test_the_loras_schedule_wins_over_the_configurations(lora: Path, tmp_path: Path):
+    tensors, metadata = read_lora(lora)
+    config = run_config(Path("unused-output"), sample={"schedule": "shifted", "steps": 7})
+    write_lora(tmp_path / "uniform.safetensors", tensors, metadata | {"byg.schedule": "uniform"})
+    sample_section = EditPipeline.from_lora(tmp_path / "uniform.safetensors", config=config).config.sample
+    assert (sample_section.schedule, sample_section.steps) == ("uniform", 7)
+    silent = {key: value for key, value in metadata.items() if key != "byg.schedule"}
+    write_lora(tmp_path / "silent.safetensors", tensors, silent)
+    config = run_config(Path("unused-output"), sample={"schedule": "uniform"})
+    assert EditPipeline.from_lora(tmp_path / "silent.safetensors", config=config).config.sample.schedule == "uniform"
+
+
 # --- errors ---
 
 
@@ -226,6 +321,11 @@ def test_bad_calls(lora: Path, tmp_path: Path):
         pipe.batch([photo(0), photo(2)], ["add", "add"], steps=1, seeds=[0, 1])
     with pytest.raises(ValueError, match="as many instructions and seeds as sources"):
         pipe.batch([photo(0), photo(1)], ["add", "add"], steps=1, seeds=[0])
+    for seed in (-1, 2**63):
+        with pytest.raises(ValueError, match=f"seed = {seed} is out of range"):
+            pipe(photo(), "add", steps=1, seed=seed)
+    with pytest.raises(ValueError, match="strength = nan is not a finite number"):
+        pipeline(lora, strength=float("nan"))
     with pytest.raises(ValueError, match="nowhere"):
         EditPipeline.from_lora(lora, model=str(tmp_path / "nowhere"))(photo(), "add", steps=1)
 
@@ -315,6 +415,69 @@ def test_wrong_commands(lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(ValueError, match=message):
         command(monkeypatch, lora, *given)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--strength", "nan", "'nan' is not a finite number"),
+        ("--guidance", "inf", "'inf' is not a finite number"),
+        ("--guidance", "much", "'much' is not a number"),
+        ("--seed", "-1", "'-1' is not a whole number from 0 to 9223372036854775807"),
+        ("--seed", str(2**63), "is not a whole number from 0 to"),
+        ("--seed", "1.5", "'1.5' is not a whole number from 0 to"),
+        ("--steps", "0", "'0' is not a positive whole number"),
+        ("--batch-size", "two", "'two' is not a positive whole number"),
+        ("--resolution", "-5", "'-5' is not a positive whole number"),
+    ],
+)
+def test_wrong_numbers(
+    lora: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], option: str, value: str, message: str
+):
+    with pytest.raises(SystemExit) as stop:
+        command(monkeypatch, lora, "--source", photo(), "--instruction", "add", f"{option}={value}")
+    assert stop.value.code == 2
+    assert f"argument {option}: " in (said := capsys.readouterr().err) and message in said
+
+
+def test_tuples_start_from_the_configurations_image_root(lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    record = {"source": "photo1.png", "src_caption": "a", "tgt_caption": "b", "instruction": "add", "reverse_instruction": "remove"}
+    (tmp_path / "tuples.jsonl").write_text(json.dumps(record), encoding="utf-8")
+    toml = tmp_path / "run.toml"
+    sections = {
+        "model": {"path": str(model_folder()), "dtype": "float32", "device": "cpu"},
+        "dataset": {"tuples": "unused", "cache_dir": "unused", "image_root": str(workspace()), "resolution": 64},
+        "train": {"steps": 1},
+        "output": {"dir": "unused"},
+    }
+    lines = [f"[{name}]\n" + "\n".join(f"{k} = {json.dumps(v)}" for k, v in values.items()) for name, values in sections.items()]
+    toml.write_text("\n".join(lines), encoding="utf-8")
+    given = ["--config", toml, "--tuples", tmp_path / "tuples.jsonl", "--out", tmp_path / "out", "--steps", 1]
+    command(monkeypatch, lora, *given, model=False)
+    assert (tmp_path / "out" / "00000_photo1.png").is_file()
+    with pytest.raises(ValueError, match=r"dataset.image_root = .*nowhere: no such folder"):
+        command(monkeypatch, lora, *given, "--set", f"dataset.image_root={tmp_path}/nowhere", model=False)
+    # A folder of tuples has its images beside them.
+    (tmp_path / "folder").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "folder" / "one.png")
+    (tmp_path / "folder" / "one.json").write_text(json.dumps({k: v for k, v in record.items() if k != "source"}), encoding="utf-8")
+    given[3] = tmp_path / "folder"
+    command(monkeypatch, lora, *given, model=False)
+    assert (tmp_path / "out" / "00000_one.png").is_file()
+
+
+def test_a_crop_of_much_is_told(lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (300, 64)).save(tmp_path / "in" / "wide.png")
+    Image.new("RGB", (70, 64)).save(tmp_path / "in" / "square.png")
+    given = ["--source", tmp_path / "in", "--instruction", "add", "--out", tmp_path / "out", "--steps", 1]
+    command(monkeypatch, lora, *given)
+    said = capsys.readouterr()
+    (line,) = [line for line in said.err.splitlines() if "cut off" in line]
+    with Image.open(tmp_path / "out" / "wide.png") as image:
+        kept = image.width / image.height * 64 / 300
+        assert f"wide.png: {1 - kept:.0%} of its 300 x 64 pixels are cut off for an edit of {image.width} x {image.height}" in line
+    assert "raise dataset.max_aspect" in line and "cut off" not in said.out
 
 
 def test_a_disk_that_fills_up_while_saving(lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -31,6 +31,8 @@ Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Weight = Annotated[float, Field(ge=0.0)]
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]  # what torch's generators take
 
 
 class ModelConfig(Section):
@@ -167,12 +169,12 @@ class TrainConfig(Section):
     lr: Annotated[float, Field(gt=0.0)] = Field(3e-4, description="Peak learning rate.")
     optimizer: Literal["adamw", "adamw8bit"] = Field("adamw", description="adamw8bit needs the bitsandbytes extra.")
     weight_decay: Weight = Field(1e-2, description="AdamW's decoupled weight decay.")
-    betas: tuple[Probability, Probability] = Field((0.9, 0.999), description="AdamW's moment decays.", strict=False)
+    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="AdamW's moment decays.", strict=False)
     lr_schedule: Literal["constant", "cosine"] = Field("constant", description="Shape after the warm-up; cosine ends at 0.")
     lr_warmup_steps: NonNegative = Field(0, description="Steps of linear warm-up of the learning rate.")
     max_grad_norm: Weight = Field(1.0, description="Gradients are clipped to this global norm; 0 = not clipped.")
     mixed_precision: Literal["no", "bf16"] = Field("bf16", description="Autocast of the network's forward passes.")
-    seed: NonNegative = Field(0, description="Seed of data order, t, noise and LoRA initialisation.")
+    seed: Seed = Field(0, description="Seed of data order, t, noise and LoRA initialisation.")
     log_every: Positive = Field(1, description="Steps between log lines.")
     save_every: NonNegative = Field(500, description="Steps between checkpoints; 0 = only at the end.")
     keep_last: NonNegative = Field(3, description="Checkpoints kept; 0 = all.")
@@ -187,7 +189,7 @@ class SampleConfig(Section):
     items: Positive = Field(4, description="Tuples previewed, from the validation items where there are any.")
     steps: Positive = Field(20, description="Euler steps of an edit.")
     schedule: Literal["uniform", "shifted"] = Field("shifted", description="Nodes of the sampler (family's own shift).")
-    seed: NonNegative = Field(0, description="Seed of the previews' noise.")
+    seed: Seed = Field(0, description="Seed of the previews' noise.")
     weights: Literal["ema", "live"] = Field("ema", description="Which LoRA weights the previews use.")
 
 
@@ -195,7 +197,18 @@ class OutputConfig(Section):
     """Where results go."""
 
     dir: str = Field(description="Folder of checkpoints, logs, previews and the final LoRA.")
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field("byg_lora", description="File stem of the LoRA.")
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
+        "byg_lora", description="File stem of the LoRA; not `training`, which is the checkpoint's own file."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> OutputConfig:
+        # Windows and macOS do not tell upper from lower case in file names.
+        if self.name.lower() == "training":
+            raise ValueError(
+                f"output.name = {self.name!r}: a checkpoint keeps its own state in training.safetensors; choose another name, e.g. byg_lora"
+            )
+        return self
 
 
 class Config(Section):
@@ -256,7 +269,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     if not path.is_file():
         raise ValueError(f"--config {path}: no such file")
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        raw = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # Windows editors write a BOM
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"--config {path}: not valid TOML: {error}") from error
     for override in overrides:
