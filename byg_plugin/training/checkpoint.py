@@ -23,8 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialize
-from safetensors.torch import save_file
+from safetensors.torch import save_file as save_private_file
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
@@ -87,8 +86,7 @@ def save(
             shutil.rmtree(leftover)
         partial.mkdir()
         for name, (tensors, metadata) in lora_files.items():
-            # Not save_file: its files are private to the user, and these are for other programs.
-            (partial / name).write_bytes(serialize(dict(tensors), metadata={"format": "pt", **metadata}))
+            save_file(dict(tensors), partial / name, metadata={"format": "pt", **metadata})
         tensors, scalars = _split_optimizer(state.optimizer)
         tensors |= {f"lora/{k}": v for k, v in state.lora.items()} | {f"ema/{k}": v for k, v in state.ema.items()}
         save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, partial / TENSORS)
@@ -127,6 +125,14 @@ def _remove(old: Path) -> None:
         shutil.rmtree(doomed)
     except OSError as error:  # e.g. open in another program on Windows: no reason to end a run
         logger.warning("old checkpoint %s was not removed: %s", old, error)
+
+
+def save_file(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """safetensors' `save_file` with the permissions of any other new file: its own are private, and other programs read these."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_private_file(tensors, path, metadata=metadata)
+    path.chmod(mode)
 
 
 def _cannot_save(final: Path, error: Exception, earlier: list[Path]) -> str:
