@@ -217,9 +217,9 @@ class EditPipeline:
 
     def _load(self) -> None:
         if self._host is None:
-            from byg_plugin.hosts.diffusers import DiffusersHost
+            from byg_plugin.hosts import make_host
 
-            host = DiffusersHost(self.config, self.family, self.device)
+            host = make_host(self.config, self.family, self.device, fresh=False)
             host.load_lora(self._lora)
             host.set_strength(self._strength)
             vae = self.family.load_vae(self.device)
