@@ -111,6 +111,10 @@ def entries(config: Config) -> dict[str, bytes]:
 
 
 if __name__ == "__main__":
+    import signal
+
+    # A test run started in the background of a shell ignores Ctrl-C, and so would its children.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     import byg_plugin.models
     from byg_plugin import _cli
     from byg_plugin.data import run_cache
