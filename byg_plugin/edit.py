@@ -21,7 +21,6 @@ if __package__ in (None, ""):
 
 import argparse
 import math
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -38,6 +37,7 @@ from tqdm.auto import tqdm
 from byg_plugin import _cli, sampling
 from byg_plugin.data.buckets import Size, bucket_for, crop_to_bucket, to_tensor
 from byg_plugin.data.media import image_size, load_image, to_rgb
+from byg_plugin.folders import make_writable
 from byg_plugin.images import save_png, side_by_side, to_pil
 from byg_plugin.lora_formats import convert, read_lora
 from byg_plugin.models import make_family
@@ -296,10 +296,7 @@ def _check_out(out: Path, jobs: Sequence[Job]) -> None:
                 raise ValueError(f"--source: {made_by[file].name} and {job.source.name} would both become {file.name}; rename one")
             made_by[file] = job.source
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / f".probe-{os.getpid()}"
-        probe.write_bytes(b"")
-        probe.unlink()
+        make_writable(out)
     except OSError as error:
         raise ValueError(f"--out {out}: cannot be written: {error.strerror}; choose another folder") from error
 

@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from byg_plugin import __version__, sampling, timesteps
 from byg_plugin.data.dataset import BucketBatches, CachedTuples, collate
+from byg_plugin.folders import make_writable
 from byg_plugin.hosts import make_host
 from byg_plugin.models.base import Family
 from byg_plugin.objectives import make_objective
@@ -109,10 +110,7 @@ class Trainer:
                 f"or choose another output.dir"
             )
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            probe = folder / f".probe-{os.getpid()}"
-            probe.write_bytes(b"")
-            probe.unlink()
+            make_writable(folder)
         except OSError as error:
             raise ValueError(f"output.dir = {self.folder} is not writable: {error.strerror}; choose another folder") from error
         return found
@@ -286,7 +284,9 @@ class Trainer:
         )
 
     def _stop_if_not_finite(self, metrics: Metrics) -> None:
-        bad = [name for name, value in metrics.items() if not math.isfinite(value.item())]
+        # One transfer for all: a read of each would wait for the device that many times a step.
+        finite = torch.stack([value.float() for value in metrics.values()]).isfinite().tolist()
+        bad = [name for name, good in zip(metrics, finite, strict=True) if not good]
         if any_rank(bool(bad), self.accelerator.device):
             self.optimizer.zero_grad(set_to_none=True)
             kept = checkpoint.checkpoints(self.folder / "checkpoints")
