@@ -162,8 +162,8 @@ class MaskedWords(nn.Module):
 
 
 def sentences(seed: int) -> list[str]:
-    """Captions and instructions of every edit type, of scenes with one and two objects."""
-    edits = [e for k in (1, 2) for e in world.sample_split(1500, seed, "sentences", tuple(world.EDIT_TYPES), k)]
+    """Captions and instructions of every edit type."""
+    edits = world.sample_split(6000, seed, "sentences", tuple(world.EDIT_TYPES))
     return sorted({text for e in edits for text in (e.src_caption, e.instruction, e.reverse_instruction)})
 
 
@@ -181,8 +181,13 @@ def to_images(pixels: Tensor) -> np.ndarray:
 
 
 def _render_batch(rng: np.random.Generator, n: int) -> Tensor:
-    """`n` random scenes as pixels, a quarter of them with two objects."""
-    return to_pixels(np.stack([world.render(world.sample_scene(rng, 1 + int(rng.random() < 0.25))) for _ in range(n)]))
+    """`n` random scenes as pixels."""
+    return to_pixels(np.stack([world.render(scene) for scene in _scenes(rng, n)]))
+
+
+def _scenes(rng: np.random.Generator, n: int) -> list[world.Scene]:
+    """`n` random scenes: one in ten empty, four with one object, five with two."""
+    return [world.sample_scene(rng, int(rng.choice(3, p=(0.1, 0.4, 0.5)))) for _ in range(n)]
 
 
 def _schedule(optimizer: torch.optim.Optimizer, steps: int, warmup: int) -> torch.optim.lr_scheduler.LambdaLR:
@@ -284,9 +289,9 @@ def make_transformer() -> FluxTransformer2DModel:
 
 
 def _latent_set(vae: AutoencoderKL, n: int, seed: int) -> tuple[Tensor, list[str]]:
-    """Latents (n, 16, 1, h, w) of `n` scenes with one object, and their captions."""
+    """Latents (n, 16, 1, h, w) of `n` scenes, and their captions."""
     rng = np.random.default_rng([seed, 2])
-    scenes = [world.sample_scene(rng) for _ in range(n)]
+    scenes = _scenes(rng, n)
     batches = (scenes[i : i + 100] for i in range(0, n, 100))
     latents = [encode(vae, to_pixels(np.stack([world.render(scene) for scene in batch]))) for batch in batches]
     return torch.cat(latents), [world.caption(scene) for scene in scenes]
@@ -395,7 +400,7 @@ def measure(
 ) -> tuple[dict[str, float], np.ndarray, list[str]]:
     """Figures of a base on unseen scenes, and `n` samples (n, S, S, 3) with their captions."""
     rng = np.random.default_rng([seed, 3])
-    scenes = [world.sample_scene(rng) for _ in range(n)]
+    scenes = _scenes(rng, n)
     captions = [world.caption(scene) for scene in scenes]
     pixels = to_pixels(np.stack([world.render(scene) for scene in scenes]))
     latents = encode(vae, pixels)

@@ -143,21 +143,23 @@ def write_tables(folder: str | Path, tables: Mapping[str, Table]) -> None:
 
 
 def follows_caption(image: np.ndarray, scene: world.Scene) -> tuple[bool, bool]:
-    """Whether a text-to-image sample has the colours, and the shape, that the caption of a one-object scene names.
+    """Whether a text-to-image sample has all the colours, and all the shapes, that the scene's caption names.
 
-    Colours: the background's covers at least 60 % of the picture, the object's at least 1.5 % and at most 30 %, all
-    others together (edges make some) at most 5 %. Shape: the named one fits the object's pixels best, with an
-    intersection over union of at least 0.75.
+    Colours: the background's covers at least half of the picture, each object's 2 to 20 %, all others together (edges
+    make some) at most 5 %. Shapes: each named one fits its object's pixels best, with an intersection over union of at
+    least 0.75.
     """
-    assert len(scene.things) == 1, "only scenes with one object are read"
-    thing = scene.things[0]
     labels = world.nearest_labels(image)
     share = {name: float((labels == i).mean()) for i, name in enumerate(world.LABELS)}
-    others = sum(share[name] for name in world.COLOURS if name not in (scene.background, thing.colour))
-    colours = share[scene.background] >= 0.6 and 0.015 <= share[thing.colour] <= 0.3 and others <= 0.05
-    fits = shape_fits(labels == world.LABELS.index(thing.colour))
-    best = max(fits, key=fits.__getitem__)
-    return colours, best == thing.shape and fits[best] >= 0.75
+    named = [thing.colour for thing in scene.things]
+    others = sum(share[name] for name in world.COLOURS if name not in (scene.background, *named))
+    colours = share[scene.background] >= 0.5 and all(0.02 <= share[name] <= 0.2 for name in named) and others <= 0.05
+    return colours, all(_is_shape(labels == world.LABELS.index(thing.colour), thing.shape) for thing in scene.things)
+
+
+def _is_shape(pixels: np.ndarray, shape: str) -> bool:
+    fits = shape_fits(pixels)
+    return max(fits, key=fits.__getitem__) == shape and fits[shape] >= 0.75
 
 
 def shape_fits(pixels: np.ndarray) -> dict[str, float]:

@@ -1,7 +1,8 @@
 """The tiny world: procedural scenes, their captions, and edits whose exact result is known.
 
-A scene is one or more plain shapes on a coloured background. Texture, shading, position, size and a small pebble are
-visible but never named in a caption, so an editor can only get them right by copying them from the source.
+A scene is up to two plain shapes on a coloured background, each in a quadrant of its own. Texture, shading, position,
+size and a small pebble are visible but never named in a caption, so an editor can only get them right by copying them
+from the source.
 Everything is drawn from signed distances: a pixel is inside a region, outside it, or on its edge (shared by two
 regions), and the metrics count edge pixels on neither side.
 """
@@ -30,8 +31,11 @@ PEBBLES: dict[str, tuple[float, float, float]] = {"light": (0.97, 0.97, 0.97), "
 SHAPES = ("circle", "square", "triangle")
 LABELS = (*COLOURS, *PEBBLES)  # what a pixel can be nearest to; indices into this tuple are "labels"
 PALETTE = np.array([*COLOURS.values(), *PEBBLES.values()])
-# Words that instructions of later edit types need: the vocabulary belongs to the shipped base and is dear to change.
-SPARE_WORDS = ("add", "remove", "replace", "with", "change", "turn", "to", "into", "and", "empty", "shape")
+INSTRUCTION_WORDS = ("make", "the", "turn", "into", "add", "remove", "replace", "with")
+OBJECT_RADIUS = (11.0, 14.0)  # pixels
+PEBBLE_RADIUS = (3.5, 4.5)
+_QUADRANT = SIZE // 2
+_MARGIN = 0.5  # pixels between what lies in a quadrant and the quadrant's edge: neighbours never touch
 
 EDGE, BACKGROUND, PEBBLE = -1, 0, 1  # values of a region map; object number i has FIRST_OBJECT + i
 FIRST_OBJECT = 2
@@ -97,42 +101,43 @@ def _pick(rng: np.random.Generator, options: Iterable[str], avoid: Sequence[str]
 
 
 def sample_scene(rng: np.random.Generator, things: int = 1) -> Scene:
-    """A random scene of `things` (1 or 2) objects that do not touch each other or the pebble.
+    """A random scene of `things` (0, 1 or 2) objects; objects and pebble lie in quadrants of their own.
 
     All colours of a scene differ; so do the shapes, so that an instruction can name each.
     """
-    if things not in (1, 2):
-        raise ValueError(f"things is {things}: a scene of {SIZE} pixels has room for 1 or 2 objects")
+    if things not in (0, 1, 2):
+        raise ValueError(f"things is {things}: a scene has 0, 1 or 2 objects")
     colours = [str(colour) for colour in rng.permutation(list(COLOURS))[: things + 1]]
     shapes = [str(shape) for shape in rng.permutation(SHAPES)[:things]]
-    low, high = (10.0, 17.0) if things == 1 else (8.0, 11.0)
-    taken: list[tuple[float, float, float]] = []
-    objects = []
-    for colour, shape in zip(colours[1:], shapes, strict=True):
-        x, y, radius = _place(rng, low, high, taken)
-        objects.append(Thing(shape, colour, x, y, radius, float(rng.uniform(0, 2 * math.pi))))
-    pebble_x, pebble_y, pebble_radius = _place(rng, 2.5, 3.5, taken)
+    quadrants = [int(quadrant) for quadrant in rng.permutation(4)]
+    pebble_x, pebble_y, pebble_radius = _place(rng, quadrants[things], PEBBLE_RADIUS)
     return Scene(
         background=colours[0],
         angle=float(rng.uniform(0, math.pi)),
         phase=float(rng.uniform(0, 2 * math.pi)),
-        period=float(rng.uniform(18, 44)),
+        period=float(rng.uniform(40, 80)),
         pebble=_pick(rng, PEBBLES),
         pebble_x=pebble_x,
         pebble_y=pebble_y,
         pebble_radius=pebble_radius,
-        things=tuple(objects),
+        things=tuple(_thing(rng, shape, colour, quadrant) for shape, colour, quadrant in zip(shapes, colours[1:], quadrants, strict=False)),
     )
 
 
-def _place(rng: np.random.Generator, low: float, high: float, taken: list[tuple[float, float, float]]) -> tuple[float, float, float]:
-    """A disc (x, y, radius) two pixels clear of the frame and of the discs in `taken`, to which it is added."""
-    while True:
-        radius = float(rng.uniform(low, high))
-        x, y = (float(v) for v in rng.uniform(radius + 2, SIZE - radius - 2, 2))
-        if all(math.hypot(x - a, y - b) > radius + r + 2 for a, b, r in taken):
-            taken.append((x, y, radius))
-            return x, y, radius
+def _thing(rng: np.random.Generator, shape: str, colour: str, quadrant: int) -> Thing:
+    return Thing(shape, colour, *_place(rng, quadrant, OBJECT_RADIUS), light=float(rng.uniform(0, 2 * math.pi)))
+
+
+def _place(rng: np.random.Generator, quadrant: int, radii: tuple[float, float]) -> tuple[float, float, float]:
+    """A disc (x, y, radius) somewhere in a quadrant (0 top left, 1 top right, 2 bottom left, 3 bottom right)."""
+    radius = float(rng.uniform(*radii))
+    left, top = quadrant % 2 * _QUADRANT, quadrant // 2 * _QUADRANT
+    x, y = (float(v) for v in rng.uniform(radius + _MARGIN, _QUADRANT - radius - _MARGIN, 2))
+    return left + x, top + y, radius
+
+
+def _quadrant(x: float, y: float) -> int:
+    return int(y >= _QUADRANT) * 2 + int(x >= _QUADRANT)
 
 
 _Y, _X = np.mgrid[0:SIZE, 0:SIZE] + 0.5
@@ -239,41 +244,71 @@ def _change_shape(rng: np.random.Generator, scene: Scene) -> tuple[Scene, str, s
     return after, f"turn the {thing.shape} into a {shape}", f"turn the {shape} into a {thing.shape}"
 
 
+def _add(rng: np.random.Generator, scene: Scene) -> tuple[Scene, str, str]:
+    """The place is free: the metrics look where the picture has the object."""
+    used = {_quadrant(scene.pebble_x, scene.pebble_y), *(_quadrant(other.x, other.y) for other in scene.things)}
+    colour = _pick(rng, COLOURS, (scene.background, *(other.colour for other in scene.things)))
+    shape = _pick(rng, SHAPES, [other.shape for other in scene.things])
+    free = [quadrant for quadrant in range(4) if quadrant not in used]
+    thing = _thing(rng, shape, colour, free[int(rng.integers(len(free)))])
+    return replace(scene, things=(*scene.things, thing)), f"add a {colour} {shape}", f"remove the {colour} {shape}"
+
+
+def _remove(rng: np.random.Generator, scene: Scene) -> tuple[Scene, str, str]:
+    index = int(rng.integers(len(scene.things)))
+    thing = scene.things[index]
+    after = replace(scene, things=scene.things[:index] + scene.things[index + 1 :])
+    return after, f"remove the {thing.colour} {thing.shape}", f"add a {thing.colour} {thing.shape}"
+
+
+def _replace(rng: np.random.Generator, scene: Scene) -> tuple[Scene, str, str]:
+    index = int(rng.integers(len(scene.things)))
+    thing = scene.things[index]
+    colour = _pick(rng, COLOURS, (scene.background, *(other.colour for other in scene.things)))
+    shape = _pick(rng, SHAPES, [other.shape for other in scene.things])
+    old, new = f"{thing.colour} {thing.shape}", f"{colour} {shape}"
+    after = _swap_thing(scene, index, replace(thing, colour=colour, shape=shape))
+    return after, f"replace the {old} with a {new}", f"replace the {new} with a {old}"
+
+
 # A new kind of edit is one function here: scene -> (scene after it, instruction, reverse instruction).
 EDIT_TYPES: dict[str, Callable[[np.random.Generator, Scene], tuple[Scene, str, str]]] = {
     "recolour_object": _recolour_object,
     "recolour_background": _recolour_background,
     "change_shape": _change_shape,
+    "add": _add,
+    "remove": _remove,
+    "replace": _replace,
 }
 DEFAULT_TYPES = ("recolour_object", "recolour_background")
+_OBJECTS_BEFORE = {"add": (0, 1)}  # how many objects a scene may have before an edit; (1, 2) if not named
 
 
-def sample_edit(rng: np.random.Generator, name: str, edit_types: Sequence[str] = DEFAULT_TYPES, things: int = 1) -> Edit:
-    """A random scene and a random edit of it, of one of `edit_types`; `name` becomes its id."""
+def sample_edit(rng: np.random.Generator, name: str, edit_types: Sequence[str] = DEFAULT_TYPES) -> Edit:
+    """A random edit of one of `edit_types` of a random scene; `name` becomes its id."""
     for edit_type in edit_types:
         if edit_type not in EDIT_TYPES:
             raise ValueError(f"edit type {edit_type!r} is unknown: choose from {', '.join(EDIT_TYPES)}")
-    scene = sample_scene(rng, things)
     edit_type = _pick(rng, edit_types)
+    scene = sample_scene(rng, int(rng.choice(_OBJECTS_BEFORE.get(edit_type, (1, 2)))))
     after, instruction, reverse = EDIT_TYPES[edit_type](rng, scene)
     return Edit(name, edit_type, instruction, reverse, scene, after)
 
 
 def vocabulary() -> list[str]:
     """Every word of captions and instructions, sorted."""
-    words = {*COLOURS, *SHAPES, *SPARE_WORDS, "a", "an", "on", "background", "make", "the"}
-    return sorted(words)
+    return sorted({*COLOURS, *SHAPES, *INSTRUCTION_WORDS, "a", "an", "and", "on", "empty", "background"})
 
 
 # --- data sets on disk ---------------------------------------------------------------------------------------------
 
 
-def sample_split(n: int, seed: int, split: str, edit_types: Sequence[str] = DEFAULT_TYPES, things: int = 1) -> list[Edit]:
+def sample_split(n: int, seed: int, split: str, edit_types: Sequence[str] = DEFAULT_TYPES) -> list[Edit]:
     """`n` edits; the same arguments give the same edits, and splits of one seed are independent of each other."""
     if n < 1:
         raise ValueError(f"n is {n}: a data set needs at least one tuple")
     rng = np.random.default_rng([seed, *split.encode()])
-    return [sample_edit(rng, f"{split}-{i:05d}", edit_types, things) for i in range(n)]
+    return [sample_edit(rng, f"{split}-{i:05d}", edit_types) for i in range(n)]
 
 
 def write_dataset(
@@ -282,7 +317,6 @@ def write_dataset(
     seed: int,
     split: str,
     edit_types: Sequence[str] = DEFAULT_TYPES,
-    things: int = 1,
     with_targets: bool = False,
 ) -> Path:
     """Write `n` tuples as a user's data set and return the path of its `tuples.jsonl`.
@@ -292,7 +326,7 @@ def write_dataset(
     baseline; the unpaired objective never needs it.
     """
     folder = Path(folder)
-    edits = sample_split(n, seed, split, edit_types, things)
+    edits = sample_split(n, seed, split, edit_types)
     exact = split == "eval"
     for name in ["images", *(["truth"] if exact or with_targets else []), *(["mask"] if exact else [])]:
         (folder / name).mkdir(parents=True, exist_ok=True)
