@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,6 +54,8 @@ class DiffusersHost:
                 network.enable_gradient_checkpointing()
             _inject_lora(network, config, config.lora.targets or family.default_lora_targets, device, rng)
         self._lora_layers: list[Any] = [m for n in self.networks.values() for m in n.modules() if _is_lora_layer(m)]
+        self._places = [place for n in self.networks.values() for place in _places_of_lora_layers(n)]
+        self._merged: list[nn.Linear] = []
         self._dropouts: list[nn.Module] = [d for layer in self._lora_layers for d in layer.lora_dropout.values()]
         self.parameters = self._named_lora_parameters()
         if config.lora.init_from and fresh:
@@ -76,8 +78,9 @@ class DiffusersHost:
 
     @contextmanager
     def ema(self) -> Iterator[Velocity]:
-        """The EMA weights (decay 0: the current ones), no gradient."""
-        with torch.no_grad(), self.ema_weights.swapped_in():
+        """The EMA weights (decay 0: the current ones), no gradient; as a LoRA, or merged into linears of their own."""
+        merged = self.config.objective.rollout_weights == "merged"
+        with torch.no_grad(), self.ema_weights.swapped_in(), self._placed(self._merge()) if merged else nullcontext():
             yield self._velocity
 
     @contextmanager
@@ -88,17 +91,38 @@ class DiffusersHost:
 
     @contextmanager
     def base(self) -> Iterator[Velocity]:
-        """The frozen model without LoRA, bit for bit: the LoRA's matrix products are skipped, not scaled by 0."""
-        states = [layer._disable_adapters for layer in self._lora_layers]
-        # PEFT's enable_adapters() would flip requires_grad of the LoRA and drop what it was; the flag alone does not.
-        for layer in self._lora_layers:
-            layer._disable_adapters = True
+        """The frozen model without LoRA, bit for bit: its own linears stand where the LoRA's layers were."""
+        with torch.no_grad(), self._placed([layer.base_layer for layer in self._lora_layers]):
+            yield self._base_velocity
+
+    @contextmanager
+    def _placed(self, linears: Sequence[nn.Module]) -> Iterator[None]:
+        """One linear in each LoRA layer's place, without PEFT's work around it; what stood there is back on exit.
+
+        PEFT's own enable_adapters() would flip requires_grad of the LoRA and forget what it was.
+        """
+        found = [getattr(parent, name) for parent, name in self._places]
         try:
-            with torch.no_grad():
-                yield self._base_velocity
+            for (parent, name), linear in zip(self._places, linears, strict=True):
+                setattr(parent, name, linear)
+            yield
         finally:
-            for layer, state in zip(self._lora_layers, states, strict=True):
-                layer._disable_adapters = state
+            for (parent, name), module in zip(self._places, found, strict=True):
+                setattr(parent, name, module)
+
+    @torch.no_grad()
+    def _merge(self) -> list[nn.Linear]:
+        """Linears with the LoRA weights of this moment multiplied in: W + scale B A, rounded once to W's dtype.
+
+        Made anew from the frozen W at every call: nothing goes stale or drifts, and it costs what `rank` more tokens
+        would cost one step of the rollout.
+        """
+        if not self._merged:
+            self._merged = [_empty_like(layer.base_layer) for layer in self._lora_layers]
+        for layer, merged in zip(self._lora_layers, self._merged, strict=True):
+            a, b = layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
+            merged.weight.copy_(torch.addmm(layer.base_layer.weight.float(), b, a, alpha=layer.scaling[_ADAPTER]))
+        return self._merged
 
     def _velocity(self, noisy: Tensor, t: Tensor, text: Text, source: Tensor | None) -> Tensor:
         network = self.networks[self.family.expert_of(t)]
@@ -167,6 +191,20 @@ def _is_lora_layer(module: nn.Module) -> bool:
     from peft.tuners.lora import LoraLayer
 
     return isinstance(module, LoraLayer)
+
+
+def _places_of_lora_layers(network: nn.Module) -> list[tuple[nn.Module, str]]:
+    """(parent, attribute) of each LoRA layer, in the order of `modules()`."""
+    places = [name.rpartition(".") for name, module in network.named_modules() if _is_lora_layer(module)]
+    return [(network.get_submodule(parent), attribute) for parent, _, attribute in places]
+
+
+def _empty_like(linear: nn.Linear) -> nn.Linear:
+    """A frozen linear with a weight of its own, not yet filled, and the same bias."""
+    out = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+    out.weight = nn.Parameter(torch.empty_like(linear.weight), requires_grad=False)
+    out.bias = linear.bias
+    return out
 
 
 def matched_linears(network: nn.Module, pattern: str) -> list[str]:

@@ -121,6 +121,11 @@ class ObjectiveConfig(Section):
     identity_probability: Probability = Field(0.15, description="Chance that a later step trains the identity term alone.")
     identity_step_weight: Weight = Field(1.0, description="Weight of the identity term on an identity step.")
     frozen_batch: Literal[1, 2, 4] = Field(2, description="Frozen-base velocities of one sample evaluated at once.")
+    rollout_weights: Literal["swap", "merged"] = Field(
+        "swap",
+        description="merged = the rollout's LoRA multiplied into a second copy of the adapted linears: no LoRA products in its steps, "
+        "more memory; equal up to the rounding of model.dtype.",
+    )
     merge_identity: bool = Field(False, description="Batch the identity pass with the reverse pass (small inputs; more memory).")
     routing: bool = Field(True, description="Ablation: false conditions the reverse pass on the one-step prediction.")
     bootstrap: bool = Field(True, description="Ablation: false feeds x_t instead of the rollout's y_t.")
@@ -234,6 +239,11 @@ class Config(Section):
             raise ValueError("train.validate_every needs held-out tuples: set dataset.validation_items, e.g. 8")
         if self.model.quantization in ("int8", "nf4") and self.model.dtype == "float32":
             raise ValueError(f"model.quantization = {self.model.quantization!r} computes in 16 bit: set model.dtype = 'bfloat16'")
+        if self.objective.rollout_weights == "merged" and self.model.quantization != "none":
+            raise ValueError(
+                f"objective.rollout_weights = 'merged' needs frozen weights that a LoRA can be added to, and model.quantization = "
+                f"{self.model.quantization!r} would round most of it away: set objective.rollout_weights = 'swap'"
+            )
         return self
 
     def accumulation(self, processes: int) -> int:

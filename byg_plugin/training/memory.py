@@ -33,7 +33,7 @@ def memory_sum(
     Args:
         config: the whole configuration.
         networks: the experts, on the meta device if you like: only shapes are read.
-        lora_shapes: shapes of all LoRA tensors.
+        lora_shapes: shapes of all LoRA tensors, each A before its B (`hosts.diffusers.lora_shapes`).
         tokens: tokens of the longest sequence of one sample (noisy + source + text).
         width: hidden width.
         blocks: transformer blocks.
@@ -49,6 +49,8 @@ def memory_sum(
             else:
                 rest += parameter.numel()
     lora = sum(prod(shape) for shape in lora_shapes) * 4.0
+    # A LoRA's shapes come in pairs, (rank, in) and (out, rank).
+    adapted = sum(a[1] * b[0] for a, b in zip(lora_shapes[::2], lora_shapes[1::2], strict=True))
     moments = 2 * lora if config.train.optimizer == "adamw" else lora / 2
     activation_bytes = 2.0 if config.train.mixed_precision == "bf16" else 4.0
     inputs = config.train.batch_size * tokens * width * activation_bytes
@@ -69,6 +71,8 @@ def memory_sum(
     ]
     if config.objective.ema_decay:
         parts.append(Part(name="EMA weights (float32)", bytes=lora, exact=True))
+    if unpaired and config.objective.rollout_weights == "merged":
+        parts.append(Part(name=f"merged weights of the rollout ({config.model.dtype})", bytes=adapted * dtype_bytes, exact=True))
     what = "saved block inputs + one block recomputed" if config.model.gradient_checkpointing else "activations of all blocks"
     parts.append(Part(name=f"{what}, {passes} pass{'es' if passes > 1 else ''} at once ({tokens} tokens)", bytes=kept, exact=False))
     return parts
