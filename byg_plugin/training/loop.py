@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -63,13 +63,22 @@ class Trainer:
         family: the model family.
         accelerator: processes, devices and trackers.
         resume: None, "latest" or a checkpoint folder.
+        on_step: called with the trainer after every optimizer step, on every rank, when all that belongs to the step is saved.
 
     Raises:
         ValueError: caches, output folder, checkpoint or options are unusable; nothing was changed.
     """
 
-    def __init__(self, config: Config, family: Family, accelerator: Accelerator, resume: str | None = None):
+    def __init__(
+        self,
+        config: Config,
+        family: Family,
+        accelerator: Accelerator,
+        resume: str | None = None,
+        on_step: Callable[[Trainer], None] | None = None,
+    ):
         self.config, self.family, self.accelerator = config, family, accelerator
+        self.on_step = on_step
         self.accumulation = config.accumulation(accelerator.num_processes)
         self.folder = Path(config.output.dir)
         # Cheap checks first: nothing is loaded for a run that cannot start.
@@ -171,6 +180,8 @@ class Trainer:
                     self._log(metrics, seconds, bar)
                 bar.update(1)
                 self._after_step()
+                if self.on_step is not None:
+                    self.on_step(self)
         return self._export()
 
     def _after_step(self) -> None:
