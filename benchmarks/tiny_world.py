@@ -1,0 +1,491 @@
+"""What the method and each of its parts is worth, measured in the tiny world on two CPU cores.
+
+    python -m benchmarks.tiny_world                        the reported study: every run, 3 seeds, table and plot
+    python -m benchmarks.tiny_world --stage screen         the same on other data and shorter: what settings are chosen on
+    python -m benchmarks.tiny_world --list                 runs, what each changes, and what is done
+    python -m benchmarks.tiny_world --table --plot         table and plot again, from the results alone
+    python -m benchmarks.tiny_world --stage screen --only full --try lr2 --set train.lr=2e-3      one setting beside the recipe's
+
+Run it from the repository's root. Every run goes through configs/demo.toml and the project's own trainer. A finished run is
+one JSON and is not made again; one that was interrupted goes on from its checkpoint; one whose configuration, data or base
+has changed since is told and made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from benchmarks import tiny_world_report as report
+from benchmarks import tiny_world_run as runs
+from benchmarks.tiny_world_run import ROOT, Plan
+from byg_plugin import _cli
+from byg_plugin.demo import world
+from byg_plugin.training.config import Config, load_config
+from byg_plugin.training.loop import Interrupted
+
+TRAIN_EDITS_PER_TYPE = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One row of the study over configs/demo.toml."""
+
+    title: str
+    overrides: tuple[str, ...] = ()
+    kind: str = "train"
+    """Or a row without training: `truth`, `copy`, `base`."""
+    world: str = "recolour"
+    """Key of WORLDS."""
+    as_long_as: tuple[str, str] | None = None
+    """(run whose CPU seconds it gets, run whose seconds a step say how many steps those are)."""
+
+    @property
+    def random(self) -> bool:
+        """Whether seeds differ."""
+        return self.kind not in ("truth", "copy")
+
+    @property
+    def targets(self) -> bool:
+        """Whether its training tuples have targets on the disk; only the paired baseline's do."""
+        return self.overrides == PAIRED
+
+
+WORLDS = {"recolour": world.DEFAULT_TYPES, "six": tuple(world.EDIT_TYPES)}
+PAIRED = ('objective.name="paired"',)
+RUNS: dict[str, Run] = {
+    "truth": Run(title="ground truth", kind="truth"),
+    "copy": Run(title="copy the source", kind="copy"),
+    "base": Run(title="base, target caption", kind="base"),
+    "full": Run(title="full method"),
+    "no_routing": Run(title="w/o gradient routing", overrides=("objective.routing=false",)),
+    "no_cycle": Run(title="w/o cycle", overrides=("objective.cycle=false",)),
+    "no_directional": Run(title="w/o directional term", overrides=("objective.directional=false",)),
+    "no_bootstrap": Run(title="w/o bootstrapping", overrides=("objective.bootstrap=false",)),
+    "no_prior": Run(title="w/o prior", overrides=("objective.prior=false",)),
+    "no_identity": Run(title="w/o identity steps", overrides=("objective.identity_probability=0.0",)),
+    "paired_steps": Run(title="paired, equal steps", overrides=PAIRED),
+    "paired_time": Run(title="paired, equal time", overrides=PAIRED, as_long_as=("full", "paired_steps")),
+    "six_truth": Run(title="ground truth", kind="truth", world="six"),
+    "six_copy": Run(title="copy the source", kind="copy", world="six"),
+    "six_base": Run(title="base, target caption", kind="base", world="six"),
+    "six_full": Run(title="full method", world="six"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """Its own training data and evaluation edits (`data_seed`, `split`), length and limit."""
+
+    split: str
+    data_seed: int
+    eval_edits: int
+    curve_edits: int
+    scale: float
+    """Of the recipe's steps (warm-ups too)."""
+    minutes: float
+    """The most that training may take on two cores."""
+
+
+# The demo's own data have seed 0.
+STAGES = {
+    "screen": Stage(split="tune", data_seed=1, eval_edits=64, curve_edits=64, scale=0.4, minutes=2),
+    "report": Stage(split="report", data_seed=2, eval_edits=192, curve_edits=96, scale=1.0, minutes=5),
+}
+# What the study decides for every run: nothing that a loss depends on, except that no tuples are held out.
+SETTINGS = (
+    "dataset.validation_items=0",
+    "train.validate_every=0",
+    "train.keep_last=1",
+    'train.tracker="none"',
+    "sample.every=0",
+    'output.name="editor"',
+)
+
+
+class Study:
+    """The options of one command line, and what they make of RUNS."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options = options
+        self.stage = STAGES[options.stage]
+        self.results = options.out / options.stage
+
+    def names(self) -> list[str]:
+        """The selected runs in the table's order."""
+        return [name for name in RUNS if name in self.options.only]
+
+    def tasks(self) -> list[tuple[str, int]]:
+        """(run, seed), whole seeds one after another; rows that have no randomness once."""
+        once = [(name, 0) for name in self.names() if not RUNS[name].random]
+        return once + [(name, seed) for seed in self.options.seeds for name in self.names() if RUNS[name].random]
+
+    def label(self, name: str) -> str:
+        """A run's name in files: with `--try`, its own."""
+        return f"{name}+{self.options.attempt}" if self.options.attempt else name
+
+    def result(self, name: str, seed: int) -> Path:
+        """Where a run's JSON lies."""
+        return self.results / f"{name}-{seed}.json"
+
+    def lacks(self, name: str, seed: int) -> list[str]:
+        """Runs whose time must be known first and is not."""
+        return [other for other in RUNS[name].as_long_as or () if not self.result(other, seed).is_file()]
+
+    def plan(self, name: str, seed: int) -> Plan:
+        """Everything about one run that lacks nothing."""
+        run = RUNS[name]
+        steps = self._equal_steps(run, seed) if run.as_long_as else None
+        recipe = self._train_recipe(run)
+        train_edits = tuple(world.sample_split(recipe["n"], recipe["seed"], recipe["split"], recipe["edit_types"]))
+        overrides = (*run.overrides, *([f"train.steps={steps}"] if steps else []), *self.options.set)
+        label = self.label(name)
+        return Plan(
+            name=label,
+            title=run.title + (f", {self.options.attempt}" if self.options.attempt else ""),
+            kind=run.kind,
+            seed=seed,
+            stage=self.options.stage,
+            overrides=overrides,
+            config=self._config(run, label, seed, overrides),
+            train_edits=train_edits,
+            train_recipe=recipe,
+            eval_edits=runs.eval_edits(self.stage.eval_edits, self.stage.data_seed, self.stage.split, WORLDS[run.world]),
+            curve_edits=self.stage.curve_edits,
+            result=self.result(label, seed),
+        )
+
+    def _train_recipe(self, run: Run) -> dict[str, Any]:
+        types = WORLDS[run.world]
+        n = TRAIN_EDITS_PER_TYPE * len(types)
+        return {"n": n, "seed": self.stage.data_seed, "split": "train", "edit_types": types, "with_targets": run.targets}
+
+    def _equal_steps(self, run: Run, seed: int) -> int:
+        """Steps that take as long as another run of this seed did, in CPU seconds."""
+        assert run.as_long_as is not None
+        like, pace = (runs.read_json(self.result(name, seed)) for name in run.as_long_as)
+        return max(1, round(like["cpu_seconds"] / pace["seconds_per_step"]))
+
+    def _config(self, run: Run, label: str, seed: int, overrides: tuple[str, ...]) -> Config:
+        work = self.options.work
+        data = work / "data" / f"{self.options.stage}-{run.world}{'-targets' if run.targets else ''}-{_world_digest()}"
+        places = {
+            "model.path": self.options.base,
+            "dataset.tuples": data / "tuples.jsonl",
+            "dataset.cache_dir": work / "cache",
+            "output.dir": work / self.options.stage / f"{label}-{seed}",
+        }
+        fixed = [f"{key}={_toml(value)}" for key, value in places.items()] + [*SETTINGS, f"train.seed={seed}"]
+        recipe = load_config(self.options.config, fixed)
+        scale = self.stage.scale * self.options.steps
+        lengths = {
+            "train.steps": recipe.train.steps,
+            "train.lr_warmup_steps": recipe.train.lr_warmup_steps,
+            "objective.identity_warmup_steps": recipe.objective.identity_warmup_steps,
+        }
+        scaled = [f"{key}={max(1, round(value * scale)) if value else 0}" for key, value in lengths.items()]
+        wanted = [*fixed, *scaled, *overrides]
+        steps = load_config(self.options.config, wanted).train.steps
+        rhythm = [f"train.save_every={max(1, steps // 10)}", f"train.log_every={max(1, min(10, steps // 50))}"]
+        return load_config(self.options.config, [*wanted, *rhythm])
+
+    def state(self, plan: Plan) -> str:
+        """`done`, `todo`, or `stale (what changed)`."""
+        record = runs.read_json(plan.result)
+        if record is None:
+            return "todo"
+        changed = runs.changes(record, plan)
+        return f"stale ({'; '.join(changed)})" if changed else "done"
+
+
+@lru_cache(maxsize=1)
+def _world_digest() -> str:
+    """Names the data folders: a world that is drawn otherwise gets other ones."""
+    return runs.digest_edits(tuple(world.sample_split(64, 0, "digest", tuple(world.EDIT_TYPES))), 64)[:8]
+
+
+def _toml(value: str | Path) -> str:
+    """A JSON string is a TOML string: a Windows path's backslashes survive."""
+    return json.dumps(str(value))
+
+
+# --- the processes ---
+
+
+class _Child:
+    """One run in a process of its own."""
+
+    def __init__(self, study: Study, name: str, seed: int):
+        self.plan = study.plan(name, seed)
+        self.total = effort(self.plan)
+        self.log = self.plan.folder.with_name(f"{self.plan.folder.name}.log")
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_MININTERVAL": "30", "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, "-m", "benchmarks.tiny_world", *_arguments(study.options), "--one", f"{name}:{seed}"]
+        with open(self.log, "wb") as log:
+            # A session of its own: Ctrl-C reaches this process alone, which passes it on once.
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+
+    def __str__(self) -> str:
+        return f"{self.plan.name} seed {self.plan.seed}"
+
+    def step(self) -> int:
+        """The last step that it reported."""
+        lines = runs.read_lines(self.plan.folder / "clock.jsonl")
+        return int(lines[-1]["step"]) if lines else 0
+
+    def last_words(self) -> str:
+        """The end of what it printed."""
+        text = self.log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n")
+        return "\n".join(text.strip().splitlines()[-12:])
+
+
+def effort(plan: Plan, step: int | None = None) -> float:
+    """Rough work of a run's first steps (default: of all), in steps of the baseline: the time left is reckoned with it."""
+    if plan.kind != "train":
+        return 20.0
+    config = plan.config
+    step = config.train.steps if step is None else step
+    warmup = config.objective.identity_warmup_steps if config.objective.name == "unpaired_cycle" else step
+    return min(step, warmup) + 6.0 * max(0, step - warmup)
+
+
+def _arguments(options: argparse.Namespace) -> list[str]:
+    """The command line again, for a child."""
+    words = ["--stage", options.stage, "--out", options.out, "--work", options.work, "--config", options.config, "--base", options.base]
+    words += ["--steps", options.steps]
+    for override in options.set:
+        words += ["--set", override]
+    if options.attempt:
+        words += ["--try", options.attempt]
+    return [str(word) for word in words]
+
+
+def run_all(study: Study) -> list[str]:
+    """Make what is selected and not done, `--jobs` at once; returns the failures."""
+    independent = [task for task in study.tasks() if not RUNS[task[0]].as_long_as]
+    failures = _run(study, independent)
+    for task in study.tasks():
+        if RUNS[task[0]].as_long_as:
+            lacking = study.lacks(*task)
+            if lacking:
+                failures.append(f"{task[0]} seed {task[1]} gets the time of {' and '.join(lacking)}, which is not known: run those too")
+            else:
+                failures += _run(study, [task])
+    return failures
+
+
+def _run(study: Study, tasks: list[tuple[str, int]]) -> list[str]:
+    """See `run_all`; of tasks that wait for nothing."""
+    waiting = [task for task in tasks if _is_open(study, *task)]
+    for data in {study.plan(*task).config.dataset.tuples: task for task in waiting}.values():
+        plan = study.plan(*data)
+        if plan.kind == "train":
+            runs.prepare(plan)  # here, once: not by several at a time
+    failures: list[str] = []
+    running: list[_Child] = []
+    finished, total = 0.0, sum(effort(study.plan(*task)) for task in waiting)
+    every = 1 if sys.stderr.isatty() else 60
+    shape = "{desc} {percentage:3.0f} % {elapsed} gone, {remaining} left{postfix}"
+    bar = tqdm(total=total, desc=study.options.stage, bar_format=shape, mininterval=every, smoothing=0, disable=not waiting)
+    try:
+        while waiting or running:
+            while waiting and len(running) < study.options.jobs:
+                running.append(_Child(study, *waiting.pop(0)))
+            time.sleep(0.5)
+            for child in [child for child in running if child.process.poll() is not None]:
+                running.remove(child)
+                finished += child.total
+                failures += _tell_end(study, child)
+            bar.set_postfix_str("; ".join(f"{child} step {child.step()}" for child in running), refresh=False)
+            bar.update(finished + sum(effort(child.plan, child.step()) for child in running) - bar.n)
+    except KeyboardInterrupt:
+        _stop(running)
+        raise
+    finally:
+        bar.close()
+    return failures
+
+
+def _is_open(study: Study, name: str, seed: int) -> bool:
+    """Whether a run is to be made; says so when its result is stale."""
+    state = study.state(study.plan(name, seed))
+    if state.startswith("stale"):
+        tqdm.write(f"{name} seed {seed} is {state}; it is made again")
+    return state != "done"
+
+
+def _tell_end(study: Study, child: _Child) -> list[str]:
+    record = runs.read_json(child.plan.result)
+    if child.process.returncode or record is None:
+        tqdm.write(f"{child} failed:\n{child.last_words()}\n")
+        return [f"{child} failed; its output is {child.log}"]
+    figures = ", ".join(f"{name} {100 * record['table']['all'][name]:.0f} %" for name in ("joint", "edit", "preserved"))
+    tqdm.write(f"{child}: {figures}{_time_of(record, study.stage.minutes)}")
+    return []
+
+
+def _time_of(record: dict[str, Any], limit: float) -> str:
+    """Training time of a result, with a warning when it is beyond the stage's limit."""
+    if "cpu_seconds" not in record:
+        return ""
+    minutes = record["cpu_seconds"] / report.CORES / 60
+    over = f" WARNING: over the limit of {limit:.0f} minutes" if minutes > limit else ""
+    return f"; {record['steps']} steps in {record['cpu_seconds']:.0f} CPU s = {minutes:.1f} minutes on {report.CORES} cores{over}"
+
+
+def _stop(running: list[_Child]) -> None:
+    """Pass Ctrl-C on; each run saves after its step. A second Ctrl-C ends them at once."""
+    tqdm.write("stopping: every run saves after its step; the same command goes on from there (Ctrl-C again: at once)")
+    for child in running:
+        child.process.send_signal(signal.SIGINT if os.name == "posix" else signal.SIGTERM)
+    try:
+        for child in running:
+            child.process.wait()
+    except KeyboardInterrupt:
+        for child in running:
+            child.process.kill()
+
+
+# --- the command ---
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.tiny_world",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--stage", choices=list(STAGES), default="report", help="which data, length and limit (default: report)")
+    parser.add_argument("--only", help="names of runs, comma-separated (default: all; see --list)")
+    parser.add_argument("--seeds", default="0,1,2", help="comma-separated (default: 0,1,2)")
+    parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each (default: 2)")
+    parser.add_argument("--steps", type=float, default=1.0, help="factor on every run's steps, for a look at the machinery (default: 1)")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder of results, table and plot")
+    parser.add_argument("--work", type=Path, default=ROOT / "out" / "tiny_world", help="folder of data, caches and checkpoints")
+    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "demo.toml", help="the recipe")
+    parser.add_argument("--base", type=Path, default=ROOT / "byg_plugin" / "demo" / "base", help="the frozen base")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="with --try: change a key; repeatable")
+    parser.add_argument("--try", dest="attempt", metavar="NAME", help="make the runs of --only with --set, as rows of their own")
+    parser.add_argument("--list", action="store_true", help="show the runs and what is done, and stop")
+    parser.add_argument("--table", action="store_true", help="write the table from the results alone, and stop")
+    parser.add_argument("--plot", action="store_true", help="draw the plot from the results alone, and stop")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    return parser
+
+
+OUT = ROOT / "benchmarks" / "results" / "tiny_world"
+
+
+def parse(words: list[str] | None = None) -> argparse.Namespace:
+    """Options, checked."""
+    parser = _parser()
+    options = parser.parse_args(words)
+    options.only = options.only.split(",") if options.only else ["full"] if options.attempt else list(RUNS)
+    unknown = [name for name in options.only if name not in RUNS]
+    if unknown:
+        parser.error(f"--only {', '.join(unknown)}: no such run; there are {', '.join(RUNS)}")
+    if not re.fullmatch(r"\d+(,\d+)*", options.seeds):
+        parser.error(f"--seeds {options.seeds}: give whole numbers, e.g. 0,1,2")
+    options.seeds = list(dict.fromkeys(int(seed) for seed in options.seeds.split(",")))
+    if options.jobs < 1:
+        parser.error(f"--jobs {options.jobs}: at least 1")
+    if not 0 < options.steps <= 1:
+        parser.error(f"--steps {options.steps}: a factor above 0 and at most 1")
+    options.out, options.work, options.config, options.base = (
+        path.resolve() for path in (options.out, options.work, options.config, options.base)
+    )
+    for name in ("config", "base"):
+        if not getattr(options, name).exists():
+            parser.error(f"--{name} {getattr(options, name)}: no such file or folder")
+    if options.steps != 1 and options.out == OUT:
+        parser.error("--steps other than 1 makes no result of the study: give another --out")
+    if bool(options.set) != bool(options.attempt):
+        parser.error("--try NAME and --set KEY=VALUE belong together: a changed run is a row of its own")
+    if options.attempt and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._]*", options.attempt):
+        parser.error(f"--try {options.attempt}: letters, digits, dots and underscores")
+    if options.attempt and any(RUNS[name].kind != "train" or RUNS[name].as_long_as for name in options.only):
+        parser.error("--try is for runs that train for a given number of steps: choose them with --only")
+    return options
+
+
+def show_list(study: Study) -> None:
+    """Every selected run, what it changes and what is done."""
+    for name in study.names():
+        states = []
+        for seed in [seed for task, seed in study.tasks() if task == name]:
+            lacking = study.lacks(name, seed)
+            states.append(f"{seed}: " + (f"waits for {' and '.join(lacking)}" if lacking else study.state(study.plan(name, seed))))
+        run = RUNS[name]
+        changes = " ".join((*run.overrides, *study.options.set)) or ("the recipe" if run.kind == "train" else "no training")
+        print(f"{study.label(name):16} {run.title:26} {changes:36} {'; '.join(states)}")
+
+
+def write_reports(study: Study, *, table: bool, plot: bool) -> None:
+    """Table and plot from the JSONs of the stage."""
+    results = report.read_results(study.results)
+    if not results:
+        print(f"there are no results in {study.results}")
+        return
+    prefix = "" if study.options.stage == "report" else f"{study.options.stage}_"
+    if table:
+        path = study.options.out / f"{prefix}table.md"
+        path.write_text(report.table(results, study.stage.minutes), encoding="utf-8")
+        print(path)
+    if plot:
+        path = study.options.out / f"{prefix}tradeoff.png"
+        if report.plot(results, path):
+            print(path)
+        else:
+            print("no run has a curve yet: nothing to plot")
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def main(words: list[str] | None = None) -> None:
+    """The command; see the module."""
+    options = parse(words)
+    study = Study(options)
+    if options.one:
+        name, _, seed = options.one.partition(":")
+        torch.set_num_threads(1)
+        try:
+            runs.run(study.plan(name, int(seed)))
+        except Interrupted as stop:
+            raise KeyboardInterrupt from stop
+        return
+    if options.list:
+        show_list(study)
+        return
+    if options.table or options.plot:
+        write_reports(study, table=options.table, plot=options.plot)
+        return
+    signal.signal(signal.SIGTERM, _interrupt)
+    torch.set_num_threads(1)
+    failures = run_all(study)
+    write_reports(study, table=True, plot=True)
+    if failures:
+        raise SystemExit("\n".join(failures))
+
+
+if __name__ == "__main__":
+    _cli.run(main)

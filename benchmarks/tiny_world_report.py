@@ -1,0 +1,475 @@
+"""Table and plot of the tiny-world study, from the runs' JSONs alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Record = dict[str, Any]
+Results = dict[str, dict[int, Record]]
+"""Run -> seed -> its JSON."""
+Point = dict[str, float]
+"""One evaluation of a curve: step and the averages over all edits."""
+
+CORES = 2  # a run's time is its CPU seconds over this: what it takes on the two cores that are promised
+FEWEST = 0.05  # edit rate below which there is nothing to compare at
+# Table 4 of the paper (GEdit-Bench, of 10): edit success, source preservation.
+PAPER = {
+    "full": (8.317, 7.617), "no_routing": (8.917, 7.183), "no_cycle": (8.983, 7.233), "no_directional": (8.400, 7.233),
+    "no_bootstrap": (5.517, 7.050), "no_prior": (0.633, 9.767), "no_identity": (8.413, 7.450),
+}  # fmt: skip
+ORDER = ("truth", "copy", "base", *PAPER, "paired_steps", "paired_time")
+OBJECT, BACKGROUND = "recolour_object", "recolour_background"
+
+
+def read_results(folder: Path) -> Results:
+    """Every JSON of a stage."""
+    results: Results = {}
+    for path in sorted(folder.glob("*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        results.setdefault(record["name"], {})[record["seed"]] = record
+    return results
+
+
+def names(results: Results) -> list[str]:
+    """Runs of the main table: the study's in its order, then what was tried."""
+    known = [name for name in ORDER if name in results]
+    return known + [name for name in results if name not in ORDER and not name.startswith("six_")]
+
+
+# --- at matched edit rate ---
+
+
+def curve(record: Record) -> list[Point]:
+    """The evaluations of a run while it was training, as `{"step", "edit", "preserved", ...}`."""
+    return [{"step": point["step"], **point["table"]["all"]} for point in record.get("curve", [])]
+
+
+def at_rate(path: Sequence[Point], rate: float, key: str) -> float | None:
+    """`key` where a curve last passes an edit rate, on straight lines between its points; None if it never does."""
+    for before, after in reversed(list(zip(path, path[1:], strict=False))):
+        low, high = sorted((before["edit"], after["edit"]))
+        if low <= rate <= high:
+            share = (rate - before["edit"]) / (after["edit"] - before["edit"]) if high > low else 1.0
+            return before[key] + share * (after[key] - before[key])
+    return None
+
+
+def matched(full: Sequence[Point], other: Sequence[Point], key: str) -> tuple[float, float] | None:
+    """(edit rate, difference other - full) at the lower of the two final edit rates.
+
+    The run that ends there is read at its end, the other where it last passes that rate. None where it never passes it,
+    or where there are hardly edits.
+    """
+    if not full or not other:
+        return None
+    rate = min(full[-1]["edit"], other[-1]["edit"])
+    values = at_rate(full, rate, key), at_rate(other, rate, key)
+    if rate < FEWEST or values[0] is None or values[1] is None:
+        return None
+    return rate, values[1] - values[0]
+
+
+def matched_over_range(full: Sequence[Point], other: Sequence[Point], key: str) -> tuple[float, float, float] | None:
+    """(lowest rate, highest rate, mean difference other - full) over the edit rates that both curves pass.
+
+    None where they share less than 5 percentage points.
+    """
+    if not full or not other:
+        return None
+    low = max(FEWEST, *(min(point["edit"] for point in path) for path in (full, other)))
+    high = min(max(point["edit"] for point in path) for path in (full, other))
+    if high - low < 0.05:
+        return None
+    differences = []
+    for rate in np.linspace(low, high, 21):
+        values = at_rate(full, rate, key), at_rate(other, rate, key)
+        assert values[0] is not None and values[1] is not None, "a rate between a curve's extremes is on it"
+        differences.append(values[1] - values[0])
+    return low, high, float(np.mean(differences))
+
+
+# --- cells ---
+
+
+def _spread(values: Sequence[float], show: Callable[[float], str]) -> str:
+    """Mean, and lowest to highest over the seeds."""
+    mean = show(float(np.mean(values)))
+    low, high = show(min(values)), show(max(values))
+    return mean if len(values) == 1 or low == high else f"{mean} ({low} to {high})"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.0f}"
+
+
+def _points(value: float) -> str:
+    """A difference of percentages."""
+    return f"{100 * value:+.0f}"
+
+
+def _error(value: float) -> str:
+    return f"{value:.3f}"
+
+
+def _change(value: float) -> str:
+    return f"{value:+.3f}"
+
+
+def _values(records: Mapping[int, Record], key: str, kind: str = "all") -> list[float]:
+    return [record["table"][kind][key] for record in records.values() if kind in record["table"] and record["table"][kind][key] is not None]
+
+
+def _cell(records: Mapping[int, Record], key: str, kind: str = "all", show: Callable[[float], str] = _percent) -> str:
+    values = _values(records, key, kind)
+    return _spread(values, show) if values else "-"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _header(cells: Sequence[str]) -> list[str]:
+    return [_line(cells), "|---" * len(cells) + "|"]
+
+
+def _title(records: Mapping[int, Record]) -> str:
+    return next(iter(records.values()))["title"]
+
+
+def _minutes(records: Mapping[int, Record], limit: float) -> str:
+    values = [record["cpu_seconds"] / CORES / 60 for record in records.values() if "cpu_seconds" in record]
+    if not values:
+        return "-"
+    return _spread(values, lambda value: f"{value:.1f}") + (" **over**" if max(values) > limit else "")
+
+
+# --- the tables ---
+
+
+def table(results: Results, limit: float) -> str:
+    """The whole page; `limit` is the stage's in minutes."""
+    parts = [_heading(results), _main_table(results, limit)]
+    if "full" in results:
+        parts += [_against_paper(results), _targets(results)]
+    if any(name.startswith("six_") for name in results):
+        parts.append(_by_type(results))
+    parts.append(_notes(results))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _heading(results: Results) -> str:
+    records = [record for seeds in results.values() for record in seeds.values()]
+    stages = sorted({record["stage"] for record in records})
+    seeds = sorted({record["seed"] for record in records if record["kind"] == "train"})
+    main = next((seeds for name, seeds in results.items() if not name.startswith("six_")), {})
+    edits = max((record["edits"] for record in main.values()), default=0)
+    lines = [
+        f"# The tiny world, stage {', '.join(stages)}",
+        "",
+        f"Made by `python -m benchmarks.tiny_world`. Training seeds {', '.join(map(str, seeds)) or 'none'}; {edits} held-out edits, half "
+        "recolour the object, half the background, the same for every run. Cells are the mean over seeds, and in brackets the lowest "
+        "and the highest seed; percentages without their sign. Metrics are exact and read from pixels: `byg_plugin/demo/metrics.py`.",
+    ]
+    warnings = _mixtures(results)
+    return "\n".join(lines + ([""] + warnings if warnings else []))
+
+
+def _mixtures(results: Results) -> list[str]:
+    """Whether all rows were measured on one base and one set of data."""
+    lines = []
+    records = [record for seeds in results.values() for record in seeds.values()]
+    trained = [record for record in records if record["kind"] == "train" and not record["name"].startswith("six_")]
+    for what, group in (("base", [record for record in records if "base" in record["identity"]]), ("data", trained)):
+        found: dict[str, list[str]] = {}
+        for record in group:
+            found.setdefault(record["identity"][what], []).append(f"{record['name']}-{record['seed']}")
+        if len(found) > 1:
+            rows = " | ".join(", ".join(rows) for rows in found.values())
+            lines.append(
+                f"**Rows are not comparable, they differ in the {what}: {rows}.** Run the study again: what is stale is made anew."
+            )
+    return lines
+
+
+def _main_table(results: Results, limit: float) -> str:
+    lines = _header(
+        [
+            "run", "**joint**", "edit made", "... object", "... background", "source preserved", "... object edits",
+            "... background edits", "pebble kept", "error outside", "steps", f"minutes on {CORES} cores",
+        ]
+    )  # fmt: skip
+    for name in names(results):
+        records = results[name]
+        cells = [_title(records), f"**{_cell(records, 'joint')}**"]
+        cells += [_cell(records, "edit", kind) for kind in ("all", OBJECT, BACKGROUND)]
+        cells += [_cell(records, "preserved", kind) for kind in ("all", OBJECT, BACKGROUND)]
+        cells += [_cell(records, "pebble"), _cell(records, "outside_error", show=_error)]
+        steps = [record["steps"] for record in records.values() if "steps" in record]
+        cells += [_spread(steps, lambda value: f"{value:.0f}") if steps else "-", _minutes(records, limit)]
+        lines.append(_line(cells))
+    return "\n".join(lines)
+
+
+def _pairs(results: Results, name: str) -> list[tuple[Record, Record]]:
+    """(full, other) of every seed that both have."""
+    return [(results["full"][seed], record) for seed, record in sorted(results[name].items()) if seed in results["full"]]
+
+
+def _changes(results: Results, name: str, key: str) -> list[float]:
+    """Final value minus that of `full`, by seed."""
+    return [other["table"]["all"][key] - full["table"]["all"][key] for full, other in _pairs(results, name)]
+
+
+def direction(changes: Sequence[float]) -> str:
+    """`up` or `down` where every seed says so, else `unclear`."""
+    if changes and min(changes) > 0:
+        return "up"
+    return "down" if changes and max(changes) < 0 else "unclear"
+
+
+def _against_paper(results: Results) -> str:
+    lines = [
+        "## Against Table 4 of the paper, and at equal edit rate",
+        "",
+        "Changes against the full method of the same seed, in percentage points. *At equal edit rate*: both runs' curves over training, "
+        "read at the lower of the two final edit rates (where a curve last passes it, straight lines between evaluations). *Over the "
+        "shared range*: the mean over all edit rates that both curves pass. A run that only edits more, and therefore preserves less, "
+        "changes the columns of the end and not those of equal edit rate.",
+        "",
+        *_header(
+            [
+                "run", "paper: edit, preserved (of 10)", "edit at the end", "preserved at the end",
+                "preserved at equal edit rate", "error outside at equal edit rate", "preserved over the shared range",
+            ]
+        ),
+    ]  # fmt: skip
+    for name in names(results):
+        if name == "full" or not _pairs(results, name) or "curve" not in next(iter(results[name].values())):
+            continue
+        ends = [_changes(results, name, key) for key in ("edit", "preserved")]
+        cells = [_title(results[name]), _paper_cell(name)]
+        cells += [f"{direction(changes)}: {_spread(changes, _points)}" for changes in ends]
+        cells += [_matched_cell(results, name, "preserved", _points), _matched_cell(results, name, "outside_error", _change)]
+        cells.append(_range_cell(results, name))
+        lines.append(_line(cells))
+    return "\n".join(lines)
+
+
+def _paper_cell(name: str) -> str:
+    if name not in PAPER:
+        return "-"
+    edit, preserved = PAPER[name]
+    up = ["up" if value > reference else "down" for value, reference in zip(PAPER[name], PAPER["full"], strict=True)]
+    return f"{up[0]} {edit:.2f}, {up[1]} {preserved:.2f}"
+
+
+def _matched_cell(results: Results, name: str, key: str, show: Callable[[float], str]) -> str:
+    found = [matched(curve(full), curve(other), key) for full, other in _pairs(results, name)]
+    known = [pair for pair in found if pair is not None]
+    if not known:
+        return "curves do not overlap"
+    lacking = f"; {len(found) - len(known)} of {len(found)} seeds do not overlap" if len(known) < len(found) else ""
+    return f"{_spread([pair[1] for pair in known], show)} at {_spread([pair[0] for pair in known], _percent)} % edits{lacking}"
+
+
+def _range_cell(results: Results, name: str) -> str:
+    found = [matched_over_range(curve(full), curve(other), "preserved") for full, other in _pairs(results, name)]
+    known = [triple for triple in found if triple is not None]
+    if not known:
+        return "curves do not overlap"
+    low, high = (float(np.mean([triple[i] for triple in known])) for i in (0, 1))
+    return f"{_spread([triple[2] for triple in known], _points)} over {_percent(low)} to {_percent(high)} % edits"
+
+
+def _targets(results: Results) -> str:
+    """What was to be shown, and whether it is."""
+    lines = ["## What was to be shown", "", *_header(["target", "measured", "reached"])]
+
+    def add(name: str, target: str, measured: str, reached: bool) -> None:
+        if name in results:
+            lines.append(_line([target, measured, "yes" if reached else "**no**"]))
+
+    joint = _values(results["full"], "joint")
+    add("full", "full method: joint success of at least 90 %", _spread(joint, _percent) + " %", float(np.mean(joint)) >= 0.9)
+    if "no_prior" in results:
+        edits = _values(results["no_prior"], "edit")
+        add("no_prior", "without prior: edits in less than 5 %", _spread(edits, _percent) + " %", max(edits) < 0.05)
+    for name, what in (("no_cycle", "cycle"), ("no_routing", "gradient routing"), ("no_directional", "directional term")):
+        if name in results:
+            found = [matched(curve(full), curve(other), "preserved") for full, other in _pairs(results, name)]
+            below = bool(found) and all(pair is not None and pair[1] < 0 for pair in found)
+            cell = _matched_cell(results, name, "preserved", _points)
+            add(name, f"without {what}: preserves less than full at equal edit rate, every seed", cell, below)
+    for name, target, wanted in (
+        ("no_bootstrap", "without bootstrapping: fewer edits and less preserved, every seed", ("down", "down")),
+        ("no_identity", "without identity steps: more edits and less preserved, every seed", ("up", "down")),
+    ):
+        if name in results:
+            ends = [_changes(results, name, key) for key in ("edit", "preserved")]
+            cell = f"edit {_spread(ends[0], _points)}, preserved {_spread(ends[1], _points)}" if ends[0] else "-"
+            add(name, target, cell, tuple(direction(changes) for changes in ends) == wanted)
+    return "\n".join(lines)
+
+
+def _by_type(results: Results) -> str:
+    kinds = sorted({kind for name, seeds in results.items() if name.startswith("six_") for r in seeds.values() for kind in r["table"]})
+    kinds = [kind for kind in kinds if kind != "all"] + ["all"]
+    lines = ["## All six edit types", "", "Their own training and evaluation edits, as many of each type.", ""]
+    lines += _header(["run", "edits", "**joint**", "edit made", "source preserved", "pebble kept", "error outside", "mask IoU"])
+    for name in ("six_truth", "six_copy", "six_base", "six_full"):
+        records = results.get(name, {})
+        for kind in kinds if records else ():
+            cells = [_title(records), kind, f"**{_cell(records, 'joint', kind)}**", _cell(records, "edit", kind)]
+            cells += [_cell(records, "preserved", kind), _cell(records, "pebble", kind)]
+            cells += [_cell(records, "outside_error", kind, _error), _cell(records, "iou", kind, lambda value: f"{value:.2f}")]
+            lines.append(_line(cells))
+    return "\n".join(lines)
+
+
+def _notes(results: Results) -> str:
+    records = [record for seeds in results.values() for record in seeds.values()]
+    trained = [record for record in records if record["kind"] == "train"]
+    lines = [
+        "## How to read it",
+        "",
+        "- Time is CPU seconds of training alone (evaluations and start-up are not in it) over the number of cores: runs have one thread "
+        "each and are made side by side. *Paired, equal time* has as many steps as take the CPU seconds of the full method of its seed.",
+        "- *Without identity steps* keeps the identity warm-up and drops the random identity steps after it, as Table 4 does; it has more "
+        "other steps instead. *Without directional term* keeps alpha. The paired baseline has no identity steps at all.",
+        "- Curves are evaluated with the averaged weights. A curve that is read before its end is read at a higher learning rate than "
+        "that of a run that ends there.",
+        "- A preserved source needs a small error outside the edit and every bystander's colour: a run that edits nothing preserves all.",
+    ]
+    if trained:
+        bases = sorted({record["identity"]["base"] for record in trained})
+        commits = sorted({record["commit"] for record in records})
+        machine = trained[0]["machine"]
+        lines.append(
+            f"- Base {', '.join(bases)}; commits {', '.join(commits)}; torch {machine['torch']}, diffusers {machine['diffusers']}, "
+            f"{machine['threads']} thread a run."
+        )
+    return "\n".join(lines)
+
+
+# --- the plot ---
+
+# Okabe and Ito's colours, told apart by all; each line has a marker of its own too.
+STYLES: dict[str, dict[str, Any]] = {
+    "full": {"color": "#000000", "marker": "o", "linewidth": 3.2},
+    "no_routing": {"color": "#0072B2", "marker": "s"},
+    "no_cycle": {"color": "#D55E00", "marker": "^"},
+    "no_directional": {"color": "#CC79A7", "marker": "D"},
+    "no_bootstrap": {"color": "#009E73", "marker": "v"},
+    "no_prior": {"color": "#E69F00", "marker": "P"},
+    "no_identity": {"color": "#56B4E9", "marker": "X"},
+    "paired_steps": {"color": "#7a7a7a", "marker": "<", "linestyle": (0, (5, 2))},
+    "paired_time": {"color": "#7a7a7a", "marker": ">", "linestyle": (0, (1, 1.5))},
+}
+
+
+def styles(results: Results) -> dict[str, dict[str, Any]]:
+    """How each run is drawn; what was tried beside the study is grey, with a letter as its marker."""
+    tried = [name for name in names(results) if "+" in name]
+    return STYLES | {name: {"color": "#8c8c8c", "marker": f"${chr(97 + index % 26)}$"} for index, name in enumerate(tried)}
+
+
+def plot(results: Results, path: Path) -> bool:
+    """Edits against preservation over training, one line a run; False when no run has a curve."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    drawn = [name for name in styles(results) if any(curve(record) for record in results.get(name, {}).values())]
+    if not drawn:
+        return False
+    figure, axes = plt.subplots(1, 2, figsize=(15, 6.4), constrained_layout=True)
+    for axis, key, label in (
+        (axes[0], "preserved", "source preserved (% of edits)"),
+        (axes[1], "outside_error", "error outside the edit (mean absolute, colours in 0..1)"),
+    ):
+        _panel(axis, results, drawn, key, label)
+    axes[1].invert_yaxis()  # better is up in both
+    edits = max(int(record["curve"][-1]["table"]["all"]["n"]) for name in drawn for record in results[name].values() if curve(record))
+    figure.suptitle(
+        "The tiny world: what each part of the method is worth, over training\n"
+        f"thick: mean over seeds, thin: each seed; {edits} held-out edits a point; from the end of the warm-up to the large marker",
+        fontsize=12,
+    )
+    for axis in axes:
+        _label(axis)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return True
+
+
+def _scale(key: str) -> float:
+    return 1.0 if key == "outside_error" else 100.0
+
+
+def _panel(axis: Any, results: Results, drawn: Sequence[str], key: str, label: str) -> None:
+    axis.set_xlabel("edit made (% of edits)")
+    axis.set_ylabel(label)
+    axis.set_xlim(-4, 104)
+    axis.grid(color="#e4e4e4", linewidth=0.8)
+    axis.set_axisbelow(True)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+    axis.ends = []
+    for name in drawn:
+        style = {"linewidth": 2.0, **styles(results)[name]}
+        paths = [curve(record) for record in results[name].values() if curve(record)]
+        for path in paths if len(paths) > 1 else []:
+            axis.plot(*_xy(path, key), color=style["color"], linewidth=0.7, alpha=0.35)
+        x, y = _xy(mean_curve(paths), key)
+        axis.plot(x, y, markersize=4.5, **style)
+        axis.plot(x[-1], y[-1], marker=style["marker"], color=style["color"], markersize=13, markeredgecolor="white", markeredgewidth=1.2)
+        axis.ends.append((x[-1], y[-1], _title(results[name]), style["color"]))
+    for name in ("truth", "copy", "base"):
+        if name in results:
+            x, y = (float(np.mean(_values(results[name], k))) * _scale(k) for k in ("edit", key))
+            axis.plot(x, y, marker="*", color="#444444", markersize=15, markeredgecolor="white", linestyle="none", zorder=5)
+            axis.ends.append((x, y, _title(results[name]), "#444444"))
+
+
+def _xy(path: Sequence[Point], key: str) -> tuple[list[float], list[float]]:
+    return [100 * point["edit"] for point in path], [_scale(key) * point[key] for point in path]
+
+
+def mean_curve(paths: Sequence[Sequence[Point]]) -> list[Point]:
+    """Point by point over seeds: evaluations have one place in training each, whatever the number of steps."""
+    keys = ("edit", "preserved", "outside_error")
+    return [{key: float(np.mean([point[key] for point in points])) for key in keys} for points in zip(*paths, strict=False)]
+
+
+def _label(axis: Any) -> None:
+    """Names beside the frame, those of ends at the left below them; each with a line to its end."""
+    axis.figure.canvas.draw()
+    to_axes = axis.transData + axis.transAxes.inverted()
+    ends = sorted(((*to_axes.transform(end[:2]), *end) for end in axis.ends), key=lambda end: -end[1])
+    for left, column, lower in ((True, 0.07, 0.2), (False, 1.05, 0.0)):
+        mine = [end for end in ends if (end[0] < 0.3) == left]
+        heights = spread_out([end[1] - lower for end in mine], min(0.06, 1 / max(1, len(mine))))
+        for (_, _, x, y, text, colour), height in zip(mine, heights, strict=True):
+            line = {"arrowstyle": "-", "color": colour, "linewidth": 0.8, "alpha": 0.7, "shrinkA": 1, "shrinkB": 6, "relpos": (0, 0.5)}
+            look = {"color": colour, "va": "center", "fontsize": 10.5, "arrowprops": line}
+            axis.annotate(text, (x, y), (column, height), textcoords="axes fraction", **look)
+
+
+def spread_out(heights: Sequence[float], gap: float) -> list[float]:
+    """Falling heights in 0..1 moved as little as it takes for neighbours to be `gap` apart."""
+    placed: list[float] = []
+    for height in heights:
+        placed.append(min(height, placed[-1] - gap) if placed else min(height, 1.0))
+    # What was pushed below the frame goes up again, and pushes in turn.
+    floor = 0.0
+    for index in reversed(range(len(placed))):
+        placed[index] = max(placed[index], floor)
+        floor = placed[index] + gap
+    return placed

@@ -1,0 +1,412 @@
+"""One run of the tiny-world study: its data, its training, its evaluation, its JSON.
+
+A run goes through the project's own configuration and `Trainer`; what is added is a clock and an evaluation every so many
+steps. A run that was killed goes on from its last checkpoint: same losses, same curve, and only time that counted is counted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+from byg_plugin import sampling
+from byg_plugin.data import cache
+from byg_plugin.data.buckets import to_tensor
+from byg_plugin.data.tuples import read_tuples
+from byg_plugin.demo import metrics, sheet, world
+from byg_plugin.hosts import make_host
+from byg_plugin.images import to_pil
+from byg_plugin.models import make_family
+from byg_plugin.objectives.base import Velocity
+from byg_plugin.training.config import Config
+from byg_plugin.training.loop import Trainer, versions
+
+ROOT = Path(__file__).resolve().parents[1]
+FORMAT = 1  # raise when results change in a way that neither configuration nor data nor base shows
+CURVE_POINTS = 6  # evaluations between the end of the identity warm-up and the end of training
+BATCH = 32  # edits sampled at once
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything that one run is."""
+
+    name: str
+    title: str
+    kind: str
+    """`train`, or a row without training: `truth`, `copy`, `base`."""
+    seed: int
+    stage: str
+    overrides: tuple[str, ...]
+    """What makes it differ from the recipe, as `section.key=value`."""
+    config: Config
+    train_edits: tuple[world.Edit, ...]
+    train_recipe: Mapping[str, Any]
+    """Arguments of `world.write_dataset` that write `train_edits`."""
+    eval_edits: tuple[world.Edit, ...]
+    curve_edits: int
+    """How many of `eval_edits` the curve is measured on; the end is measured on all."""
+    result: Path
+    """The JSON."""
+
+    @property
+    def folder(self) -> Path:
+        """Checkpoints, clock and curve."""
+        return Path(self.config.output.dir)
+
+
+# --- what a result depends on ---
+
+
+def eval_edits(n: int, seed: int, split: str, edit_types: Sequence[str]) -> tuple[world.Edit, ...]:
+    """At least `n` edits, as many of each type, types in turn: any first few are balanced too."""
+    each = -(-n // len(edit_types))
+    by_type = [world.sample_split(each, seed, f"{split}-{edit_type}", (edit_type,)) for edit_type in edit_types]
+    return tuple(edit for group in zip(*by_type, strict=True) for edit in group)
+
+
+def identity(plan: Plan) -> dict[str, str]:
+    """Digests of what the result is a function of: settings (no paths), data and base."""
+    data = digest_edits(plan.eval_edits, len(plan.eval_edits))
+    if plan.kind == "train":
+        data += digest_edits(plan.train_edits, 16) + f"/{plan.curve_edits}/{CURVE_POINTS}"
+    found = {"config": _sha(json.dumps(settings(plan), sort_keys=True)), "data": _sha(data)}
+    if plan.kind in ("base", "train"):
+        found["base"] = base_digest(Path(plan.config.model.part("transformer")))
+    return found
+
+
+def settings(plan: Plan) -> dict[str, dict[str, Any]]:
+    """The configuration without places, as far as the row depends on it, and how edits are judged."""
+    limits = [metrics.EDIT_SHARE, metrics.KEEP_ERROR, metrics.MASK_IOU, metrics.PEBBLE_ERROR]
+    found: dict[str, dict[str, Any]] = {"study": {"kind": plan.kind, "format": FORMAT, "limits": limits}}
+    if plan.kind not in ("base", "train"):
+        return found
+    every = plan.config.model_dump(mode="json")
+    for section, key in (("model", "path"), ("dataset", "tuples"), ("dataset", "cache_dir"), ("output", "dir")):
+        every[section].pop(key)
+    sections = list(every) if plan.kind == "train" else ["conditioning", "sample"]
+    found |= {section: every[section] for section in sections}
+    found["study"]["seed"] = plan.seed
+    return found
+
+
+def changes(record: Mapping[str, Any], plan: Plan) -> list[str]:
+    """What makes a result stale: settings, data or base that are not its own.
+
+    An option that did not exist when it was made changes nothing while it has its default.
+    """
+    now, then = identity(plan), record["identity"]
+    found = [f"another {part}" for part in ("base", "data") if then.get(part) != now.get(part)]
+    for section, values in settings(plan).items():
+        old = record["config"].get(section, {})
+        for key, value in values.items():
+            before = old[key] if key in old else _default(section, key)
+            if before != value:
+                found.append(f"{section}.{key}: {before} -> {value}")
+    return found
+
+
+def _default(section: str, key: str) -> Any:
+    field = Config.model_fields.get(section)
+    options = getattr(field.annotation, "model_fields", {}) if field else {}
+    return options[key].default if key in options else None
+
+
+def _sha(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@lru_cache(maxsize=16)
+def digest_edits(edits: tuple[world.Edit, ...], rendered: int) -> str:
+    """Of the exact scenes, and of the pixels of the first of them: a world that is drawn otherwise is another one."""
+    digest = hashlib.sha256(json.dumps([asdict(edit) for edit in edits]).encode())
+    for edit in edits[:rendered]:
+        digest.update(world.render(edit.before).tobytes())
+        digest.update(world.render(edit.after).tobytes())
+    return digest.hexdigest()
+
+
+def base_digest(folder: Path) -> str:
+    """Of every file of a base that decides what it computes: weights, configurations, tokenizers."""
+    told = ("figures.json", "model_index.json")  # they compute nothing
+    files = sorted(path for path in folder.rglob("*") if path.suffix in (".safetensors", ".json") and path.name not in told)
+    if not files:
+        raise ValueError(f"--base {folder}: no such base; make one with python -m byg_plugin.demo.build_base")
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(str(path.relative_to(folder).as_posix()).encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def commit() -> str:
+    """The commit that is checked out, `-changed` when the code differs from it, `unknown` outside a clone."""
+    code = ["byg_plugin", "configs", "benchmarks/*.py"]
+    try:
+        head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
+        changed = subprocess.run(["git", "status", "--porcelain", "--", *code], cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.stdout.strip() + ("-changed" if changed.stdout.strip() else "")
+
+
+# --- files ---
+
+
+def write_json(path: Path, record: Any) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".partial-{path.name}-{os.getpid()}")
+    partial.write_text(json.dumps(_tidy(record), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _tidy(value: Any) -> Any:
+    """Six digits, and no NaN: JSON has none."""
+    if isinstance(value, Mapping):
+        return {key: _tidy(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_tidy(item) for item in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
+
+
+def read_json(path: Path) -> Any:
+    """None when there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Lines of JSON; one that a kill cut off is none."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        with suppress(json.JSONDecodeError):
+            records.append(json.loads(line))
+    return records
+
+
+# --- data ---
+
+
+def prepare(plan: Plan) -> None:
+    """Write and cache the training tuples that are not there yet."""
+    tuples = Path(plan.config.dataset.tuples)
+    if not tuples.is_file():
+        world.write_dataset(tuples.parent, **plan.train_recipe)
+    family, items = make_family(plan.config), read_tuples(plan.config.dataset)
+    cache.cache_latents(plan.config, family, items, CPU)
+    cache.cache_texts(plan.config, family, items, CPU)
+
+
+# --- evaluation ---
+
+
+class Evaluator:
+    """Edits of a fixed set from fixed noise, made in this process exactly as `EditPipeline` makes them.
+
+    Args:
+        config: the run's configuration: `[sample]` steps and schedule.
+        edits: what is edited; edit i starts from the noise of seed i.
+    """
+
+    def __init__(self, config: Config, edits: Sequence[world.Edit]):
+        self.edits = edits
+        self._config, self._family = config, make_family(config)
+        self._vae = self._family.load_vae(CPU)
+        pictures = [to_tensor(Image.fromarray(world.render(edit.before))) for edit in edits]
+        batches = [torch.stack(pictures[i : i + BATCH]).unsqueeze(2) for i in range(0, len(pictures), BATCH)]
+        self._sources = torch.cat([self._family.encode_pixels(self._vae, pixels) for pixels in batches])
+        encoders = self._family.load_text_encoders(CPU)
+        texts = dict.fromkeys(text for edit in edits for text in (edit.instruction, edit.tgt_caption))
+        self._texts = {text: self._family.encode_texts(encoders, [text]) for text in texts}
+
+    def edit(self, velocity: Velocity, n: int) -> dict[str, np.ndarray]:
+        """The first `n` edits, (SIZE, SIZE, 3) uint8 by id."""
+        return self._make(velocity, [edit.instruction for edit in self.edits[:n]], with_source=True, first_seed=0)
+
+    def imagine(self, velocity: Velocity, first_seed: int) -> dict[str, np.ndarray]:
+        """Every target caption as text-to-image, from the base: no source."""
+        return self._make(velocity, [edit.tgt_caption for edit in self.edits], with_source=False, first_seed=first_seed)
+
+    @torch.no_grad()
+    def _make(self, velocity: Velocity, texts: Sequence[str], *, with_source: bool, first_seed: int) -> dict[str, np.ndarray]:
+        sample, shape = self._config.sample, tuple(self._sources[:1].shape)
+        nodes = sampling.sampling_nodes(self._family, sample.steps, sample.schedule, shape)
+        images: dict[str, np.ndarray] = {}
+        for start in range(0, len(texts), BATCH):
+            mine = range(start, min(start + BATCH, len(texts)))
+            noise = torch.cat([sampling.seeded_noise(shape, first_seed + i, CPU) for i in mine])
+            text = {name: torch.cat([self._texts[texts[i]][name] for i in mine]) for name in self._texts[texts[start]]}
+            source = self._sources[mine.start : mine.stop] if with_source else None
+            latents = sampling.sample(velocity, noise, text, source, nodes)
+            decoded = self._family.decode_latents(self._vae, latents)
+            images |= {self.edits[i].id: np.asarray(to_pil(pixels[:, 0])) for i, pixels in zip(mine, decoded, strict=True)}
+        return images
+
+    def score(self, images: Mapping[str, np.ndarray]) -> metrics.Table:
+        """The metrics of the edits that are there."""
+        return metrics.evaluate(images, [edit for edit in self.edits if edit.id in images])
+
+
+# --- training ---
+
+
+def curve_steps(config: Config) -> list[int]:
+    """Steps after which a run is evaluated: the end of the identity warm-up, `CURVE_POINTS` between, the end."""
+    steps = config.train.steps
+    first = min(steps, config.objective.identity_warmup_steps) if config.objective.name == "unpaired_cycle" else 0
+    return sorted({first + round((steps - first) * k / (CURVE_POINTS + 1)) for k in range(CURVE_POINTS + 2)} - {0})
+
+
+class _Watch:
+    """Called after every step: counts the time of training alone and evaluates where the curve has a point."""
+
+    def __init__(self, plan: Plan, evaluator: Evaluator):
+        self.plan, self.evaluator = plan, evaluator
+        self.points = curve_steps(plan.config)
+        self._clock_path, self._curve_path = plan.folder / "clock.jsonl", plan.folder / "curve.json"
+        self.clock: list[dict[str, float]] = []
+        self.curve: dict[str, Any] = {"points": [], "table": None}
+        self._parent = os.getppid()
+
+    def start(self, trainer: Trainer) -> None:
+        """Take up what was measured up to the trainer's step, and what a kill left out at that step."""
+        self.clock = [line for line in read_lines(self._clock_path) if line["step"] <= trainer.step]
+        self._clock_path.write_text("".join(json.dumps(line) + "\n" for line in self.clock), encoding="utf-8")
+        kept = read_json(self._curve_path) or self.curve
+        self.curve["points"] = [point for point in kept["points"] if point["step"] <= trainer.step]
+        self.curve["table"] = kept["table"] if trainer.step == self.plan.config.train.steps else None
+        if trainer.step:
+            self._evaluate_if_due(trainer)
+        self._cpu, self._wall = time.process_time(), time.perf_counter()
+
+    def __call__(self, trainer: Trainer) -> None:
+        last = self.clock[-1] if self.clock else {"cpu": 0.0, "wall": 0.0}
+        cpu, wall = time.process_time() - self._cpu, time.perf_counter() - self._wall
+        self.clock.append({"step": trainer.step, "cpu": last["cpu"] + cpu, "wall": last["wall"] + wall})
+        with open(self._clock_path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(self.clock[-1]) + "\n")
+        if os.getppid() != self._parent:  # who started us is dead: two of us would train into one folder
+            raise KeyboardInterrupt
+        self._evaluate_if_due(trainer)
+        self._cpu, self._wall = time.process_time(), time.perf_counter()
+
+    def _evaluate_if_due(self, trainer: Trainer) -> None:
+        if trainer.step not in self.points or trainer.step in [point["step"] for point in self.curve["points"]]:
+            return
+        last = trainer.step == self.plan.config.train.steps
+        some = self.plan.curve_edits
+        with trainer.host.ema() as velocity:
+            images = self.evaluator.edit(velocity, len(self.plan.eval_edits) if last else some)
+        if last:
+            self.curve["table"] = self.evaluator.score(images)
+            sheet.contact_sheet(self.plan.folder / "contact_sheet.png", self.plan.eval_edits, images, columns=8, rows=2)
+        subset = {edit.id: images[edit.id] for edit in self.plan.eval_edits[:some]}
+        cpu = self.clock[-1]["cpu"] if self.clock else 0.0
+        self.curve["points"].append({"step": trainer.step, "cpu_seconds": cpu, "table": self.evaluator.score(subset)})
+        write_json(self._curve_path, self.curve)
+
+    def seconds(self) -> dict[str, float]:
+        """CPU and wall seconds of training, and CPU seconds a step: of all, of warm-up steps and of those after it."""
+        config = self.plan.config
+        warmup = config.objective.identity_warmup_steps if config.objective.name == "unpaired_cycle" else 0
+        at = {0: 0.0} | {int(line["step"]): line["cpu"] for line in self.clock}
+        end, turn = max(at), max((step for step in at if step <= warmup), default=0)
+        found = {"cpu_seconds": at[end], "wall_seconds": self.clock[-1]["wall"], "seconds_per_step": at[end] / end}
+        if turn:
+            found["seconds_per_warmup_step"] = at[turn] / turn
+        if turn and end > turn:
+            found["seconds_per_later_step"] = (at[end] - at[turn]) / (end - turn)
+        return found
+
+
+def run(plan: Plan) -> dict[str, Any]:
+    """Make one row of the table: train or go on training, evaluate, write the JSON and return it.
+
+    Raises:
+        Interrupted, KeyboardInterrupt: what is done so far is kept; call it again.
+    """
+    record = {
+        "name": plan.name,
+        "title": plan.title,
+        "kind": plan.kind,
+        "stage": plan.stage,
+        "seed": plan.seed,
+        "overrides": list(plan.overrides),
+        "identity": identity(plan),
+        "config": settings(plan),
+        "commit": commit(),
+        "edits": len(plan.eval_edits),
+    }
+    if plan.kind == "train":
+        record |= _train(plan, record["identity"])
+    else:
+        record["table"] = _row_without_training(plan)
+    write_json(plan.result, record)
+    shutil.rmtree(plan.folder / "checkpoints", ignore_errors=True)
+    return read_json(plan.result)
+
+
+def _row_without_training(plan: Plan) -> metrics.Table:
+    edits = plan.eval_edits
+    if plan.kind == "truth":
+        return metrics.evaluate({edit.id: world.render(edit.after) for edit in edits}, edits)
+    if plan.kind == "copy":
+        return metrics.evaluate({edit.id: world.render(edit.before) for edit in edits}, edits)
+    assert plan.kind == "base", plan.kind
+    evaluator = Evaluator(plan.config, edits)
+    with make_host(plan.config, make_family(plan.config), CPU).base() as velocity:
+        return evaluator.score(evaluator.imagine(velocity, first_seed=plan.seed * 100_000))
+
+
+def _train(plan: Plan, now: Mapping[str, str]) -> dict[str, Any]:
+    mark = plan.folder / "identity.json"
+    if plan.folder.exists() and read_json(mark) != dict(now):
+        shutil.rmtree(plan.folder)  # a training of other settings, base or data
+    write_json(mark, now)
+    prepare(plan)
+    resume = "latest" if any((plan.folder / "checkpoints").glob("step-*")) else None
+    watch = _Watch(plan, Evaluator(plan.config, plan.eval_edits))
+    trainer = Trainer(plan.config, make_family(plan.config), Accelerator(cpu=True), resume, on_step=watch)
+    watch.start(trainer)
+    trainer.run()
+    parameters = sum(p.numel() for p in trainer.parameters)
+    return {
+        "steps": plan.config.train.steps,
+        **watch.seconds(),
+        "lora_parameters": parameters,
+        "machine": {"cpus": os.cpu_count(), "threads": torch.get_num_threads(), **versions()},
+        "curve": watch.curve["points"],
+        "training": _windows(read_lines(plan.folder / "log.jsonl"), watch.points),
+        "table": watch.curve["table"],
+    }
+
+
+def _windows(log: Sequence[Mapping[str, float]], ends: Sequence[int]) -> list[dict[str, float]]:
+    """Means of the logged terms between the curve's points; identity steps count only where there are no others."""
+    windows = []
+    for first, last in zip([0, *ends[:-1]], ends, strict=True):
+        lines = [line for line in log if first < line["step"] <= last]
+        lines = [line for line in lines if not line["identity_step"]] or lines
+        names = sorted({name for line in lines for name in line} - {"step", "seconds", "identity_step"})
+        means = {name: float(np.mean([line[name] for line in lines if name in line])) for name in names}
+        windows.append({"from": first, "to": last, "lines": len(lines), **means})
+    return windows

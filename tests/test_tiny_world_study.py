@@ -1,0 +1,451 @@
+"""The tiny-world study: what it runs, how it reads curves, and that an interrupted run loses nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import in_child, wake
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # benchmarks are no part of the package
+
+from benchmarks import tiny_world as study  # noqa: E402
+from benchmarks import tiny_world_report as report  # noqa: E402
+from benchmarks import tiny_world_run as runs  # noqa: E402
+from byg_plugin.demo import metrics, world  # noqa: E402
+from byg_plugin.edit import EditPipeline  # noqa: E402
+from byg_plugin.hosts import make_host  # noqa: E402
+from byg_plugin.models import make_family  # noqa: E402
+from byg_plugin.training.checkpoint import save_file  # noqa: E402
+from byg_plugin.training.config import Config  # noqa: E402
+from byg_plugin.training.loop import lora_metadata  # noqa: E402
+
+FEW = [
+    "train.steps=20",
+    "train.lr_warmup_steps=2",
+    "train.global_batch_size=2",
+    "train.batch_size=2",
+    "objective.identity_warmup_steps=6",
+    "objective.rollout_steps=2",
+    "sample.steps=2",
+]
+
+
+def small(folder: Path, *words: str, **changes: object) -> study.Study:
+    """A study of few steps and few edits."""
+    options = study.parse(["--out", f"{folder}/out", "--work", f"{folder}/work", *words])
+    options.set = [*FEW, *options.set]
+    for name, value in changes.items():
+        setattr(options, name, value)
+    return study.Study(options)
+
+
+@pytest.fixture(autouse=True)
+def little_data(monkeypatch):
+    monkeypatch.setattr(study, "TRAIN_EDITS_PER_TYPE", 4)
+    stages = {name: dataclasses.replace(stage, eval_edits=4, curve_edits=2) for name, stage in study.STAGES.items()}
+    monkeypatch.setattr(study, "STAGES", stages)
+
+
+# --- what is run ---
+
+
+@pytest.fixture
+def whole(tmp_path) -> study.Study:
+    return study.Study(study.parse(["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]))
+
+
+def differences(whole: study.Study, name: str) -> dict[str, object]:
+    one, other = (runs.settings(whole.plan(run, 0)) for run in ("full", name))
+    return {f"{s}.{k}": v for s, values in other.items() for k, v in values.items() if one[s][k] != v}
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("no_routing", {"objective.routing": False}),
+        ("no_cycle", {"objective.cycle": False}),
+        ("no_directional", {"objective.directional": False}),
+        ("no_bootstrap", {"objective.bootstrap": False}),
+        ("no_prior", {"objective.prior": False}),
+        ("no_identity", {"objective.identity_probability": 0.0}),
+        ("paired_steps", {"objective.name": "paired"}),
+        ("six_full", {}),
+    ],
+)
+def test_a_row_changes_what_its_name_says_and_nothing_else(whole, name, changed):
+    assert differences(whole, name) == changed
+
+
+def test_every_row_has_a_valid_configuration_in_every_stage(tmp_path):
+    for stage in study.STAGES:
+        each = study.Study(study.parse(["--stage", stage, "--out", str(tmp_path)]))
+        for name, seed in each.tasks():
+            if not study.RUNS[name].as_long_as:
+                plan = each.plan(name, seed)
+                assert plan.config.train.seed == seed == plan.seed
+                assert plan.config.train.steps > plan.config.objective.identity_warmup_steps > 0
+
+
+def test_stages_and_the_demo_share_no_pictures():
+    seen: set[world.Scene] = set()
+    for stage in study.STAGES.values():
+        types = study.WORLDS["recolour"]
+        train = world.sample_split(512, stage.data_seed, "train", types)
+        evaluation = runs.eval_edits(192, stage.data_seed, stage.split, types)
+        scenes = {edit.before for edit in (*train, *evaluation)}
+        assert len(scenes) == 704 and not scenes & seen
+        seen |= scenes
+    assert not seen & {edit.before for split in ("train", "eval") for edit in world.sample_split(512, 0, split)}
+
+
+def test_any_first_few_edits_are_balanced():
+    edits = runs.eval_edits(66, 0, "x", study.WORLDS["six"])
+    assert len(edits) == 66 == len({edit.id for edit in edits})
+    for few in (6, 30, 66):
+        kinds = [edit.edit_type for edit in edits[:few]]
+        assert {kinds.count(kind) for kind in study.WORLDS["six"]} == {few // 6}
+
+
+def test_equal_time_is_the_full_methods_cpu_seconds_at_the_baselines_pace(whole):
+    assert whole.lacks("paired_time", 1) == ["full", "paired_steps"]
+    runs.write_json(whole.result("full", 1), {"cpu_seconds": 500.0})
+    runs.write_json(whole.result("paired_steps", 1), {"seconds_per_step": 0.07})
+    assert not whole.lacks("paired_time", 1)
+    assert whole.plan("paired_time", 1).config.train.steps == 7143
+
+
+def test_only_the_baseline_has_targets(whole):
+    for name in ("full", "paired_steps"):
+        plan = whole.plan(name, 0)
+        assert plan.train_recipe["with_targets"] == (name == "paired_steps")
+    assert whole.plan("full", 0).config.dataset.tuples != whole.plan("paired_steps", 0).config.dataset.tuples
+    assert whole.plan("full", 0).train_edits == whole.plan("paired_steps", 0).train_edits
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--only", "fool"], "no such run"),
+        (["--seeds", "0,x"], "whole numbers"),
+        (["--steps", "0.1"], "give another --out"),
+        (["--set", "train.lr=1e-3"], "belong together"),
+        (["--try", "a/b", "--set", "train.lr=1e-3"], "letters, digits"),
+        (["--try", "a", "--set", "train.lr=1e-3", "--only", "paired_time"], "given number of steps"),
+        (["--base", "nowhere"], "no such file or folder"),
+    ],
+)
+def test_options_that_cannot_be_honoured_are_refused(words, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        study.parse(words)
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_curve_points_lie_between_the_warmup_and_the_end(tmp_path):
+    plan = small(tmp_path).plan("full", 0)
+    assert runs.curve_steps(plan.config) == [6, 8, 10, 12, 14, 16, 18, 20]
+    assert runs.curve_steps(small(tmp_path).plan("paired_steps", 0).config) == [3, 6, 9, 11, 14, 17, 20]
+
+
+# --- curves ---
+
+
+def path(*points: tuple[float, float]) -> list[report.Point]:
+    return [{"step": i, "edit": edit, "preserved": preserved} for i, (edit, preserved) in enumerate(points)]
+
+
+def test_preservation_at_equal_edit_rate_by_closed_form():
+    full, other = path((0, 1), (1, 0.8)), path((0, 1), (0.5, 0.7))
+    assert report.matched(full, other, "preserved") == pytest.approx((0.5, 0.7 - 0.9))
+    assert report.matched(other, full, "preserved") == pytest.approx((0.5, 0.9 - 0.7))
+    # Straight lines 1 - 0.2 e and 1 - 0.6 e: the mean of -0.4 e over [0.05, 0.5].
+    assert report.matched_over_range(full, other, "preserved") == pytest.approx((0.05, 0.5, -0.4 * 0.275))
+
+
+def test_a_curve_is_read_where_it_last_passes_a_rate():
+    winding = path((0, 1), (0.6, 0.9), (0.2, 0.5), (0.8, 0.3))
+    assert report.at_rate(winding, 0.4, "preserved") == pytest.approx(0.5 - 0.2 / 3)
+    assert report.at_rate(winding, 0.8, "preserved") == pytest.approx(0.3)
+    assert report.at_rate(winding, 0.9, "preserved") is None
+    assert report.at_rate(path((0.5, 0.9), (0.5, 0.4)), 0.5, "preserved") == 0.4
+
+
+def test_curves_that_share_no_rate_are_not_compared():
+    apart = path((0.0, 1), (0.3, 0.9)), path((0.4, 0.9), (0.9, 0.8))
+    assert report.matched(*apart, "preserved") is None
+    assert report.matched_over_range(*apart, "preserved") is None
+    assert report.matched(path((0, 1), (0.9, 0.9)), path((0, 1), (0.01, 1)), "preserved") is None
+
+
+def test_labels_keep_their_order_and_distance():
+    heights = report.spread_out([0.9, 0.89, 0.5, 0.01, 0.0], 0.1)
+    assert heights == sorted(heights, reverse=True)
+    assert all(a - b >= 0.1 - 1e-9 for a, b in zip(heights, heights[1:], strict=False))
+    assert heights[2] == 0.5 and min(heights) >= 0
+
+
+# --- table and plot ---
+
+
+def row(edit: float, preserved: float) -> dict[str, float]:
+    return {
+        "n": 8, "joint": edit * preserved, "edit": edit, "preserved": preserved, "pebble": 1.0, "outside_error": 1 - preserved, "iou": 0.5,
+        "edit_share": edit,
+    }  # fmt: skip
+
+
+def result(name: str, seed: int, ends: tuple[float, float], base: str = "b") -> dict:
+    run = study.RUNS[name]
+    kinds = {kind: row(*ends) for kind in ("all", report.OBJECT, report.BACKGROUND)}
+    record = {
+        "name": name, "title": run.title, "kind": run.kind, "stage": "report", "seed": seed, "overrides": list(run.overrides),
+        "identity": {"base": base, "config": "c", "data": "d"}, "commit": "abc", "edits": 8, "table": kinds,
+    }  # fmt: skip
+    if run.kind == "train":
+        points = [{"step": step, "cpu_seconds": step, "table": {"all": row(*at)}} for step, at in ((1, (0.0, 1.0)), (2, ends))]
+        record |= {"curve": points, "steps": 2, "cpu_seconds": 60.0 * (seed + 1)}
+        record["machine"] = {"torch": "2", "diffusers": "0", "threads": 1}
+    return record
+
+
+@pytest.fixture
+def results(tmp_path) -> Path:
+    folder = tmp_path / "report"
+    for seed, shift in enumerate((0.0, 0.04, -0.04)):
+        for name, (edit, preserved) in {
+            "full": (0.92, 1.0), "no_cycle": (0.92, 0.4), "no_prior": (0.0, 1.0), "no_bootstrap": (0.9, 0.9), "six_full": (0.6, 0.6),
+        }.items():  # fmt: skip
+            runs.write_json(folder / f"{name}-{seed}.json", result(name, seed, (max(0.0, edit + shift), preserved)))
+    runs.write_json(folder / "copy-0.json", result("copy", 0, (0.0, 1.0)))
+    return folder
+
+
+def cells(text: str, title: str, column: int) -> list[str]:
+    """One column of every table row of this title, in whichever tables are wide enough."""
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith(f"| {title} |")]
+    return [row[column] for row in rows if column < len(row)]
+
+
+def test_the_table_is_made_from_the_results_alone(results):
+    text = report.table(report.read_results(results), limit=1.2)
+    assert cells(text, "full method", 1)[0] == "**92 (88 to 96)**"
+    assert cells(text, "w/o cycle", 5)[0] == "40"
+    assert cells(text, "copy the source", 11)[0] == "-"
+    # 1, 2 and 3 minutes of one core.
+    assert cells(text, "full method", 11)[0] == "1.0 (0.5 to 1.5) **over**"
+    assert "Rows are not comparable" not in text
+
+
+def test_the_table_compares_at_equal_edit_rate_and_names_what_was_reached(results):
+    text = report.table(report.read_results(results), limit=5)
+    assert cells(text, "w/o cycle", 1)[1] == "up 8.98, down 7.23"
+    assert cells(text, "w/o cycle", 2)[1] == "unclear: +0"
+    assert cells(text, "w/o cycle", 3)[1] == "down: -60"
+    assert cells(text, "w/o cycle", 4)[1] == "-60 at 92 (88 to 96) % edits"
+    assert cells(text, "w/o prior", 4)[1] == "curves do not overlap"
+    reached = [line for line in text.splitlines() if line.endswith(("| yes |", "| **no** |"))]
+    assert [line.endswith("| yes |") for line in reached] == [True, True, True, True]
+    runs.write_json(results / "no_cycle-2.json", result("no_cycle", 2, (0.88, 1.0)))
+    text = report.table(report.read_results(results), limit=5)
+    assert any("without cycle" in line and line.endswith("| **no** |") for line in text.splitlines())
+
+
+def test_rows_of_another_base_are_not_passed_off_as_comparable(results):
+    runs.write_json(results / "no_cycle-1.json", result("no_cycle", 1, (0.9, 0.4), base="other"))
+    assert "differ in the base" in report.table(report.read_results(results), limit=5)
+
+
+def test_the_plot_is_drawn_and_needs_a_curve(results, tmp_path):
+    assert report.plot(report.read_results(results), tmp_path / "plot.png")
+    assert Image.open(tmp_path / "plot.png").size[0] > 1000
+    assert not report.plot({"copy": report.read_results(results)["copy"]}, tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
+# --- one run ---
+
+
+def test_edits_are_those_of_the_edit_pipeline(tmp_path):
+    """With a LoRA that is awake, same noise, same batch: the same pictures to the last bit."""
+    plan = small(tmp_path).plan("full", 0)
+    host = make_host(plan.config, make_family(plan.config), runs.CPU)
+    wake(host)
+    with host.ema() as velocity:
+        mine = runs.Evaluator(plan.config, plan.eval_edits).edit(velocity, 4)
+    save_file(host.export_lora(host.ema_weights.state()), tmp_path / "lora.safetensors", metadata=lora_metadata(plan.config, 1, "ema"))
+    pipe = EditPipeline.from_lora(tmp_path / "lora.safetensors", config=plan.config)
+    pictures = [Image.fromarray(world.render(edit.before)) for edit in plan.eval_edits]
+    theirs = pipe.batch(pictures, [edit.instruction for edit in plan.eval_edits], seeds=range(4))
+    for edit, (_, image) in zip(plan.eval_edits, theirs, strict=True):
+        assert np.array_equal(mine[edit.id], np.asarray(image))
+    assert len({image.tobytes() for image in mine.values()}) == 4
+
+
+def test_the_base_sees_captions_and_no_source(tmp_path):
+    plan = small(tmp_path).plan("base", 0)
+    evaluator = runs.Evaluator(plan.config, plan.eval_edits)
+    seen = []
+
+    def velocity(noisy, t, text, source):
+        seen.append((text["t5"], source))
+        return torch.zeros_like(noisy)
+
+    evaluator.imagine(velocity, 0)
+    family = make_family(plan.config)
+    encoders = family.load_text_encoders(runs.CPU)
+    wanted = torch.cat([family.encode_texts(encoders, [edit.tgt_caption])["t5"] for edit in plan.eval_edits])
+    assert all(source is None and torch.equal(text, wanted) for text, source in seen)
+
+
+def timeless(record: dict) -> dict:
+    """What does not hang on the clock."""
+    kept = {key: value for key, value in record.items() if "seconds" not in key}
+    kept["curve"] = [{key: value for key, value in point.items() if key != "cpu_seconds"} for point in record["curve"]]
+    return kept
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory) -> tuple[Path, dict]:
+    """A small run from start to end: (folder, record)."""
+    folder = tmp_path_factory.mktemp("straight")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study, "TRAIN_EDITS_PER_TYPE", 4)
+        stages = {name: dataclasses.replace(stage, eval_edits=4, curve_edits=2) for name, stage in study.STAGES.items()}
+        patch.setattr(study, "STAGES", stages)
+        return folder, runs.run(small(folder).plan("full", 0))
+
+
+def test_a_run_leaves_a_whole_record(straight):
+    folder, record = straight
+    assert [point["step"] for point in record["curve"]] == [6, 8, 10, 12, 14, 16, 18, 20]
+    assert record["curve"][0]["table"]["all"]["n"] == 2 and record["table"]["all"]["n"] == 4
+    assert record["steps"] == 20 and 0 < record["cpu_seconds"] < 120
+    assert record["seconds_per_later_step"] > record["seconds_per_warmup_step"]
+    assert record["curve"][-1]["cpu_seconds"] == record["cpu_seconds"]
+    assert [window["to"] for window in record["training"]] == [6, 8, 10, 12, 14, 16, 18, 20]
+    assert "cosine_fwd" in record["training"][-1] and "cosine_fwd" not in record["training"][0]
+    assert str(folder) not in json.dumps(record) and str(ROOT) not in json.dumps(record)
+    assert (folder / "work/report/full-0/editor-ema.safetensors").is_file()
+    assert not (folder / "work/report/full-0/checkpoints").exists()
+
+
+def test_the_last_point_is_the_first_edits_of_the_end(straight):
+    folder, record = straight
+    plan = small(folder).plan("full", 0)
+    evaluator = runs.Evaluator(plan.config, plan.eval_edits)
+    pipe = EditPipeline.from_lora(folder / "work/report/full-0/editor-ema.safetensors", config=plan.config)
+    pipe._load()
+    with pipe._host.live() as velocity:
+        images = evaluator.edit(velocity, 4)
+    table = metrics.evaluate(images, plan.eval_edits)
+    assert record["table"]["all"] == pytest.approx(table["all"], abs=2e-3)
+    some = metrics.evaluate(images, plan.eval_edits[:2])
+    assert record["curve"][-1]["table"]["all"] == pytest.approx(some["all"], abs=2e-3)
+
+
+def killed_when(condition) -> None:
+    """End this process as a power cut would, before the step's evaluation."""
+    evaluate = runs._Watch._evaluate_if_due
+
+    def die(self, trainer):
+        if condition(trainer.step):
+            os.kill(os.getpid(), signal.SIGKILL)
+        evaluate(self, trainer)
+
+    runs._Watch._evaluate_if_due = die
+
+
+def test_a_killed_run_goes_on_and_ends_as_if_nothing_had_been(straight, tmp_path):
+    def work(step: int):
+        killed_when(lambda now: now == step)
+        runs.run(small(tmp_path).plan("full", 0))
+
+    folder = tmp_path / "work/report/full-0"
+    assert in_child(lambda: work(10)) == -signal.SIGKILL  # saved, not evaluated
+    assert [point["step"] for point in runs.read_json(folder / "curve.json")["points"]] == [6, 8]
+    assert in_child(lambda: work(13)) == -signal.SIGKILL  # one step after the checkpoint
+    assert [point["step"] for point in runs.read_json(folder / "curve.json")["points"]] == [6, 8, 10, 12]
+    half = runs.read_lines(folder / "clock.jsonl")
+    record = runs.run(small(tmp_path).plan("full", 0))
+    assert timeless(record) == timeless(straight[1])
+    clock = runs.read_lines(folder / "clock.jsonl")
+    assert [line["step"] for line in clock] == list(range(1, 21))
+    assert clock[:12] == half[:12]
+    assert all(a["cpu"] <= b["cpu"] for a, b in zip(clock, clock[1:], strict=False))
+
+
+def test_what_is_done_is_done_and_what_changed_is_stale(straight, tmp_path, monkeypatch):
+    folder, _ = straight
+    plan = small(folder).plan("full", 0)
+    assert small(folder).state(plan) == "done"
+    other = small(folder)
+    other.options.set.append("train.lr=0.001")
+    assert other.state(other.plan("full", 0)) == f"stale (train.lr: {plan.config.train.lr} -> 0.001)"
+    base = tmp_path / "base"
+    shutil.copytree(plan.config.model.path, base)
+    assert small(folder, base=base).state(small(folder, base=base).plan("full", 0)) == "done"  # the same base elsewhere
+    weights = base / "transformer/diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    assert small(folder, base=base).state(small(folder, base=base).plan("full", 0)) == "stale (another base)"
+    monkeypatch.setattr(study, "TRAIN_EDITS_PER_TYPE", 5)
+    assert small(folder).state(small(folder).plan("full", 0)) == "stale (another data)"
+
+
+def test_an_option_that_is_new_leaves_results_valid_while_it_has_its_default(straight, tmp_path):
+    folder, record = straight
+    plan = small(folder).plan("full", 0)
+    older = json.loads(json.dumps(record))
+    del older["config"]["train"]["weight_decay"]
+    assert runs.changes(older, plan) == []
+    del older["config"]["train"]["lr"]
+    default = Config.model_fields["train"].annotation.model_fields["lr"].default
+    assert runs.changes(older, plan) == [f"train.lr: {default} -> {plan.config.train.lr}"]
+
+
+def test_a_training_of_other_settings_is_not_gone_on_with(tmp_path):
+    def work():
+        killed_when(lambda now: now == 10)
+        runs.run(small(tmp_path).plan("full", 0))
+
+    assert in_child(work) == -signal.SIGKILL
+    other = small(tmp_path)
+    other.options.set.append("train.steps=12")
+    record = runs.run(other.plan("full", 0))
+    assert record["steps"] == 12
+    assert [line["step"] for line in runs.read_lines(tmp_path / "work/report/full-0/clock.jsonl")] == list(range(1, 13))
+
+
+def test_the_command_makes_what_is_missing_and_nothing_twice(tmp_path, monkeypatch, capsys):
+    words = ["--stage", "screen", "--only", "copy", "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
+    monkeypatch.undo()
+    study.main(words)
+    made = tmp_path / "out/screen/copy-0.json"
+    assert json.loads(made.read_text(encoding="utf-8"))["table"]["all"]["preserved"] == 1.0
+    assert "| copy the source | **0** |" in (tmp_path / "out/screen_table.md").read_text(encoding="utf-8")
+    before = made.stat().st_mtime_ns
+    study.main(words)
+    assert made.stat().st_mtime_ns == before
+    study.main([*words, "--list"])
+    assert "0: done" in capsys.readouterr().out
+
+
+def test_a_run_that_fails_is_told_and_ends_the_command_with_an_error(tmp_path, monkeypatch, capsys):
+    monkeypatch.undo()
+    options = study.parse(
+        ["--stage", "screen", "--only", "base", "--seeds", "0", "--out", str(tmp_path / "out"), "--work", str(tmp_path / "w")]
+    )
+    shutil.copytree(options.base, tmp_path / "base")
+    (tmp_path / "base/transformer/diffusion_pytorch_model.safetensors").write_bytes(b"not weights")
+    options.base = tmp_path / "base"
+    failures = study.run_all(study.Study(options))
+    assert len(failures) == 1 and "base seed 0 failed" in failures[0]
