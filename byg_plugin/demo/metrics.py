@@ -8,13 +8,16 @@
   colour name changed and those that had to change.
 
 Pixels on the edge of two regions are counted nowhere. The pebble's survival is reported and not required.
+
+An instruction to add an object leaves its place and size free: it is scored where the picture has it. It must be of
+the named shape, of about the world's sizes, wholly in the picture and clear of what the source shows, or the edit fails.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +28,7 @@ EDIT_SHARE = 0.8  # of pixels
 KEEP_ERROR = 0.06  # mean absolute error, colours in 0..1
 MASK_IOU = 0.8
 PEBBLE_ERROR = 0.15  # mean absolute error over the pebble's pixels
+ADDED_RADIUS = (0.8 * world.OBJECT_RADIUS[0], 1.2 * world.OBJECT_RADIUS[1])  # pixels
 
 Table = dict[str, dict[str, float]]
 
@@ -43,18 +47,21 @@ class Score:
 
 
 def score(image: np.ndarray, edit: world.Edit) -> Score:
-    """Compare an edited `(SIZE, SIZE, 3)` uint8 image with the exact edit."""
+    """Compare an edited `(SIZE, SIZE, 3)` uint8 image with the exact edit; an added object's place and size are free."""
     _check(image, edit.id)
     source = world.render(edit.before)
     error = np.abs(image.astype(float) - source) / 255
     error = error.mean(-1)
-    must, keep = world.true_mask(edit.before, edit.after)
-    labels, wanted, had = world.nearest_labels(image), world.true_labels(edit.after), world.true_labels(edit.before)
+    labels = world.nearest_labels(image)
+    seen = _with_added_object(labels, edit) if edit.edit_type == "add" else edit.after
+    after = seen or edit.after
+    must, keep = world.true_mask(edit.before, after)
+    wanted, had = world.true_labels(after), world.true_labels(edit.before)
     share = float((labels == wanted)[must].mean())
     outside = float(error[keep].mean())
     changed = (labels != had) & (must | keep)
-    iou = float((changed & must).sum() / (changed | must).sum())
-    edited = share >= EDIT_SHARE
+    iou = _overlap(changed, must)
+    edited = seen is not None and share >= EDIT_SHARE
     preserved = outside <= KEEP_ERROR and _bystanders_survive(labels, edit, keep)
     pebble = world.regions(edit.before) == world.PEBBLE
     return Score(
@@ -72,6 +79,42 @@ def _check(image: np.ndarray, name: str) -> None:
     shape = (world.SIZE, world.SIZE, 3)
     if image.shape != shape or image.dtype != np.uint8:
         raise ValueError(f"edit {name!r} is {image.dtype} {image.shape}: metrics read uint8 RGB images, {shape}")
+
+
+def _with_added_object(labels: np.ndarray, edit: world.Edit) -> world.Scene | None:
+    """The scene after an "add" with the new object where the picture has it; None where the picture has none."""
+    (new,) = (thing for thing in edit.after.things if thing not in edit.before.things)
+    free = world.regions(edit.before) == world.BACKGROUND
+    seen = _largest_piece(_solid(free & (labels == world.LABELS.index(new.colour))))
+    if not seen.any():
+        return None
+    changed = free & (labels != world.LABELS.index(edit.before.background))
+    fits = {shape: _settled(shape, seen, changed) for shape in world.SHAPES}
+    if max(fits, key=lambda shape: _overlap(world.inside(shape, *fits[shape]), changed)) != new.shape:
+        return None
+    x, y, radius = fits[new.shape]
+    if not ADDED_RADIUS[0] <= radius <= ADDED_RADIUS[1] or not _is_clear(new.shape, x, y, radius, free):
+        return None
+    return replace(edit.before, things=(*edit.before.things, replace(new, x=x, y=y, radius=radius)))
+
+
+def _settled(shape: str, seen: np.ndarray, changed: np.ndarray) -> tuple[float, float, float]:
+    """A shape (x, y, radius) with the extent of its colour's pixels, then moved a little to cover what changed best.
+
+    Colours mixed on its edge can be nearest a third one (red on blue is purple): its own pixels alone are then a ring
+    too small. A triangle's tip comes and goes.
+    """
+    x, y, radius = _placed(seen, shape)
+    shift = (0, -0.5, 0.5)
+    options = [(x + i, y + j, radius + k) for k in (0, 0.5, 1, 1.5, -0.5) for j in shift for i in shift]
+    return max(options, key=lambda at: _overlap(world.inside(shape, *at), changed))
+
+
+def _is_clear(shape: str, x: float, y: float, radius: float, free: np.ndarray) -> bool:
+    """Whether an object covers `free` pixels only and none of the outermost ones; its outline is known to a pixel."""
+    pixels = world.inside(shape, x, y, radius - 1)
+    frame = np.pad(np.zeros_like(pixels[1:-1, 1:-1]), 1, constant_values=True)
+    return not (pixels & (frame | ~free)).any()
 
 
 def _bystanders_survive(labels: np.ndarray, edit: world.Edit, keep: np.ndarray) -> bool:
@@ -167,29 +210,50 @@ def shape_fits(pixels: np.ndarray) -> dict[str, float]:
     pixels = _solid(pixels)
     if not pixels.any():
         return dict.fromkeys(world.SHAPES, 0.0)
+    return {shape: _overlap(world.inside(shape, *_placed(pixels, shape)), pixels) for shape in world.SHAPES}
+
+
+def _overlap(one: np.ndarray, other: np.ndarray) -> float:
+    """Intersection over union of two bool masks that are not both empty."""
+    return float((one & other).sum() / (one | other).sum())
+
+
+def _placed(pixels: np.ndarray, shape: str) -> tuple[float, float, float]:
+    """Centre x, y and radius in pixels of the shape that has the extent of a bool mask with at least one pixel."""
     rows, columns = np.flatnonzero(pixels.any(1)), np.flatnonzero(pixels.any(0))
     top, left = rows[0], columns[0]
     height, width = rows[-1] + 1 - top, columns[-1] + 1 - left
     radius = {"circle": (height + width) / 4, "square": (height + width) / 4 * 2**0.5, "triangle": height / 1.5}
     below = {"circle": height / 2, "square": height / 2, "triangle": radius["triangle"]}  # centre below the top
-    fits = {}
-    for shape in world.SHAPES:
-        ideal = world.inside(shape, left + width / 2, top + below[shape], radius[shape])
-        fits[shape] = float((ideal & pixels).sum() / (ideal | pixels).sum())
-    return fits
+    return float(left + width / 2), float(top + below[shape]), float(radius[shape])
+
+
+def _around(mask: np.ndarray, how: np.ufunc, offsets: Sequence[tuple[int, int]]) -> np.ndarray:
+    grown = np.pad(mask, 1)
+    return how.reduce([grown[i : i + mask.shape[0], j : j + mask.shape[1]] for i, j in offsets])
 
 
 def _solid(pixels: np.ndarray) -> np.ndarray:
     """What hangs together with a full 3 x 3 block of the mask: mixed colours on other things' edges are thin."""
-    block = [(i, j) for i in range(3) for j in range(3)]
+    return _grown(_around(pixels, np.logical_and, [(i, j) for i in range(3) for j in range(3)]), pixels)
 
-    def around(mask: np.ndarray, how: np.ufunc, offsets: Sequence[tuple[int, int]]) -> np.ndarray:
-        grown = np.pad(mask, 1)
-        return how.reduce([grown[i : i + mask.shape[0], j : j + mask.shape[1]] for i, j in offsets])
 
-    part = around(pixels, np.logical_and, block)
+def _grown(part: np.ndarray, pixels: np.ndarray) -> np.ndarray:
+    """All of `pixels` that hangs together, side by side, with `part` of it."""
     while True:
-        grown = around(part, np.logical_or, [(1, 1), (0, 1), (2, 1), (1, 0), (1, 2)]) & pixels
+        grown = _around(part, np.logical_or, [(1, 1), (0, 1), (2, 1), (1, 0), (1, 2)]) & pixels
         if (grown == part).all():
             return part
         part = grown
+
+
+def _largest_piece(pixels: np.ndarray) -> np.ndarray:
+    """The largest part of a mask that hangs together; an empty mask's is empty."""
+    largest, left = np.zeros_like(pixels), pixels.copy()
+    while left.any():
+        seed = np.zeros_like(pixels)
+        seed.flat[left.argmax()] = True
+        piece = _grown(seed, left)
+        left &= ~piece
+        largest = max(largest, piece, key=np.sum)
+    return largest

@@ -1,0 +1,136 @@
+"""The metrics of edits: each rule can say no, and the rules that were fixed first still give the same numbers."""
+
+from dataclasses import astuple, replace
+
+import numpy as np
+import pytest
+
+from byg_plugin.demo import metrics, world
+
+CIRCLE = world.Thing("circle", "red", 16.5, 15.2, 12.3, 0.4)
+SQUARE = world.Thing("square", "blue", 47.1, 48.4, 13.1, 2.0)
+SCENE = world.Scene("green", 0.7, 1.1, 55.0, "dark", 48.2, 14.6, 4.1, (CIRCLE, SQUARE))
+EDITS = {
+    "recolour_object": replace(SCENE, things=(replace(CIRCLE, colour="yellow"), SQUARE)),
+    "recolour_background": replace(SCENE, background="cyan"),
+    "change_shape": replace(SCENE, things=(CIRCLE, replace(SQUARE, shape="triangle"))),
+    "remove": replace(SCENE, things=(SQUARE,)),
+    "replace": replace(SCENE, things=(replace(CIRCLE, colour="purple", shape="triangle"), SQUARE)),
+}
+
+
+def edit_of(kind, before=SCENE, after=None):
+    return world.Edit("golden", kind, "", "", before, after or EDITS[kind])
+
+
+def pictures(edit):
+    """Pictures between source, exact edit and noise; `RandomState` draws the same numbers with every numpy."""
+    draw = np.random.RandomState(0)
+    before, after = (world.render(scene).astype(float) for scene in (edit.before, edit.after))
+    noise = draw.randint(0, 256, (*before.shape,)).astype(float)
+    some = draw.rand(*before.shape[:2], 1)
+    mixed = (
+        after + 0.15 * (noise - after),
+        np.where(some < 0.8, after, noise),
+        0.45 * before + 0.55 * after,
+        np.where(some < 0.9, before, after),
+    )
+    return [np.round(picture).astype(np.uint8) for picture in mixed]
+
+
+# edit_share, outside_error, iou, edit, preserved, joint, pebble: of the metrics as they were first fixed
+GOLDEN = {
+    "recolour_object": [
+        (1.000000, 0.045432, 1.000000, True, True, True, True),
+        (0.814815, 0.060052, 0.428715, True, False, False, True),
+        (0.743056, 0.000000, 0.743056, False, True, False, True),
+        (0.115741, 0.000000, 0.115741, False, True, False, True),
+    ],
+    "recolour_background": [
+        (1.000000, 0.053383, 1.000000, True, True, True, True),
+        (0.828973, 0.073142, 0.923100, True, False, False, True),
+        (0.585195, 0.000000, 0.585195, False, True, False, True),
+        (0.095724, 0.000000, 0.095724, False, True, False, True),
+    ],
+    "change_shape": [
+        (1.000000, 0.046258, 1.000000, True, True, True, True),
+        (0.802083, 0.061265, 0.133803, True, False, False, True),
+        (0.989583, 0.000000, 0.989583, True, True, True, True),
+        (0.187500, 0.000000, 0.187500, False, True, False, True),
+    ],
+    "remove": [
+        (1.000000, 0.045432, 1.000000, True, True, True, True),
+        (0.828704, 0.060052, 0.428715, True, False, False, True),
+        (0.953704, 0.000000, 0.953704, True, True, True, True),
+        (0.115741, 0.000000, 0.115741, False, True, False, True),
+    ],
+    "replace": [
+        (1.000000, 0.045432, 1.000000, True, True, True, True),
+        (0.836022, 0.060052, 0.392094, True, False, False, True),
+        (0.962366, 0.000000, 0.962366, True, True, True, True),
+        (0.110215, 0.000000, 0.110215, False, True, False, True),
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", EDITS)
+def test_the_rules_fixed_first_give_the_numbers_they_gave(kind):
+    edit = edit_of(kind)
+    for picture, expected in zip(pictures(edit), GOLDEN[kind], strict=True):
+        found = astuple(metrics.score(picture, edit))
+        assert found[:3] == pytest.approx(expected[:3], abs=1e-5)
+        assert found[3:] == expected[3:]
+
+
+# --- an added object ---
+
+
+BEFORE = replace(SCENE, things=(CIRCLE,))
+ADD = edit_of("add", BEFORE, SCENE)
+
+
+def with_object(**changes):
+    """The picture of ADD with its new object changed."""
+    return world.render(replace(SCENE, things=(CIRCLE, replace(SQUARE, **changes))))
+
+
+def test_an_added_object_counts_at_any_free_place_and_size():
+    for place in ({}, {"x": 15.0, "y": 46.0}, {"x": 31.0, "y": 48.0, "radius": 10.0}, {"radius": 15.5}, {"light": 5.0}):
+        result = metrics.score(with_object(**place), ADD)
+        assert result.joint and result.iou > 0.95 and result.edit_share > 0.95 and result.pebble, place
+
+
+@pytest.mark.parametrize("changes", [
+    {"shape": "circle"}, {"shape": "triangle"}, {"colour": "purple"}, {"radius": 7.0}, {"x": 30.0, "y": 30.0, "radius": 20.0},
+    {"shape": "circle", "x": 15.0, "y": 46.0}, {"x": 57.0}, {"y": 61.0}, {"y": 16.0}, {"x": 27.0, "y": 16.0},
+])  # fmt: skip
+def test_another_object_than_the_named_one_is_no_edit(changes):
+    result = metrics.score(with_object(**changes), ADD)
+    assert not result.edit and not result.joint
+
+
+def test_an_added_object_must_spare_the_rest():
+    gone = metrics.score(world.render(replace(SCENE, things=(SQUARE,))), ADD)
+    assert gone.edit and not gone.preserved
+    repainted = metrics.score(world.render(replace(SCENE, things=(replace(CIRCLE, colour="purple"), SQUARE))), ADD)
+    assert repainted.edit and not repainted.preserved
+    twice = metrics.score(world.render(replace(SCENE, things=(CIRCLE, SQUARE, replace(SQUARE, x=16.0)))), ADD)
+    assert twice.edit and twice.iou < metrics.MASK_IOU and not twice.joint
+
+
+def test_the_largest_piece_of_the_new_colour_is_the_object():
+    image = with_object(x=16.0)
+    image[50:56, 50:56] = world.render(SCENE)[50:56, 50:56]
+    assert metrics.score(image, ADD).edit
+    # Alone, the small piece is too small.
+    alone = world.render(BEFORE)
+    alone[50:56, 50:56] = image[50:56, 50:56]
+    assert not metrics.score(alone, ADD).edit
+
+
+def test_exact_additions_pass_and_untouched_sources_fail_whatever_the_colours():
+    for edit in world.sample_split(150, 4, "eval", ("add",)):
+        exact = metrics.score(world.render(edit.after), edit)
+        assert exact.joint and exact.iou > 0.9
+        copied = metrics.score(world.render(edit.before), edit)
+        assert (copied.edit, copied.preserved, copied.joint, copied.iou) == (False, True, False, 0)
