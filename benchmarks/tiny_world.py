@@ -479,7 +479,9 @@ def main(words: list[str] | None = None) -> None:
     if options.table or options.plot:
         write_reports(study, table=options.table, plot=options.plot)
         return
-    signal.signal(signal.SIGTERM, _interrupt)
+    # Also SIGINT: a shell's background job starts with it ignored.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     torch.set_num_threads(1)
     failures = run_all(study)
     write_reports(study, table=True, plot=True)

@@ -28,7 +28,7 @@ from byg_plugin.hosts import make_host  # noqa: E402
 from byg_plugin.models import make_family  # noqa: E402
 from byg_plugin.training.checkpoint import save_file  # noqa: E402
 from byg_plugin.training.config import Config  # noqa: E402
-from byg_plugin.training.loop import lora_metadata  # noqa: E402
+from byg_plugin.training.loop import Interrupted, lora_metadata  # noqa: E402
 
 FEW = [
     "train.steps=20",
@@ -382,6 +382,23 @@ def test_a_killed_run_goes_on_and_ends_as_if_nothing_had_been(straight, tmp_path
     assert [line["step"] for line in clock] == list(range(1, 21))
     assert clock[:12] == half[:12]
     assert all(a["cpu"] <= b["cpu"] for a, b in zip(clock, clock[1:], strict=False))
+
+
+def test_an_interrupted_run_counts_every_step_once(straight, tmp_path):
+    plan = small(tmp_path).plan("full", 0)
+    tick = runs._Watch.__call__
+
+    def press(self, trainer):
+        trainer._stop = trainer.step == 8  # what the handler of Ctrl-C does, in the middle of step 9
+        tick(self, trainer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs._Watch, "__call__", press)
+        with pytest.raises(Interrupted):
+            runs.run(plan)
+    assert not plan.result.exists()
+    assert timeless(runs.run(plan)) == timeless(straight[1])
+    assert [line["step"] for line in runs.read_lines(plan.folder / "clock.jsonl")] == list(range(1, 21))
 
 
 def test_what_is_done_is_done_and_what_changed_is_stale(straight, tmp_path, monkeypatch):

@@ -180,8 +180,6 @@ class Trainer:
                     self._log(metrics, seconds, bar)
                 bar.update(1)
                 self._after_step()
-                if self.on_step is not None:
-                    self.on_step(self)
         return self._export()
 
     def _after_step(self) -> None:
@@ -193,6 +191,8 @@ class Trainer:
             self._save()
         self._validate_if_due()
         self._preview_if_due()
+        if self.on_step is not None:
+            self.on_step(self)
         if stop and not last:
             raise Interrupted(f"interrupted after step {self.step}; everything is saved, go on with --resume latest")
 
