@@ -301,11 +301,50 @@ def test_each_named_object_is_read_for_its_colour_and_its_shape():
         assert seen(one, two, third_place) == (False, True)
 
 
-def test_sheet_and_tables_are_written(tmp_path, edits):
-    images = {e.id: world.render(e.after) for e in edits}
-    path = sheet.contact_sheet(tmp_path / "sheet.png", edits, images, columns=3, rows=2)
-    picture = np.array(Image.open(path))
-    assert (picture == sheet.GOOD).all(-1).sum() == 6 * 5 * sheet.TILE and not (picture == sheet.BAD).all(-1).any()
+def pixels_of(path, colour):
+    return (np.array(Image.open(path)) == colour).all(-1)
+
+
+def test_bars_and_legend_say_which_edits_succeed(tmp_path, edits):
+    exact = {e.id: world.render(e.after) for e in edits[:6]}
+    mixed = exact | {e.id: world.render(e.before) for e in edits[:2]}
+    bar = sheet.BAR * sheet.TILE
+    good, bad = ([], [])
+    for images in (exact, mixed):
+        path = sheet.contact_sheet(tmp_path / "sheet.png", edits, images, columns=3, rows=2)
+        good.append(pixels_of(path, sheet.GOOD))
+        bad.append(pixels_of(path, sheet.BAD))
+    legend = bad[0].sum()
+    assert 0 < legend < bar and not bad[0][: -sheet.LEGEND - sheet.GAP].any()
+    assert [green.sum() for green in good] == [6 * bar + legend, 4 * bar + legend]
+    assert bad[1].sum() == 2 * bar + legend
+    assert (bad[1] & good[0]).sum() == 2 * bar, "the verdicts stand where the edits are"
+
+
+def lines_of_text(rows):
+    """Runs of rows with ink in a bool image."""
+    inked = rows.any(1).astype(int)
+    return int((np.diff(inked, prepend=0) == 1).sum())
+
+
+def test_the_longest_texts_have_room(tmp_path):
+    things = world.Thing("triangle", "purple", 16, 16, 12, 0), world.Thing("square", "yellow", 48, 48, 12, 0)
+    scene = world.Scene("purple", 0, 0, 20, "light", 16, 48, 4, things)
+    image = world.render(scene)
+    path = sheet.sample_sheet(tmp_path / "samples.png", np.stack([image] * 2), [world.caption(scene)] * 2, columns=1)
+    below = np.array(Image.open(path).convert("L"))[-sheet.TEXT :] < 128
+    assert lines_of_text(below) == 3 and not below[-3:].any()
+
+    new = replace(things[0], colour="yellow", shape="square")
+    instruction = "replace the yellow triangle with a purple square"
+    edit = world.Edit("x", "replace", instruction, "", scene, replace(scene, things=(new, things[1])))
+    sheet.contact_sheet(tmp_path / "sheet.png", [edit], {"x": image})
+    top = sheet.GAP + sheet.TILE
+    between = np.array(Image.open(tmp_path / "sheet.png").convert("L"))[top : top + sheet.TEXT + sheet.GAP, sheet.MARGIN :] < 128
+    assert lines_of_text(between) == 3 and not between[:3].any() and not between[-3:].any()
+
+
+def test_tables_are_written(tmp_path, edits):
     metrics.write_tables(tmp_path, metrics.baselines(edits))
     assert json.loads((tmp_path / "figures.json").read_text())["copy the source"]["all"]["joint"] == 0
     assert "| ground truth | all | 60 | 100.0 % |" in (tmp_path / "figures.md").read_text()
