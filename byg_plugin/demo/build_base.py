@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import diffusers
 import numpy as np
@@ -25,8 +26,10 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
+from byg_plugin import timesteps
 from byg_plugin.demo import metrics, sheet, world
 from byg_plugin.models.flux import pack, position_ids, unpack
 
@@ -36,6 +39,10 @@ GUIDANCE = 3.5
 # Noise (standard deviation) added to the clean latents in training. The decoder does not see it, and it bounds how
 # steep the velocity gets at small t: without it noise has to be amplified by 1/t where latents are constant.
 DITHER = 0.1
+NO_CAPTION = 0.1  # share of pictures that are shown without their caption
+# FLUX.1-dev has classifier-free guidance distilled into it; so has this base. Its target leans away from what it predicts
+# without the caption by this share of the difference: a guidance scale of 1 / (1 - share) (Tang et al. 2025).
+GUIDED_SHARE = 0.5
 LATENT_CHANNELS = 16
 VAE_CONFIG = {
     "block_out_channels": (8, 16, 32, 48),
@@ -54,27 +61,45 @@ TRANSFORMER_CONFIG = {
     "in_channels": 4 * LATENT_CHANNELS,
     "num_layers": 2,
     "num_single_layers": 4,
-    "attention_head_dim": 28,
+    "attention_head_dim": 32,
     "num_attention_heads": 4,
     "joint_attention_dim": 64,
     "pooled_projection_dim": 32,
     "guidance_embeds": True,
-    "axes_dims_rope": (4, 12, 12),
+    "axes_dims_rope": (8, 12, 12),
 }
+
+
+class VaeStage(NamedTuple):
+    """A cosine of the learning rate with its weights of the loss (squared error: 1)."""
+
+    share: float  # of the VAE's steps
+    rate: float
+    absolute: float
+    kl: float  # 0: the decoder alone is trained
+
+
+VAE_STAGES = (
+    VaeStage(0.25, 2e-3, 0.1, 0.015),
+    VaeStage(0.23, 1.5e-3, 0.2, 0.01),
+    VaeStage(0.25, 1.5e-3, 1.0, 0.0),
+    VaeStage(0.27, 2e-3, 0.5, 0.002),
+)
 
 
 @dataclass(frozen=True)
 class Budget:
     """How much to train: steps and pictures a step, of the VAE and of the flow."""
 
-    vae_steps: int = 8000
-    vae_batch: int = 8
-    vae_rate: float = 2e-3
-    flow_steps: int = 5000
+    vae_steps: int = 22000
+    vae_batch: int = 16
+    flow_steps: int = 25000
     flow_batch: int = 64
     flow_rate: float = 2e-3  # of AdamW, for embeddings, norms and biases
     muon_rate: float = 4e-3  # of Muon, for matrices; 600 steps reach a loss of 0.34 where AdamW reached 0.42
-    scenes: int = 40000
+    guided_from: float = 0.3  # share of the flow's steps that are not guided yet
+    scenes: int = 60000
+    bfloat16: bool = True  # matrix products of the flow's training; several times as fast on CPUs that have them
 
 
 # --- text ----------------------------------------------------------------------------------------------------------
@@ -209,24 +234,34 @@ def train_vae(budget: Budget, seed: int, log: Log) -> AutoencoderKL:
     The KL weight is high for an image VAE: the decoder then forgives the small errors of a small flow model.
     """
     torch.manual_seed(seed)
-    rng = np.random.default_rng([seed, 1])
     vae = AutoencoderKL(**VAE_CONFIG).train().to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=budget.vae_rate, betas=(0.9, 0.99), weight_decay=1e-4)
-    schedule = _schedule(optimizer, budget.vae_steps, 100)
-    for step in range(budget.vae_steps):
-        pixels = _render_batch(rng, budget.vae_batch)
+    done = 0
+    for number, stage in enumerate(VAE_STAGES):
+        steps = round(stage.share * budget.vae_steps)
+        rng = np.random.default_rng([seed, 1, number])
+        torch.manual_seed(seed + number)
+        vae.encoder.requires_grad_(stage.kl > 0)
+        optimizer = torch.optim.AdamW([p for p in vae.parameters() if p.requires_grad], lr=stage.rate, betas=(0.9, 0.99), weight_decay=1e-4)
+        schedule = _schedule(optimizer, steps, 100)
+        for step in range(done + 1, done + steps + 1):
+            losses = _vae_losses(vae, _render_batch(rng, budget.vae_batch))
+            optimizer.zero_grad()
+            (losses["squared"] + stage.absolute * losses["absolute"] + stage.kl * losses["kl"]).backward()
+            nn.utils.clip_grad_norm_(vae.parameters(), 0.5)
+            optimizer.step()
+            schedule.step()
+            if step % 100 == 0:
+                log("vae", step, {name: loss.item() for name, loss in losses.items()})
+        done += steps
+    return _normalised(vae.eval(), np.random.default_rng([seed, 1, len(VAE_STAGES)]))
+
+
+def _vae_losses(vae: AutoencoderKL, pixels: Tensor) -> dict[str, Tensor]:
+    with torch.set_grad_enabled(next(vae.encoder.parameters()).requires_grad):
         posterior = vae.encode(pixels).latent_dist
-        decoded = vae.decode(posterior.sample()).sample
-        squared, absolute = F.mse_loss(decoded, pixels), F.l1_loss(decoded, pixels)
-        kl = posterior.kl().mean() / pixels[0].numel()
-        optimizer.zero_grad()
-        (squared + 0.1 * absolute + 0.015 * kl).backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 0.5)
-        optimizer.step()
-        schedule.step()
-        if step % 100 == 99:
-            log("vae", step + 1, {"squared": squared.item(), "absolute": absolute.item(), "kl": kl.item()})
-    return _normalised(vae.eval(), rng)
+    decoded = vae.decode(posterior.sample()).sample
+    kl = posterior.kl().mean() / pixels[0].numel()
+    return {"squared": F.mse_loss(decoded, pixels), "absolute": F.l1_loss(decoded, pixels), "kl": kl}
 
 
 @torch.no_grad()
@@ -252,15 +287,16 @@ def decode(vae: AutoencoderKL, latents: Tensor) -> np.ndarray:
 
 
 def sample_times(n: int, rng: torch.Generator) -> Tensor:
-    """(n,) times: half uniform (stratified over the batch), a quarter logit-normal, a quarter crowded towards 0.
+    """(n,) times: half uniform (stratified over the batch), a quarter logit-normal and noisier, a quarter crowded towards 0.
 
-    An editor's last steps, and the prior it is trained with, live at small t; logit-normal alone hardly visits it.
+    What a picture shows is settled at large t, logit-normal times shifted by 2; an editor's last steps, and the prior
+    it is trained with, live at small t.
     """
     kinds = torch.randperm(n, generator=rng)
     u = (torch.arange(n) + torch.rand(n, generator=rng)) / n
     u = u[torch.randperm(n, generator=rng)]
-    normal = torch.sigmoid(torch.randn(n, generator=rng))
-    return torch.where(kinds < n // 2, u, torch.where(kinds < 3 * n // 4, normal, u.square()))
+    noisier = timesteps.shift(torch.sigmoid(torch.randn(n, generator=rng)), 2.0)
+    return torch.where(kinds < n // 2, u, torch.where(kinds < 3 * n // 4, noisier, u.square()))
 
 
 def velocity(network: FluxTransformer2DModel, noisy: Tensor, t: Tensor, text: tuple[Tensor, Tensor]) -> Tensor:
@@ -320,13 +356,18 @@ class _Average:
 
 
 def train_flow(
-    vae: AutoencoderKL, budget: Budget, seed: int, log: Log, snapshot: Snapshot | None = None
+    vae: AutoencoderKL, budget: Budget, seed: int, log: Log, snapshot: Snapshot | None = None, start: Path | None = None
 ) -> tuple[FluxTransformer2DModel, TextEncoders]:
-    """The transformer and its text encoders, averaged over training; `snapshot` sees them every 1000 steps."""
+    """The transformer and its text encoders, averaged over training; `snapshot` sees them every 2500 steps.
+
+    `start` is a base to go on from, with this VAE instead of its own.
+    """
     latents, captions = _latent_set(vae, budget.scenes, seed)
     torch.manual_seed(seed + 1)
     rng = torch.Generator().manual_seed(seed + 2)
     network, encoders = make_transformer(), TextEncoders()
+    if start:
+        _load(start, network, encoders)
     masked = MaskedWords(encoders, sentences(seed))
     parameters = [*network.parameters(), *encoders.parameters(), *masked.parameters()]
     average = _Average(parameters, 0.999)
@@ -338,12 +379,16 @@ def train_flow(
         clean = clean + DITHER * torch.randn(clean.shape, generator=rng)
         noise, t = torch.randn(clean.shape, generator=rng), sample_times(len(pick), rng)
         at = t.view(-1, 1, 1, 1, 1)
-        text = encoders([captions[i] for i in pick.tolist()])
-        squared = (velocity(network, (1 - at) * clean + at * noise, t, text) - (noise - clean)).square()
-        losses = {"flow": squared.mean(), "words": masked(encoders.t5, rng)}
-        for parameter in parameters:
-            parameter.grad = None
-        (losses["flow"] + 0.05 * losses["words"]).backward()
+        shown = torch.rand(len(pick), generator=rng) >= NO_CAPTION
+        texts = [captions[i] if show else "" for i, show in zip(pick.tolist(), shown.tolist(), strict=True)]
+        guided = GUIDED_SHARE * shown if step >= budget.guided_from * budget.flow_steps else None
+        # The fused attention's backward takes ten times as long in bfloat16 as plain products do.
+        with torch.autocast("cpu", torch.bfloat16, enabled=budget.bfloat16), sdpa_kernel(SDPBackend.MATH):
+            flow = _flow_loss(network, encoders, (1 - at) * clean + at * noise, t, texts, noise - clean, guided)
+            losses = {"flow": flow, "words": masked(encoders.t5, rng)}
+            for parameter in parameters:
+                parameter.grad = None
+            (losses["flow"] + 0.05 * losses["words"]).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         for stepped in (*optimizers, *schedules):
             stepped.step()
@@ -353,12 +398,37 @@ def train_flow(
         if step % 100 == 99:
             log("flow", step + 1, sums)
             sums = {}
-        if step % 1000 == 999 and snapshot:
+        if step % 2500 == 2499 and snapshot:
             average.swap()
             snapshot(network, encoders)
             average.swap()
     average.swap()
     return network.eval(), encoders.eval()
+
+
+def _flow_loss(
+    network: FluxTransformer2DModel,
+    encoders: TextEncoders,
+    noisy: Tensor,
+    t: Tensor,
+    texts: list[str],
+    target: Tensor,
+    guided: Tensor | None,
+) -> Tensor:
+    """Mean squared error of the velocity; `guided` (N,) is the share by which each target leans away from no caption."""
+    v = velocity(network, noisy, t, encoders(texts)).float()
+    if guided is not None:
+        with torch.no_grad():
+            uncaptioned = velocity(network, noisy, t, encoders([""] * len(texts))).float()
+        target = target + guided.view(-1, 1, 1, 1, 1) * (v.detach() - uncaptioned)
+    return (v - target).square().mean()
+
+
+def _load(folder: Path, network: FluxTransformer2DModel, encoders: TextEncoders) -> None:
+    """Weights of a base that `save` wrote."""
+    network.load_state_dict(FluxTransformer2DModel.from_pretrained(folder / "transformer").float().state_dict())
+    encoders.clip.load_state_dict(CLIPTextModel.from_pretrained(folder / "text_encoder").state_dict())
+    encoders.t5.load_state_dict(T5EncoderModel.from_pretrained(folder / "text_encoder_2").state_dict())
 
 
 def _optimizers(parameters: list[nn.Parameter], budget: Budget) -> list[torch.optim.Optimizer]:
@@ -410,7 +480,7 @@ def measure(
     figures = {
         "samples": float(n),
         "colours_right": float(verdicts[:, 0].mean()),
-        "shape_right": float(verdicts[:, 1].mean()),
+        "shapes_right": float(verdicts[:, 1].mean()),
         "both_right": float(verdicts.all(1).mean()),
         "vae_mean_absolute_error": error.abs().mean().item(),
         "vae_psnr_db": -10 * math.log10(error.square().mean().item()),
@@ -466,6 +536,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; the figures in the base are of 1")
     parser.add_argument("--vae", type=Path, help="use this trained VAE folder (float32) and train only the rest")
+    parser.add_argument("--start", type=Path, help="go on from this base's transformer and text encoders")
     parser.add_argument("--vae-steps", type=int, default=budget.vae_steps)
     parser.add_argument("--flow-steps", type=int, default=budget.flow_steps)
     parser.add_argument("--scenes", type=int, default=budget.scenes, help="different pictures the flow is trained on")
@@ -497,7 +568,7 @@ def main(arguments: list[str] | None = None) -> None:
         (args.report / "curve.json").write_text(json.dumps(curve, indent=0) + "\n", encoding="utf-8")
         sheet.sample_sheet(args.report / "samples.png", images[:32], captions[:32])
 
-    write(*train_flow(vae, budget, args.seed, log, write))
+    write(*train_flow(vae, budget, args.seed, log, write, args.start))
 
 
 if __name__ == "__main__":

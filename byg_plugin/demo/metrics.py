@@ -190,7 +190,7 @@ def follows_caption(image: np.ndarray, scene: world.Scene) -> tuple[bool, bool]:
 
     Colours: the background's covers at least half of the picture, each object's 2 to 20 %, all others together (edges
     make some) at most 5 %. Shapes: each named one fits its object's pixels best, with an intersection over union of at
-    least 0.75.
+    least 0.7, which the tiny VAE leaves of real scenes in 99 of 100.
     """
     labels = world.nearest_labels(image)
     share = {name: float((labels == i).mean()) for i, name in enumerate(world.LABELS)}
@@ -202,7 +202,7 @@ def follows_caption(image: np.ndarray, scene: world.Scene) -> tuple[bool, bool]:
 
 def _is_shape(pixels: np.ndarray, shape: str) -> bool:
     fits = shape_fits(pixels)
-    return max(fits, key=fits.__getitem__) == shape and fits[shape] >= 0.75
+    return max(fits, key=fits.__getitem__) == shape and fits[shape] >= 0.7
 
 
 def shape_fits(pixels: np.ndarray) -> dict[str, float]:
