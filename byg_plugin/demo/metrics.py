@@ -95,7 +95,8 @@ def _with_added_object(labels: np.ndarray, edit: world.Edit) -> world.Scene | No
     x, y, radius = fits[new.shape]
     if not ADDED_RADIUS[0] <= radius <= ADDED_RADIUS[1] or not _is_clear(new.shape, x, y, radius, free):
         return None
-    return replace(edit.before, things=(*edit.before.things, replace(new, x=x, y=y, radius=radius)))
+    found = replace(new, x=x, y=y, radius=radius)
+    return replace(edit.before, things=(*edit.before.things, found)) if world.corner(found) == world.corner(new) else None
 
 
 def _settled(shape: str, seen: np.ndarray, changed: np.ndarray) -> tuple[float, float, float]:

@@ -1,8 +1,8 @@
 """The tiny world: procedural scenes, their captions, and edits whose exact result is known.
 
-A scene is up to two plain shapes on a coloured background, each in a quadrant of its own. Texture, shading, position,
-size and a small pebble are visible but never named in a caption, so an editor can only get them right by copying them
-from the source.
+A scene is up to two plain shapes on a coloured background, each in a corner of its own. Captions name colours, shapes
+and corners. Texture, shading, exact place and size, and a small pebble are visible but never named, so an editor can only
+get them right by copying them from the source.
 Everything is drawn from signed distances: a pixel is inside a region, outside it, or on its edge (shared by two
 regions), and the metrics count edge pixels on neither side.
 """
@@ -34,6 +34,7 @@ PALETTE = np.array([*COLOURS.values(), *PEBBLES.values()])
 INSTRUCTION_WORDS = ("make", "the", "turn", "into", "add", "remove", "replace", "with")
 OBJECT_RADIUS = (11.0, 14.0)  # pixels
 PEBBLE_RADIUS = (3.5, 4.5)
+CORNERS = ("top left", "top right", "bottom left", "bottom right")
 _QUADRANT = SIZE // 2
 _MARGIN = 0.5  # pixels between what lies in a quadrant and the quadrant's edge: neighbours never touch
 
@@ -89,9 +90,16 @@ class Edit:
 
 
 def caption(scene: Scene) -> str:
-    """What the scene shows in words: shapes and colours only."""
-    things = " and ".join(f"a {thing.colour} {thing.shape}" for thing in scene.things) or "an empty"
-    return f"{things} on a {scene.background} background" if scene.things else f"{things} {scene.background} background"
+    """What the scene shows in words: shapes, colours and corners only."""
+    if not scene.things:
+        return f"an empty {scene.background} background"
+    things = " and ".join(f"a {thing.colour} {thing.shape} {corner(thing)}" for thing in scene.things)
+    return f"{things} on a {scene.background} background"
+
+
+def corner(thing: Thing) -> str:
+    """In words, where an object lies."""
+    return CORNERS[_quadrant(thing.x, thing.y)]
 
 
 def _pick(rng: np.random.Generator, options: Iterable[str], avoid: Sequence[str] = ()) -> str:
@@ -129,7 +137,7 @@ def _thing(rng: np.random.Generator, shape: str, colour: str, quadrant: int) -> 
 
 
 def _place(rng: np.random.Generator, quadrant: int, radii: tuple[float, float]) -> tuple[float, float, float]:
-    """A disc (x, y, radius) somewhere in a quadrant (0 top left, 1 top right, 2 bottom left, 3 bottom right)."""
+    """A disc (x, y, radius) somewhere in a quadrant; its number is the index of its name in CORNERS."""
     radius = float(rng.uniform(*radii))
     left, top = quadrant % 2 * _QUADRANT, quadrant // 2 * _QUADRANT
     x, y = (float(v) for v in rng.uniform(radius + _MARGIN, _QUADRANT - radius - _MARGIN, 2))
@@ -245,20 +253,20 @@ def _change_shape(rng: np.random.Generator, scene: Scene) -> tuple[Scene, str, s
 
 
 def _add(rng: np.random.Generator, scene: Scene) -> tuple[Scene, str, str]:
-    """The place is free: the metrics look where the picture has the object."""
+    """The exact place in the corner is free: the metrics look where the picture has the object."""
     used = {_quadrant(scene.pebble_x, scene.pebble_y), *(_quadrant(other.x, other.y) for other in scene.things)}
     colour = _pick(rng, COLOURS, (scene.background, *(other.colour for other in scene.things)))
     shape = _pick(rng, SHAPES, [other.shape for other in scene.things])
     free = [quadrant for quadrant in range(4) if quadrant not in used]
     thing = _thing(rng, shape, colour, free[int(rng.integers(len(free)))])
-    return replace(scene, things=(*scene.things, thing)), f"add a {colour} {shape}", f"remove the {colour} {shape}"
+    return replace(scene, things=(*scene.things, thing)), f"add a {colour} {shape} {corner(thing)}", f"remove the {colour} {shape}"
 
 
 def _remove(rng: np.random.Generator, scene: Scene) -> tuple[Scene, str, str]:
     index = int(rng.integers(len(scene.things)))
     thing = scene.things[index]
     after = replace(scene, things=scene.things[:index] + scene.things[index + 1 :])
-    return after, f"remove the {thing.colour} {thing.shape}", f"add a {thing.colour} {thing.shape}"
+    return after, f"remove the {thing.colour} {thing.shape}", f"add a {thing.colour} {thing.shape} {corner(thing)}"
 
 
 def _replace(rng: np.random.Generator, scene: Scene) -> tuple[Scene, str, str]:
@@ -297,7 +305,7 @@ def sample_edit(rng: np.random.Generator, name: str, edit_types: Sequence[str] =
 
 def vocabulary() -> list[str]:
     """Every word of captions and instructions, sorted."""
-    return sorted({*COLOURS, *SHAPES, *INSTRUCTION_WORDS, "a", "an", "and", "on", "empty", "background"})
+    return sorted({*COLOURS, *SHAPES, *INSTRUCTION_WORDS, "a", "an", "and", "on", "empty", "background", *" ".join(CORNERS).split()})
 
 
 # --- data sets on disk ---------------------------------------------------------------------------------------------
