@@ -166,6 +166,8 @@ def test_neighbours_keep_a_pixel_of_background_between_them():
         covered = [world.inside(t.shape, t.x, t.y, t.radius) for t in scene.things]
         covered.append(world.inside("circle", scene.pebble_x, scene.pebble_y, scene.pebble_radius))
         assert np.sum(covered, 0).max() == 1
+        discs = [(t.x, t.y, t.radius) for t in scene.things] + [(scene.pebble_x, scene.pebble_y, scene.pebble_radius)]
+        assert all(radius + 0.5 <= at % 32 <= 31.5 - radius for *centre, radius in discs for at in centre)
         for one, other in itertools.combinations(covered, 2):
             beside = [np.roll(one, step, axis) for step in (-1, 1) for axis in (0, 1)]
             assert not (np.logical_or.reduce(beside) & other).any()
@@ -294,6 +296,7 @@ def test_each_named_object_is_read_for_its_colour_and_its_shape():
         assert seen(one) == seen(two) == (False, False)
         assert not seen(replace(one, colour=new), two)[0] and not seen(one, replace(two, colour=new))[0]
         assert seen(one, two, background=new) == (False, True)
+        assert not seen(one, two, pebble_radius=60.0)[0]  # the pebble's colour is no background
         assert not seen(replace(one, radius=4.0), two)[0] and not seen(one, replace(two, radius=2.0))[0]
         third_place = replace(
             one, x=scene.pebble_x // 32 * 32 + 16, y=scene.pebble_y // 32 * 32 + 16, colour=new, shape="square", radius=13
@@ -309,16 +312,18 @@ def test_bars_and_legend_say_which_edits_succeed(tmp_path, edits):
     exact = {e.id: world.render(e.after) for e in edits[:6]}
     mixed = exact | {e.id: world.render(e.before) for e in edits[:2]}
     bar = sheet.BAR * sheet.TILE
-    good, bad = ([], [])
+    good, bad, legends = [], [], []
     for images in (exact, mixed):
         path = sheet.contact_sheet(tmp_path / "sheet.png", edits, images, columns=3, rows=2)
         good.append(pixels_of(path, sheet.GOOD))
         bad.append(pixels_of(path, sheet.BAD))
+        legends.append(np.array(Image.open(path))[-sheet.LEGEND - sheet.GAP :])
     legend = bad[0].sum()
     assert 0 < legend < bar and not bad[0][: -sheet.LEGEND - sheet.GAP].any()
     assert [green.sum() for green in good] == [6 * bar + legend, 4 * bar + legend]
     assert bad[1].sum() == 2 * bar + legend
     assert (bad[1] & good[0]).sum() == 2 * bar, "the verdicts stand where the edits are"
+    assert (legends[0] != legends[1]).any(), "the legend counts"
 
 
 def lines_of_text(rows):
@@ -383,7 +388,7 @@ def test_the_command_writes_a_base_that_the_pipeline_loads(tmp_path, monkeypatch
     diffusers = pytest.importorskip("diffusers")
     monkeypatch.setattr(build_base, "measure", functools.partial(build_base.measure, n=16))
     build_base.main(
-        ["--out", f"{tmp_path}/base", "--report", f"{tmp_path}/report", "--vae-steps", "2", "--flow-steps", "2", "--scenes", "100"]
+        ["--out", f"{tmp_path}/base", "--report", f"{tmp_path}/report", "--vae-share", "0.0004", "--flow-steps", "2", "--scenes", "100"]
     )
     pipe = diffusers.FluxPipeline.from_pretrained(tmp_path / "base")
     assert abs(json.loads((tmp_path / "base/figures.json").read_text())["latent_std"] - 1) < 0.5
