@@ -94,15 +94,15 @@ def with_object(**changes):
     return world.render(replace(SCENE, things=(CIRCLE, replace(SQUARE, **changes))))
 
 
-def test_an_added_object_counts_at_any_free_place_and_size():
-    for place in ({}, {"x": 15.0, "y": 46.0}, {"x": 31.0, "y": 48.0, "radius": 10.0}, {"radius": 15.5}, {"light": 5.0}):
+def test_an_added_object_counts_at_any_place_of_its_corner_and_any_size():
+    for place in ({}, {"x": 43.0, "y": 51.0}, {"x": 35.0, "y": 48.0, "radius": 10.0}, {"radius": 15.5}, {"light": 5.0}):
         result = metrics.score(with_object(**place), ADD)
         assert result.joint and result.iou > 0.95 and result.edit_share > 0.95 and result.pebble, place
 
 
 @pytest.mark.parametrize("changes", [
     {"colour": "purple"}, {"shape": "triangle"}, {"shape": "circle"}, {"shape": "circle", "radius": 10.0},
-    {"shape": "circle", "x": 15.0, "y": 46.0}, {"radius": 7.0}, {"x": 30.0, "y": 30.0, "radius": 20.0},
+    {"shape": "circle", "x": 43.0, "y": 51.0}, {"radius": 7.0}, {"x": 15.0, "y": 46.0}, {"x": 30.0, "y": 30.0, "radius": 20.0},
     {"x": 57.0}, {"y": 61.0}, {"y": 16.0}, {"x": 27.0, "y": 16.0},
 ])  # fmt: skip
 def test_another_object_than_the_named_one_is_no_edit(changes):
@@ -115,17 +115,17 @@ def test_an_added_object_must_spare_the_rest():
     assert gone.edit and not gone.preserved
     repainted = metrics.score(world.render(replace(SCENE, things=(replace(CIRCLE, colour="purple"), SQUARE))), ADD)
     assert repainted.edit and not repainted.preserved
-    twice = metrics.score(world.render(replace(SCENE, things=(CIRCLE, SQUARE, replace(SQUARE, x=16.0)))), ADD)
+    twice = metrics.score(world.render(replace(SCENE, things=(CIRCLE, SQUARE, replace(SQUARE, x=16.0, radius=11.0)))), ADD)
     assert twice.edit and twice.iou < metrics.MASK_IOU and not twice.joint
 
 
 def test_the_largest_piece_of_the_new_colour_is_the_object():
-    image = with_object(x=16.0)
-    image[50:56, 50:56] = world.render(SCENE)[50:56, 50:56]
+    image = with_object()
+    image[45:51, 12:18] = image[45:51, 44:50]
     assert metrics.score(image, ADD).edit
     # Alone, the small piece is too small.
     alone = world.render(BEFORE)
-    alone[50:56, 50:56] = image[50:56, 50:56]
+    alone[45:51, 44:50] = image[45:51, 44:50]
     assert not metrics.score(alone, ADD).edit
 
 
@@ -188,6 +188,19 @@ def test_a_destroyed_bystander_is_never_preserved(some_edits):
         if edit.edit_type != "recolour_background":
             lost = replace(edit.after, background=unused_colour(edit))
             assert not metrics.score(world.render(lost), edit).preserved
+
+
+@pytest.mark.parametrize(("share", "preserved"), [(0.15, True), (0.25, False)])
+def test_a_background_that_turns_in_places_is_lost_though_the_error_is_small(share, preserved):
+    before = replace(SCENE, background="purple")
+    edit = edit_of("recolour_object", before, replace(before, things=(replace(CIRCLE, colour="yellow"), SQUARE)))
+    image = world.render(edit.after).astype(float)
+    where = np.argwhere(world.regions(before) == world.BACKGROUND)
+    for y, x in where[: int(share * len(where))]:
+        image[y, x] += 0.75 * 255 * (world.PALETTE[world.LABELS.index("blue")] - world.PALETTE[world.LABELS.index("purple")])
+    result = metrics.score(np.clip(image, 0, 255).astype(np.uint8), edit)
+    assert result.outside_error < metrics.KEEP_ERROR and result.edit
+    assert result.preserved is preserved
 
 
 def test_a_turned_shape_must_be_the_named_one():

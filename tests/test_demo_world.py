@@ -52,21 +52,22 @@ def test_an_edit_changes_pixels_inside_its_mask_and_nowhere_outside(edits):
         assert (before == after)[keep].all()
 
 
-def test_captions_name_the_colours_and_the_shapes():
+def test_captions_name_colours_shapes_and_corners():
     things = (world.Thing("circle", "red", 20, 20, 10, 0), world.Thing("square", "blue", 45, 45, 9, 0))
     scene = world.Scene("green", 0, 0, 20, "dark", 50, 10, 3, things[:1])
-    assert world.caption(scene) == "a red circle on a green background"
-    assert world.caption(replace(scene, things=things)) == "a red circle and a blue square on a green background"
+    assert world.caption(scene) == "a red circle top left on a green background"
+    assert world.caption(replace(scene, things=things)) == "a red circle top left and a blue square bottom right on a green background"
     assert world.caption(replace(scene, things=())) == "an empty green background"
 
 
 GLUE = {"a", "an", "and", "empty", "on"}  # words of a caption that say how many objects there are
+CORNER = "(top|bottom) (left|right)"
 PATTERNS = {
     "recolour_object": (r"make the (?P<shape>\w+) (?P<new>\w+)", r"make the (?P=shape) (\w+)"),
     "recolour_background": (r"make the background \w+", r"make the background \w+"),
     "change_shape": (r"turn the (?P<old>\w+) into a (?P<new>\w+)", r"turn the (?P=new) into a (?P=old)"),
-    "add": (r"add a (?P<thing>\w+ \w+)", r"remove the (?P=thing)"),
-    "remove": (r"remove the (?P<thing>\w+ \w+)", r"add a (?P=thing)"),
+    "add": (rf"add a (?P<thing>\w+ \w+) {CORNER}", r"remove the (?P=thing)"),
+    "remove": (r"remove the (?P<thing>\w+ \w+)", rf"add a (?P=thing) {CORNER}"),
     "replace": (r"replace the (?P<old>\w+ \w+) with a (?P<new>\w+ \w+)", r"replace the (?P=new) with a (?P=old)"),
 }
 
@@ -80,6 +81,20 @@ def test_the_reverse_instruction_undoes_the_instruction(edits):
         words = [set(text.split()) for text in (edit.src_caption, edit.tgt_caption, edit.instruction, edit.reverse_instruction)]
         gained, lost = words[1] - words[0] - GLUE, words[0] - words[1] - GLUE
         assert gained <= words[2] and lost <= words[3] and (gained or lost)
+
+
+def test_the_named_corner_is_where_the_object_is(edits):
+    for edit in edits:
+        for scene, text in ((edit.before, edit.src_caption), (edit.after, edit.tgt_caption)):
+            where = world.regions(scene)
+            for number, thing in enumerate(scene.things):
+                rows, columns = np.nonzero(where == world.FIRST_OBJECT + number)
+                corner = f"{'top' if rows.mean() < 31.5 else 'bottom'} {'left' if columns.mean() < 31.5 else 'right'}"
+                assert f"{thing.colour} {thing.shape} {corner}" in text
+        if edit.edit_type == "add":
+            assert edit.instruction.removeprefix("add a ") in edit.tgt_caption
+        if edit.edit_type == "remove":
+            assert edit.reverse_instruction.removeprefix("add a ") in edit.src_caption
 
 
 def test_an_edit_changes_what_its_kind_says_and_nothing_else(edits):
@@ -333,12 +348,12 @@ def lines_of_text(rows):
 
 
 def test_the_longest_texts_have_room(tmp_path):
-    things = world.Thing("triangle", "purple", 16, 16, 12, 0), world.Thing("square", "yellow", 48, 48, 12, 0)
-    scene = world.Scene("purple", 0, 0, 20, "light", 16, 48, 4, things)
+    things = world.Thing("triangle", "purple", 48, 48, 12, 0), world.Thing("square", "yellow", 16, 48, 12, 0)
+    scene = world.Scene("purple", 0, 0, 20, "light", 16, 16, 4, things)
     image = world.render(scene)
     path = sheet.sample_sheet(tmp_path / "samples.png", np.stack([image] * 2), [world.caption(scene)] * 2, columns=1)
-    below = np.array(Image.open(path).convert("L"))[-sheet.TEXT :] < 128
-    assert lines_of_text(below) == 3 and not below[-3:].any()
+    below = np.array(Image.open(path).convert("L"))[-sheet.CAPTION :] < 128
+    assert lines_of_text(below) == 4 and not below[-3:].any()
 
     new = replace(things[0], colour="yellow", shape="square")
     instruction = "replace the yellow triangle with a purple square"

@@ -9,8 +9,9 @@
 
 Pixels on the edge of two regions are counted nowhere. The pebble's survival is reported and not required.
 
-An instruction to add an object leaves its place and size free: it is scored where the picture has it. It must be of
-the named shape, of about the world's sizes, wholly in the picture and clear of what the source shows, or the edit fails.
+An instruction to add an object names a corner and leaves its size and the place in there free: it is scored where the
+picture has it. It must be of the named shape, of about the world's sizes, in that corner, wholly in the picture and clear
+of what the source shows, or the edit fails.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Score:
 
 
 def score(image: np.ndarray, edit: world.Edit) -> Score:
-    """Compare an edited `(SIZE, SIZE, 3)` uint8 image with the exact edit; an added object's place and size are free."""
+    """Compare an edited `(SIZE, SIZE, 3)` uint8 image with the exact edit; an added object's size and place in its corner are free."""
     _check(image, edit.id)
     source = world.render(edit.before)
     error = np.abs(image.astype(float) - source) / 255

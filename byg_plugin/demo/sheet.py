@@ -13,7 +13,8 @@ from byg_plugin.demo import metrics, world
 
 TILE = 3 * world.SIZE  # pixels of a side
 GAP = 10
-TEXT = 62  # pixels of height for three lines: "replace the yellow triangle with a purple square", captions of two objects
+TEXT = 62  # pixels of height for three lines: "replace the yellow triangle with a purple square"
+CAPTION = 84  # pixels of height for four lines: the caption of a scene with two objects
 BAR = 5  # pixels of height of the verdict under an edit
 LEGEND = 30  # pixels of height
 MARGIN = 112  # pixels of width for the rows' names
@@ -84,10 +85,10 @@ def _column(sheet: Image.Image, corner: tuple[int, int], edit: world.Edit, image
 def sample_sheet(path: str | Path, images: np.ndarray, captions: Sequence[str], columns: int = 8) -> Path:
     """Draw text-to-image samples `(N, SIZE, SIZE, 3)` uint8 with their captions as a PNG at `path`."""
     rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (GAP + columns * (TILE + GAP), GAP + rows * (TILE + TEXT)), PAPER)
+    sheet = Image.new("RGB", (GAP + columns * (TILE + GAP), GAP + rows * (TILE + CAPTION)), PAPER)
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
     for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
-        x, y = GAP + number % columns * (TILE + GAP), GAP + number // columns * (TILE + TEXT)
+        x, y = GAP + number % columns * (TILE + GAP), GAP + number // columns * (TILE + CAPTION)
         sheet.paste(Image.fromarray(image).resize((TILE, TILE), Image.Resampling.NEAREST), (x, y))
         words = "\n".join(textwrap.wrap(caption, 26))
         draw.multiline_text((x + TILE / 2, y + TILE + 4), words, INK, font, anchor="ma", align="center")
