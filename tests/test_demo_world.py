@@ -307,7 +307,9 @@ def test_each_named_object_is_read_for_its_colour_and_its_shape():
 
         assert seen(replace(one, shape=third), two) == seen(one, replace(two, shape=third)) == (True, False)
         swapped = replace(one, colour=two.colour), replace(two, colour=one.colour)
-        assert seen(*swapped) == (True, False)
+        assert seen(*swapped) == (False, False)
+        exchanged = replace(one, x=two.x, y=two.y), replace(two, x=one.x, y=one.y)
+        assert seen(*exchanged) == (False, False)  # the caption names the corners
         assert seen(one) == seen(two) == (False, False)
         assert not seen(replace(one, colour=new), two)[0] and not seen(one, replace(two, colour=new))[0]
         assert seen(one, two, background=new) == (False, True)
