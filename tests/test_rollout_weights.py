@@ -92,6 +92,41 @@ def test_16_bit_rollouts_differ_by_no_more_than_16_bit_itself(tmp_path: Path):
     assert 0 < error("merged") < 1.5 * error("swap")
 
 
+# --- inference mode ---
+
+
+@pytest.mark.parametrize("options", [{}, {"graph": "joint"}, {"routing": False}, {"bootstrap": False}, {"merge_identity": True}], ids=str)
+def test_nothing_made_in_inference_mode_reaches_autograd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]):
+    """A network whose first layer saves its input for the backward, as one with a LoRA there does, would raise."""
+    host, batch = make_host(host_config(tmp_path, objective=options)), batch_of()
+    original, seen = host._velocity, []
+
+    def watched(noisy: Tensor, *inputs: Any) -> Tensor:
+        seen.append((torch.is_inference_mode_enabled(), noisy.is_inference()))
+        return original(noisy, *inputs)
+
+    monkeypatch.setattr(host, "_velocity", watched)
+    make_objective(host.config.objective).step(host, batch, backward)
+    assert (True, True) in seen, "the rollout runs in inference mode"
+    assert {made for inside, made in seen if not inside} == {False}
+    monkeypatch.undo()
+    inference = gradients(host)
+    monkeypatch.setattr(host, "_without_gradient", torch.no_grad)
+    make_objective(host.config.objective).step(host, batch, backward)
+    plain = gradients(host)
+    assert all(torch.equal(inference[name], plain[name]) for name in plain)
+
+
+@pytest.mark.parametrize(("storage", "inference"), [("none", True), ("fp8", True), ("int8", False), ("nf4", False)])
+def test_linears_that_keep_state_of_their_calls_run_without_inference_mode(tmp_path: Path, storage: str, inference: bool):
+    host = make_host(host_config(tmp_path))
+    host.config = host_config(tmp_path, model={"quantization": storage, "dtype": "bfloat16"})
+    for field in (host.ema, host.base):
+        with field():
+            assert torch.is_inference_mode_enabled() == inference and not torch.is_grad_enabled()
+        assert not torch.is_inference_mode_enabled() and torch.is_grad_enabled()
+
+
 # --- where the weights come from ---
 
 

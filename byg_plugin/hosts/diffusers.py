@@ -6,7 +6,7 @@ import logging
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -78,9 +78,12 @@ class DiffusersHost:
 
     @contextmanager
     def ema(self) -> Iterator[Velocity]:
-        """The EMA weights (decay 0: the current ones), no gradient; as a LoRA, or merged into linears of their own."""
+        """The EMA weights (decay 0: the current ones), no gradient; as a LoRA, or merged into linears of their own.
+
+        What is made inside may be inference tensors: clone outside what autograd shall save.
+        """
         merged = self.config.objective.rollout_weights == "merged"
-        with torch.no_grad(), self.ema_weights.swapped_in(), self._placed(self._merge()) if merged else nullcontext():
+        with self.ema_weights.swapped_in(), self._placed(self._merge()) if merged else nullcontext(), self._without_gradient():
             yield self._velocity
 
     @contextmanager
@@ -91,9 +94,17 @@ class DiffusersHost:
 
     @contextmanager
     def base(self) -> Iterator[Velocity]:
-        """The frozen model without LoRA, bit for bit: its own linears stand where the LoRA's layers were."""
-        with torch.no_grad(), self._placed([layer.base_layer for layer in self._lora_layers]):
+        """The frozen model without LoRA, bit for bit: its own linears stand where the LoRA's layers were.
+
+        What is made inside may be inference tensors, as in `ema`.
+        """
+        with self._placed([layer.base_layer for layer in self._lora_layers]), self._without_gradient():
             yield self._base_velocity
+
+    def _without_gradient(self) -> AbstractContextManager[Any]:
+        """Inference mode, which has no autograd bookkeeping at all."""
+        # bitsandbytes' linears make state in their first call and keep it: it must not be made of inference tensors.
+        return torch.no_grad() if self.config.model.quantization in ("int8", "nf4") else torch.inference_mode()
 
     @contextmanager
     def _placed(self, linears: Sequence[nn.Module]) -> Iterator[None]:

@@ -107,7 +107,8 @@ class UnpairedCycle:
                 s, s_next = schedule[:, k], schedule[:, k + 1]
                 y = flow.euler_step(y, velocity(y, s, batch.instruction, batch.source), s, s_next)
                 y_t = torch.where(flow.expand(index == k + 1, y).bool(), y, y_t)
-        return y_t, y if needs_y0 else None
+        # Clones: a host's fields without gradient may run in inference mode, whose tensors autograd cannot save.
+        return y_t.clone(), y.clone() if needs_y0 else None
 
     @torch.no_grad()
     def _frozen_velocities(self, fields: VelocityFields, batch: Batch, y_t: Tensor, x_t: Tensor) -> tuple[Frozen, Frozen]:
@@ -124,7 +125,8 @@ class UnpairedCycle:
                 noisy = torch.cat([state for state, _ in some])
                 t = batch.t.repeat(len(some))
                 velocities += velocity(noisy, t, cat_text(*[text for _, text in some]), None).chunk(len(some))
-        return Frozen(velocities[0], velocities[1]), Frozen(velocities[2], velocities[3])
+        at_y_src, at_y_tgt, at_x_tgt, at_x_src = (v.clone() for v in velocities)  # as in the rollout
+        return Frozen(at_y_src, at_y_tgt), Frozen(at_x_tgt, at_x_src)
 
     # --- 2. the terms, as pure functions of a velocity ---
 

@@ -1,0 +1,192 @@
+"""Tables of a results file of `benchmarks.step`."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+UPDATE = "optimizer and EMA"
+PHASES = ("rollout", "frozen passes", "identity", "reverse", "forward", "identity + reverse", "identity, reverse, forward", "paired")
+BEGIN, END = "<!-- step: made by python -m benchmarks.step --write-readme -->", "<!-- /step -->"
+
+Record = dict[str, Any]
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def as_json(results: dict[str, Any]) -> str:
+    """Seconds to a tenth of a millisecond, counts as whole numbers, one line a row."""
+
+    def rounded(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: rounded(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [rounded(item) for item in value]
+        if isinstance(value, float):
+            return int(value) if value.is_integer() else round(value, 5)
+        return value
+
+    head = json.dumps(rounded({key: value for key, value in results.items() if key != "rows"}), indent=1)
+    rows = ",\n".join("  " + json.dumps(rounded(row)) for row in results["rows"])
+    return head[: -len("\n}")] + ',\n "rows": [\n' + rows + "\n ]\n}\n"
+
+
+# --- figures of a row ---
+
+
+def total(phases: dict[str, float]) -> float:
+    """A step without the updates after it."""
+    return sum(value for phase, value in phases.items() if phase != UPDATE)
+
+
+def find(results: dict[str, Any], name: str, checkpointing: bool) -> Record | None:
+    return next((row for row in results["rows"] if row["name"] == name and row["checkpointing"] == checkpointing), None)
+
+
+def seconds(row: Record) -> float:
+    """Median step."""
+    return statistics.median(total(phases) for phases in row["seconds"])
+
+
+def ratios(row: Record) -> list[float]:
+    """One a repetition: this step over the median paired step of the same repetition."""
+    return [total(phases) / paired for phases, paired in zip(row["seconds"], row["paired_seconds"], strict=True)]
+
+
+def ratio(row: Record) -> float:
+    return statistics.median(ratios(row))
+
+
+def flop_ratio(results: dict[str, Any], row: Record) -> float:
+    paired = find(results, "paired", row["checkpointing"])
+    assert paired is not None
+    return total(row["flops"]) / total(paired["flops"])
+
+
+def peak(row: Record, kind: str) -> float:
+    return max(row["bytes"][kind].values())
+
+
+# --- tables ---
+
+
+def tables(results: dict[str, Any]) -> str:
+    """All tables of a results file, as Markdown."""
+    settings = sorted({row["checkpointing"] for row in results["rows"]})
+    parts = [
+        _heading(results),
+        _ladder(results, settings[0]),
+        _phases(results, settings[0]),
+        _rollouts(results, settings),
+        _memory(results, settings),
+    ]
+    return "\n\n".join(parts)
+
+
+def _heading(results: dict[str, Any]) -> str:
+    shape, host, commit = results["shape"], results["machine"], results["commit"]
+    transformer = shape["transformer"]
+    width = transformer["attention_head_dim"] * transformer["num_attention_heads"]
+    device = host.get("gpu") or f"{host['cpu']}, {host['threads']} of {host['cores']} cores, {host['ram_gib']} GiB"
+    clock = "Wall time" if results["clock"] == "wall" else "CPU time of one thread (other work ran beside it)"
+    share = "" if results["matmul_share"] is None else f"; {results['matmul_share']:.0%} of a step's time is matrix products and attention"
+    return (
+        f"`{shape['name']}`: {transformer['num_layers']} double and {transformer['num_single_layers']} single blocks of width {width}, "
+        f"{shape['noisy_tokens']} noisy + {shape['noisy_tokens']} source + {shape['text_tokens']} text tokens, batch {shape['batch']}, "
+        f"LoRA rank {shape['rank']}, {shape['dtype']}; {device}; PyTorch {host['torch']}; commit {commit['hash'][:10]}"
+        f"{' with changes' if commit['modified'] else ''}{share}. "
+        f"{clock}: medians of {results['repeats']} repetitions, ranges in brackets."
+    )
+
+
+def _ladder(results: dict[str, Any], checkpointing: bool) -> str:
+    paired = find(results, "paired", checkpointing)
+    assert paired is not None
+    lines = ["| step by step, each exact | seconds | over paired | by FLOPs | step gets |", "|---|---|---|---|---|"]
+    lines.append(f"| {paired['title']} | {seconds(paired):.3g} | 1 | 1 | |")
+    before = None
+    for row in (row for row in results["rows"] if row["checkpointing"] == checkpointing and row["in_ladder"]):
+        gain = "" if before is None else _change(before, row)
+        plus = "" if before is None else "+ "
+        lines.append(f"| {plus}{row['title']} | {seconds(row):.3g} | {_ratio(row)} | {flop_ratio(results, row):.2f} | {gain} |")
+        before = row
+    return "\n".join(lines)
+
+
+def _ratio(row: Record) -> str:
+    values = ratios(row)
+    return f"{ratio(row):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def _change(before: Record, row: Record) -> str:
+    """Median over the repetitions of what the step's time became, beside paired steps of the same moment."""
+    quotients = [new / old for new, old in zip(ratios(row), ratios(before), strict=True)]
+    return f"{100 * (statistics.median(quotients) - 1):+.1f} %"
+
+
+def _phases(results: dict[str, Any], checkpointing: bool) -> str:
+    columns = [("printed", "as printed"), ("frozen 2", "defaults"), ("merged", "merged"), ("beside", "identity beside")]
+    rows = [(title, row) for name, title in columns if (row := find(results, name, checkpointing))]
+    lines = ["| phase, in paired steps | " + " | ".join(title for title, _ in rows) + " |", "|---|" + "---|" * len(rows)]
+    for phase in PHASES:
+        cells = [f"{phase_ratio(row, phase):.2f}" if phase in row["seconds"][0] else "" for _, row in rows]
+        if any(cells):
+            lines.append(f"| {phase} | " + " | ".join(cells) + " |")
+    updates = [f"{phase_ratio(row, UPDATE):.2f}" for _, row in rows]
+    return "\n".join([*lines, f"| ({UPDATE}, apart) | " + " | ".join(updates) + " |"])
+
+
+def phase_ratio(row: Record, phase: str) -> float:
+    """Median over the repetitions of a phase over the paired step beside it."""
+    return statistics.median(phases[phase] / paired for phases, paired in zip(row["seconds"], row["paired_seconds"], strict=True))
+
+
+def _rollouts(results: dict[str, Any], settings: list[bool]) -> str:
+    lines = ["| over paired | activations | rollout steps | measured | by FLOPs |", "|---|---|---|---|---|"]
+    for checkpointing in settings:
+        for name in ("frozen 2", "default, fewer", "merged", "merged, fewer"):
+            if row := find(results, name, checkpointing):
+                kept = "recomputed" if checkpointing else "kept"
+                title = "merged" if name.startswith("merged") else "defaults"
+                lines.append(f"| {title} | {kept} | {row['rollout_steps']} | {_ratio(row)} | {flop_ratio(results, row):.2f} |")
+    return "\n".join(lines)
+
+
+def _memory(results: dict[str, Any], settings: list[bool]) -> str:
+    kinds = [(kind, checkpointing) for checkpointing in settings for kind in results["rows"][0]["bytes"]]
+    names = {"saved": "saved for backward", "alive": "all tensors alive", "allocator": "allocator"}
+    heads = [f"{names[kind]}, activations {'recomputed' if checkpointing else 'kept'}" for kind, checkpointing in kinds]
+    lines = ["| peak memory of a step | " + " | ".join(heads) + " |", "|---|" + "---|" * len(kinds)]
+    paired = {setting: find(results, "paired", setting) for setting in settings}
+    lines.append("| paired | " + " | ".join(f"{peak(paired[setting], kind) / 2**20:.1f} MiB" for kind, setting in kinds) + " |")  # type: ignore[arg-type]
+    titles = {
+        "printed": "`joint` (as printed), over paired",
+        "frozen 2": "`sequential` (the defaults)",
+        "merged": "with all four frozen passes at once, and merged",
+        "beside": "with identity beside the reverse pass, too",
+    }
+    for name, title in titles.items():
+        cells = []
+        for kind, setting in kinds:
+            row = find(results, name, setting)
+            cells.append(f"{peak(row, kind) / peak(paired[setting], kind):.3f}" if row else "")  # type: ignore[arg-type]
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def write_readme(path: Path, results: dict[str, Any]) -> None:
+    """Put the tables between README's marks.
+
+    Raises:
+        ValueError: the marks are missing.
+    """
+    text = path.read_text(encoding="utf-8")
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{path.name} has no {BEGIN} ... {END}: put both lines where the tables belong")
+    path.write_text(f"{before}{BEGIN}\n{tables(results)}\n{END}{after}", encoding="utf-8")
