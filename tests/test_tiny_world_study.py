@@ -435,11 +435,14 @@ def test_a_training_of_other_settings_is_not_gone_on_with(tmp_path):
         runs.run(small(tmp_path).plan("full", 0))
 
     assert in_child(work) == -signal.SIGKILL
+    clock = tmp_path / "work/report/full-0/clock.jsonl"
+    before = runs.read_lines(clock)
     other = small(tmp_path)
     other.options.set.append("train.steps=12")
-    record = runs.run(other.plan("full", 0))
-    assert record["steps"] == 12
-    assert [line["step"] for line in runs.read_lines(tmp_path / "work/report/full-0/clock.jsonl")] == list(range(1, 13))
+    assert runs.run(other.plan("full", 0))["steps"] == 12
+    after = runs.read_lines(clock)
+    assert [line["step"] for line in after] == list(range(1, 13))
+    assert after[0] != before[0]  # its first step was made again, not taken over
 
 
 def test_the_command_makes_what_is_missing_and_nothing_twice(tmp_path, monkeypatch, capsys):
