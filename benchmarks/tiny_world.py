@@ -21,6 +21,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -461,6 +463,17 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGTERM stops as Ctrl-C does; so does SIGINT where it is ignored, as in a shell's background job."""
+    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def main(words: list[str] | None = None) -> None:
     """The command; see the module."""
     options = parse(words)
@@ -479,11 +492,9 @@ def main(words: list[str] | None = None) -> None:
     if options.table or options.plot:
         write_reports(study, table=options.table, plot=options.plot)
         return
-    # Also SIGINT: a shell's background job starts with it ignored.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
     torch.set_num_threads(1)
-    failures = run_all(study)
+    with _interruptible():
+        failures = run_all(study)
     write_reports(study, table=True, plot=True)
     if failures:
         raise SystemExit("\n".join(failures))

@@ -448,7 +448,9 @@ def test_a_training_of_other_settings_is_not_gone_on_with(tmp_path):
 def test_the_command_makes_what_is_missing_and_nothing_twice(tmp_path, monkeypatch, capsys):
     words = ["--stage", "screen", "--only", "copy", "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
     monkeypatch.undo()
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     study.main(words)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
     made = tmp_path / "out/screen/copy-0.json"
     assert json.loads(made.read_text(encoding="utf-8"))["table"]["all"]["preserved"] == 1.0
     assert "| copy the source | **0** |" in (tmp_path / "out/screen_table.md").read_text(encoding="utf-8")
