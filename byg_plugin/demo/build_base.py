@@ -40,6 +40,10 @@ GUIDANCE = 3.5
 # steep the velocity gets at small t: without it noise has to be amplified by 1/t where latents are constant.
 DITHER = 0.1
 NO_CAPTION = 0.1  # share of pictures that are shown without their caption
+# Share of pictures whose caption tells one thing only, in the words of an instruction that would have led to it ("make the
+# circle red"). A text-to-image model of the world has read such texts and draws what they name; one that has not would
+# have to learn the language together with the editing.
+INSTRUCTED = 0.3
 # FLUX.1-dev has classifier-free guidance distilled into it; so has this base. Its target leans away from what it predicts
 # without the caption by this share of the difference: a guidance scale of 1 / (1 - share) (Tang et al. 2025).
 GUIDED_SHARE = 0.5
@@ -326,13 +330,31 @@ def make_transformer() -> FluxTransformer2DModel:
     return network
 
 
-def _latent_set(vae: AutoencoderKL, n: int, seed: int) -> tuple[Tensor, list[str]]:
-    """Latents (n, 16, 1, h, w) of `n` scenes, and their captions."""
+class Pictures(NamedTuple):
+    """What the flow is trained on: latents (n, 16, 1, h, w) of scenes, and a caption and an instruction of each."""
+
+    latents: Tensor
+    captions: list[str]
+    instructions: list[str]
+
+    def texts(self, pick: Tensor, rng: torch.Generator) -> list[str]:
+        """A text for each picked picture: none, the instruction or the caption."""
+        chance = torch.rand(len(pick), generator=rng).tolist()
+        shares = (NO_CAPTION, NO_CAPTION + INSTRUCTED)
+        return [
+            "" if c < shares[0] else self.instructions[i] if c < shares[1] else self.captions[i]
+            for i, c in zip(pick.tolist(), chance, strict=True)
+        ]
+
+
+def _pictures(vae: AutoencoderKL, n: int, seed: int) -> Pictures:
+    """`n` scenes."""
     rng = np.random.default_rng([seed, 2])
     scenes = _scenes(rng, n)
     batches = (scenes[i : i + 100] for i in range(0, n, 100))
     latents = [encode(vae, to_pixels(np.stack([world.render(scene) for scene in batch]))) for batch in batches]
-    return torch.cat(latents), [world.caption(scene) for scene in scenes]
+    captions = [world.caption(scene) for scene in scenes]
+    return Pictures(torch.cat(latents), captions, [world.instruction_that_leads_to(rng, scene) for scene in scenes])
 
 
 class _Average:
@@ -364,7 +386,7 @@ def train_flow(
 
     `start` is a base to go on from, with this VAE instead of its own.
     """
-    latents, captions = _latent_set(vae, budget.scenes, seed)
+    pictures = _pictures(vae, budget.scenes, seed)
     torch.manual_seed(seed + 1)
     rng = torch.Generator().manual_seed(seed + 2)
     network, encoders = make_transformer(), TextEncoders()
@@ -376,14 +398,13 @@ def train_flow(
     optimizers = _optimizers(parameters, budget)
     schedules = [_schedule(optimizer, budget.flow_steps, 200) for optimizer in optimizers]
     sums: dict[str, float] = {}
-    for step, pick in zip(range(budget.flow_steps), _shuffled(len(latents), budget.flow_batch, rng), strict=False):
-        clean = latents[pick]
+    for step, pick in zip(range(budget.flow_steps), _shuffled(len(pictures.latents), budget.flow_batch, rng), strict=False):
+        clean = pictures.latents[pick]
         clean = clean + DITHER * torch.randn(clean.shape, generator=rng)
         noise, t = torch.randn(clean.shape, generator=rng), sample_times(len(pick), rng)
         at = t.view(-1, 1, 1, 1, 1)
-        shown = torch.rand(len(pick), generator=rng) >= NO_CAPTION
-        texts = [captions[i] if show else "" for i, show in zip(pick.tolist(), shown.tolist(), strict=True)]
-        guided = GUIDED_SHARE * shown if step >= budget.guided_from * budget.flow_steps else None
+        texts = pictures.texts(pick, rng)
+        guided = GUIDED_SHARE if step >= budget.guided_from * budget.flow_steps else 0.0
         # The fused attention's backward takes ten times as long in bfloat16 as plain products do.
         with torch.autocast("cpu", torch.bfloat16, enabled=budget.bfloat16), sdpa_kernel(SDPBackend.MATH):
             flow = _flow_loss(network, encoders, (1 - at) * clean + at * noise, t, texts, noise - clean, guided)
@@ -415,14 +436,14 @@ def _flow_loss(
     t: Tensor,
     texts: list[str],
     target: Tensor,
-    guided: Tensor | None,
+    guided: float,
 ) -> Tensor:
-    """Mean squared error of the velocity; `guided` (N,) is the share by which each target leans away from no caption."""
+    """Mean squared error of the velocity; `guided` is the share by which targets lean away from no caption."""
     v = velocity(network, noisy, t, encoders(texts)).float()
-    if guided is not None:
+    if guided:
         with torch.no_grad():
             uncaptioned = velocity(network, noisy, t, encoders([""] * len(texts))).float()
-        target = target + guided.view(-1, 1, 1, 1, 1) * (v.detach() - uncaptioned)
+        target = target + guided * (v.detach() - uncaptioned)
     return (v - target).square().mean()
 
 

@@ -303,6 +303,13 @@ def sample_edit(rng: np.random.Generator, name: str, edit_types: Sequence[str] =
     return Edit(name, edit_type, instruction, reverse, scene, after)
 
 
+def instruction_that_leads_to(rng: np.random.Generator, scene: Scene) -> str:
+    """A random instruction whose result is this scene: the way back from a random edit of it."""
+    possible = [name for name in EDIT_TYPES if len(scene.things) in _OBJECTS_BEFORE.get(name, (1, 2))]
+    *_, back = EDIT_TYPES[_pick(rng, possible)](rng, scene)
+    return back
+
+
 def vocabulary() -> list[str]:
     """Every word of captions and instructions, sorted."""
     return sorted({*COLOURS, *SHAPES, *INSTRUCTION_WORDS, "a", "an", "and", "on", "empty", "background", *" ".join(CORNERS).split()})
