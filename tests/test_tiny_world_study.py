@@ -276,7 +276,7 @@ def test_the_plot_is_drawn_and_needs_a_curve(results, tmp_path):
 
 
 def test_edits_are_those_of_the_edit_pipeline(tmp_path):
-    """With a LoRA that is awake, same noise, same batch: the same pictures to the last bit."""
+    """With a LoRA that is awake, same noise, same batch: the same pictures; merged weights round otherwise than a LoRA."""
     plan = small(tmp_path).plan("full", 0)
     host = make_host(plan.config, make_family(plan.config), runs.CPU)
     wake(host)
@@ -287,7 +287,8 @@ def test_edits_are_those_of_the_edit_pipeline(tmp_path):
     pictures = [Image.fromarray(world.render(edit.before)) for edit in plan.eval_edits]
     theirs = pipe.batch(pictures, [edit.instruction for edit in plan.eval_edits], seeds=range(4))
     for edit, (_, image) in zip(plan.eval_edits, theirs, strict=True):
-        assert np.array_equal(mine[edit.id], np.asarray(image))
+        apart = np.abs(mine[edit.id].astype(int) - np.asarray(image))
+        assert apart.max() <= 1 and apart.mean() < 0.01
     assert len({image.tobytes() for image in mine.values()}) == 4
 
 
