@@ -3,8 +3,9 @@
     python -m benchmarks.step --out benchmarks/results/step_cpu.json          on a quiet machine, else --clock process --threads 1
     python -m benchmarks.step --shape demo --out benchmarks/results/step_demo.json
     python -m benchmarks.step --shape flux.1-dev --device cuda --repeats 3 --out benchmarks/results/step_cuda.json
+    python -m benchmarks.step --shape flux.1-dev --device meta --out benchmarks/results/step_flux_flops.json    FLOPs alone, no weights
     python -m benchmarks.step --table benchmarks/results/step_cpu.json        the tables, from the results alone
-    python -m benchmarks.step --write-readme                                  README's tables, from benchmarks/results/step_cpu.json
+    python -m benchmarks.step --write-readme                                  README's tables, from step_cpu.json and step_flux_flops.json
 
 Run it from the repository's root. Network, batch and machine are the same for every row; weights are random. The rows of a
 repetition are timed one after another, with paired steps between them, and a row's ratio is taken over the paired steps of the
@@ -442,9 +443,7 @@ class Bench:
         """All rows; each repetition times every row once, right after three paired steps."""
         records = []
         for row, checkpointing in self.plan:
-            record: dict[str, Any] = {"name": row.name, "title": row.title, "checkpointing": checkpointing}
-            record["rollout_steps"] = None if row is PAIRED else row.objective["rollout_steps"]
-            record["in_ladder"] = row.name in LADDER
+            record = _described(row, checkpointing)
             record |= {
                 "flops": self.flops(row, checkpointing),
                 "bytes": self.peaks(row, checkpointing),
@@ -498,6 +497,29 @@ def commit() -> dict[str, Any]:
     return {"hash": git("rev-parse", "HEAD"), "modified": bool(changed or git("status", "--porcelain", "--", "benchmarks/step*.py"))}
 
 
+def _described(row: Row, checkpointing: bool) -> dict[str, Any]:
+    return {
+        "name": row.name,
+        "title": row.title,
+        "checkpointing": checkpointing,
+        "rollout_steps": None if row is PAIRED else row.objective["rollout_steps"],
+        "in_ladder": row.name in LADDER,
+    }
+
+
+def _shape_record(name: str, shape: Shape) -> dict[str, Any]:
+    return {
+        "name": name,
+        "transformer": shape.transformer,
+        "noisy_tokens": (shape.side // 2) ** 2,
+        "text_tokens": shape.text_tokens,
+        "batch": shape.batch,
+        "rank": shape.rank,
+        "dtype": shape.dtype,
+        "mixed_precision": shape.mixed_precision,
+    }
+
+
 def measure(name: str, device: torch.device, repeats: int, clock: str) -> dict[str, Any]:
     """The whole results file of a shape."""
     bench = Bench(shape_named(name), device, clock)
@@ -506,16 +528,7 @@ def measure(name: str, device: torch.device, repeats: int, clock: str) -> dict[s
     return {
         "machine": machine(device),
         "commit": commit(),
-        "shape": {
-            "name": name,
-            "transformer": shape.transformer,
-            "noisy_tokens": (shape.side // 2) ** 2,
-            "text_tokens": shape.text_tokens,
-            "batch": shape.batch,
-            "rank": shape.rank,
-            "dtype": shape.dtype,
-            "mixed_precision": shape.mixed_precision,
-        },
+        "shape": _shape_record(name, shape),
         "matmul_share": bench.matmul_share(),
         "resident_bytes": bench.resident_bytes(),
         "repeats": repeats,
@@ -524,10 +537,40 @@ def measure(name: str, device: torch.device, repeats: int, clock: str) -> dict[s
     }
 
 
+COUNTED = ("paired", "printed", "frozen 2", "merged", "default, fewer", "merged, fewer")
+
+
+def count(name: str) -> dict[str, Any]:
+    """FLOPs of a shape's steps on the meta device: the same code, no weights and no arithmetic. Activations kept and recomputed."""
+    # Neither 16-bit weights nor autocast change what is multiplied, and the meta device knows neither.
+    shape = replace(shape_named(name), checkpointing=(False, True), dtype="float32", mixed_precision="no")
+    with _meta_without_autocast():
+        bench = Bench(shape, torch.device("meta"))
+        bench.host.device = torch.device("cpu")  # what autocast asks for
+        rows = [_described(row, setting) | {"flops": bench.flops(row, setting)} for row, setting in bench.plan if row.name in COUNTED]
+    return {
+        "machine": {"torch": torch.__version__, "device": "meta"},
+        "commit": commit(),
+        "shape": _shape_record(name, shape),
+        "rows": rows,
+    }
+
+
+@contextmanager
+def _meta_without_autocast() -> Iterator[None]:
+    """torch.is_autocast_enabled raises for the meta device, which has none."""
+    original = torch.is_autocast_enabled
+    torch.is_autocast_enabled = lambda *device: False if device == ("meta",) else original(*device)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.is_autocast_enabled = original
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="cpu")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, or meta (counts FLOPs, measures nothing)")
     parser.add_argument("--repeats", type=int, default=7, help="times each row is timed")
     parser.add_argument(
         "--clock", choices=("wall", "process"), default="wall", help="process = CPU time, for a machine with other work; with --threads 1"
@@ -540,7 +583,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     if options.write_readme:
-        report.write_readme(ROOT / "README.md", report.read(ROOT / "benchmarks/results/step_cpu.json"))
+        report.write_readme(ROOT / "README.md", ROOT / "benchmarks/results")
         return
     if options.table:
         print(report.tables(report.read(options.table)))
@@ -551,7 +594,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("--device cuda: PyTorch sees no CUDA device here; leave --device out")
     if options.threads:
         torch.set_num_threads(options.threads)
-    results = measure(options.shape, torch.device(options.device), options.repeats, options.clock)
+    if options.device == "meta":
+        results = count(options.shape)
+    else:
+        results = measure(options.shape, torch.device(options.device), options.repeats, options.clock)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(report.as_json(results), encoding="utf-8")

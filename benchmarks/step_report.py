@@ -77,6 +77,8 @@ def peak(row: Record, kind: str) -> float:
 def tables(results: dict[str, Any]) -> str:
     """All tables of a results file, as Markdown."""
     settings = sorted({row["checkpointing"] for row in results["rows"]})
+    if results["machine"]["device"] == "meta":
+        return _counted(results, settings)
     parts = [
         _heading(results),
         _ladder(results, settings[0]),
@@ -101,6 +103,27 @@ def _heading(results: dict[str, Any]) -> str:
         f"{' with changes' if commit['modified'] else ''}{share}. "
         f"{clock}: medians of {results['repeats']} repetitions, ranges in brackets."
     )
+
+
+def _counted(results: dict[str, Any], settings: list[bool]) -> str:
+    """FLOPs alone."""
+    shape = results["shape"]
+    head = f"`{shape['name']}`, {shape['noisy_tokens']} noisy tokens, rank {shape['rank']}: FLOPs over paired"
+    lines = [f"| {head} | rollout steps | rollout | frozen passes | three differentiated passes | sum |", "|---|---|---|---|---|---|"]
+    for setting in settings:
+        paired = find(results, "paired", setting)
+        assert paired is not None
+        for name in ("frozen 2", "merged", "default, fewer", "merged, fewer"):
+            row = find(results, name, setting)
+            assert row is not None
+            shares = {phase: value / total(paired["flops"]) for phase, value in row["flops"].items()}
+            rollout, frozen = shares["rollout"], shares["frozen passes"]
+            whole = sum(shares.values())
+            title = f"{'merged' if name.startswith('merged') else 'defaults'}, activations {'recomputed' if setting else 'kept'}"
+            lines.append(
+                f"| {title} | {row['rollout_steps']} | {rollout:.2f} | {frozen:.2f} | {whole - rollout - frozen:.2f} | {whole:.2f} |"
+            )
+    return "\n".join(lines)
 
 
 def _ladder(results: dict[str, Any], checkpointing: bool) -> str:
@@ -178,8 +201,13 @@ def _memory(results: dict[str, Any], settings: list[bool]) -> str:
     return "\n".join(lines)
 
 
-def write_readme(path: Path, results: dict[str, Any]) -> None:
-    """Put the tables between README's marks.
+def readme_tables(folder: Path) -> str:
+    """What README shows of the results folder."""
+    return "\n\n".join(tables(read(folder / name)) for name in ("step_cpu.json", "step_flux_flops.json"))
+
+
+def write_readme(path: Path, folder: Path) -> None:
+    """Put the tables of a results folder between README's marks.
 
     Raises:
         ValueError: the marks are missing.
@@ -189,4 +217,4 @@ def write_readme(path: Path, results: dict[str, Any]) -> None:
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"{path.name} has no {BEGIN} ... {END}: put both lines where the tables belong")
-    path.write_text(f"{before}{BEGIN}\n{tables(results)}\n{END}{after}", encoding="utf-8")
+    path.write_text(f"{before}{BEGIN}\n{readme_tables(folder)}\n{END}{after}", encoding="utf-8")
