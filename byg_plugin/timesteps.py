@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from statistics import NormalDist
 from typing import Literal
 
 import torch
@@ -36,6 +38,58 @@ def sample_t(
     else:
         t = torch.sigmoid(torch.randn(batch, generator=generator, device=device))
     return t_min + (t_max - t_min) * shift(t, s)
+
+
+def is_high(t: Tensor, boundary: float) -> Tensor:
+    """(B,) bool: which t are served by the high-noise expert. The boundary is rounded to t's dtype, as t itself was."""
+    return t >= torch.tensor(boundary, dtype=t.dtype, device=t.device)
+
+
+def probability_above(
+    boundary: float,
+    *,
+    distribution: Literal["uniform", "logit_normal"] = "uniform",
+    s: float = 1.0,
+    t_min: float = 0.0,
+    t_max: float = 1.0,
+) -> float:
+    """P(t >= boundary) under the law of `sample_t`, in closed form."""
+    return 1.0 - _cumulative(boundary, distribution, s, t_min, t_max)
+
+
+def _cumulative(t: float, distribution: str, s: float, t_min: float, t_max: float) -> float:
+    """P(T < t): back through range and shift to the law."""
+    u = min(max((t - t_min) / (t_max - t_min), 0.0), 1.0)
+    u = u / (u + (1 - u) * s)
+    if distribution == "uniform" or u in (0.0, 1.0):
+        return u
+    return NormalDist().cdf(math.log(u / (1 - u)))
+
+
+def sample_t_beside(
+    batch: int,
+    generator: torch.Generator,
+    boundary: float,
+    high: bool,
+    *,
+    distribution: Literal["uniform", "logit_normal"] = "uniform",
+    s: float = 1.0,
+    t_min: float = 0.0,
+    t_max: float = 1.0,
+) -> Tensor:
+    """(batch,) float32 from the law of `sample_t` given the side of the boundary, by the inverse of its distribution function.
+
+    Nothing is drawn twice: with the side drawn first, with probability `probability_above`, t has exactly the law.
+    """
+    split = _cumulative(boundary, distribution, s, t_min, t_max)
+    first, last = (split, 1.0) if high else (0.0, split)
+    assert last > first, "no t on this side"
+    p = first + (last - first) * torch.rand(batch, generator=generator, device=generator.device, dtype=torch.float64)
+    u = p if distribution == "uniform" else torch.sigmoid(torch.special.ndtri(p))
+    t = (t_min + (t_max - t_min) * shift(u, s)).float()
+    edge = torch.tensor(boundary, dtype=torch.float32, device=t.device)
+    # Rounding must not carry a t over the boundary: the other expert would serve it.
+    return t.clamp(min=edge) if high else torch.minimum(t, torch.nextafter(edge, torch.zeros_like(edge)))
 
 
 def uniform_nodes(steps: int, device: torch.device | None = None) -> Tensor:

@@ -13,7 +13,7 @@ from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpo
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from byg_plugin.models import flux_files, flux_names
+from byg_plugin.models import files, flux_files, flux_names
 
 BF16, F32 = torch.bfloat16, torch.float32
 
@@ -166,14 +166,14 @@ def test_nothing_is_read_twice_into_memory(tmp_path: Path, monkeypatch: pytest.M
     """Parameters are the tensors that were read: no initialised copy is made first."""
     path = native_file(tiny_flux(), tmp_path / "flux.safetensors")
     seen = []
-    read = flux_files._Weights.read
+    read = files.Weights.read
 
     def spy(self, name, dtype, rows=None):
         tensor = read(self, name, dtype, rows)
         seen.append(tensor.untyped_storage().data_ptr())
         return tensor
 
-    monkeypatch.setattr(flux_files._Weights, "read", spy)
+    monkeypatch.setattr(files.Weights, "read", spy)
     model = flux_files.load_flux_transformer(path, dtype=F32)
     swapped = {"norm_out.linear.weight", "norm_out.linear.bias"}
     assert all(p.untyped_storage().data_ptr() in seen for n, p in model.named_parameters() if n not in swapped)
@@ -329,8 +329,8 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tmp_path: Path):
 
 
 def test_shipped_tokenizers_give_the_known_ids():
-    clip = flux_files._tokenizer(Path(__file__), "clip", 77)
-    t5 = flux_files._tokenizer(Path(__file__), "t5", 512)
+    clip = files.load_tokenizer(Path(__file__), "clip", 77)
+    t5 = files.load_tokenizer(Path(__file__), "t5", 512)
     assert clip("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
     assert clip("A  photo of a\ncat").input_ids == clip("a photo of a cat").input_ids
     assert t5("translate English to German: Hello").input_ids == [13959, 1566, 12, 2968, 10, 8774, 1]
@@ -362,46 +362,46 @@ def test_fingerprint_follows_the_weights_and_not_the_place(tmp_path: Path):
     vae = tiny_vae()
     vae.save_pretrained(tmp_path / "a" / "vae")
     vae.save_pretrained(tmp_path / "b")
-    first = flux_files.weights_fingerprint(tmp_path / "a", "vae")
-    assert flux_files.weights_fingerprint(tmp_path / "b", "vae") == first
+    first = files.weights_fingerprint(tmp_path / "a", "vae")
+    assert files.weights_fingerprint(tmp_path / "b", "vae") == first
     with torch.no_grad():
         vae.decoder.conv_out.bias.add_(1)
     vae.save_pretrained(tmp_path / "b")
-    assert flux_files.weights_fingerprint(tmp_path / "b", "vae") != first
+    assert files.weights_fingerprint(tmp_path / "b", "vae") != first
     config = json.loads((tmp_path / "a" / "vae" / "config.json").read_text())
     (tmp_path / "a" / "vae" / "config.json").write_text(json.dumps(config | {"scaling_factor": 1.0}))
-    assert flux_files.weights_fingerprint(tmp_path / "a", "vae") != first
+    assert files.weights_fingerprint(tmp_path / "a", "vae") != first
 
 
 def test_fingerprint_covers_the_tokenizer(tmp_path: Path):
     tiny_t5().save_pretrained(tmp_path / "text_encoder_2")
     _, tokenizer = flux_files.load_t5(tmp_path, dtype=F32)
-    shipped = flux_files.weights_fingerprint(tmp_path, "t5")
+    shipped = files.weights_fingerprint(tmp_path, "t5")
     tokenizer.save_pretrained(tmp_path / "tokenizer_2")
-    own = flux_files.weights_fingerprint(tmp_path, "t5")
+    own = files.weights_fingerprint(tmp_path, "t5")
     tokenizer.add_tokens(["<edit>"])
     tokenizer.save_pretrained(tmp_path / "tokenizer_2")
-    assert len({shipped, own, flux_files.weights_fingerprint(tmp_path, "t5")}) == 3
+    assert len({shipped, own, files.weights_fingerprint(tmp_path, "t5")}) == 3
 
 
 def test_fingerprint_of_a_large_file_samples_it_and_of_a_missing_hub_id_says_what_to_run(tmp_path: Path):
     path = tmp_path / "big.safetensors"
     save_file({"a": torch.zeros(3_000_000)}, path)
-    first = flux_files.weights_fingerprint(path, "vae")
+    first = files.weights_fingerprint(path, "vae")
     save_file({"a": torch.ones(3_000_000)}, path)
-    assert flux_files.weights_fingerprint(path, "vae") != first
+    assert files.weights_fingerprint(path, "vae") != first
     with pytest.raises(ValueError, match="hf download nobody/nothing"):
-        flux_files.weights_fingerprint("nobody/nothing", "vae")
+        files.weights_fingerprint("nobody/nothing", "vae")
 
 
 def test_fingerprint_of_a_hub_id_is_that_of_its_cached_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     tiny_t5().save_pretrained(tmp_path / "text_encoder_2")
     cached = str(tmp_path / "text_encoder_2" / "config.json")
-    monkeypatch.setattr(flux_files, "try_to_load_from_cache", lambda repo, name: cached)
+    monkeypatch.setattr(files, "try_to_load_from_cache", lambda repo, name: cached)
     with pytest.raises(ValueError, match="owner/flux: the tokenizer of its t5 is not in the local hub cache"):
-        flux_files.weights_fingerprint("owner/flux", "t5")
+        files.weights_fingerprint("owner/flux", "t5")
     flux_files.load_t5(tmp_path, dtype=F32)[1].save_pretrained(tmp_path / "tokenizer_2")
-    assert flux_files.weights_fingerprint("owner/flux", "t5") == flux_files.weights_fingerprint(tmp_path, "t5")
+    assert files.weights_fingerprint("owner/flux", "t5") == files.weights_fingerprint(tmp_path, "t5")
 
 
 # --- refusals ---

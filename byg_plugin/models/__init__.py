@@ -16,4 +16,8 @@ def make_family(config: Config) -> Family:
         from byg_plugin.models.flux import FluxFamily
 
         return FluxFamily(config)
+    if config.model.family.startswith("wan"):
+        from byg_plugin.models.wan import WanFamily
+
+        return WanFamily(config)
     raise AssertionError(f"config accepted the unknown family {config.model.family!r}")

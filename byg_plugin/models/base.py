@@ -22,6 +22,13 @@ class Family(Protocol):
     name: str
     default_lora_targets: str
     """Regular expression that a whole module name must match."""
+    experts: tuple[str, ...]
+    """Names of the networks: one, or the high-noise and the low-noise expert."""
+
+    @property
+    def boundary(self) -> float | None:
+        """t from which the first expert serves, below it the second; None for a family of one network."""
+        ...
 
     # --- frozen parts; each is loaded where it is used and dropped by its caller ---
     def load_transformers(self, dtype: torch.dtype) -> dict[str, nn.Module]:
@@ -32,8 +39,8 @@ class Family(Protocol):
         """The same experts on the meta device: shapes, no weights."""
         ...
 
-    def sequence_tokens(self, height: int, width: int) -> int:
-        """Tokens of one sample of an image of this size in pixels: noisy, source and text."""
+    def sequence_tokens(self, height: int, width: int, frames: int = 1) -> int:
+        """Tokens of the sequence of one sample of this size in pixels: noisy, source, and text where it is part of it."""
         ...
 
     def load_vae(self, device: torch.device) -> nn.Module: ...
@@ -46,6 +53,10 @@ class Family(Protocol):
 
     def pixel_multiple(self) -> int:
         """Sides of an image must be multiples of this many pixels. Loads no weights."""
+        ...
+
+    def clip_frames(self, frames: int) -> int:
+        """The largest number of frames not above `frames` that the family takes (1: images alone)."""
         ...
 
     # --- pixels and texts ---
@@ -77,3 +88,15 @@ class Family(Protocol):
     def shifted_nodes(self, nodes: Tensor, latent_shape: Sequence[int]) -> Tensor:
         """The family's inference shift applied to nodes in [0, 1] (1 = noise); end points stay."""
         ...
+
+    def solver(self, steps: int) -> Solver | None:
+        """The sampler that the family is published with, where that is not Euler."""
+        ...
+
+
+class Solver(Protocol):
+    """A multistep sampler of one trajectory: call the network at `times[i]`, then `step(i, ...)`, in order."""
+
+    times: Tensor
+
+    def step(self, index: int, v: Tensor, x: Tensor) -> Tensor: ...

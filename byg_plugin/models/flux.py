@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from byg_plugin import timesteps
-from byg_plugin.models import flux_files
+from byg_plugin.models import files, flux_files
 from byg_plugin.models.base import Text
 
 if TYPE_CHECKING:
@@ -71,6 +71,8 @@ class FluxFamily:
 
     name = "flux"
     default_lora_targets = DEFAULT_TARGETS
+    experts: tuple[str, ...] = ("transformer",)
+    boundary: float | None = None
 
     def __init__(self, config: Config):
         self._config = config
@@ -88,7 +90,7 @@ class FluxFamily:
         """See `models.base.Family`."""
         return {"transformer": cast(nn.Module, flux_files.flux_transformer_on_meta(self._config.model.part("transformer")))}
 
-    def sequence_tokens(self, height: int, width: int) -> int:
+    def sequence_tokens(self, height: int, width: int, frames: int = 1) -> int:
         """See `models.base.Family`."""
         return 2 * pack_length(height // self._vae_factor, width // self._vae_factor) + self._config.conditioning.max_text_tokens
 
@@ -112,11 +114,11 @@ class FluxFamily:
         """See `models.base.Family.fingerprint`; `part` is `vae` or `text`."""
         model = self._config.model
         if part == "vae":
-            return f"flux-vae|mode|{flux_files.weights_fingerprint(model.part('vae'), 'vae')}"
+            return f"flux-vae|mode|{files.weights_fingerprint(model.part('vae'), 'vae')}"
         assert part == "text", part
         return (
             f"flux-text|{self._config.conditioning.max_text_tokens}|{model.dtype}"
-            f"|{flux_files.weights_fingerprint(model.part('clip'), 'clip')}|{flux_files.weights_fingerprint(model.part('t5'), 't5')}"
+            f"|{files.weights_fingerprint(model.part('clip'), 'clip')}|{files.weights_fingerprint(model.part('t5'), 't5')}"
         )
 
     @cached_property
@@ -126,6 +128,10 @@ class FluxFamily:
     def pixel_multiple(self) -> int:
         """VAE down-sampling x patch: 16 for FLUX.1."""
         return self._vae_factor * PATCH
+
+    def clip_frames(self, frames: int) -> int:
+        """FLUX takes images alone."""
+        return 1
 
     # --- pixels and texts ---
 
@@ -202,6 +208,10 @@ class FluxFamily:
         tokens = pack_length(*latent_shape[-2:])
         mu = 0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256)
         return timesteps.shift(nodes, math.exp(mu))
+
+    def solver(self, steps: int) -> None:
+        """FLUX is published with Euler."""
+        return None
 
 
 def pack_length(height: int, width: int) -> int:

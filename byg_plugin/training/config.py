@@ -15,6 +15,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from byg_plugin import families
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -38,12 +40,17 @@ Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]  # what torch's generators take
 class ModelConfig(Section):
     """Which frozen base model is edited with, and how it is held in memory."""
 
-    family: Literal["flux"] = Field("flux", description="Model family.")
+    family: Literal["flux", "wan2.2-t2v-a14b", "wan2.1-t2v-14b", "wan2.1-t2v-1.3b", "wan2.2-ti2v-5b"] = Field(
+        "flux", description="Model family."
+    )
     host: Literal["diffusers"] = Field("diffusers", description="Training host; `diffusers` is the embedded one.")
     path: str | None = Field(None, description="Diffusers folder or hub id with every part of the model.")
-    transformer: str | None = Field(None, description="Single .safetensors file or folder of the DiT; overrides `path`.")
+    transformer: str | None = Field(
+        None, description="Single .safetensors file or folder of the DiT (Wan2.2-A14B: high-noise expert); overrides `path`."
+    )
+    transformer_2: str | None = Field(None, description="The same of Wan2.2-A14B's low-noise expert; overrides `path`.")
     vae: str | None = Field(None, description="Single .safetensors file or folder of the VAE; overrides `path`.")
-    t5: str | None = Field(None, description="Single .safetensors file or folder of the T5 encoder; overrides `path`.")
+    t5: str | None = Field(None, description="Single .safetensors file or folder of the T5 encoder (Wan: UMT5); overrides `path`.")
     clip: str | None = Field(None, description="Single .safetensors file or folder of CLIP-L; overrides `path`.")
     dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="Dtype of the frozen weights.")
     quantization: Literal["none", "fp8", "int8", "nf4"] = Field(
@@ -55,9 +62,28 @@ class ModelConfig(Section):
     )
     gradient_checkpointing: bool = Field(True, description="Recompute blocks in backward (non-reentrant).")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto = CUDA where there is one, else CPU.")
+    boundary: Annotated[float, Field(gt=0.0, lt=1.0)] | None = Field(
+        None, description="t in (0, 1) from which Wan2.2-A14B's high-noise expert serves; default: the checkpoint's own (0.875)."
+    )
+    offload_inactive_expert: bool = Field(
+        False, description="Keep the expert that is not in use in main memory: half the weights on the device, a copy at each change."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        for key in ("transformer_2", "boundary", "offload_inactive_expert"):
+            if getattr(self, key) not in (None, False) and not families.has_experts(self.family):
+                raise ValueError(f"model.{key} is for families of two experts, {self.family} has one network: leave it out")
+        if self.offload_inactive_expert and self.quantization in ("int8", "nf4"):
+            raise ValueError(
+                f"model.offload_inactive_expert cannot move weights stored as {self.quantization}: set model.quantization = 'fp8' or 'none'"
+            )
+        if self.clip and self.family in families.WAN:
+            raise ValueError(f"model.clip: {self.family} has no CLIP text encoder, leave it out")
+        return self
 
     def part(self, name: str) -> str:
-        """Where one part (`transformer`, `vae`, `t5`, `clip`) is loaded from.
+        """Where one part (`transformer`, `transformer_2`, `vae`, `t5`, `clip`) is loaded from.
 
         Raises:
             ValueError: neither `model.<name>` nor `model.path` is set.
@@ -75,7 +101,20 @@ class DatasetConfig(Section):
     image_root: str | None = Field(None, description="Folder that relative `source` paths start from; default: the tuples' own.")
     cache_dir: str = Field(description="Folder of cached latents and text encodings.")
     resolution: Annotated[int, Field(ge=16, le=4096)] = Field(
-        512, description="Target size: buckets have about resolution x resolution pixels, never more than the image has."
+        512, description="Target size: buckets have about resolution x resolution pixels, never more than the image or clip has."
+    )
+    frames: Positive = Field(
+        1, description="Frames of a clip, rounded down to what the family takes (Wan: 4n + 1); default for Wan: 81. Images have one."
+    )
+    min_frames: Positive | None = Field(
+        None, description="Shorter clips are taken with their own length if they have this many; default: `frames`, others are too short."
+    )
+    fps: Annotated[float, Field(gt=0.0, le=240.0)] | None = Field(
+        None, description="Frames a second that clips are read at; default: what the family was trained on (Wan: 16, the 5B 24)."
+    )
+    vae_tiling: bool = Field(False, description="Wan's VAE works in tiles of 256 pixels: less memory, slightly other latents.")
+    max_lost: Probability = Field(
+        0.0, description="Share of the tuples that may be left out because an image or clip is too short or unreadable; 0 = none."
     )
     buckets: bool = Field(True, description="Aspect-ratio buckets; false crops every image to a centred square.")
     max_aspect: Annotated[float, Field(ge=1.0, le=8.0)] = Field(2.0, description="Longest bucket side over its shortest.")
@@ -90,13 +129,15 @@ class DatasetConfig(Section):
 class ConditioningConfig(Section):
     """How the source enters the network."""
 
-    position: Literal["same", "kontext"] = Field(
-        "same", description="Position ids of the source tokens: the noisy tokens' own, or first id 1 as stock Kontext tools."
+    position: Literal["same", "kontext", "bernini"] = Field(
+        "same",
+        description="Positions of the source tokens: the noisy tokens' own; FLUX also first id 1 as stock Kontext tools (kontext), "
+        "Wan also turned as ComfyUI's in-context latents (bernini).",
     )
     guidance: Annotated[float, Field(ge=0.0)] = Field(
-        3.5, description="Value of FLUX's guidance embedding for edit, EMA and base, in training and editing."
+        3.5, description="Value of FLUX's guidance embedding for edit, EMA and base, in training and editing. Wan has none."
     )
-    max_text_tokens: Annotated[int, Field(ge=4, le=512)] = Field(512, description="T5 tokens a text is padded or cut to.")
+    max_text_tokens: Annotated[int, Field(ge=4, le=512)] = Field(512, description="T5 or UMT5 tokens a text is padded or cut to.")
 
 
 class ObjectiveConfig(Section):
@@ -157,7 +198,25 @@ class LoraConfig(Section):
     targets: str | None = Field(
         None, description="Regular expression that a whole module name must match; default: attention and MLP linears of all blocks."
     )
-    init_from: str | None = Field(None, description="Earlier LoRA file to start from (same family and rank).")
+    init_from: str | None = Field(
+        None, description="Earlier LoRA file to start from (same family and rank); of two experts, either file of the pair."
+    )
+    experts: Literal["separate", "shared", "high_noise", "low_noise"] = Field(
+        "separate", description="Wan2.2-A14B: a LoRA an expert, one in both, or one expert alone beside `other_expert`."
+    )
+    other_expert: str | None = Field(None, description="LoRA file of the expert that is not trained; its weights stay as they are.")
+
+    @model_validator(mode="after")
+    def _check(self) -> LoraConfig:
+        alone = self.experts in ("high_noise", "low_noise")
+        if alone and not self.other_expert:
+            raise ValueError(
+                f"lora.experts = {self.experts!r} trains one expert alone, but a rollout from noise to data passes through both, and "
+                "without a LoRA the other knows nothing of the source: give lora.other_expert, or set lora.experts = 'separate'"
+            )
+        if self.other_expert and not alone:
+            raise ValueError(f"lora.other_expert is for lora.experts = 'high_noise' or 'low_noise', it is {self.experts!r}: leave it out")
+        return self
 
     @property
     def scale_numerator(self) -> float:
@@ -194,6 +253,14 @@ class SampleConfig(Section):
     items: Positive = Field(4, description="Tuples previewed, from the validation items where there are any.")
     steps: Positive = Field(20, description="Euler steps of an edit.")
     schedule: Literal["uniform", "shifted"] = Field("shifted", description="Nodes of the sampler (family's own shift).")
+    solver: Literal["auto", "euler", "unipc"] = Field(
+        "auto", description="auto = what the family is published with: Wan UniPC, FLUX Euler."
+    )
+    cfg_high_noise: Annotated[float, Field(ge=1.0)] | None = Field(
+        None, description="Wan: classifier-free guidance of the (high-noise) expert, 1 = none; default: the published one."
+    )
+    cfg_low_noise: Annotated[float, Field(ge=1.0)] | None = Field(None, description="The same of the low-noise expert.")
+    negative: str | None = Field(None, description="Wan: text of the branch that guidance leads away from; default: the published one.")
     seed: Seed = Field(0, description="Seed of the previews' noise.")
     weights: Literal["ema", "live"] = Field("ema", description="Which LoRA weights the previews use.")
 
@@ -216,6 +283,19 @@ class OutputConfig(Section):
         return self
 
 
+# Where video differs from images; a file that names the key decides.
+_VIDEO_DEFAULTS: dict[str, dict[str, Any]] = {
+    "dataset": {"frames": 81},
+    "objective": {
+        "t_distribution": "logit_normal",
+        "t_shift": 12.0,
+        "rollout_schedule": "shifted",
+        "identity_probability": 0.1,
+        "ema_decay": 0.0,
+    },
+}
+
+
 class Config(Section):
     """The whole configuration. Paths are relative to the folder the command is run in."""
 
@@ -227,6 +307,64 @@ class Config(Section):
     train: TrainConfig
     sample: SampleConfig = SampleConfig()
     output: OutputConfig
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_family(cls, raw: Any) -> Any:
+        model = raw.get("model") if isinstance(raw, dict) else None
+        family = model.get("family") if isinstance(model, dict) else None
+        if family not in families.WAN:
+            return raw
+        own = {**_VIDEO_DEFAULTS, "sample": {"steps": families.WAN[family].steps}}
+        filled = dict(raw)
+        for section, values in own.items():
+            given = raw.get(section, {})
+            if isinstance(given, dict):
+                filled[section] = {**values, **given}
+        return filled
+
+    @model_validator(mode="after")
+    def _check_family(self) -> Config:
+        family = self.model.family
+        positions = families.POSITIONS[family]
+        if self.conditioning.position not in positions:
+            raise ValueError(
+                f"conditioning.position = {self.conditioning.position!r} is not for {family}: one of {', '.join(map(repr, positions))}"
+            )
+        if family not in families.WAN:
+            named = {key: getattr(self.sample, key) for key in ("cfg_high_noise", "cfg_low_noise", "negative")}
+            if any(value is not None for value in named.values()) or self.sample.solver == "unipc":
+                raise ValueError(
+                    f"sample.solver = 'unipc', sample.cfg_* and sample.negative are Wan's, model.family is {family!r}: leave them out"
+                )
+            if self.dataset.frames > 1 or self.dataset.min_frames:
+                raise ValueError(f"dataset.frames = {self.dataset.frames}: {family} takes images, set dataset.frames = 1")
+        if self.lora.experts != "separate" and not families.has_experts(family):
+            raise ValueError(f"lora.experts = {self.lora.experts!r}: {family} has one network, leave it out")
+        if self.dataset.min_frames and self.dataset.min_frames > self.dataset.frames:
+            raise ValueError(f"dataset.min_frames = {self.dataset.min_frames} is above dataset.frames = {self.dataset.frames}")
+        return self
+
+    @property
+    def fps(self) -> float | None:
+        """Frames a second that clips are read at; None: as they are."""
+        spec = families.WAN.get(self.model.family)
+        return self.dataset.fps or (spec.fps if spec else None)
+
+    def cfg_at(self, high_noise: bool) -> float:
+        """Classifier-free guidance of previews and editing; 1 = none."""
+        spec = families.WAN.get(self.model.family)
+        if spec is None:
+            return 1.0
+        given = self.sample.cfg_high_noise if high_noise or spec.boundary is None else self.sample.cfg_low_noise
+        return spec.guidance[not high_noise] if given is None else given
+
+    @property
+    def negative(self) -> str | None:
+        """The text of the branch that guidance leads away from; None where there is no guidance."""
+        if self.cfg_at(True) == self.cfg_at(False) == 1.0:
+            return None
+        return families.WAN_NEGATIVE if self.sample.negative is None else self.sample.negative
 
     @model_validator(mode="after")
     def _check(self) -> Config:

@@ -1,0 +1,519 @@
+"""Frozen parts of any family from what people have on disk: places, single .safetensors files, tokenizers, fingerprints.
+
+A *place* is a diffusers folder (root, or the part's own folder), a hub id (`owner/name`), or one .safetensors file.
+fp8 weights are upcast; scaled fp8 (`scale_weight`, `weight_scale`) is multiplied out. All else is refused by name.
+Configurations and tokenizers of single files come from `assets/`; sizes are read off the tensors' shapes.
+Models are built on the meta device and take each tensor as it is read: there is never a second copy.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ModelMixin
+from huggingface_hub import try_to_load_from_cache
+from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """How one part of a model lies on disk.
+
+    Attributes:
+        label: what messages call it.
+        folder: its folder inside a diffusers root.
+        tokenizer_folder: of a text encoder.
+        prefixes: what a single file may put before every name.
+        markers: layout -> a tensor that only this layout of this part has.
+        suggested: what to use instead of a file that is refused.
+        tokenizer: shipped file and special tokens, for places that have none.
+    """
+
+    label: str
+    folder: str
+    tokenizer_folder: str | None = None
+    prefixes: tuple[str, ...]
+    markers: Mapping[str, str]
+    suggested: str
+    tokenizer: tuple[str, Mapping[str, str]] | None = None
+
+
+_DIT_PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "transformer.")
+_T5_SPECIAL = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+_WAN_MARKERS = {"native": "blocks.0.self_attn.q.weight", "diffusers": "blocks.0.attn1.to_q.weight"}
+
+PARTS = {
+    "transformer": Part(
+        label="FLUX.1's transformer",
+        folder="transformer",
+        prefixes=_DIT_PREFIXES,
+        markers={"native": "double_blocks.0.img_attn.qkv.weight", "diffusers": "transformer_blocks.0.attn.to_q.weight"},
+        suggested="flux1-dev.safetensors (bf16 or fp8) or a diffusers folder",
+    ),
+    "vae": Part(
+        label="FLUX.1's vae",
+        folder="vae",
+        prefixes=("", "vae.", "first_stage_model."),
+        markers={"native": "decoder.up.0.block.0.conv1.weight", "diffusers": "decoder.up_blocks.0.resnets.0.conv1.weight"},
+        suggested="FLUX's ae.safetensors or a diffusers folder",
+    ),
+    "clip": Part(
+        label="FLUX.1's clip",
+        folder="text_encoder",
+        tokenizer_folder="tokenizer",
+        prefixes=("", "text_encoders.clip_l.transformer.", "text_encoders.clip_l."),
+        markers={"native": "text_model.embeddings.token_embedding.weight", "diffusers": "embeddings.token_embedding.weight"},
+        suggested="clip_l.safetensors or a diffusers folder",
+        tokenizer=(
+            "clip_tokenizer.json.gz",
+            {"bos_token": "<|startoftext|>", **dict.fromkeys(("eos_token", "pad_token", "unk_token"), "<|endoftext|>")},
+        ),
+    ),
+    "t5": Part(
+        label="FLUX.1's t5",
+        folder="text_encoder_2",
+        tokenizer_folder="tokenizer_2",
+        prefixes=("", "text_encoders.t5xxl.transformer.", "text_encoders.t5xxl."),
+        markers={"native": "encoder.block.0.layer.0.SelfAttention.q.weight"},
+        suggested="t5xxl_fp16.safetensors, t5xxl_fp8_e4m3fn.safetensors or a diffusers folder",
+        tokenizer=("t5_tokenizer.json.gz", _T5_SPECIAL),
+    ),
+    "wan_transformer": Part(
+        label="a Wan text-to-video transformer",
+        folder="transformer",
+        prefixes=_DIT_PREFIXES,
+        markers=_WAN_MARKERS,
+        suggested="e.g. wan2.2_t2v_high_noise_14B_fp8_scaled.safetensors or a diffusers folder",
+    ),
+    "wan_transformer_2": Part(
+        label="Wan2.2's low-noise transformer",
+        folder="transformer_2",
+        prefixes=_DIT_PREFIXES,
+        markers=_WAN_MARKERS,
+        suggested="e.g. wan2.2_t2v_low_noise_14B_fp8_scaled.safetensors or a diffusers folder",
+    ),
+    "wan_vae": Part(
+        label="Wan's vae",
+        folder="vae",
+        prefixes=("", "vae.", "first_stage_model."),
+        markers={"native": "decoder.middle.0.residual.0.gamma", "diffusers": "decoder.mid_block.resnets.0.norm1.gamma"},
+        suggested="wan_2.1_vae.safetensors or a diffusers folder",
+    ),
+    "umt5": Part(
+        label="Wan's text encoder (UMT5)",
+        folder="text_encoder",
+        tokenizer_folder="tokenizer",
+        prefixes=("", "text_encoders.umt5xxl.transformer.", "text_encoders.umt5xxl."),
+        markers={"native": "encoder.block.0.layer.0.SelfAttention.q.weight"},
+        suggested="umt5_xxl_fp16.safetensors, umt5_xxl_fp8_e4m3fn_scaled.safetensors or a diffusers folder",
+        tokenizer=("umt5_tokenizer.json.gz", _T5_SPECIAL),
+    ),
+}
+_PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+_FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
+_FP8 = {"F8_E4M3", "F8_E5M2"}
+_SCALES = (".scale_weight", ".weight_scale")  # older and newer name of the same factor beside `<layer>.weight`
+# What a file may hold beside the weights of a part: scales (read where they belong) and what no family here uses.
+BESIDE = (*_SCALES, ".scale_input", ".input_scale", ".comfy_quant", "scaled_fp8", "spiece_model", "logit_scale")
+
+
+# --- places ---
+
+
+def single_file(place: str | Path, part: str) -> Path | None:
+    """The file at `place`, or None for a folder or hub id; everything that cannot be read is refused here by name."""
+    path = Path(place).expanduser()
+    use = f"use {PARTS[part].suggested}"
+    suffix = path.suffix.lower()
+    if path.is_dir():
+        return None
+    if suffix in _PICKLES:
+        raise ValueError(f"{path}: looks like a pickle ({suffix}), which can run code when it is read; {use}")
+    if suffix == ".gguf":
+        raise ValueError(f"{path}: GGUF files are quantised for inference and are not read; {use}")
+    if not path.is_file():
+        if _HUB_ID.match(str(place)) and suffix != ".safetensors":
+            return None
+        raise ValueError(f"{place}: no such file or folder (for {PARTS[part].label}); {use}, or a hub id like owner/name")
+    if suffix not in (".safetensors", ".sft"):
+        raise ValueError(f"{path}: not a .safetensors file; {use}")
+    if re.search(r"-\d{5}-of-\d{5}\.", path.name):
+        raise ValueError(f"{path}: one shard of several; give the folder that holds them all ({path.parent})")
+    return path
+
+
+def part_folder(place: str | Path, part: str) -> Path | None:
+    """The folder with the part's config.json, or None for a hub id."""
+    root = Path(place).expanduser()
+    if not root.is_dir():
+        return None
+    for folder in (root / PARTS[part].folder, root):
+        if (folder / "config.json").is_file():
+            return folder
+    raise ValueError(f"{root}: has no {PARTS[part].folder}/config.json or config.json ({part}); use {PARTS[part].suggested}")
+
+
+def from_folder(kind: Any, place: str | Path, part: str, **dtype: torch.dtype) -> Any:
+    """`kind.from_pretrained` of a local folder or hub id, safetensors only."""
+    folder = part_folder(place, part)
+    if folder is None:
+        options = {"subfolder": PARTS[part].folder, "use_safetensors": True, **dtype}
+        return _hub(lambda: kind.from_pretrained(str(place), **options), place)
+    _refuse_other_class(_json(folder / "config.json"), kind, folder)
+    _weight_files(folder)
+    return kind.from_pretrained(str(folder), use_safetensors=True, local_files_only=True, **dtype)
+
+
+def config_only(place: str | Path, part: str, kind: Any, infer: Callable[[Weights], dict[str, Any]]) -> dict[str, Any]:
+    """The part's configuration without its weights; from a single file's header where there is none."""
+    file = single_file(place, part)
+    if file is not None:
+        with Weights(file, part) as weights:
+            return config_beside(weights) or infer(weights)
+    folder = part_folder(place, part)
+    if folder is None:
+        return _hub(lambda: kind.load_config(str(place), subfolder=PARTS[part].folder), place)
+    config = _json(folder / "config.json")
+    _refuse_other_class(config, kind, folder)
+    return config
+
+
+def _refuse_other_class(config: Mapping[str, Any], kind: Any, folder: Path) -> None:
+    named = {config.get("_class_name"), *(config.get("architectures") or ())} - {None}
+    # A text encoder may be saved as the whole CLIP or T5; transformers then takes the half it needs.
+    if named and issubclass(kind, ModelMixin) and kind.__name__ not in named:
+        raise ValueError(f"{folder}: holds a {', '.join(sorted(named))}, not a {kind.__name__}")
+
+
+def _hub(load: Callable[[], Any], place: str | Path) -> Any:
+    try:
+        return load()
+    except OSError as error:
+        raise ValueError(
+            f"{place}: no such folder here, and as a hub id it cannot be loaded ({error}); accept its licence and run "
+            f"`hf auth login`, download it with `hf download {place}`, or give a folder or file"
+        ) from error
+
+
+def _cached_folder(repo: str, part: str) -> Path:
+    found = try_to_load_from_cache(repo, f"{PARTS[part].folder}/config.json")
+    if not isinstance(found, str):
+        raise _not_cached(repo, part)
+    return Path(found).parent
+
+
+def _not_cached(repo: str, part: str) -> ValueError:
+    return ValueError(f"{repo}: the {part} is not in the local hub cache; run `hf download {repo}`, or give a folder")
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        others = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in {*_PICKLES, ".gguf"})
+        found = f"only {', '.join(others)}, which are not read" if others else "none"
+        raise ValueError(f"{folder}: no .safetensors weights ({found}); download the safetensors files of this part")
+    return files
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read as JSON: {error}") from error
+
+
+# --- one safetensors file ---
+
+
+class Weights:
+    """One open .safetensors file seen as one part: names without prefix, fp8 upcast, scales multiplied out."""
+
+    def __init__(self, path: Path, part: str):
+        self.path, self.part = path, part
+        try:
+            self._file = safe_open(path, framework="pt", device="cpu")
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path}: not a readable .safetensors file ({error}); download it again") from error
+        self._handle = self._file.__enter__()
+        try:
+            every = list(self._handle.keys())
+            self.prefix, self.layout = _recognise(path, part, every)
+            self.names = {name[len(self.prefix) :] for name in every if name.startswith(self.prefix)}
+            self._refuse_unknown_quantisation()
+        except BaseException:
+            self._file.__exit__(None, None, None)
+            raise
+
+    def __enter__(self) -> Weights:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.__exit__(*error)
+
+    def error(self, reason: str) -> ValueError:
+        """The refusal of this file: its path, why, and what to use instead."""
+        return ValueError(f"{self.path}: {reason}; use {PARTS[self.part].suggested}")
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor from the header.
+
+        Raises:
+            ValueError: the file has no such tensor.
+        """
+        if name not in self.names:
+            raise self.error(f"has no tensor {name}, so it is not a whole {self.part}")
+        return tuple(self._slice(name).get_shape())
+
+    def read(self, name: str, dtype: torch.dtype, rows: slice | None = None) -> Tensor:
+        """A tensor, or some of its rows, in `dtype` with its fp8 scale multiplied out in float32."""
+        self.shape(name)
+        stored = self._slice(name)
+        if stored.get_dtype() not in _FLOATS:
+            raise self.error(f"{name} is stored as {stored.get_dtype()}, a quantised format that is not read")
+        tensor = self._handle.get_tensor(self.prefix + name) if rows is None else stored[rows]
+        scale = self._scale(name)
+        if scale is None:
+            return tensor.to(dtype)
+        if scale.numel() > 1 and rows is not None:
+            scale = scale[rows]
+        return (tensor.float() * scale).to(dtype)
+
+    def all(self, dtype: torch.dtype, skip: Iterable[str] = ()) -> dict[str, Tensor]:
+        """Every weight of the part."""
+        beside = (*BESIDE, *skip)
+        return {name: self.read(name, dtype) for name in sorted(self.names) if not is_beside(name, beside)}
+
+    def _slice(self, name: str) -> Any:
+        return self._handle.get_slice(self.prefix + name)
+
+    def _scale(self, name: str) -> Tensor | None:
+        """The factor of an fp8 weight: one number, or one a row as (rows, 1)."""
+        if self._slice(name).get_dtype() not in _FP8:
+            return None
+        layer = name.removesuffix(".weight")
+        found = [layer + suffix for suffix in _SCALES if layer + suffix in self.names]
+        if not found:
+            if "scaled_fp8" in self.names:
+                raise ValueError(f"{self.path}: marked as scaled fp8, but {name} has no scale_weight; the file is damaged")
+            return None
+        scale = self._handle.get_tensor(self.prefix + found[0]).float()
+        rows = self.shape(name)[0]
+        if scale.numel() == 1:
+            return scale.reshape(())
+        if scale.numel() == rows and scale.shape[0] == rows:
+            return scale.reshape(rows, *[1] * (len(self.shape(name)) - 1))
+        raise self.error(f"{found[0]} of shape {tuple(scale.shape)} scales blocks of a weight, which is not read")
+
+    def _refuse_unknown_quantisation(self) -> None:
+        """ComfyUI writes each quantised layer's format beside it, or all formats into the header."""
+        header = json.loads((self._handle.metadata() or {}).get("_quantization_metadata", "{}"))
+        layers = header.get("layers", {})
+        formats = {layer: spec.get("format") for layer, spec in layers.items() if layer.startswith(self.prefix)}
+        for name in self.names:
+            if name.endswith(".comfy_quant"):
+                spec = bytes(self._handle.get_tensor(self.prefix + name).view(torch.uint8).tolist())
+                formats[name.removesuffix(".comfy_quant")] = json.loads(spec).get("format")
+        for layer, name in formats.items():
+            if name not in ("float8_e4m3fn", "float8_e5m2"):
+                raise self.error(f"{layer} is quantised as {name}, which is not read")
+
+
+def is_beside(name: str, beside: Iterable[str]) -> bool:
+    return any(name.endswith(word) or (word.endswith(".") and name.startswith(word)) for word in beside)
+
+
+def _recognise(path: Path, part: str, names: list[str]) -> tuple[str, str]:
+    """(prefix, layout) of the part inside a file with these tensor names."""
+    present = set(names)
+    for layout, marker in PARTS[part].markers.items():
+        for prefix in PARTS[part].prefixes:
+            if prefix + marker in present:
+                return prefix, layout
+    raise ValueError(f"{path}: {looks_like(names)}, not {PARTS[part].label}; use {PARTS[part].suggested}")
+
+
+# (what one tensor name of the file contains, what the file then is); the first match counts.
+_KNOWN = (
+    (r"\.qweight$|\.wscales$|smooth_factor", "looks like a nunchaku / SVDQuant file, quantised for inference"),
+    (r"\.absmax$|quant_state\.", "looks like a bitsandbytes 4-bit file (quantise at load time instead)"),
+    (r"lora_(A|B|down|up)\b", "looks like a LoRA (lora.init_from takes one)"),
+    (r"(^|\.)double_stream_modulation_img\.", "looks like a FLUX.2 transformer"),
+    (r"(^|\.)double_blocks\.0\.", "looks like a relative of FLUX with other modules"),
+    (r"transformer\.resblocks\.", "looks like an OpenCLIP file"),
+    (r"(^|\.)quant_conv\.", "looks like a Stable Diffusion VAE"),
+    (r"^(decoder|encoder)\.(middle|downsamples)", "looks like a Wan VAE"),
+    (r"(^|\.)blocks\.0\.self_attn", "looks like a Wan transformer"),
+    (r"(^|\.)(double|single)_blocks\.|transformer_blocks\.", "looks like a transformer"),
+    (r"decoder\.up", "looks like a VAE"),
+    (r"text_model\.encoder\.layers", "looks like a CLIP text encoder"),
+    (r"encoder\.block\.0\.layer\.0", "looks like a T5 encoder"),
+)
+
+
+def looks_like(names: list[str]) -> str:
+    for pattern, answer in _KNOWN:
+        if any(re.search(pattern, name) for name in names):
+            return answer
+    return f"has an unknown layout (tensors such as {', '.join(sorted(names)[:3]) or 'none at all'})"
+
+
+def config_beside(weights: Weights) -> dict[str, Any] | None:
+    """The config.json beside a file in diffusers' or transformers' own layout and under its own name."""
+    beside = weights.path.with_name("config.json")
+    own_name = weights.path.name in ("diffusion_pytorch_model.safetensors", "model.safetensors")
+    return _json(beside) if own_name and not weights.prefix and beside.is_file() else None
+
+
+def count_blocks(names: Iterable[str], pattern: str) -> int:
+    """Number of blocks: the highest number that `pattern`'s group matches at the start of a name, plus one."""
+    found = [int(match[1]) for name in names if (match := re.match(pattern, name))]
+    return max(found, default=-1) + 1
+
+
+# --- building ---
+
+
+def build(
+    make: Callable[[], Any],
+    state: dict[str, Tensor],
+    weights: Weights,
+    rename: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] | None = None,
+) -> Any:
+    """`make()` on the meta device, then every tensor assigned, not copied."""
+    with torch.device("meta"):
+        model = make()
+    if rename is not None:
+        state = rename(state, model)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    given = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    wrong = [name for name in (expected | given) if expected.get(name) != given.get(name)]
+    if wrong:
+        raise weights.error(f"{len(wrong)} tensors are missing, left over or of another shape, such as {', '.join(wrong[:3])}")
+    model.load_state_dict(state, strict=True, assign=True)
+    if isinstance(model, PreTrainedModel):
+        model.tie_weights()
+    return model
+
+
+# --- tokenizers ---
+
+
+def assets() -> Any:
+    return resources.files("byg_plugin.models") / "assets"
+
+
+def _tokenizer_folder(place: str | Path, part: str) -> Path | None:
+    """The tokenizer's folder of a local place: in the root, beside or in the text encoder's. None: shipped one."""
+    root = Path(place).expanduser()
+    if not root.is_dir():
+        return None
+    inside = root / str(PARTS[part].tokenizer_folder)
+    return inside if inside.is_dir() else _beside(root, part)
+
+
+def _beside(folder: Path, part: str) -> Path | None:
+    beside = folder.parent / str(PARTS[part].tokenizer_folder)
+    if folder.name == PARTS[part].folder and beside.is_dir():
+        return beside
+    return folder if (folder / "tokenizer_config.json").is_file() else None
+
+
+def load_tokenizer(place: str | Path, part: str, length: int) -> PreTrainedTokenizerBase:
+    """The place's own tokenizer, or the shipped one where a file or folder has none."""
+    folder = _tokenizer_folder(place, part)
+    if folder is not None:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    path = Path(place).expanduser()
+    if not path.exists():
+        return _hub(lambda: AutoTokenizer.from_pretrained(str(place), subfolder=str(PARTS[part].tokenizer_folder)), place)
+    shipped = PARTS[part].tokenizer
+    assert shipped is not None, part
+    name, special = shipped
+    backend = Tokenizer.from_str(gzip.decompress((assets() / "tokenizers" / name).read_bytes()).decode())
+    return PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=length, padding_side="right", **special)
+
+
+def fitting(tokenizer: PreTrainedTokenizerBase, vocabulary: int, place: str | Path) -> PreTrainedTokenizerBase:
+    if len(tokenizer) > vocabulary:
+        raise ValueError(
+            f"{place}: the tokenizer has {len(tokenizer)} tokens, the text encoder knows {vocabulary}; "
+            "give a diffusers folder that holds both"
+        )
+    return tokenizer
+
+
+# --- fingerprints ---
+
+_SAMPLES, _SAMPLE_BYTES = 1024, 4096
+
+
+def _hash_sampled(digest: Any, path: Path) -> None:
+    """Size, header and evenly spaced samples of a safetensors file; all of a small one."""
+    size = path.stat().st_size
+    digest.update(str(size).encode())
+    with path.open("rb") as file:
+        if size <= _SAMPLES * _SAMPLE_BYTES:
+            digest.update(file.read())
+            return
+        length = int.from_bytes(file.read(8), "little")  # of the JSON header that follows
+        digest.update(file.read(min(length, size)))
+        for index in range(_SAMPLES):
+            file.seek((size - _SAMPLE_BYTES) * index // (_SAMPLES - 1))
+            digest.update(file.read(_SAMPLE_BYTES))
+
+
+def _hash_tokenizer(digest: Any, folder: Path | None, part: str) -> None:
+    if folder is None:
+        shipped = PARTS[part].tokenizer
+        assert shipped is not None, part
+        digest.update((assets() / "tokenizers" / shipped[0]).read_bytes())
+        return
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".json", ".txt", ".model"):
+            digest.update(path.name.encode() + path.read_bytes())
+
+
+def weights_fingerprint(place: str | Path, part: str) -> str:
+    """Identity of the weights of `vae`, `clip` or `t5` (texts: and tokenizer): 32 hex digits, wherever they lie.
+
+    Configuration, tensor names, sizes and 4 MiB sampled over each weights file are hashed, not the whole: a change of a
+    few bytes in a large file can go unseen, another model or finetune cannot.
+
+    Raises:
+        ValueError: nothing is at `place`, or it is a hub id that is not in the local cache yet.
+    """
+    digest = hashlib.sha256(part.encode())
+    file = single_file(place, part)
+    if file is not None:
+        _hash_sampled(digest, file)
+        tokenizer = None
+    else:
+        folder = part_folder(place, part)
+        tokenizer = _tokenizer_folder(place, part) if folder is not None and PARTS[part].tokenizer else None
+        if folder is None:
+            folder = _cached_folder(str(place), part)
+            tokenizer = _beside(folder, part)
+            if PARTS[part].tokenizer and tokenizer is None:
+                raise _not_cached(str(place), "tokenizer of its " + part)
+        for path in _weight_files(folder):
+            _hash_sampled(digest, path)
+        # Private keys and the library's version change with every saving and say nothing of the weights.
+        config = _json(folder / "config.json")
+        kept = {key: value for key, value in config.items() if not key.startswith("_") and key != "transformers_version"}
+        digest.update(json.dumps(kept, sort_keys=True).encode())
+    if PARTS[part].tokenizer:
+        _hash_tokenizer(digest, tokenizer, part)
+    return digest.hexdigest()[:32]

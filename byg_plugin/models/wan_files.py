@@ -1,0 +1,216 @@
+"""Wan's frozen parts from what people have on disk, without a hub.
+
+A *place* (see `files.py`) is a diffusers folder, a hub id or one .safetensors file:
+
+- transformer: Wan's own names (`blocks.0.self_attn.…`, bare or under `model.diffusion_model.`), also fp8 and scaled fp8,
+  or diffusers' names. Wan2.2-A14B has one file an expert
+- VAE: `wan_2.1_vae.safetensors` (`decoder.middle.0.…`) or diffusers' names; the Wan2.2 5B VAE from a diffusers folder only
+- UMT5-XXL: `umt5_xxl_*.safetensors` (Hugging Face names)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
+
+from byg_plugin.models import files, wan_names
+
+# What diffusers keeps in float32 too: Wan computes time embedding, norms and modulation so.
+_FLOAT32 = ("time_embedder", "scale_shift_table", "norm2.")
+_HEAD = 128  # channels of a head of every Wan; heads of a narrower network (tests) are named by its config.json
+
+
+def load_wan_transformer(place: str | Path, *, dtype: torch.dtype, low_noise: bool = False) -> WanTransformer3DModel:
+    """A Wan text-to-video transformer in `dtype` (time embedding, norms and modulation in float32), on the CPU, in eval mode.
+
+    Args:
+        place: file, folder or hub id.
+        dtype: of the weights.
+        low_noise: the second expert: of a diffusers root, its `transformer_2`.
+
+    Raises:
+        ValueError: nothing is at `place`, or it is no Wan text-to-video transformer.
+    """
+    part = _part(low_noise)
+    file = files.single_file(place, part)
+    if file is None:
+        model = files.from_folder(WanTransformer3DModel, place, part, torch_dtype=dtype)
+    else:
+        with files.Weights(file, part) as weights:
+            config = files.config_beside(weights) or _transformer_config(weights)
+            state = _native(weights, config, dtype) if weights.layout == "native" else _own(weights, dtype)
+            model = files.build(lambda: WanTransformer3DModel.from_config(config), state, weights)
+        _fill_rope(model)
+    _refuse_other_inputs(model.config, place)
+    return model.eval()
+
+
+def wan_transformer_on_meta(place: str | Path, *, low_noise: bool = False) -> WanTransformer3DModel:
+    """The transformer that `load_wan_transformer` would load, on the meta device: names and shapes, no weights read.
+
+    Raises:
+        ValueError: as `load_wan_transformer`, as far as configuration or header tell.
+    """
+    config = files.config_only(place, _part(low_noise), WanTransformer3DModel, _transformer_config)
+    with torch.device("meta"):
+        model = WanTransformer3DModel.from_config(config)
+    _refuse_other_inputs(model.config, place)
+    return model.eval()
+
+
+def load_wan_vae(place: str | Path, *, dtype: torch.dtype) -> AutoencoderKLWan:
+    """Wan's autoencoder in `dtype`, on the CPU, in eval mode.
+
+    Raises:
+        ValueError: nothing is at `place`, or it is not Wan's.
+    """
+    file = files.single_file(place, "wan_vae")
+    if file is None:
+        return files.from_folder(AutoencoderKLWan, place, "wan_vae", torch_dtype=dtype).eval()
+    with files.Weights(file, "wan_vae") as weights:
+        config = files.config_beside(weights) or _vae_config(weights)
+        state = weights.all(dtype)
+        if weights.layout == "native":
+            state = convert_wan_vae_to_diffusers(state)
+        return files.build(lambda: AutoencoderKLWan.from_config(config), state, weights).eval()
+
+
+def load_umt5(place: str | Path, *, dtype: torch.dtype) -> tuple[UMT5EncoderModel, PreTrainedTokenizerBase]:
+    """The UMT5 encoder in `dtype`, on the CPU, in eval mode, and its tokenizer.
+
+    Raises:
+        ValueError: nothing is at `place`, it is not a UMT5 encoder, or the tokenizer does not fit its vocabulary.
+    """
+    file = files.single_file(place, "umt5")
+    if file is None:
+        model = files.from_folder(UMT5EncoderModel, place, "umt5", dtype=dtype)
+    else:
+        with files.Weights(file, "umt5") as weights:
+            config = UMT5Config(**(files.config_beside(weights) or _umt5_config(weights)))
+            state = weights.all(dtype, skip=("decoder.",))
+            model = files.build(lambda: UMT5EncoderModel(config), state, weights, rename=_umt5_names)
+    return model.eval(), files.fitting(files.load_tokenizer(place, "umt5", 512), model.config.vocab_size, place)
+
+
+def vae_config(place: str | Path) -> Mapping[str, Any]:
+    """The autoencoder's configuration, or what a file's header tells of it; reads no weights.
+
+    Raises:
+        ValueError: nothing is at `place`, or it is not Wan's autoencoder.
+    """
+    config = files.config_only(place, "wan_vae", AutoencoderKLWan, _vae_config)
+    # A configuration names only what differs from the class's defaults in some saved versions.
+    return {"scale_factor_spatial": 8, "scale_factor_temporal": 4, "z_dim": 16, **config}
+
+
+def shipped_config(name: str) -> dict[str, Any]:
+    """Wan's configuration of `transformer` (A14B), `vae` (Wan2.1's) or `umt5_xxl`."""
+    return json.loads((files.assets() / "wan" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def to_native_layout(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A diffusers Wan state dict under Wan's own names (the inverse of what the loader does)."""
+    blocks = files.count_blocks(state, r"blocks\.(\d+)\.")
+    return {native: state[ours] for native, ours in wan_names.tensors(blocks) if ours in state}
+
+
+def _part(low_noise: bool) -> str:
+    return "wan_transformer_2" if low_noise else "wan_transformer"
+
+
+def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if any(word in name for word in _FLOAT32) else dtype
+
+
+def _native(weights: files.Weights, config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
+    names = dict(wan_names.tensors(config["num_layers"]))
+    unknown = sorted(name for name in weights.names - names.keys() if not files.is_beside(name, files.BESIDE))
+    if unknown:
+        raise weights.error(f"has {len(unknown)} tensors that a Wan text-to-video transformer does not have, such as {unknown[:3]}")
+    return {ours: weights.read(native, _dtype_of(ours, dtype)) for native, ours in names.items()}
+
+
+def _own(weights: files.Weights, dtype: torch.dtype) -> dict[str, Tensor]:
+    names = [name for name in sorted(weights.names) if not files.is_beside(name, files.BESIDE)]
+    return {name: weights.read(name, _dtype_of(name, dtype)) for name in names}
+
+
+def _fill_rope(model: nn.Module) -> None:
+    """The rotation tables are in no checkpoint, so a model that was built on the meta device has none yet."""
+    config = model.config
+    model.rope = type(model.rope)(config.attention_head_dim, tuple(config.patch_size), config.rope_max_seq_len)
+
+
+def _transformer_config(weights: files.Weights) -> dict[str, Any]:
+    names = dict(wan_names.tensors(1)) if weights.layout == "diffusers" else {}
+
+    def shape(native: str) -> tuple[int, ...]:
+        return weights.shape(names.get(native, native))
+
+    for foreign, what in (("img_emb.proj.0.weight", "image-to-video"), ("vace_patch_embedding.weight", "VACE"), ("ref_conv.weight", "Fun")):
+        if foreign in weights.names:
+            raise weights.error(f"a Wan {what} transformer, whose extra input is not supplied here")
+    width, in_channels, *patch = shape("patch_embedding.weight")
+    if width % _HEAD:
+        raise weights.error(f"a transformer of width {width}, which heads of {_HEAD} channels do not divide")
+    return shipped_config("transformer") | {
+        "patch_size": patch,
+        "num_attention_heads": width // _HEAD,
+        "in_channels": in_channels,
+        "out_channels": shape("head.head.weight")[0] // (patch[0] * patch[1] * patch[2]),
+        "text_dim": shape("text_embedding.0.weight")[1],
+        "freq_dim": shape("time_embedding.0.weight")[1],
+        "ffn_dim": shape("blocks.0.ffn.0.weight")[0],
+        "num_layers": files.count_blocks(weights.names, r"blocks\.(\d+)\."),
+        "cross_attn_norm": names.get("blocks.0.norm3.weight", "blocks.0.norm3.weight") in weights.names,
+    }
+
+
+def _refuse_other_inputs(config: Any, place: str | Path) -> None:
+    if config.image_dim is not None or config.added_kv_proj_dim is not None or config.in_channels != config.out_channels:
+        raise ValueError(
+            f"{place}: takes {config.in_channels} channels and returns {config.out_channels}, so it looks like Wan image-to-video, "
+            "whose image input is not supplied here; use a text-to-video model"
+        )
+
+
+def _vae_config(weights: files.Weights) -> dict[str, Any]:
+    if weights.layout != "native":
+        raise weights.error("diffusers' layout without its config.json beside it")
+    latent = weights.shape("conv2.weight")[0]
+    if latent != 16:
+        raise weights.error(f"a VAE of {latent} latent channels (Wan2.2 5B has 48), which is read from a diffusers folder only")
+    return shipped_config("vae") | {"base_dim": weights.shape("encoder.conv1.weight")[0]}
+
+
+def _umt5_config(weights: files.Weights) -> dict[str, Any]:
+    bias = "encoder.block.{}.layer.0.SelfAttention.relative_attention_bias.weight"
+    if bias.format(1) not in weights.names:
+        raise weights.error("a position bias in the first block only, so it looks like T5 (FLUX's text encoder)")
+    buckets, heads = weights.shape(bias.format(0))
+    inner, width = weights.shape("encoder.block.0.layer.0.SelfAttention.q.weight")
+    embedding = "shared.weight" if "shared.weight" in weights.names else "encoder.embed_tokens.weight"
+    return shipped_config("umt5_xxl") | {
+        "vocab_size": weights.shape(embedding)[0],
+        "d_model": width,
+        "d_kv": inner // heads,
+        "d_ff": weights.shape("encoder.block.0.layer.1.DenseReluDense.wi_0.weight")[0],
+        "num_layers": files.count_blocks(weights.names, r"encoder\.block\.(\d+)\."),
+        "num_heads": heads,
+        "relative_attention_num_buckets": buckets,
+    }
+
+
+def _umt5_names(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """One embedding under its two names; files hold either or both."""
+    names = ("shared.weight", "encoder.embed_tokens.weight")
+    embedding = next(state[name] for name in names if name in state)
+    return state | dict.fromkeys((name for name in names if name in model.state_dict()), embedding)
