@@ -55,7 +55,7 @@ def _convert(args: argparse.Namespace) -> int:
     if args.out.exists() and not args.overwrite:
         raise ValueError(f"{args.out} exists; give another --out, or --overwrite")
     tensors, metadata = lora_formats.read_lora(args.lora)
-    family = metadata.get("byg.family", "flux")
+    family = lora_formats.guess_family(tensors, metadata)
     converted = lora_formats.convert(tensors, args.to, family=family, allow_loss=args.allow_loss)
     lora_formats.write_lora(args.out, converted, metadata)
     layers = sum(key.endswith((".lora_A.weight", ".lora_down.weight")) for key in converted)

@@ -6,6 +6,10 @@
 | `comfyui` | `diffusion_model.<native layer>.lora_down.weight` + `.alpha` | native, fused |
 | `musubi` (kohya) | `lora_unet_<native layer with _ for dots>.lora_down.weight` + `.alpha` | native, fused |
 
+Of Wan, whose layers are not fused, `comfyui` is ours: `diffusion_model.<native layer>.lora_A.weight` without alpha, which
+ComfyUI and diffusers both read, whatever layers there are. Its two experts are two files, `<name>_high_noise` and
+`<name>_low_noise`, with the same keys; in memory the second one's are `transformer_2.…`.
+
 A LoRA adds `alpha / rank * up @ down` to a weight; without `.alpha`, alpha is the rank. Where native layers fuse
 what diffusers keeps apart, the conversion is exact: different `down` matrices are stacked (rank 3r or 4r) and the `up`
 matrices become the diagonal blocks; the way back leaves the zero blocks out again.
@@ -17,8 +21,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -28,7 +33,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from byg_plugin.models import flux_names
+from byg_plugin import families
+from byg_plugin.models import flux_names, wan_names
 
 Format = Literal["diffusers", "comfyui", "musubi"]
 FORMATS: tuple[Format, ...] = ("diffusers", "comfyui", "musubi")
@@ -51,21 +57,32 @@ class Family:
     blocks: tuple[str, ...]
     diffusers_width: int
 
+    @property
+    def is_wan(self) -> bool:
+        return self.name == "wan"
 
+
+_WAN = Family("wan", wan_names.find_native, wan_names.find_part, ("blocks.",), 0)
 FAMILIES = {
     "flux": Family("flux", flux_names.find_native, flux_names.find_part, ("double_blocks.", "single_blocks."), 3072),
+    **dict.fromkeys(families.WAN, _WAN),
 }
+# What follows a file's stem, by the expert that it is for.
+EXPERT_SUFFIXES = {"transformer": "_high_noise", "transformer_2": "_low_noise"}
 
 # Naming of the keys: prefix -> whose layer names follow. The order matters: the first that fits is taken.
 _PREFIXES = (
+    ("lora_unet__", "native"),  # Wan-Fun's tools
     ("lora_unet_", "native"),
     ("lora_transformer_", "parts"),
     ("lycoris_", "parts"),
     ("diffusion_model.", "native"),
     ("base_model.model.", "parts"),
+    ("transformer_2.", "parts"),
     ("transformer.", "parts"),
     ("", "parts"),
 )
+_EITHER = ("base_model.model.", "")  # Wan's native names are written under these too
 # suffix -> role. A `down` is (rank, inputs), an `up` is (outputs, rank).
 _SUFFIXES = {
     ".lora_A.weight": "down",
@@ -290,6 +307,8 @@ def _module(name: str, roles: Mapping[str, tuple[str, Tensor]], family: Family) 
             return Module(name, prefix, suffix, linear, None, down, up, alpha)
         if layers == "parts" and (found := family.find_part(bare)) is not None:
             return Module(name, prefix, suffix, *found, down, up, alpha)
+        if family.is_wan and prefix in _EITHER and (linear := family.find_native(bare)) is not None:
+            return Module(name, prefix, suffix, linear, None, down, up, alpha)
         return Lost(name, f"no layer of {family.name} has this name")
     raise AssertionError("the empty prefix fits every name")
 
@@ -341,7 +360,8 @@ def convert(tensors: Mapping[str, Tensor], to: Format, *, family: str = "flux", 
             + ("; …" if len(lost) > 3 else "")
             + ". Allow the loss (--allow-loss) or train without these layers"
         )
-    return {key: tensor for layer in layers for key, tensor in _write(layer, to).items()}
+    peft = to == "diffusers" or (to == "comfyui" and _family(family).is_wan)
+    return {key: tensor for layer in layers for key, tensor in _write(layer, to, peft).items()}
 
 
 def losses(tensors: Mapping[str, Tensor], to: Format, *, family: str = "flux") -> list[Lost]:
@@ -381,11 +401,12 @@ def _refuse_doubles(modules: Iterable[Module]) -> None:
             seen[part] = module.name
 
 
-def _write(layer: Module, to: Format) -> dict[str, Tensor]:
-    if to == "diffusers":
-        name = f"transformer.{layer.name}"
+def _write(layer: Module, to: Format, peft: bool) -> dict[str, Tensor]:
+    """The keys of one layer; `peft`: A and B with the scale multiplied in, else down, up and alpha."""
+    prefix = {"diffusers": "transformer.", "comfyui": "diffusion_model.", "musubi": "lora_unet_"}[to]
+    name = prefix + (layer.name.replace(".", "_") if to == "musubi" else layer.name)
+    if peft:
         return {f"{name}.lora_A.weight": layer.down, f"{name}.lora_B.weight": _scaled(layer.up, layer.scale)}
-    name = f"diffusion_model.{layer.name}" if to == "comfyui" else f"lora_unet_{layer.name.replace('.', '_')}"
     alpha = torch.tensor(float(layer.rank if layer.alpha is None else layer.alpha))
     return {f"{name}.lora_down.weight": layer.down, f"{name}.lora_up.weight": layer.up, f"{name}.alpha": alpha}
 
@@ -487,6 +508,77 @@ def _swap_halves(rows: Tensor) -> Tensor:
     return torch.cat([second, first])
 
 
+# --- two experts ---
+
+
+def split_experts(tensors: Mapping[str, Tensor], family: str) -> dict[str, dict[str, Tensor]]:
+    """Tensors by our names (`<expert>.<layer>…`) of a Wan -> those of its LoRA files by what follows the files' stem.
+
+    A network with one LoRA, or one LoRA shared by both experts, is one file: the suffix is empty.
+    """
+    by_expert: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for name, tensor in tensors.items():
+        expert, _, layer = name.partition(".")
+        by_expert[expert][f"transformer.{layer}"] = tensor
+    files = {expert: convert(some, "comfyui", family=family) for expert, some in by_expert.items()}
+    return {EXPERT_SUFFIXES[expert] if len(files) > 1 else "": some for expert, some in files.items()}
+
+
+def expert_files(path: str | Path) -> dict[str, Path]:
+    """The LoRA files that a path means, by the expert they are for.
+
+    Either file of a pair, or their common name without `_high_noise`, means both. Any other file is one LoRA.
+
+    Raises:
+        ValueError: half of a pair is missing.
+    """
+    path = Path(path).expanduser()
+    stem = path.stem
+    for suffix in EXPERT_SUFFIXES.values():
+        stem = stem.removesuffix(suffix)
+    pair = {expert: path.with_name(f"{stem}{suffix}.safetensors") for expert, suffix in EXPERT_SUFFIXES.items()}
+    there = {expert: file for expert, file in pair.items() if file.is_file()}
+    if path.is_file() and path not in pair.values():
+        return {"transformer": path}
+    if len(there) == 1:
+        missing = next(file for expert, file in pair.items() if expert not in there)
+        raise ValueError(f"{path}: of two experts, and {missing.name} is not beside it; both are needed")
+    return there or {"transformer": path}
+
+
+def read_named(path: str | Path, family: str, label: str = "") -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A LoRA of a family by our names (`<expert>.<layer>.lora_A.weight`), from one file or a pair; metadata of the first.
+
+    `label` stands before the path in the message that it was trained for another family.
+
+    Raises:
+        ValueError: see `read_lora`, `convert` and `expert_files`; it was trained for another family; or the files of a pair say
+            that they are for each other's expert.
+    """
+    wan = _family(family).is_wan
+    named: dict[str, Tensor] = {}
+    first: dict[str, str] = {}
+    for expert, file in (expert_files(path) if wan else {"transformer": Path(path)}).items():
+        tensors, metadata = read_lora(file)
+        if (trained := metadata.get("byg.family", family)) != family:
+            raise ValueError(f"{label}{file} was trained for {trained!r}, model.family is {family!r}")
+        said = metadata.get("byg.expert")
+        if said in ("high_noise", "low_noise") and f"_{said}" != EXPERT_SUFFIXES[expert]:
+            raise ValueError(f"{file}: its metadata say that it is for the {said.replace('_', '-')} expert; was it renamed?")
+        for name, tensor in convert(tensors, "diffusers", family=family).items():
+            named[expert + name.removeprefix("transformer")] = tensor
+        first = first or metadata
+    return named, first
+
+
+def guess_family(tensors: Iterable[str], metadata: Mapping[str, str]) -> str:
+    """The family of a LoRA file: what its metadata say, or what its layers' names look like (any Wan has the same)."""
+    if "byg.family" in metadata:
+        return metadata["byg.family"]
+    wan = any(re.search(r"(^|[._])blocks[._]\d+[._](self_attn|cross_attn|attn1|attn2|ffn)[._]", name) for name in tensors)
+    return next(iter(families.WAN)) if wan else "flux"
+
+
 # --- checking ---
 
 
@@ -502,8 +594,9 @@ def check(
     Raises:
         ValueError: the metadata's `byg.family` is unknown, or there is no LoRA of it in the tensors.
     """
-    family = _family(metadata.get("byg.family", "flux"))
-    modules, foreign = parse(tensors, family.name)
+    name = guess_family(tensors, metadata)
+    family = _family(name)
+    modules, foreign = parse(tensors, name)
     prefixes = Counter(module.prefix for module in modules)
     prefix = next(iter(prefixes)) if len(prefixes) == 1 else "several"
     known = {"transformer.": "diffusers", "diffusion_model.": "comfyui", "lora_unet_": "musubi", "several": "mixed"}
@@ -523,8 +616,10 @@ def check(
     return Report(known.get(prefix, f"other:{prefix}"), len(modules), tuple(reports))
 
 
-def _in_diffusers(module: Module, modules: Iterable[Module], family: Family) -> str | None:
+def _in_diffusers(module: Module, modules: Sequence[Module], family: Family) -> str | None:
     """Why diffusers would not load this module as it stands; None when it would."""
+    if family.is_wan:
+        return _wan_in_diffusers(module, modules, family)
     kohya = any(other.suffix == ".lora_down.weight" for other in modules)  # one such key switches the whole file's reader
     if module.prefix == "transformer.":
         if not kohya:
@@ -537,6 +632,31 @@ def _in_diffusers(module: Module, modules: Iterable[Module], family: Family) -> 
     return _in_diffusers_native(module, family)
 
 
+def _wan_in_diffusers(module: Module, modules: Sequence[Module], family: Family) -> str | None:
+    inside = module.linear.native.startswith(family.blocks)
+    if module.prefix == "transformer.":
+        if module.suffix != ".lora_A.weight":
+            return f"diffusers does not read the suffix {module.suffix}"
+        return None if all(other.alpha is None for other in modules) else "diffusers refuses a file with alpha in this naming"
+    if module.prefix == "diffusion_model.":
+        if module.suffix not in (".lora_A.weight", ".lora_down.weight"):
+            return f"diffusers does not read the suffix {module.suffix}"
+        return None if inside or module.alpha is None else "diffusers' converter has no alpha outside the blocks"
+    if module.prefix == "lora_unet_":
+        if not inside:
+            return "diffusers' converter knows no layers outside the blocks in this naming"
+        return None if _every_wan_layer(modules) else "diffusers fails on this naming unless every layer of every block is there with alpha"
+    if module.prefix == "transformer_2.":
+        return "diffusers loads nothing under transformer_2., without an error: convert it, and load with load_into_transformer_2=True"
+    return "diffusers loads nothing under this naming, without an error"
+
+
+def _every_wan_layer(modules: Sequence[Module]) -> bool:
+    there = {module.linear.native for module in modules if module.alpha is not None and module.prefix == "lora_unet_"}
+    blocks = 1 + max((int(name.split(".")[1]) for name in there if name.startswith("blocks.")), default=-1)
+    return {linear.at(block).native for block in range(blocks) for linear in wan_names.BLOCK} <= there
+
+
 def _in_diffusers_native(module: Module, family: Family) -> str | None:
     linear = module.linear
     if not linear.native.startswith(family.blocks):
@@ -547,13 +667,15 @@ def _in_diffusers_native(module: Module, family: Family) -> str | None:
     return None
 
 
-def _in_comfyui(module: Module, modules: Iterable[Module], family: Family) -> str | None:
+def _in_comfyui(module: Module, modules: Sequence[Module], family: Family) -> str | None:
+    if family.is_wan and module.part is not None:
+        return "ComfyUI has no diffusers names for Wan: convert with --to comfyui"
     if module.prefix in ("", "base_model.model."):
         return "ComfyUI's key map has no such names (the bare ones only in releases of 2026)"
     return None
 
 
-def _in_musubi(module: Module, modules: Iterable[Module], family: Family) -> str | None:
+def _in_musubi(module: Module, modules: Sequence[Module], family: Family) -> str | None:
     if module.prefix != "lora_unet_" or module.suffix != ".lora_down.weight":
         return "musubi-tuner reads lora_unet_….lora_down/lora_up only: convert with --to musubi"
     if not module.linear.native.startswith(family.blocks):
@@ -561,7 +683,7 @@ def _in_musubi(module: Module, modules: Iterable[Module], family: Family) -> str
     return None
 
 
-_TOOLS: dict[Format, Callable[[Module, Iterable[Module], Family], str | None]] = {
+_TOOLS: dict[Format, Callable[[Module, Sequence[Module], Family], str | None]] = {
     "diffusers": _in_diffusers,
     "comfyui": _in_comfyui,
     "musubi": _in_musubi,
@@ -575,11 +697,23 @@ def _unloadable(layer: Module, to: Format, family: Family) -> str | None:
     return None
 
 
+_WAN_RUNTIME = {
+    ("same", "diffusers"): "needs a patch: WanPipeline has no source tokens (byg_plugin.EditPipeline runs it)",
+    ("same", "comfyui"): "needs a node: stock in-context latents are turned (train with conditioning.position = 'bernini')",
+    ("same", "musubi"): "needs a patch: the Wan script has no source tokens",
+    ("bernini", "diffusers"): "needs a patch: WanPipeline has no source tokens (byg_plugin.EditPipeline runs it)",
+    ("bernini", "comfyui"): "runs stock: BerniniConditioning (releases after 0.24)",
+    ("bernini", "musubi"): "needs a patch: the Wan script has no source tokens",
+}
+
+
 def runtime(tool: Format, metadata: Mapping[str, str]) -> str:
     """One sentence: whether a tool runs edits with this LoRA as it ships, by the `byg.position` it was trained with."""
     position = metadata.get("byg.position")
     if position is None:
         return "unknown: the file does not say how it was conditioned (no byg.position)"
+    if metadata.get("byg.family") in families.WAN:
+        return _WAN_RUNTIME.get((position, tool), f"unknown: byg.position is {position!r}")
     stock = {
         "diffusers": "runs stock: FluxKontextPipeline",
         "comfyui": "runs stock: ReferenceLatent",

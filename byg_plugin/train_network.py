@@ -104,12 +104,14 @@ def dry_run(config: Config, family: Family, device: Any) -> None:
     networks = family.meta_transformers()
     shapes = [s for network in networks.values() for s in lora_shapes(network, config, family)]
     width, blocks = sizes(next(iter(networks.values())))
-    tokens = family.sequence_tokens(config.dataset.resolution, config.dataset.resolution)
+    side, frames = config.dataset.resolution, family.clip_frames(config.dataset.frames)
+    tokens = family.sequence_tokens(side, side, frames)
     print(
         f"model: {config.model.family}, {sum(p.numel() for n in networks.values() for p in n.parameters()):,} parameters, {blocks} blocks"
     )
     print(f"LoRA: rank {config.lora.rank}, {len(shapes) // 2} modules, {sum(a * b for a, b in shapes):,} parameters")
-    print(f"sequence at {config.dataset.resolution} x {config.dataset.resolution}: {tokens} tokens (noisy + source + text)")
+    length = f", {frames} frames" if frames > 1 else ""
+    print(f"sequence at {side} x {side}{length}: {tokens} tokens (noisy + source + text)")
     print("device memory of a step:\n" + report(memory_sum(config, networks, shapes, tokens, width, blocks)))
 
     data = CachedTuples(config, family, "train")

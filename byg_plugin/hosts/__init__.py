@@ -33,6 +33,10 @@ class Host(VelocityFields, Protocol):
         """Weights by our names -> the tensors of a LoRA file."""
         ...
 
+    def lora_files(self, weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """Weights by our names -> the tensors of each LoRA file, by what follows the file's stem."""
+        ...
+
     def load_lora(self, tensors: Mapping[str, Tensor]) -> None:
         """Set the weights from a LoRA file's tensors."""
         ...

@@ -13,8 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from byg_plugin.hosts.quantize import after_eval_, quantize_
+from byg_plugin.hosts.residency import OneExpertOnDevice
+from byg_plugin.lora_formats import convert, read_lora, read_named, split_experts
 from byg_plugin.models.base import Family
 from byg_plugin.objectives.base import Text, Velocity
+from byg_plugin.timesteps import is_high
 from byg_plugin.training.ema import EmaWeights
 from byg_plugin.training.extras import require_model_extras
 
@@ -47,19 +50,30 @@ class DiffusersHost:
         rng = torch.Generator().manual_seed(config.train.seed)
         for network in self.networks.values():
             quantize_(network, config.model.quantization, dtype)
-            network.to(device)
+            if not config.model.offload_inactive_expert:
+                network.to(device)
             if config.model.attention != "native":
                 network.set_attention_backend(config.model.attention)
             if config.model.gradient_checkpointing:
                 network.enable_gradient_checkpointing()
             _inject_lora(network, config, config.lora.targets or family.default_lora_targets, device, rng)
+        if config.lora.experts == "shared":
+            _share_lora(*self.networks.values())
         self._lora_layers: list[Any] = [m for n in self.networks.values() for m in n.modules() if _is_lora_layer(m)]
         self._places = [place for n in self.networks.values() for place in _places_of_lora_layers(n)]
         self._merged: list[nn.Linear] = []
         self._dropouts: list[nn.Module] = [d for layer in self._lora_layers for d in layer.lora_dropout.values()]
-        self.parameters = self._named_lora_parameters()
+        self._every_lora = self._named_lora_parameters()
+        self._residency: OneExpertOnDevice | None = None
+        if config.model.offload_inactive_expert:
+            self._residency = OneExpertOnDevice(self.networks, self._every_lora.values(), device)
+        self.parameters = self._every_lora
+        if config.lora.other_expert:
+            self.parameters = self._freeze_other_expert(config.lora.other_expert)
         if config.lora.init_from and fresh:
-            self.load_lora(_read_init_lora(config))
+            started = _read_init_lora(config)
+            # Of a pair, an expert that is trained alone takes its own.
+            self.load_lora({n: v for n, v in started.items() if n in self.parameters or not config.lora.other_expert})
         self.ema_weights = EmaWeights(self.parameters, config.objective.ema_decay)
 
     # --- the three velocity fields ---
@@ -73,6 +87,8 @@ class DiffusersHost:
         try:
             yield self._velocity
         finally:
+            if self._residency is not None:
+                self._residency.held = None
             for module, mode in zip(self._dropouts, modes, strict=True):
                 module.train(mode)
 
@@ -136,7 +152,26 @@ class DiffusersHost:
         return self._merged
 
     def _velocity(self, noisy: Tensor, t: Tensor, text: Text, source: Tensor | None) -> Tensor:
-        network = self.networks[self.family.expert_of(t)]
+        """The velocity of each sample by the expert that serves its t; a batch on both sides of the boundary is split."""
+        boundary = self.family.boundary
+        high = None if boundary is None else is_high(t, boundary)
+        if high is None or bool(high.all()) or not bool(high.any()):
+            return self._one_expert(self.family.expert_of(t), noisy, t, text, source)
+        out = torch.zeros_like(noisy, dtype=torch.float32)
+        sides = list(zip(self.family.experts, (high, ~high), strict=True))
+        if self._residency is not None and self._residency.present == self.family.experts[1]:
+            sides.reverse()  # the one that is there first
+        for expert, rows in sides:
+            some = {name: value[rows.to(value.device)] for name, value in text.items()}
+            out[rows] = self._one_expert(expert, noisy[rows], t[rows], some, None if source is None else source[rows])
+        return out
+
+    def _one_expert(self, expert: str, noisy: Tensor, t: Tensor, text: Text, source: Tensor | None) -> Tensor:
+        network = self.networks[expert]
+        if self._residency is not None:
+            self._residency.bring(expert)
+            if torch.is_grad_enabled():
+                self._residency.held = expert
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.mixed_precision == "bf16"):
             return self.family.velocity(network, noisy, t, text, source)
 
@@ -154,12 +189,37 @@ class DiffusersHost:
 
     def _named_lora_parameters(self) -> dict[str, nn.Parameter]:
         """`<expert>.<module>.lora_A.weight` -> parameter: the names of the LoRA file."""
-        named = {}
+        named: dict[str, nn.Parameter] = {}
         for expert, network in self.networks.items():
             for name, parameter in network.named_parameters():
-                if f".{_ADAPTER}." in name:
+                if f".{_ADAPTER}." in name and not any(parameter is other for other in named.values()):
                     named[f"{expert}.{name.replace(f'.{_ADAPTER}.', '.')}"] = parameter
         return named
+
+    def _freeze_other_expert(self, path: str) -> dict[str, nn.Parameter]:
+        """Give the expert that is not trained its LoRA from a file; returns the parameters that are trained."""
+        trained = self.family.experts[self.config.lora.experts != "high_noise"]
+        mine = {name: p for name, p in self._every_lora.items() if name.partition(".")[0] == trained}
+        others = {name: p for name, p in self._every_lora.items() if name not in mine}
+        tensors, metadata = read_lora(path)
+        if metadata.get("byg.expert") == self.config.lora.experts:
+            raise ValueError(f"lora.other_expert = {path} is for the {self.config.lora.experts} expert, which is the one that is trained")
+        expert = next(iter(others)).partition(".")[0]
+        converted = convert(tensors, "diffusers", family=self.family.name)
+        self._set(others, {expert + name.removeprefix("transformer"): value for name, value in converted.items()})
+        for parameter in others.values():
+            parameter.requires_grad_(False)
+        return mine
+
+    def lora_files(self, weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """Weights by our names -> tensors of each LoRA file, by what follows the file's stem.
+
+        FLUX: one file in our naming. Wan: names that every tool reads; two experts with a LoRA each are two files.
+        """
+        if self.family.name == "flux":
+            return {"": self.export_lora(weights)}
+        every = self.export_lora({name: weights.get(name, p.detach()) for name, p in self._every_lora.items()})
+        return split_experts(every, self.family.name)
 
     def export_lora(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Weights by our names -> the tensors of a LoRA file, with alpha / rank folded into B, so that alpha == rank.
@@ -178,15 +238,18 @@ class DiffusersHost:
         Raises:
             ValueError: modules or shapes are not this network's and this `[lora]` section's.
         """
-        missing = sorted(self.parameters.keys() - tensors.keys())
-        unknown = sorted(tensors.keys() - self.parameters.keys())
+        self._set(self.parameters, tensors)
+
+    def _set(self, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]) -> None:
+        missing = sorted(parameters.keys() - tensors.keys())
+        unknown = sorted(tensors.keys() - parameters.keys())
         if missing or unknown:
             raise ValueError(
                 f"this LoRA does not fit the model and lora.targets: {len(missing)} modules' tensors are missing (e.g. "
                 f"{missing[:2]}), {len(unknown)} are unknown (e.g. {unknown[:2]}); set lora.targets to what it was trained with"
             )
         scale = self.config.lora.scale_numerator / self.config.lora.rank
-        for name, parameter in self.parameters.items():
+        for name, parameter in parameters.items():
             value = tensors[name]
             if value.shape != parameter.shape:
                 raise ValueError(
@@ -196,6 +259,15 @@ class DiffusersHost:
             if name.endswith(".lora_B.weight"):
                 value = value.float() / scale
             parameter.data.copy_(value)
+
+
+def _share_lora(first: nn.Module, *others: nn.Module) -> None:
+    """One LoRA in several networks: the same parameters, not copies."""
+    layers: list[Any] = [module for module in first.modules() if _is_lora_layer(module)]
+    for network in others:
+        for mine, theirs in zip(layers, (module for module in network.modules() if _is_lora_layer(module)), strict=True):
+            for kind in ("lora_A", "lora_B"):
+                getattr(theirs, kind)[_ADAPTER].weight = getattr(mine, kind)[_ADAPTER].weight
 
 
 def _is_lora_layer(module: nn.Module) -> bool:
@@ -274,13 +346,8 @@ def _inject_lora(network: nn.Module, config: Config, targets: str, device: torch
 
 
 def _read_init_lora(config: Config) -> dict[str, Tensor]:
-    from byg_plugin.lora_formats import convert, read_lora
-
     assert config.lora.init_from is not None
-    tensors, metadata = read_lora(config.lora.init_from)
-    family = metadata.get("byg.family", config.model.family)
-    if family != config.model.family:
-        raise ValueError(f"lora.init_from = {config.lora.init_from} was trained for {family!r}, model.family is {config.model.family!r}")
+    tensors, metadata = read_named(config.lora.init_from, config.model.family, "lora.init_from = ")
     position = metadata.get("byg.position", config.conditioning.position)
     if position != config.conditioning.position:
         raise ValueError(
@@ -290,7 +357,7 @@ def _read_init_lora(config: Config) -> dict[str, Tensor]:
     guidance = float(metadata.get("byg.guidance", config.conditioning.guidance))
     if guidance != config.conditioning.guidance:
         logger.warning("lora.init_from was trained with conditioning.guidance = %s, here it is %s", guidance, config.conditioning.guidance)
-    return convert(tensors, "diffusers", family=family)
+    return tensors
 
 
 def _probe_attention(backend: str, device: torch.device, dtype: torch.dtype) -> None:

@@ -377,6 +377,11 @@ class Config(Section):
             raise ValueError("train.validate_every needs held-out tuples: set dataset.validation_items, e.g. 8")
         if self.model.quantization in ("int8", "nf4") and self.model.dtype == "float32":
             raise ValueError(f"model.quantization = {self.model.quantization!r} computes in 16 bit: set model.dtype = 'bfloat16'")
+        if self.objective.rollout_weights == "merged" and self.model.offload_inactive_expert:
+            raise ValueError(
+                "objective.rollout_weights = 'merged' is a second copy of both experts' linears on the device, which "
+                "model.offload_inactive_expert is to spare: set objective.rollout_weights = 'swap'"
+            )
         if self.objective.rollout_weights == "merged" and self.model.quantization != "none":
             raise ValueError(
                 f"objective.rollout_weights = 'merged' needs frozen weights that a LoRA can be added to, and model.quantization = "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -28,11 +28,12 @@ class EmaWeights:
         return min(self.decay, (1 + step) / (10 + step))
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Follow the live weights after optimizer step `step` (from 1)."""
+    def update(self, step: int, names: Collection[str] | None = None) -> None:
+        """Follow the live weights after optimizer step `step` (from 1) of the parameters `names`, by default all."""
         if self._shadow:
-            live = [self._live[name].detach() for name in self._shadow]
-            torch._foreach_lerp_(list(self._shadow.values()), live, 1 - self.decay_at(step))
+            some = [name for name in self._shadow if names is None or name in names]
+            live = [self._live[name].detach() for name in some]
+            torch._foreach_lerp_([self._shadow[name] for name in some], live, 1 - self.decay_at(step))
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -26,11 +27,12 @@ from byg_plugin import __version__, sampling, timesteps
 from byg_plugin.data.dataset import BucketBatches, CachedTuples, collate
 from byg_plugin.folders import make_writable
 from byg_plugin.hosts import make_host
+from byg_plugin.lora_formats import EXPERT_SUFFIXES
 from byg_plugin.models.base import Family
 from byg_plugin.objectives import make_objective
 from byg_plugin.objectives.base import Batch, Metrics
 from byg_plugin.training import checkpoint, preview
-from byg_plugin.training.config import Config
+from byg_plugin.training.config import Config, ObjectiveConfig
 from byg_plugin.training.distributed import any_rank, average_gradients, broadcast_from_first, mean_over_ranks
 from byg_plugin.training.randomness import coin, derived_seed, generator
 
@@ -44,7 +46,9 @@ _FIXED_ON_RESUME = (
     "lora.rank",
     "lora.alpha",
     "lora.targets",
+    "lora.experts",
     "model.family",
+    "model.boundary",
     "conditioning.position",
     "objective.name",
     "train.optimizer",
@@ -81,6 +85,7 @@ class Trainer:
         self.on_step = on_step
         self.accumulation = config.accumulation(accelerator.num_processes)
         self.folder = Path(config.output.dir)
+        self.high_share = share_of_high_noise(config, family.boundary)
         # Cheap checks first: nothing is loaded for a run that cannot start.
         self.resume_from = self._check_output(resume)
         self.data = CachedTuples(config, family, "train")
@@ -96,11 +101,20 @@ class Trainer:
         self.parameters = list(self.host.parameters.values())
         broadcast_from_first(self.parameters)
         self.objective = make_objective(config.objective)
+        if self.high_share is not None:
+            logger.info(
+                "boundary t = %s: the high-noise expert trains %.1f %% of the steps, the low-noise expert %.1f %%",
+                family.boundary,
+                100 * self.high_share,
+                100 * (1 - self.high_share),
+            )
         self.optimizer = _make_optimizer(config, self.parameters)
         self.step = 0
         if state:
             self._restore(state)
         self._stop = False
+        # Steps that each side of the boundary has had so far.
+        self._side_steps = Counter(self._side(step) for step in range(self.step))
 
     # --- start and state ---
 
@@ -238,12 +252,12 @@ class Trainer:
     def _optimizer_step(self, micro_batches: list[dict[str, Any]]) -> Metrics:
         """One optimizer step on this process's micro-batches; returns its metrics (means over the micro-steps)."""
         config = self.config
-        identity_step = self._is_identity_step()
+        identity_step, high = self._is_identity_step(), self._side(self.step)
         sums: Metrics = {}
         for micro, examples in enumerate(micro_batches):
             position = self._position(self.step, micro)
             torch.manual_seed(derived_seed(config.train.seed, "dropout", position))
-            batch = self._batch(examples, generator(config.train.seed, "noise", position), identity_step)
+            batch = self._batch(examples, generator(config.train.seed, "noise", position), identity_step, high=high)
             for name, value in self.objective.step(self.host, batch, self._backward).items():
                 sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value / self._share(name)
         average_gradients(self.parameters)
@@ -254,8 +268,24 @@ class Trainer:
             group["lr"] = learning_rate(config, self.step)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.host.ema_weights.update(self.step + 1)
-        return sums | {"grad_norm": norm, "identity_step": torch.tensor(float(identity_step), device=norm.device)}
+        self._update_ema(high)
+        told = {"identity_step": float(identity_step), **({} if high is None else {"high_noise_step": float(high)})}
+        return sums | {"grad_norm": norm} | {name: torch.tensor(value, device=norm.device) for name, value in told.items()}
+
+    def _side(self, step: int) -> bool | None:
+        """Whether an optimizer step trains the high-noise expert: one toss, the same on every rank; None without experts."""
+        return None if self.high_share is None else coin(self.config.train.seed, step, self.high_share, "expert")
+
+    def _update_ema(self, high: bool | None) -> None:
+        """Of what this step has trained. An expert's average counts that expert's own steps: it starts as fast as a lone one's."""
+        ema = self.host.ema_weights
+        if high is None or self.config.lora.experts == "shared" or not ema.decay:
+            ema.update(self.step + 1)
+            return
+        expert = self.family.experts[not high]
+        mine = {name for name in self.host.parameters if name.partition(".")[0] == expert}
+        self._side_steps[high] += 1
+        ema.update(self._side_steps[high], mine)
 
     def _share(self, name: str) -> int:
         """What a metric of one micro-step is divided by: losses are averaged, counts are added up."""
@@ -273,15 +303,21 @@ class Trainer:
             return False
         return self.step < objective.identity_warmup_steps or coin(self.config.train.seed, self.step, objective.identity_probability)
 
-    def _batch(self, examples: dict[str, Any], rng: torch.Generator, identity_step: bool, t: Tensor | None = None) -> Batch:
-        """A collated micro-batch on the device, with its noise and t (drawn on the CPU: the same on every device)."""
+    def _batch(
+        self, examples: dict[str, Any], rng: torch.Generator, identity_step: bool, t: Tensor | None = None, high: bool | None = None
+    ) -> Batch:
+        """A collated micro-batch on the device, with its noise and t (drawn on the CPU: the same on every device).
+
+        `high`: the side of the experts' boundary on which t is drawn.
+        """
         objective, device = self.config.objective, self.accelerator.device
         source = examples["source"]
         noise = torch.randn(source.shape, generator=rng)
-        if t is None:
-            t = timesteps.sample_t(
-                len(source), rng, distribution=objective.t_distribution, s=objective.t_shift, t_min=objective.t_min, t_max=objective.t_max
-            )
+        if t is None and high is None:
+            t = timesteps.sample_t(len(source), rng, **law_of_t(objective))
+        elif t is None:
+            assert self.family.boundary is not None and high is not None
+            t = timesteps.sample_t_beside(len(source), rng, self.family.boundary, high, **law_of_t(objective))
         nodes = sampling.sampling_nodes(self.family, objective.rollout_steps, objective.rollout_schedule, tuple(source.shape))
         target = examples.get("target")
         return Batch(
@@ -339,13 +375,20 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def _lora_files(self) -> dict[str, tuple[dict[str, Tensor], dict[str, str]]]:
-        name = self.config.output.name
-        lora = {n: p.detach() for n, p in self.host.parameters.items()}
-        files = {f"{name}.safetensors": (self.host.export_lora(lora), lora_metadata(self.config, self.step, "live"))}
+        name, host = self.config.output.name, self.host
+        saved = {"": ("live", {n: p.detach() for n, p in host.parameters.items()})}
         if self.config.objective.ema_decay:
-            ema = self.host.export_lora(self.host.ema_weights.state())
-            files[f"{name}-ema.safetensors"] = (ema, lora_metadata(self.config, self.step, "ema"))
-        return files
+            saved["-ema"] = ("ema", host.ema_weights.state())
+        return {
+            f"{name}{kind}{suffix}.safetensors": (tensors, lora_metadata(self.config, self.step, which, self.family, suffix))
+            for kind, (which, weights) in saved.items()
+            for suffix, tensors in host.lora_files(weights).items()
+        }
+
+    def _lora_names(self) -> list[str]:
+        """Files of the live weights, the high-noise expert's first."""
+        separate = self.high_share is not None and self.config.lora.experts != "shared"
+        return [f"{self.config.output.name}{suffix}.safetensors" for suffix in (EXPERT_SUFFIXES.values() if separate else ("",))]
 
     def _export(self) -> Path:
         """Copies of the last checkpoint's LoRA files beside the checkpoints folder."""
@@ -361,7 +404,7 @@ class Trainer:
                 except OSError as error:
                     partial.unlink(missing_ok=True)
                     raise ValueError(f"cannot write {self.folder / path.name}: {error.strerror}; the same file is {path}") from error
-        return self.folder / f"{self.config.output.name}.safetensors"
+        return self.folder / next(iter(self._lora_names()))
 
     @torch.no_grad()
     def _validate(self) -> None:
@@ -405,10 +448,47 @@ def _make_optimizer(config: Config, parameters: list[Any]) -> torch.optim.Optimi
     return bnb.optim.AdamW8bit(parameters, **options)
 
 
-def lora_metadata(config: Config, step: int, weights: str) -> dict[str, str]:
-    """Metadata of a LoRA file: what a reader needs and what a maker wants to know. No paths, prompts or keys."""
-    base = config.model.part("transformer")
+def law_of_t(objective: ObjectiveConfig) -> dict[str, Any]:
+    """The keywords of `timesteps` that say how t is distributed."""
+    return {"distribution": objective.t_distribution, "s": objective.t_shift, "t_min": objective.t_min, "t_max": objective.t_max}
+
+
+def share_of_high_noise(config: Config, boundary: float | None) -> float | None:
+    """Probability that a step trains the high-noise expert; None for a family without experts.
+
+    Raises:
+        ValueError: the law of t never reaches an expert that is to be trained.
+    """
+    if boundary is None:
+        return None
+    objective = config.objective
+    share = timesteps.probability_above(boundary, **law_of_t(objective))
+    wanted = {"high_noise": share, "low_noise": 1 - share}
+    if config.lora.experts in wanted:
+        wanted = {config.lora.experts: wanted[config.lora.experts]}
+    for expert, probability in wanted.items():
+        if not probability:
+            raise ValueError(
+                f"objective.t_min = {objective.t_min} and objective.t_max = {objective.t_max} lie on one side of the experts' boundary "
+                f"t = {boundary}: the {expert.replace('_', '-')} expert would never be trained; widen them"
+            )
+    return {"high_noise": 1.0, "low_noise": 0.0}.get(config.lora.experts, share)
+
+
+def lora_metadata(config: Config, step: int, weights: str, family: Family | None = None, suffix: str = "") -> dict[str, str]:
+    """Metadata of a LoRA file: what a reader needs and what a maker wants to know. No paths, prompts or keys.
+
+    `family` adds what only video has; `suffix` is what follows the file's stem, and names the expert of a pair.
+    """
+    expert = {value: key for key, value in EXPERT_SUFFIXES.items()}.get(suffix)
+    base = config.model.part(expert or "transformer")
+    video = {}
+    if family is not None and family.boundary is not None:
+        video = {"byg.boundary": repr(family.boundary), "byg.expert": suffix.removeprefix("_") or "both"}
+    if family is not None and config.dataset.frames > 1:
+        video |= {"byg.frames": str(family.clip_frames(config.dataset.frames)), "byg.fps": repr(config.fps)}
     return {
+        **video,
         "byg.version": __version__,
         "byg.family": config.model.family,
         "byg.position": config.conditioning.position,

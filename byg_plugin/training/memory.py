@@ -41,7 +41,9 @@ def memory_sum(
     dtype_bytes = torch.finfo(getattr(torch, config.model.dtype)).bits / 8
     stored = _STORED_BYTES.get(config.model.quantization, dtype_bytes)
     in_blocks = rest = 0
-    for network in networks.values():
+    # The experts are equally large.
+    here = list(networks.values())[:1] if config.model.offload_inactive_expert else networks.values()
+    for network in here:
         linears = {id(m.weight) for n, m in network.named_modules() if isinstance(m, nn.Linear) and "blocks." in n}
         for parameter in network.parameters():
             if id(parameter) in linears:
@@ -88,4 +90,4 @@ def report(parts: Sequence[Part]) -> str:
 def sizes(network: Any) -> tuple[int, int]:
     """(hidden width, transformer blocks) of a diffusers transformer."""
     blocks = sum(len(child) for name, child in network.named_children() if name.endswith("blocks") and isinstance(child, nn.ModuleList))
-    return int(network.inner_dim), blocks
+    return int(network.config.num_attention_heads * network.config.attention_head_dim), blocks

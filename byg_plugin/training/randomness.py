@@ -22,6 +22,6 @@ def generator(seed: int, purpose: str, position: int) -> torch.Generator:
     return torch.Generator().manual_seed(derived_seed(seed, purpose, position))
 
 
-def coin(seed: int, step: int, probability: float) -> bool:
-    """The identity coin of one optimizer step: one toss, the same on every rank."""
-    return torch.rand((), generator=generator(seed, "identity", step)).item() < probability
+def coin(seed: int, step: int, probability: float, purpose: str = "identity") -> bool:
+    """The coin of one optimizer step (identity step or not, which expert): one toss, the same on every rank."""
+    return torch.rand((), generator=generator(seed, purpose, step)).item() < probability

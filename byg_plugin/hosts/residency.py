@@ -1,0 +1,53 @@
+"""Which of two experts lies on the device, where only one fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+class OneExpertOnDevice:
+    """Frozen tensors of several networks, those of one at a time on the device, all of them in main memory for good.
+
+    The weights never change, so an expert that leaves is dropped from the device, not copied back. What is trained stays on
+    the device and is never touched. An expert may not leave between a forward pass and its backward pass: `hold` names the
+    one that must stay.
+
+    Args:
+        networks: on the CPU.
+        keep: tensors that are not moved (the LoRA).
+        device: where a network must be when it is called.
+    """
+
+    def __init__(self, networks: Mapping[str, nn.Module], keep: Iterable[Tensor], device: torch.device):
+        self.device = device
+        kept = {id(tensor) for tensor in keep}
+        self._frozen = {name: _frozen_tensors(network, kept) for name, network in networks.items()}
+        # Pinned memory is copied to a CUDA device without a detour.
+        pin = device.type == "cuda"
+        self._masters = {name: [(t.data.pin_memory() if pin else t.data) for t in tensors] for name, tensors in self._frozen.items()}
+        self.present: str | None = None
+        self.held: str | None = None
+
+    def bring(self, name: str) -> None:
+        """Make a network callable; the other one leaves first."""
+        if name == self.present:
+            return
+        assert self.held in (None, name), f"{name} would push out {self.held}, whose backward pass is still to come"
+        if self.present is not None:
+            self._drop(self.present)
+        self.present = None
+        for tensor, master in zip(self._frozen[name], self._masters[name], strict=True):
+            tensor.data = master.to(self.device, non_blocking=True)
+        self.present = name
+
+    def _drop(self, name: str) -> None:
+        for tensor, master in zip(self._frozen[name], self._masters[name], strict=True):
+            tensor.data = master
+
+
+def _frozen_tensors(network: nn.Module, kept: set[int]) -> list[Tensor]:
+    every = [*network.parameters(), *network.buffers()]
+    return [tensor for tensor in every if id(tensor) not in kept]
