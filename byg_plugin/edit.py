@@ -1,14 +1,19 @@
-"""Edit images with a trained LoRA.
+"""Edit images and clips with a trained LoRA.
 
     python byg_plugin/edit.py --model black-forest-labs/FLUX.1-dev --lora out/byg_flux-ema.safetensors \
         --source photo.jpg --instruction "make it snow" --out edits
 
+    python byg_plugin/edit.py --model Wan-AI/Wan2.2-T2V-A14B-Diffusers --lora out/byg_wan_high_noise.safetensors \
+        --source in.mp4 --instruction "make it a cartoon" --out edits
+
+Of two experts either LoRA file names both. A clip keeps its frames a second; its length is rounded down to 4n + 1 frames.
 `--source` may be a folder; `--tuples` edits every tuple of a JSONL file. Guidance, resolution, position ids and the sampler's
 schedule are what the LoRA says of its training, whatever `--config` says; the options below override them. From Python:
 
     from byg_plugin import EditPipeline
     pipe = EditPipeline.from_lora("out/byg_flux-ema.safetensors", model="black-forest-labs/FLUX.1-dev")
     pipe("photo.jpg", "make it snow").save("edit.png")
+    source, edit, fps = pipe.clip("in.mp4", "make it snow")
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ import argparse
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -34,12 +39,14 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from byg_plugin import _cli, sampling
+from byg_plugin import _cli, families, sampling
 from byg_plugin.data.buckets import Size, bucket_for, crop_to_bucket, to_tensor
+from byg_plugin.data.clips import SUFFIXES as CLIP_SUFFIXES
+from byg_plugin.data.clips import clip_info, is_clip, read_clip, write_clip
 from byg_plugin.data.media import image_size, load_image, to_rgb
 from byg_plugin.folders import make_writable
-from byg_plugin.images import save_png, side_by_side, to_pil
-from byg_plugin.lora_formats import convert, read_lora
+from byg_plugin.images import frames_of, save_png, side_by_side, to_pil
+from byg_plugin.lora_formats import expert_files, read_lora, read_named
 from byg_plugin.models import make_family
 from byg_plugin.training.config import Config, DatasetConfig, load_config, parse_config
 from byg_plugin.training.device import resolve_device
@@ -93,33 +100,38 @@ class EditPipeline:
         device: str | None = None,
         dtype: str | None = None,
         quantization: str | None = None,
+        **sampler: Any,
     ) -> EditPipeline:
         """Read a LoRA of any of our formats; its metadata supplies family, position ids, guidance, resolution and schedule.
 
+        Wan edits at its native size instead of the resolution that was trained, and its metadata supplies the boundary.
+
         Args:
-            lora: the .safetensors file.
+            lora: the .safetensors file; of two experts either one, or their common name.
             model: diffusers folder or hub id of the base (or give `config`).
             config: a training configuration: its `[model]`, buckets and `[sample]` steps are used.
             strength: scale of the LoRA; 1 = as trained, 0 = the base with source tokens.
             guidance: instead of the metadata's.
             resolution: instead of the metadata's; about resolution x resolution pixels.
             device, dtype, quantization: as in `[model]`, instead of the configuration's.
+            sampler: keys of `[sample]`: solver, cfg_high_noise, cfg_low_noise, negative.
 
         Raises:
             ValueError: the file or a value is unusable.
         """
-        tensors, metadata = read_lora(lora)
+        _, metadata = read_lora(next(iter(expert_files(lora).values())))
         try:
             section = {"path": model, "device": device, "dtype": dtype, "quantization": quantization}
             raw = _from_metadata(metadata, config, {key: value for key, value in section.items() if value is not None})
-            tensors = convert(tensors, "diffusers")
-            raw["lora"] = _lora_section(tensors)
+            tensors, _ = read_named(lora, metadata["byg.family"])
+            raw["lora"] = _lora_section(tensors, metadata)
         except ValueError as error:
             raise ValueError(f"{lora}: {error}") from error
         if guidance is not None:
             raw["conditioning"]["guidance"] = guidance
         if resolution is not None:
             raw["dataset"]["resolution"] = resolution
+        raw["sample"] |= {key: value for key, value in sampler.items() if value is not None}
         return cls(parse_config(raw, origin="edit"), tensors, strength=strength)
 
     def __call__(
@@ -156,25 +168,72 @@ class EditPipeline:
         for seed in seeds:
             if not 0 <= seed <= _MAX_SEED:
                 raise ValueError(f"seed = {seed} is out of range: 0 to {_MAX_SEED}")
-        self.encode(instructions)
-        self._load()
         pictures = [self._prepare(source) for source in sources]
         if len({picture.size for picture in pictures}) > 1:
             raise ValueError(f"images of one batch need one size, got {sorted({p.size for p in pictures})}; use a batch of 1")
-        pixels = torch.stack([to_tensor(picture) for picture in pictures]).unsqueeze(2).to(self.device)
-        latents = self.family.encode_pixels(self._vae, pixels)
-        text = {
-            name: torch.stack([self._texts[instruction][name] for instruction in instructions]).to(self.device)
-            for name in self._texts[instructions[0]]
-        }
+        pixels = torch.stack([to_tensor(picture) for picture in pictures]).unsqueeze(2)
+        decoded = self._edit(pixels, instructions, steps=steps, schedule=schedule, seeds=seeds, on_step=on_step)
+        return [(picture, to_pil(edit[:, 0])) for picture, edit in zip(pictures, decoded, strict=True)]
+
+    @torch.no_grad()
+    def clip(
+        self,
+        source: str | Path,
+        instruction: str,
+        *,
+        frames: int | None = None,
+        steps: int | None = None,
+        schedule: str | None = None,
+        seed: int = 0,
+        on_step: Any = None,
+    ) -> tuple[list[Image.Image], list[Image.Image], float]:
+        """A clip's frames as the model saw them, their edits, and the frames a second of both, which are the source's.
+
+        Args:
+            source: the clip.
+            instruction: what to change.
+            frames: how many from its beginning, rounded down to 4n + 1; default: the most up to 81.
+            steps, schedule, seed, on_step: as in `batch`.
+
+        Raises:
+            ValueError: the family edits images alone, or the clip is unreadable or shorter than `frames`.
+        """
+        if not 0 <= seed <= _MAX_SEED:
+            raise ValueError(f"seed = {seed} is out of range: 0 to {_MAX_SEED}")
+        pictures, fps = self._prepare_clip(Path(source), frames)
+        pixels = torch.stack([to_tensor(picture) for picture in pictures], dim=1)[None]
+        decoded = self._edit(pixels, [instruction], steps=steps, schedule=schedule, seeds=[seed], on_step=on_step)
+        return pictures, frames_of(decoded[0]), fps
+
+    def _edit(
+        self, pixels: Tensor, instructions: Sequence[str], *, steps: int | None, schedule: str | None, seeds: Sequence[int], on_step: Any
+    ) -> Tensor:
+        """Pixels (B, 3, F, H, W) in [-1, 1] -> their edits."""
+        negative = self.config.negative
+        self.encode(instructions)
+        if negative is not None and negative not in self._texts:
+            self._encode_apart([negative])  # an empty one is allowed
+        self._load()
+        latents = self.family.encode_pixels(self._vae, pixels.to(self.device))
         # One noise a seed, whatever the batch: a picture does not depend on its neighbours.
         noise = torch.cat([sampling.seeded_noise((1, *latents.shape[1:]), seed, self.device) for seed in seeds])
-        sample = self.config.sample
-        nodes = sampling.sampling_nodes(self.family, steps or sample.steps, schedule or sample.schedule, tuple(latents.shape))
         with self._host.live() as velocity:
-            edits = sampling.sample(velocity, noise, text, latents, nodes, on_step)
-        decoded = self.family.decode_latents(self._vae, edits)
-        return [(picture, to_pil(edit[:, 0])) for picture, edit in zip(pictures, decoded, strict=True)]
+            edits = sampling.sample_as_configured(
+                self.config,
+                self.family,
+                velocity,
+                noise,
+                self._text_batch(instructions),
+                latents,
+                steps=steps or self.config.sample.steps,
+                schedule=schedule or self.config.sample.schedule,
+                negative=None if negative is None else self._text_batch([negative]),
+                on_step=on_step,
+            )
+        return self.family.decode_latents(self._vae, edits)
+
+    def _text_batch(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        return {name: torch.stack([self._texts[text][name] for text in texts]).to(self.device) for name in self._texts[texts[0]]}
 
     @torch.no_grad()
     def encode(self, texts: Iterable[str]) -> None:
@@ -184,8 +243,12 @@ class EditPipeline:
         if empty:
             raise ValueError("the instruction is empty: say what to change")
         if new:
-            with self._network_aside():
-                self._encode_new(new)
+            self._encode_apart(new)
+
+    def _encode_apart(self, texts: Sequence[str]) -> None:
+        """Encoders and network by turns: a card that holds one of them need not hold both."""
+        with nullcontext() if self._host is None else self._host.off_device():
+            self._encode_new(texts)
 
     def _encode_new(self, texts: Sequence[str]) -> None:
         # On its own: the encoders must be gone before the network is back.
@@ -193,23 +256,21 @@ class EditPipeline:
         for text in texts:
             self._texts[text] = {name: value[0] for name, value in self.family.encode_texts(encoders, [text]).items()}
 
-    @contextmanager
-    def _network_aside(self) -> Iterator[None]:
-        """A loaded network is on the CPU: a card that holds the network or the encoders need not hold both."""
-        # bitsandbytes' weights do not come back from the CPU as they were.
-        stays = self._host is None or self.device.type != "cuda" or self.config.model.quantization in ("int8", "nf4")
-        networks = [] if stays else list(self._host.networks.values())
-        try:
-            for network in networks:
-                network.to("cpu")
-            yield
-        finally:
-            for network in networks:
-                network.to(self.device)
-
     def prepare_size(self, source: str | Path | Image.Image) -> tuple[int, int]:
         """(width, height) of the edit of a source."""
+        if isinstance(source, str | Path) and is_clip(Path(source)):
+            return bucket_for(clip_info(Path(source)).size, self.config.dataset, self.family.pixel_multiple())
         return self._prepare(source).size
+
+    def _prepare_clip(self, source: Path, frames: int | None) -> tuple[list[Image.Image], float]:
+        if self.family.clip_frames(_MOST_FRAMES) == 1:
+            raise ValueError(f"{source}: a clip, and {self.family.name} edits images")
+        clip = clip_info(source)
+        if frames is not None and frames > clip.frames:
+            raise ValueError(f"{source}: has {clip.frames} frames, {frames} are asked for")
+        count = self.family.clip_frames(min(clip.frames, _MOST_FRAMES) if frames is None else frames)
+        bucket = bucket_for(clip.size, self.config.dataset, self.family.pixel_multiple())
+        return [crop_to_bucket(frame, bucket) for frame in read_clip(source, count)], clip.fps
 
     def _prepare(self, source: str | Path | Image.Image) -> Image.Image:
         image = to_rgb(ImageOps.exif_transpose(source)) if isinstance(source, Image.Image) else load_image(Path(source))
@@ -227,6 +288,7 @@ class EditPipeline:
             self._host, self._vae = host, vae
 
 
+_MOST_FRAMES = 81  # of Wan's own training; longer clips are edited where `frames` asks for it
 _NEEDED = ("byg.family", "byg.position", "byg.guidance", "byg.max_text_tokens", "byg.resolution")
 
 
@@ -241,8 +303,10 @@ def _from_metadata(metadata: Mapping[str, str], config: Config | None, model: Ma
             f"how its source tokens are placed is unknown"
         )
     family = metadata["byg.family"]
+    if family not in families.POSITIONS:
+        raise ValueError(f"the LoRA was trained for {family!r}, which is unknown here; known: {', '.join(families.POSITIONS)}")
     if config is None:
-        section, expected = {}, "flux"
+        section, expected = {"family": family}, family
         raw: dict[str, Any] = {"dataset": {"tuples": "", "cache_dir": ""}, "output": {"dir": "."}}
         raw["sample"] = {}
     else:
@@ -253,7 +317,7 @@ def _from_metadata(metadata: Mapping[str, str], config: Config | None, model: Ma
     if family != expected:
         raise ValueError(f"the LoRA was trained for {family!r}, the base model is {expected!r}")
     if "path" in model:
-        section |= {"transformer": None, "vae": None, "t5": None, "clip": None}
+        section |= {"transformer": None, "transformer_2": None, "vae": None, "t5": None, "clip": None}
     raw["model"] = section | model | {"gradient_checkpointing": False}
     try:
         raw["conditioning"] = {
@@ -262,26 +326,33 @@ def _from_metadata(metadata: Mapping[str, str], config: Config | None, model: Ma
             "max_text_tokens": int(metadata["byg.max_text_tokens"]),
         }
         raw["dataset"]["resolution"] = int(metadata["byg.resolution"])
+        if "byg.boundary" in metadata:
+            raw["model"]["boundary"] = float(metadata["byg.boundary"])
     except ValueError as error:
         raise ValueError(f"the LoRA's metadata is damaged: {error}") from error
+    if family in families.WAN:
+        raw["dataset"] |= {"resolution": families.WAN[family].native, "bucket_step": 32}
     raw["objective"] = {"ema_decay": 0.0}
     in_float32 = raw["model"].get("dtype") == "float32"
     raw["train"] = {"steps": 1, "mixed_precision": config.train.mixed_precision if config else "no" if in_float32 else "bf16"}
     return raw
 
 
-def _lora_section(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The `[lora]` section that fits a file's tensors."""
+def _lora_section(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The `[lora]` section that fits the tensors of a file or a pair."""
     ranks = {tensor.shape[0] for name, tensor in tensors.items() if name.endswith(".lora_A.weight")}
     if len(ranks) != 1:
         raise ValueError(f"the LoRA mixes ranks {sorted(ranks)}; LoRAs of byg_plugin have one")
     modules = sorted({name.partition(".")[2].rpartition(".lora_")[0] for name in tensors})
-    return {"rank": ranks.pop(), "targets": "|".join(re.escape(module) for module in modules)}
+    shared = families.has_experts(metadata["byg.family"]) and len({name.partition(".")[0] for name in tensors}) == 1
+    experts = {"experts": "shared"} if shared else {}
+    return {"rank": ranks.pop(), "targets": "|".join(re.escape(module) for module in modules), **experts}
 
 
 def _files(out: Path, job: Job) -> tuple[Path, Path]:
     """The edit and its side-by-side."""
-    return out / f"{job.name}.png", out / f"{job.name}_side_by_side.png"
+    suffix = ".mp4" if is_clip(job.source) else ".png"
+    return out / f"{job.name}{suffix}", out / f"{job.name}_side_by_side{suffix}"
 
 
 def _check_out(out: Path, jobs: Sequence[Job]) -> None:
@@ -327,9 +398,9 @@ def jobs_of(args: argparse.Namespace, config: Config | None = None) -> list[Job]
         raise ValueError("give --source IMAGE_OR_FOLDER and --instruction TEXT, or --tuples FILE")
     source = Path(args.source)
     if source.is_dir():
-        images = sorted(path for path in source.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+        images = sorted(path for path in source.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES or is_clip(path))
         if not images:
-            raise ValueError(f"--source {source}: no image in this folder ({', '.join(sorted(IMAGE_SUFFIXES))})")
+            raise ValueError(f"--source {source}: no image or clip in this folder ({', '.join(sorted({*IMAGE_SUFFIXES, *CLIP_SUFFIXES}))})")
         return [Job(source=path, instruction=args.instruction, name=path.stem) for path in images]
     if not source.is_file():
         raise ValueError(f"--source {source}: no such file or folder")
@@ -340,7 +411,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _cli.common_parser(__doc__ or "", config_required=False)
     parser.add_argument("--model", help="base model: diffusers folder or hub id (instead of the one in --config)")
     parser.add_argument("--lora", required=True, help="LoRA file (.safetensors)")
-    parser.add_argument("--source", help="image, or folder of images")
+    parser.add_argument("--source", help="image or clip, or folder of them")
     parser.add_argument("--instruction", help="what to change")
     parser.add_argument(
         "--tuples",
@@ -348,7 +419,11 @@ def _parser() -> argparse.ArgumentParser:
         "or the file's folder",
     )
     parser.add_argument("--out", default="edits", help="folder of the results (default: edits)")
-    parser.add_argument("--steps", type=positive_whole_number, help="Euler steps (default: sample.steps of --config, or 20)")
+    parser.add_argument(
+        "--steps",
+        type=positive_whole_number,
+        help="steps of the sampler (default: sample.steps of --config, or 20; Wan: the published 40 or 50)",
+    )
     parser.add_argument(
         "--schedule",
         choices=["uniform", "shifted"],
@@ -357,6 +432,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--seed", type=seed_number, default=0, help="seed of the noise, 0 to 2^63 - 1 (default 0; image i, counted from 0, uses seed + i)"
     )
+    parser.add_argument("--frames", type=positive_whole_number, help="frames of a clip (default: the most up to 81; rounded to 4n + 1)")
+    parser.add_argument("--solver", choices=["auto", "euler", "unipc"], help="default: the configuration's, or auto (Wan: unipc)")
+    parser.add_argument(
+        "--cfg-high", type=finite_number, help="Wan: guidance scale of the (high-noise) expert, 1 = none (default: published)"
+    )
+    parser.add_argument("--cfg-low", type=finite_number, help="Wan: guidance scale of the low-noise expert (default: published)")
+    parser.add_argument("--negative", help="Wan: text that guidance leads away from (default: published)")
     parser.add_argument("--guidance", type=finite_number, help="guidance embedding (default: the LoRA's)")
     parser.add_argument("--strength", type=finite_number, default=1.0, help="scale of the LoRA (default 1 = as trained)")
     parser.add_argument("--resolution", type=positive_whole_number, help="about resolution x resolution pixels (default: the LoRA's)")
@@ -426,11 +508,16 @@ def main() -> None:
         device=args.device,
         dtype=args.dtype,
         quantization=args.quantization,
+        solver=args.solver,
+        cfg_high_noise=args.cfg_high,
+        cfg_low_noise=args.cfg_low,
+        negative=args.negative,
     )
     # All texts first: then the encoders leave for good. Sizes too: an unreadable image stops before the long work.
     sized = [(pipe.prepare_size(job.source), index, job) for index, job in enumerate(jobs)]
     for bucket, _, job in sized:
-        _tell_cut(job.source, image_size(job.source), bucket, pipe.config.dataset)
+        size = clip_info(job.source).size if is_clip(job.source) else image_size(job.source)
+        _tell_cut(job.source, size, bucket, pipe.config.dataset)
     pipe.encode([job.instruction for job in jobs])
     settings = {
         "lora": Path(args.lora).name,
@@ -439,8 +526,24 @@ def main() -> None:
         "guidance": pipe.config.conditioning.guidance,
         "strength": args.strength,
     }
+    if pipe.config.model.family in families.WAN:
+        settings |= {"cfg_high_noise": pipe.config.cfg_at(True), "cfg_low_noise": pipe.config.cfg_at(False)}
     with tqdm(total=len(jobs) * settings["steps"], desc="edit", unit="step") as bar:
-        for group in _batches(sorted(sized, key=lambda item: item[:2]), args.batch_size):
+        for bucket, index, job in (item for item in sized if is_clip(item[2].source)):
+            steps = partial(bar.update, 1)
+            source, edit, fps = pipe.clip(
+                job.source,
+                job.instruction,
+                frames=args.frames,
+                steps=args.steps,
+                schedule=args.schedule,
+                seed=args.seed + index,
+                on_step=steps,
+            )
+            size = [*bucket, len(edit)]
+            _save_clip(out, job, source, edit, fps, settings | {"instruction": job.instruction, "seed": args.seed + index, "size": size})
+        images = [item for item in sized if not is_clip(item[2].source)]
+        for group in _batches(sorted(images, key=lambda item: item[:2]), args.batch_size):
             pairs = pipe.batch(
                 [job.source for _, _, job in group],
                 [job.instruction for _, _, job in group],
@@ -458,6 +561,17 @@ def main() -> None:
                 except OSError as error:
                     raise ValueError(f"--out {out}: cannot write {job.name}: {error.strerror}; earlier edits are there") from error
     print(f"{len(jobs)} edits in {out}")
+
+
+def _save_clip(
+    out: Path, job: Job, source: Sequence[Image.Image], edit: Sequence[Image.Image], fps: float, settings: Mapping[str, Any]
+) -> None:
+    edit_file, pair_file = _files(out, job)
+    try:
+        write_clip(edit_file, edit, fps, settings)
+        write_clip(pair_file, [side_by_side(*pair) for pair in zip(source, edit, strict=True)], fps, settings)
+    except OSError as error:
+        raise ValueError(f"--out {out}: cannot write {job.name}: {error.strerror}; earlier edits are there") from error
 
 
 def _batches(items: Sequence[tuple[tuple[int, int], int, Job]], size: int) -> Iterator[list[tuple[tuple[int, int], int, Job]]]:

@@ -15,6 +15,7 @@ class WanSpec:
         steps: of the published sampler (UniPC).
         guidance: classifier-free guidance at high and at low noise.
         fps: frames a second of its clips.
+        native: side of the square with as many pixels as its native size, 832 x 480 (5B: 1280 x 704).
     """
 
     boundary: float | None = None
@@ -22,13 +23,14 @@ class WanSpec:
     steps: int
     guidance: tuple[float, float]
     fps: int
+    native: int = 632
 
 
 WAN = {
     "wan2.2-t2v-a14b": WanSpec(boundary=0.875, shift=12.0, steps=40, guidance=(4.0, 3.0), fps=16),
     "wan2.1-t2v-14b": WanSpec(shift=5.0, steps=50, guidance=(5.0, 5.0), fps=16),
     "wan2.1-t2v-1.3b": WanSpec(shift=8.0, steps=50, guidance=(6.0, 6.0), fps=16),
-    "wan2.2-ti2v-5b": WanSpec(shift=5.0, steps=50, guidance=(5.0, 5.0), fps=24),
+    "wan2.2-ti2v-5b": WanSpec(shift=5.0, steps=50, guidance=(5.0, 5.0), fps=24, native=950),
 }
 # The negative prompt that Wan's own pipelines use where none is given.
 WAN_NEGATIVE = (

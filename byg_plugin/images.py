@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,24 @@ def side_by_side(*images: Image.Image, gap: int = 4) -> Image.Image:
     for image in images:
         sheet.paste(image, (left, 0))
         left += image.width + gap
+    return sheet
+
+
+def frames_of(pixels: Tensor) -> list[Image.Image]:
+    """(3, F, H, W) in [-1, 1] -> F images."""
+    return [to_pil(pixels[:, index]) for index in range(pixels.shape[1])]
+
+
+def strip(clips: Sequence[Sequence[Image.Image]], shown: int = 5, gap: int = 4) -> Image.Image:
+    """Clips of one size and length as rows, of each the first, the last and evenly spaced frames between."""
+    count = len(clips[0])
+    picked = sorted({round(k * (count - 1) / max(1, min(shown, count) - 1)) for k in range(min(shown, count))})
+    rows = [side_by_side(*(clip[index] for index in picked), gap=gap) for clip in clips]
+    sheet = Image.new("RGB", (rows[0].width, sum(row.height for row in rows) + gap * (len(rows) - 1)), "white")
+    top = 0
+    for row in rows:
+        sheet.paste(row, (0, top))
+        top += row.height + gap
     return sheet
 
 

@@ -1,8 +1,9 @@
-"""Euler sampling of an edit: the one sampler of previews and `edit.py`."""
+"""Sampling of an edit, by Euler or the family's own solver, with or without guidance: for previews and `edit.py`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -10,6 +11,9 @@ from torch import Tensor
 from byg_plugin import flow, timesteps
 from byg_plugin.models.base import Family, Text
 from byg_plugin.objectives.base import Velocity
+
+if TYPE_CHECKING:
+    from byg_plugin.training.config import Config
 
 
 def sampling_nodes(family: Family, steps: int, schedule: str, latent_shape: tuple[int, ...]) -> Tensor:
@@ -44,6 +48,64 @@ def sample(
         if on_step is not None:
             on_step()
     return x
+
+
+@torch.no_grad()
+def sample_as_configured(
+    config: Config,
+    family: Family,
+    velocity: Velocity,
+    noise: Tensor,
+    text: Text,
+    source: Tensor,
+    *,
+    steps: int,
+    schedule: str,
+    negative: Text | None = None,
+    on_step: Callable[[], None] | None = None,
+) -> Tensor:
+    """An edit by the sampler of `[sample]`: the family's own solver unless it says Euler.
+
+    Args:
+        config: of `[sample]`: solver and guidance.
+        family: whose solver, schedule and boundary.
+        velocity: the field without guidance.
+        noise: (B, C, F, H, W), the starting point.
+        text: encoded instructions of B.
+        source: source latents like noise.
+        steps: of the sampler.
+        schedule: `uniform` or `shifted`.
+        negative: the encoded negative text (one or B); None: no guidance.
+        on_step: called after every step.
+    """
+    if negative is not None:
+        velocity = guided(config, family, velocity, negative)
+    solver = None if config.sample.solver == "euler" else family.solver(steps, schedule)
+    if solver is None:
+        return sample(velocity, noise, text, source, sampling_nodes(family, steps, schedule, tuple(noise.shape)), on_step)
+    x = noise
+    for index, time in enumerate(solver.times.tolist()):
+        t = torch.full((len(x),), time, device=x.device)
+        x = solver.step(index, velocity(x, t, text, source), x)
+        if on_step is not None:
+            on_step()
+    return x
+
+
+def guided(config: Config, family: Family, velocity: Velocity, negative: Text) -> Velocity:
+    """Classifier-free guidance with each expert's own scale; the source tokens are in both branches."""
+
+    def field(noisy: Tensor, t: Tensor, text: Text, source: Tensor | None) -> Tensor:
+        assert bool((t == t[0]).all()), "a sampler gives all samples one t"
+        scale = config.cfg_at(family.boundary is None or bool(timesteps.is_high(t[:1], family.boundary)))
+        v = velocity(noisy, t, text, source)
+        if scale == 1.0:
+            return v
+        against = {name: value.expand(len(noisy), *value.shape[1:]) for name, value in negative.items()}
+        v_negative = velocity(noisy, t, against, source)
+        return v_negative + scale * (v - v_negative)
+
+    return field
 
 
 def seeded_noise(shape: tuple[int, ...], seed: int, device: torch.device) -> Tensor:

@@ -44,6 +44,9 @@ class FakeFamily:
     def pixel_multiple(self) -> int:
         return self.multiple
 
+    def clip_frames(self, frames: int) -> int:
+        return 1
+
     def load_vae(self, device: torch.device) -> nn.Module:
         self.loaded.append("vae")
         return nn.Identity()

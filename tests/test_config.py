@@ -10,6 +10,7 @@ from typing import Any
 import pydantic
 import pytest
 
+from byg_plugin.data.buckets import bucket_for
 from byg_plugin.training.config import Config, load_config, parse_config, reference
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -425,3 +426,80 @@ def test_the_kontext_recipe_differs_in_the_positions():
     assert (kontext.objective, kontext.lora) == (plain.objective, plain.lora)
     outputs = {"output": plain.output, "dataset": plain.dataset, "conditioning": plain.conditioning}
     assert kontext.model_copy(update=outputs) == plain
+
+
+def test_the_video_recipe_is_the_papers():
+    config = load_config(CONFIGS / "wan22_video.toml")
+    objective, train = config.objective, config.train
+    assert (config.model.family, config.lora.rank, train.lr, train.steps, train.global_batch_size) == ("wan2.2-t2v-a14b", 64, 1e-4, 750, 8)
+    assert (objective.t_distribution, objective.t_shift, objective.ema_decay, objective.identity_probability) == (
+        "logit_normal",
+        12.0,
+        0.0,
+        0.1,
+    )
+    assert config.conditioning.position == "same" and config.dataset.frames == 81
+    # 320 x 576 is a bucket, and the one of 16:9.
+    assert bucket_for((1280, 720), config.dataset, 16) == (576, 320)
+    assert bucket_for((448, 256), load_config(CONFIGS / "wan22_video_24gb.toml").dataset, 16) == (448, 256)
+    assert bucket_for((1280, 720), load_config(CONFIGS / "wan22_5b.toml").dataset, 32) == (832, 480)
+
+
+# --- families ---
+
+
+def wan(**sections):
+    raw = {
+        "model": {"family": "wan2.2-t2v-a14b", "path": "x"},
+        "dataset": {"tuples": "x", "cache_dir": "x"},
+        "train": {"steps": 1},
+        "output": {"dir": "x"},
+    }
+    for name, values in sections.items():
+        raw.setdefault(name, {}).update(values)
+    return parse_config(raw)
+
+
+def test_video_has_its_own_defaults_and_a_named_key_wins():
+    config = wan()
+    assert (config.objective.t_shift, config.objective.rollout_schedule, config.objective.identity_probability) == (12.0, "shifted", 0.1)
+    assert (config.dataset.frames, config.fps, config.sample.steps) == (81, 16, 40)
+    assert (config.cfg_at(True), config.cfg_at(False)) == (4.0, 3.0) and "三条腿" in config.negative
+    named = wan(objective={"t_shift": 1.0}, dataset={"frames": 5, "fps": 8.0}, sample={"cfg_low_noise": 1.0, "negative": ""})
+    assert (named.objective.t_shift, named.objective.t_distribution, named.dataset.frames, named.fps) == (1.0, "logit_normal", 5, 8.0)
+    assert (named.cfg_at(True), named.cfg_at(False), named.negative) == (4.0, 1.0, "")
+    assert wan(sample={"cfg_high_noise": 1.0, "cfg_low_noise": 1.0}).negative is None
+    assert wan(model={"family": "wan2.2-ti2v-5b"}).fps == 24
+    image = load_config(CONFIGS / "flux_image.toml")
+    assert (image.dataset.frames, image.fps, image.negative, image.cfg_at(True)) == (1, None, None, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"model": {"boundary": 1.0}}, "model.boundary = 1.0"),
+        ({"model": {"boundary": 0.0}}, "model.boundary = 0.0"),
+        ({"objective": {"t_shift": 0.0}}, "objective.t_shift = 0.0"),
+        ({"objective": {"t_shift": -1.0}}, "objective.t_shift = -1.0"),
+        ({"lora": {"experts": "low_noise"}}, "lora.experts = 'low_noise' trains one expert alone, but a rollout .* give lora.other_expert"),
+        ({"lora": {"other_expert": "x.safetensors"}}, "lora.other_expert is for"),
+        ({"model": {"offload_inactive_expert": True, "quantization": "nf4"}}, "cannot move weights stored as nf4"),
+        ({"model": {"offload_inactive_expert": True}, "objective": {"rollout_weights": "merged"}}, "rollout_weights = 'merged'"),
+        ({"model": {"family": "wan2.1-t2v-14b", "boundary": 0.5}}, "model.boundary is for families of two experts"),
+        ({"model": {"family": "wan2.1-t2v-14b", "transformer_2": "x"}}, "model.transformer_2 is for families of two experts"),
+        ({"model": {"family": "wan2.1-t2v-14b"}, "lora": {"experts": "shared"}}, "wan2.1-t2v-14b has one network"),
+        ({"model": {"clip": "x"}}, "model.clip: .* no CLIP"),
+        (
+            {"conditioning": {"position": "kontext"}},
+            "conditioning.position = 'kontext' is not for wan2.2-t2v-a14b: one of 'same', 'bernini'",
+        ),
+        ({"model": {"family": "flux"}, "conditioning": {"position": "bernini"}}, "'bernini' is not for flux"),
+        ({"model": {"family": "flux"}, "sample": {"solver": "unipc"}}, "are Wan's"),
+        ({"model": {"family": "flux"}, "dataset": {"frames": 5}}, "dataset.frames = 5: flux takes images"),
+        ({"dataset": {"frames": 9, "min_frames": 13}}, "dataset.min_frames = 13 is above dataset.frames = 9"),
+        ({"dataset": {"frames": 0}}, "dataset.frames = 0"),
+    ],
+)
+def test_impossible_video_options_are_refused(sections, message):
+    with pytest.raises(ValueError, match=message):
+        wan(**sections)

@@ -115,3 +115,49 @@ def test_a_t_on_a_node_changes_nothing():
 def test_a_rollout_of_less_than_two_steps_is_refused(nodes):
     with pytest.raises(ValueError, match="at least 2 steps"):
         timesteps.nodes_through(nodes, torch.tensor([0.5]))
+
+
+# --- two experts ---
+
+LAWS = [
+    {"distribution": "logit_normal", "s": 12.0},
+    {"distribution": "uniform", "s": 3.0},
+    {"distribution": "logit_normal", "s": 5.0, "t_min": 0.1, "t_max": 0.95},
+]
+
+
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("boundary", [0.875, 0.5])
+def test_probability_of_a_side_is_what_many_draws_show(law: dict, boundary: float):
+    probability = timesteps.probability_above(boundary, **law)
+    drawn = timesteps.sample_t(200_000, torch.Generator().manual_seed(0), **law)
+    assert (drawn >= boundary).float().mean().item() == pytest.approx(probability, abs=4e-3)
+    assert 0.05 < probability < 0.98
+
+
+def test_the_papers_share_of_the_high_noise_expert():
+    # logit(t / (t + (1 - t) 12)) at t = 0.875 is log(7 / 12): P(z >= -0.539).
+    assert timesteps.probability_above(0.875, distribution="logit_normal", s=12.0) == pytest.approx(0.70505, abs=1e-4)
+    assert timesteps.probability_above(0.2) == pytest.approx(0.8)
+    assert timesteps.probability_above(0.2, t_min=0.5) == 1.0 and timesteps.probability_above(0.9, t_max=0.5) == 0.0
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_side_first_and_then_t_has_the_same_law(law: dict):
+    """A Kolmogorov-Smirnov distance against the plain draw, and every t on its side."""
+    rng, boundary, count = torch.Generator().manual_seed(1), 0.875, 100_000
+    above = round(count * timesteps.probability_above(boundary, **law))
+    high = timesteps.sample_t_beside(above, rng, boundary, True, **law)
+    low = timesteps.sample_t_beside(count - above, rng, boundary, False, **law)
+    assert timesteps.is_high(high, boundary).all() and not timesteps.is_high(low, boundary).any()
+    assert high.dtype == torch.float32 and high.max() <= law.get("t_max", 1.0) and low.min() >= law.get("t_min", 0.0)
+    mixed, plain = torch.cat([low, high]).sort().values, timesteps.sample_t(count, rng, **law).sort().values
+    grid = torch.linspace(0, 1, 999)
+    distance = (torch.searchsorted(mixed, grid) - torch.searchsorted(plain, grid)).abs().max().item() / count
+    assert distance < 1.63 * (2 / count) ** 0.5  # the 1 % level
+
+
+def test_the_boundary_itself_is_high_in_every_precision():
+    for boundary in (0.875, 0.9, 1 / 3):
+        t = torch.tensor([boundary], dtype=torch.float32)
+        assert timesteps.is_high(t, boundary).all() and not timesteps.is_high(torch.nextafter(t, torch.zeros(1)), boundary).any()

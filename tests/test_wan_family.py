@@ -257,7 +257,7 @@ def test_unipc_with_both_experts_is_diffusers_own_pipeline(tmp_path: Path):
     text, x = wan_texts(1, 9), wan_latents(1, 1)
     options = {"height": 32, "width": 48, "num_frames": 5, "num_inference_steps": 8, "guidance_scale": 1.0, "output_type": "latent"}
     theirs = pipe(prompt_embeds=text["umt5"], latents=x.clone(), **options).frames
-    networks, solver = family.load_transformers(torch.float32), family.solver(8)
+    networks, solver = family.load_transformers(torch.float32), family.solver(8, "shifted")
     used = []
     for index, t in enumerate(solver.times):
         expert = family.expert_of(t[None])

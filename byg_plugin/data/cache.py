@@ -6,7 +6,8 @@ again; an entry is never wrong, only absent. Entries are written beside and rena
 
     <cache_dir>/latents/<key>.safetensors   {"latents": (C, F, H, W) float32}
     <cache_dir>/texts/<key>.safetensors     the family's named tensors without batch, in the encoder's dtype
-    <cache_dir>/files.json                  content hash and size of each image by path, size and time of change
+    <cache_dir>/files.json                  content hash and size of each image or clip by path, size and time of change
+    <cache_dir>/lost.json                   why a source could not be encoded, by key
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,7 +30,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from byg_plugin.data import buckets, media
+from byg_plugin.data import buckets, clips, media
 from byg_plugin.data.tuples import TEXTS, EditTuple
 from byg_plugin.models.base import Family
 from byg_plugin.training.config import Config
@@ -142,7 +143,8 @@ class ImageFiles:
             return cls(path)
         if not isinstance(known, dict):
             return cls(path)
-        return cls(path, {name: entry for name, entry in known.items() if isinstance(entry, list) and len(entry) == 5})
+        # A clip has two more: frames and seconds.
+        return cls(path, {name: entry for name, entry in known.items() if isinstance(entry, list) and len(entry) in (5, 7)})
 
     def look(self, image: Path) -> tuple[str, buckets.Size]:
         """(content hash, (width, height)) of an image.
@@ -155,6 +157,16 @@ class ImageFiles:
             self.seen[name] = self._look(image, name)
         return self.seen[name]
 
+    def clip(self, path: Path) -> clips.Clip:
+        """Size and length of a clip.
+
+        Raises:
+            ValueError: it cannot be read.
+        """
+        _, size = self.look(path)
+        frames, seconds = self.known[str(path.absolute())][5:]
+        return clips.Clip(size=size, frames=frames, seconds=seconds)
+
     def _look(self, image: Path, name: str) -> tuple[str, buckets.Size]:
         try:
             stat = image.stat()
@@ -162,12 +174,17 @@ class ImageFiles:
             if remembered and remembered[:2] == [stat.st_size, stat.st_mtime_ns]:
                 return remembered[2], (remembered[3], remembered[4])
             settled = time.time_ns() - stat.st_mtime_ns > _SETTLED_NS
-            width, height = media.image_size(image)
+            length: list[float] = []
+            if clips.is_clip(image):
+                clip = clips.clip_info(image)
+                (width, height), length = clip.size, [clip.frames, clip.seconds]
+            else:
+                width, height = media.image_size(image)
             with open(image, "rb") as file:
                 digest = _file_digest(file)
         except OSError as error:
             raise ValueError(f"{image}: {error.strerror}; replace it or remove its tuples") from error
-        self.known[name] = [stat.st_size, stat.st_mtime_ns if settled else -1, digest, width, height]
+        self.known[name] = [stat.st_size, stat.st_mtime_ns if settled else -1, digest, width, height, *length]
         return digest, (width, height)
 
     def changed(self, image: Path) -> bool:
@@ -193,7 +210,7 @@ def _file_digest(file: Any) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """One image to encode: the file, its bucket and its key."""
+    """One image or clip to encode: the file, its bucket and its key."""
 
     file: Path
     bucket: buckets.Size
@@ -202,6 +219,10 @@ class Picture:
     key: str
     small: bool
     """Too small for a bucket of the asked resolution."""
+    frames: int = 1
+    """Of a clip; an image is a clip of one."""
+    fps: float | None = None
+    """Frames a second that a clip is read at; None: as it is."""
 
 
 class Keys:
@@ -234,7 +255,32 @@ class Keys:
         except ValueError as error:
             raise ValueError(f"{item.source}: {error}") from error
         small = buckets.is_below_resolution(bucket, self.config.dataset, self._multiple)
-        return Picture(file=item.source, bucket=bucket, frame=size, key=self._latent_key(digest, bucket), small=small)
+        frames, fps = self._length(item.source)
+        key = self._latent_key(digest, bucket, *_timing(frames, fps))
+        return Picture(file=item.source, bucket=bucket, frame=size, key=key, small=small, frames=frames, fps=fps)
+
+    def _length(self, path: Path) -> tuple[int, float | None]:
+        """(frames, frames a second) that a source is read with.
+
+        Raises:
+            ValueError: a clip is too short, or the family takes none.
+        """
+        if not clips.is_clip(path):
+            return 1, None
+        dataset, fps = self.config.dataset, self.config.fps
+        most = self.family.clip_frames(dataset.frames)
+        if most == 1 and dataset.frames > 1 or self.family.clip_frames(81) == 1:
+            raise ValueError(f"{path}: a clip, and {self.family.name} takes images; give a Wan family in model.family")
+        clip = self.files.clip(path)
+        there = clip.frames_at(fps)
+        least = self.family.clip_frames(dataset.min_frames or dataset.frames)
+        if there < least:
+            rate = "" if fps is None else f" at {fps:g} frames a second"
+            raise ValueError(
+                f"{path}: too short: {there} frames{rate} ({clip.seconds:.2f} s), {least} are asked for; remove it, or set a lower "
+                f"dataset.frames or dataset.min_frames"
+            )
+        return self.family.clip_frames(min(there, most)), fps
 
     def target(self, item: EditTuple) -> Picture:
         """The target's entry: in the source's bucket, cropped the same way.
@@ -246,6 +292,10 @@ class Keys:
         source = self.source(item)
         _, (width, height) = self.files.look(item.source)
         digest, size = self.files.look(item.target)
+        if clips.is_clip(item.source) != clips.is_clip(item.target):
+            raise ValueError(f"{item.target}: a target is an image where its source is one, and a clip where it is a clip")
+        if clips.is_clip(item.target) and (there := self.files.clip(item.target).frames_at(source.fps)) < source.frames:
+            raise ValueError(f"{item.target}: {there} frames, its source is read with {source.frames}; a target is as long as its source")
         # Half a per cent: what rounding in an image editor makes.
         if abs(size[0] * height - size[1] * width) > 0.005 * size[0] * height + max(width, height):
             raise ValueError(
@@ -259,8 +309,9 @@ class Keys:
                 f"a smaller source or a lower dataset.resolution"
             )
         frame = (width, height)
-        key = self._latent_key(digest, source.bucket, *([f"{width}x{height}"] if size != frame else []))
-        return Picture(file=item.target, bucket=source.bucket, frame=frame, key=key, small=source.small)
+        crop = [f"{width}x{height}"] if size != frame else []
+        key = self._latent_key(digest, source.bucket, *crop, *_timing(source.frames, source.fps))
+        return replace(source, file=item.target, frame=frame, key=key)
 
     def text(self, text: str) -> str:
         """The key of a text's encoding."""
@@ -268,6 +319,11 @@ class Keys:
 
     def _latent_key(self, digest: str, bucket: buckets.Size, *crop: str) -> str:
         return _sha("latent", digest, self._vae, f"{bucket[0]}x{bucket[1]}", *crop, PREPROCESSING)
+
+
+def _timing(frames: int, fps: float | None) -> list[str]:
+    """What a clip's key has beyond an image's. A clip of one frame is its first frame, whatever the rate."""
+    return [f"{frames} frames at {fps}"] if frames > 1 else []
 
 
 def _sha(*parts: str) -> str:
@@ -289,6 +345,11 @@ def texts_of(tuples: Sequence[EditTuple]) -> list[str]:
     return list(dict.fromkeys(getattr(item, role) for item in tuples for role in TEXTS))
 
 
+def texts_beside(config: Config) -> list[str]:
+    """Texts that no tuple has and that previews need: the branch that guidance leads away from."""
+    return [config.negative] if config.sample.every and config.negative is not None else []
+
+
 @dataclass(frozen=True, kw_only=True)
 class Summary:
     """What a caching run did, over all processes."""
@@ -299,6 +360,8 @@ class Summary:
     pruned: int = 0
     cut: tuple[str, ...] = ()
     """Texts encoded in this run that are longer than the family takes."""
+    lost: tuple[str, ...] = ()
+    """Images and clips that cannot be used, with the reason; fewer than dataset.max_lost allows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -348,19 +411,64 @@ def cache_latents(
             pictures.setdefault(picture.key, picture)
     todo = [picture for picture in pictures.values() if not store.has(picture.key)]
     processes.gather([])  # nobody writes before everybody has looked, or the shares would differ
-    todo.sort(key=lambda picture: (picture.bucket, picture.key))
+    todo.sort(key=lambda picture: (picture.bucket, picture.frames, picture.key))
     mine = todo[processes.rank :: processes.world]
-    failed: list[str] = []
+    failed: list[tuple[str, str]] = []
     if mine:
         vae = family.load_vae(device)
-        with tqdm(total=len(mine), desc="encode images", unit="image", disable=processes.rank > 0) as bar:
-            for group in _groups(mine, config.dataset.cache_batch_size, lambda picture: picture.bucket):
+        with tqdm(total=len(mine), desc="encode images and clips", unit="file", disable=processes.rank > 0) as bar:
+            for group in _groups(mine, config.dataset.cache_batch_size, lambda picture: (picture.bucket, picture.frames)):
                 failed += _encode_pictures(family, vae, device, keys.files, store, group)
                 bar.update(len(group))
     failed = processes.gather(failed)
+    if processes.rank == 0:
+        write_lost(config, dict(failed), [key for key in pictures if store.has(key)])
     pruned = store.prune(pictures) if prune and processes.rank == 0 and not failed and not problems else 0
-    _raise_problems([*problems, *failed], len(todo) - len(failed))
-    return Summary(encoded=len(todo), kept=len(pictures) - len(todo), small=sum(p.small for p in pictures.values()), pruned=pruned)
+    every = [*problems, *(reason for _, reason in failed)]
+    _check_lost(config, every, lost_tuples(keys, tuples, dict(failed)), len(tuples), len(todo) - len(failed))
+    kept, small = len(pictures) - len(todo), sum(p.small for p in pictures.values())
+    return Summary(encoded=len(todo) - len(failed), kept=kept, small=small, pruned=pruned, lost=tuple(every))
+
+
+def lost_tuples(keys: Keys, tuples: Sequence[EditTuple], unreadable: Mapping[str, str], *, targets: bool = True) -> dict[int, str]:
+    """Numbers of the tuples that cannot be used, with the reason.
+
+    Args:
+        keys: of the configuration.
+        tuples: all of them.
+        unreadable: reasons by the key of a latent that could not be made.
+        targets: whether targets are needed too.
+    """
+    lost: dict[int, str] = {}
+    for index, item in enumerate(tuples):
+        for look in (keys.source, *([keys.target] if item.target and targets else [])):
+            try:
+                key = look(item).key
+            except ValueError as error:
+                lost.setdefault(index, str(error))
+                continue
+            if key in unreadable:
+                lost.setdefault(index, unreadable[key])
+    return lost
+
+
+def read_lost(config: Config) -> dict[str, str]:
+    """Why latents could not be made, by key; none where nothing was cached yet."""
+    path = Path(config.dataset.cache_dir) / "lost.json"
+    try:
+        lost = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return lost if isinstance(lost, dict) else {}
+
+
+def write_lost(config: Config, lost: Mapping[str, str], made: Iterable[str]) -> None:
+    """Remember `lost` beside what was known, and forget what has been made since."""
+    before = read_lost(config)
+    there = set(made)
+    now = {key: reason for key, reason in {**before, **lost}.items() if key not in there}
+    if now != before:
+        _write(Path(config.dataset.cache_dir) / "lost.json", json.dumps(now).encode())
 
 
 def _look_at_all(files: ImageFiles, tuples: Sequence[EditTuple], processes: Processes) -> None:
@@ -379,28 +487,37 @@ def _look_at_all(files: ImageFiles, tuples: Sequence[EditTuple], processes: Proc
 
 def _encode_pictures(
     family: Family, vae: Any, device: torch.device, files: ImageFiles, store: Store, group: Sequence[Picture]
-) -> list[str]:
-    """Encode pictures of one bucket; returns the problems of those that cannot be read."""
+) -> list[tuple[str, str]]:
+    """Encode pictures of one bucket; returns key and problem of those that cannot be read."""
     problems, good, pixels = [], [], []
     for picture in group:
         try:
-            image = media.load_image(picture.file)
+            frames = _pixels(picture)
             if files.changed(picture.file):  # its key is the old content's: the entry would be wrong for ever
                 raise ValueError(f"{picture.file}: was changed while it was being cached; run the same command again")
         except ValueError as error:
-            problems.append(str(error))
+            problems.append((picture.key, str(error)))
             continue
         good.append(picture)
-        pixels.append(buckets.to_tensor(buckets.crop_to_bucket(image, picture.bucket, picture.frame)))
+        pixels.append(frames)
     if good:
         with _memory_advice(len(good)):
-            latents = family.encode_pixels(vae, torch.stack(pixels).unsqueeze(2).to(device)).float().cpu()
+            latents = family.encode_pixels(vae, torch.stack(pixels).to(device)).float().cpu()
         for picture, latent in zip(good, latents, strict=True):
             if latent.isfinite().all():
                 store.write(picture.key, {"latents": latent})
             else:
-                problems.append(f"{picture.file}: its latents are not finite; is model.vae the right file?")
+                problems.append((picture.key, f"{picture.file}: its latents are not finite; is model.vae the right file?"))
     return problems
+
+
+def _pixels(picture: Picture) -> Tensor:
+    """(3, F, H, W) in [-1, 1]: each frame is cropped as it is decoded, only the result is kept."""
+    if not clips.is_clip(picture.file):
+        images: Iterable[Any] = [media.load_image(picture.file)]
+    else:
+        images = clips.read_clip(picture.file, picture.frames, picture.fps)
+    return torch.stack([buckets.to_tensor(buckets.crop_to_bucket(image, picture.bucket, picture.frame)) for image in images], dim=1)
 
 
 def cache_texts(
@@ -419,7 +536,7 @@ def cache_texts(
     """
     processes = processes or Processes()
     keys, store = Keys(config, family), text_store(config)
-    by_key = {keys.text(text): text for text in texts_of(tuples)}
+    by_key = {keys.text(text): text for text in [*texts_of(tuples), *texts_beside(config)]}
     todo = sorted(key for key in by_key if not store.has(key))
     processes.gather([])
     mine = todo[processes.rank :: processes.world]
@@ -450,7 +567,11 @@ def _memory_advice(batch: int) -> Iterator[None]:
     try:
         yield
     except torch.cuda.OutOfMemoryError as error:
-        remedy = "lower dataset.cache_batch_size" if batch > 1 else 'lower dataset.resolution, or set model.device = "cpu"'
+        remedy = (
+            "lower dataset.cache_batch_size"
+            if batch > 1
+            else 'lower dataset.resolution, for clips dataset.frames or set dataset.vae_tiling = true, or set model.device = "cpu"'
+        )
         raise ValueError(f"out of GPU memory with {batch} encoded at once; {remedy}; what is cached already is kept") from error
 
 
@@ -466,10 +587,13 @@ def _groups(items: Sequence[T], size: int, kind: Callable[[T], Any]) -> Iterable
         yield group
 
 
-def _raise_problems(problems: Sequence[str], cached: int) -> None:
-    if problems:
+def _check_lost(config: Config, problems: Sequence[str], lost: Mapping[int, str], tuples: int, cached: int) -> None:
+    share = len(lost) / max(1, tuples)
+    if problems and share > config.dataset.max_lost:
         more = f"\n  ... and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         listed = "\n".join(f"  - {problem}" for problem in problems[:_SHOWN])
+        allowed = f"; dataset.max_lost = {config.dataset.max_lost} allows fewer of {tuples} tuples" if config.dataset.max_lost else ""
         raise UnusableImages(
-            f"{len(problems)} image(s) of dataset.tuples cannot be used (the others are cached, {cached} new):\n{listed}{more}"
+            f"{len(problems)} image(s) or clip(s) of dataset.tuples cannot be used{allowed} (the others are cached, {cached} new):\n"
+            f"{listed}{more}"
         )

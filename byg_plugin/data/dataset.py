@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -13,14 +14,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from byg_plugin.data import buckets
-from byg_plugin.data.cache import Keys, Picture, Store, latent_store, text_store
+from byg_plugin.data.cache import Keys, Picture, Store, latent_store, lost_tuples, read_lost, text_store, texts_beside
 from byg_plugin.data.tuples import TEXTS, EditTuple, read_tuples
 from byg_plugin.models.base import Family
 from byg_plugin.training.config import Config
 from byg_plugin.training.randomness import generator
 
 _SHOWN = 3
+logger = logging.getLogger(__name__)
 
 
 class CachedTuples(Dataset[dict[str, Any]]):
@@ -48,7 +49,20 @@ class CachedTuples(Dataset[dict[str, Any]]):
             raise ValueError(
                 f'objective.name = "paired" needs a `target` in every tuple; {len(without)} of {len(every)} have none, e.g. {without[0].id}'
             )
+        self._leave_out_lost(len(every))
         self._check_cached()
+
+    def _leave_out_lost(self, every: int) -> None:
+        """Tuples whose image or clip cannot be used, as far as dataset.max_lost allows them; the rest is an error further on."""
+        allowed = self.config.dataset.max_lost
+        lost = lost_tuples(self._keys, self.tuples, read_lost(self.config), targets=self.paired) if allowed else {}
+        if not lost:
+            return
+        first = next(iter(lost.values()))
+        if len(lost) > allowed * every or len(lost) == len(self.tuples):
+            raise ValueError(f"{len(lost)} of {every} tuples cannot be used, dataset.max_lost = {allowed} allows fewer; the first: {first}")
+        logger.warning("%d of %d tuples are left out, the first because: %s", len(lost), len(self.tuples), first)
+        self.tuples = [item for index, item in enumerate(self.tuples) if index not in lost]
 
     def _check_cached(self) -> None:
         self._pictures: list[tuple[Picture, Picture | None]] = []
@@ -61,6 +75,7 @@ class CachedTuples(Dataset[dict[str, Any]]):
             self._pictures.append((source, target))
             images |= {picture.key: str(picture.file) for picture in (source, target) if picture}
             texts |= {self._keys.text(getattr(item, role)): getattr(item, role) for role in TEXTS}
+        texts |= {self._keys.text(text): text for text in texts_beside(self.config)}
         if self._keys.files.known != remembered:
             with suppress(ValueError):  # a cache that may only be read: the images are hashed again next time
                 self._keys.files.save()
@@ -87,9 +102,10 @@ class CachedTuples(Dataset[dict[str, Any]]):
         contents = [(item.id, self.bucket(index)) for index, item in enumerate(self.tuples)]
         return hashlib.sha256(repr(contents).encode()).hexdigest()
 
-    def bucket(self, index: int) -> buckets.Size:
-        """(width, height) in pixels that a tuple is trained at."""
-        return self._pictures[index][0].bucket
+    def bucket(self, index: int) -> tuple[int, ...]:
+        """(width, height) in pixels that a tuple is trained at, of a clip also its frames."""
+        source = self._pictures[index][0]
+        return source.bucket if source.frames == 1 else (*source.bucket, source.frames)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """`source` (C, F, H, W), each text role as named tensors, `index`; `target` for the paired objective."""
@@ -170,7 +186,7 @@ class BucketBatches:
 
     def __init__(self, data: CachedTuples, batch_size: int, seed: int):
         self.batch_size, self.seed = batch_size, seed
-        by_bucket: dict[buckets.Size, list[int]] = defaultdict(list)
+        by_bucket: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for index in range(len(data)):
             by_bucket[data.bucket(index)].append(index)
         self._buckets = [by_bucket[bucket] for bucket in sorted(by_bucket)]

@@ -33,21 +33,32 @@ def run(what: Literal["latents", "texts"], config_path: str, overrides: Sequence
     processes = cache.Processes(rank=state.process_index, world=state.num_processes, gather=gather_object)
     work = cache.cache_latents if what == "latents" else cache.cache_texts
     try:
-        summary = work(config, make_family(config), tuples, state.device, processes, prune=prune)
+        family = make_family(config)
+        summary = work(config, family, tuples, state.device, processes, prune=prune)
     except cache.UnusableImages as error:
         if state.is_main_process:
             raise
         raise SystemExit(2) from error  # every process has the same list; one shows it
     finally:
         state.destroy_process_group()
-    unit = "images" if what == "latents" else "texts"
+    unit = "texts" if what == "texts" else "images and clips" if config.dataset.frames > 1 else "images"
     line = f"{summary.encoded} {unit} encoded, {summary.kept} were cached already, in {config.dataset.cache_dir}"
     if summary.pruned:
         line += f"; {summary.pruned} unused entries removed"
     _cli.say(line, state.is_main_process)
+    if summary.lost:
+        listed = "".join(f"\n  - {reason}" for reason in summary.lost)
+        _cli.say(
+            f"note: {len(summary.lost)} are left out, dataset.max_lost = {config.dataset.max_lost} allows it:{listed}",
+            state.is_main_process,
+        )
+    if what == "latents" and (frames := family.clip_frames(config.dataset.frames)) != config.dataset.frames:
+        _cli.say(
+            f"note: clips have {frames} frames: dataset.frames = {config.dataset.frames} is rounded down to 4n + 1", state.is_main_process
+        )
     if summary.small:
         _cli.say(
-            f"note: {summary.small} images are below dataset.resolution = {config.dataset.resolution}; they keep their size, "
+            f"note: {summary.small} {unit} are below dataset.resolution = {config.dataset.resolution}; they keep their size, "
             f"nothing is scaled up",
             state.is_main_process,
         )

@@ -1,4 +1,7 @@
-"""Edit tuples: what Appendix D calls (x, p_src, p_tgt, c, c_bar), read from JSONL or from a folder of same-stem .json."""
+"""Edit tuples: what Appendix D calls (x, p_src, p_tgt, c, c_bar), read from JSONL or from a folder of same-stem .json.
+
+Sources are images or clips.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +13,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from byg_plugin.data import clips
+
 if TYPE_CHECKING:
     from byg_plugin.training.config import DatasetConfig
 
 TEXTS = ("src_caption", "tgt_caption", "instruction", "reverse_instruction")
 OPTIONAL = ("edit_type", "target", "id", "meta")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+MEDIA_SUFFIXES = (*IMAGE_SUFFIXES, *clips.SUFFIXES)
 _SHOWN = 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class EditTuple:
-    """One training example. `target` is the edited image; only the paired baseline looks at it."""
+    """One training example. `target` is the edited image or clip; only the paired baseline looks at it."""
 
     id: str
     source: Path
@@ -110,7 +116,7 @@ def _folder_records(path: Path) -> tuple[Records, list[str]]:
     records: Records = []
     problems: list[str] = []
     images: dict[str, list[Path]] = {}
-    for image in sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES):
+    for image in sorted(p for p in path.iterdir() if p.suffix.lower() in MEDIA_SUFFIXES):
         images.setdefault(image.stem, []).append(image)
     for beside in sorted(path.glob("*.json")):
         if len(found := images.get(beside.stem, [])) != 1:
@@ -140,7 +146,7 @@ def _folder_records(path: Path) -> tuple[Records, list[str]]:
             + (", ..." if len(bare) > _SHOWN else "")
         )
     if not every:
-        problems.append(f"no image in this folder ({', '.join(IMAGE_SUFFIXES)}; folders inside it are not searched)")
+        problems.append(f"no image or clip in this folder ({', '.join(MEDIA_SUFFIXES)}; folders inside it are not searched)")
     return records, problems
 
 

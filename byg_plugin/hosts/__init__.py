@@ -29,6 +29,10 @@ class Host(VelocityFields, Protocol):
         """The current weights, no gradient, no dropout."""
         ...
 
+    def off_device(self) -> AbstractContextManager[None]:
+        """The networks leave the device's memory, where their storage allows it."""
+        ...
+
     def export_lora(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Weights by our names -> the tensors of a LoRA file."""
         ...

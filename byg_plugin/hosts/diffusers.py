@@ -179,6 +179,22 @@ class DiffusersHost:
         assert source is None, "the frozen base is a text-to-image model: it has no source tokens"
         return self._velocity(noisy, t, text, None)
 
+    @contextmanager
+    def off_device(self) -> Iterator[None]:
+        """The networks are in main memory: for work that needs the device's memory. int8 and nf4 weights stay where they are."""
+        # bitsandbytes' weights do not come back from the CPU as they were.
+        stays = self.device.type != "cuda" or self.config.model.quantization in ("int8", "nf4")
+        networks = [] if stays or self._residency else list(self.networks.values())
+        if self._residency is not None:
+            self._residency.clear()
+        try:
+            for network in networks:
+                network.to("cpu")
+            yield
+        finally:
+            for network in networks:
+                network.to(self.device)
+
     # --- LoRA weights ---
 
     def set_strength(self, strength: float) -> None:

@@ -43,6 +43,13 @@ class OneExpertOnDevice:
             tensor.data = master.to(self.device, non_blocking=True)
         self.present = name
 
+    def clear(self) -> None:
+        """No network on the device: something else needs the room."""
+        assert self.held is None, f"{self.held} is waiting for its backward pass"
+        if self.present is not None:
+            self._drop(self.present)
+        self.present = None
+
     def _drop(self, name: str) -> None:
         for tensor, master in zip(self._frozen[name], self._masters[name], strict=True):
             tensor.data = master

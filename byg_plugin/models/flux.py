@@ -209,7 +209,7 @@ class FluxFamily:
         mu = 0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256)
         return timesteps.shift(nodes, math.exp(mu))
 
-    def solver(self, steps: int) -> None:
+    def solver(self, steps: int, schedule: str) -> None:
         """FLUX is published with Euler."""
         return None
 

@@ -201,9 +201,9 @@ class WanFamily:
         """The published inference shift of this checkpoint."""
         return timesteps.shift(nodes, self.spec.shift)
 
-    def solver(self, steps: int) -> UniPC:
-        """Wan's own sampler with the published shift."""
-        return UniPC(steps, self.spec.shift)
+    def solver(self, steps: int, schedule: str) -> UniPC:
+        """Wan's own sampler, with the published shift where the schedule is `shifted`."""
+        return UniPC(steps, self.spec.shift if schedule == "shifted" else 1.0)
 
 
 def to_wan_timestep(t: Tensor) -> Tensor:

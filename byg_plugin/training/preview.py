@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +11,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from PIL import Image
+from torch import Tensor
 
 from byg_plugin import sampling
-from byg_plugin.images import save_png, side_by_side, to_pil
-from byg_plugin.models.base import Family
+from byg_plugin.data.clips import write_clip
+from byg_plugin.images import frames_of, save_png, side_by_side, strip
+from byg_plugin.models.base import Family, Text
 from byg_plugin.training.config import Config
 
 if TYPE_CHECKING:
@@ -29,39 +32,54 @@ def folder(config: Config, step: int) -> Path:
 
 
 def write(config: Config, family: Family, host: Host, data: CachedTuples, step: int, accelerator: Accelerator) -> None:
-    """Edit the first `[sample] items` tuples and write `previews/step-000500/<n>.png`. A failure is told, never raised."""
+    """Edit the first `[sample] items` tuples and write `previews/step-000500/<n>.png`, of clips also `<n>.mp4`.
+
+    Source beside edit; with guidance, the edit at scale 1 comes third. A failure is told, never raised.
+    """
     try:
-        images = _render(config, family, host, data)
+        rendered = _render(config, family, host, data)
         place = folder(config, step)
         place.mkdir(parents=True, exist_ok=True)
-        for index, (image, instruction) in enumerate(images):
+        pictures = []
+        for index, (columns, instruction) in enumerate(rendered):
             settings = {"step": step, "instruction": instruction, "seed": config.sample.seed + index, "steps": config.sample.steps}
-            save_png(image, place / f"{index:03d}.png", settings)
-        _log(accelerator, [image for image, _ in images], step)
+            is_clip = len(columns[0]) > 1
+            picture = strip(columns) if is_clip else side_by_side(*(frames[0] for frames in columns))
+            save_png(picture, place / f"{index:03d}.png", settings)
+            if is_clip:
+                beside = [side_by_side(*frames) for frames in zip(*columns, strict=True)]
+                write_clip(place / f"{index:03d}.mp4", beside, config.fps or 1.0, settings)
+            pictures.append(picture)
+        _log(accelerator, pictures, step)
     except Exception as error:  # noqa: BLE001 - a picture is no reason to lose a run; what it touches is restored by contexts
         logger.warning("preview at step %d failed and training goes on: %s: %s", step, type(error).__name__, error)
 
 
 @torch.no_grad()
-def _render(config: Config, family: Family, host: Host, data: CachedTuples) -> list[tuple[Image.Image, str]]:
+def _render(config: Config, family: Family, host: Host, data: CachedTuples) -> list[tuple[list[list[Image.Image]], str]]:
+    """Of each tuple the frames of source, edit and, with guidance, the edit at scale 1; and its instruction."""
     sample = config.sample
     latents = []
     weights = host.ema if sample.weights == "ema" else host.live
+    negative = None if config.negative is None else _on(host, data.encoding(config.negative))
     for index in range(min(sample.items, len(data))):
         example = data[index]
         source = example["source"][None].to(host.device)
-        text = {name: value[None].to(host.device) for name, value in example["instruction"].items()}
+        text = _on(host, example["instruction"])
         noise = sampling.seeded_noise(tuple(source.shape), sample.seed + index, host.device)
-        nodes = sampling.sampling_nodes(family, sample.steps, sample.schedule, tuple(source.shape))
         with weights() as velocity:
-            latents.append((source, sampling.sample(velocity, noise, text, source, nodes), data.tuples[index].instruction))
+            edit = partial(sampling.sample_as_configured, config, family, velocity, noise, text, source)
+            options = {"steps": sample.steps, "schedule": sample.schedule}
+            edits = [edit(**options, negative=against) for against in ([None] if negative is None else [negative, None])]
+        latents.append(([source, *edits], data.tuples[index].instruction))
     # The VAE comes only now and goes at once: by turns with the activations of the network.
     vae = family.load_vae(host.device)
-    rows = []
-    for source, edit, instruction in latents:
-        pictures = [to_pil(family.decode_latents(vae, x)[0, :, 0]) for x in (source, edit)]
-        rows.append((side_by_side(*pictures), instruction))
-    return rows
+    return [([frames_of(family.decode_latents(vae, x)[0]) for x in columns], instruction) for columns, instruction in latents]
+
+
+def _on(host: Host, text: Text) -> dict[str, Tensor]:
+    """One text as a batch of one, on the host's device."""
+    return {name: value[None].to(host.device) for name, value in text.items()}
 
 
 def _log(accelerator: Accelerator, images: list[Image.Image], step: int) -> None:
