@@ -131,6 +131,8 @@ class EditPipeline:
             raw["conditioning"]["guidance"] = guidance
         if resolution is not None:
             raw["dataset"]["resolution"] = resolution
+            if resolution < 256:
+                raw["dataset"]["bucket_step"] = None  # the family's own
         raw["sample"] |= {key: value for key, value in sampler.items() if value is not None}
         return cls(parse_config(raw, origin="edit"), tensors, strength=strength)
 
@@ -306,7 +308,8 @@ def _from_metadata(metadata: Mapping[str, str], config: Config | None, model: Ma
     if family not in families.POSITIONS:
         raise ValueError(f"the LoRA was trained for {family!r}, which is unknown here; known: {', '.join(families.POSITIONS)}")
     if config is None:
-        section, expected = {"family": family}, family
+        section: dict[str, Any] = {"family": family}
+        expected = family
         raw: dict[str, Any] = {"dataset": {"tuples": "", "cache_dir": ""}, "output": {"dir": "."}}
         raw["sample"] = {}
     else:
@@ -317,7 +320,7 @@ def _from_metadata(metadata: Mapping[str, str], config: Config | None, model: Ma
     if family != expected:
         raise ValueError(f"the LoRA was trained for {family!r}, the base model is {expected!r}")
     if "path" in model:
-        section |= {"transformer": None, "transformer_2": None, "vae": None, "t5": None, "clip": None}
+        section |= dict.fromkeys(("transformer", "transformer_2", "vae", "t5", "clip"))
     raw["model"] = section | model | {"gradient_checkpointing": False}
     try:
         raw["conditioning"] = {
@@ -531,7 +534,7 @@ def main() -> None:
     with tqdm(total=len(jobs) * settings["steps"], desc="edit", unit="step") as bar:
         for bucket, index, job in (item for item in sized if is_clip(item[2].source)):
             steps = partial(bar.update, 1)
-            source, edit, fps = pipe.clip(
+            frames, edited, fps = pipe.clip(
                 job.source,
                 job.instruction,
                 frames=args.frames,
@@ -540,8 +543,8 @@ def main() -> None:
                 seed=args.seed + index,
                 on_step=steps,
             )
-            size = [*bucket, len(edit)]
-            _save_clip(out, job, source, edit, fps, settings | {"instruction": job.instruction, "seed": args.seed + index, "size": size})
+            mine = settings | {"instruction": job.instruction, "seed": args.seed + index, "size": [*bucket, len(edited)]}
+            _save_clip(out, job, frames, edited, fps, mine)
         images = [item for item in sized if not is_clip(item[2].source)]
         for group in _batches(sorted(images, key=lambda item: item[:2]), args.batch_size):
             pairs = pipe.batch(

@@ -652,9 +652,10 @@ def _wan_in_diffusers(module: Module, modules: Sequence[Module], family: Family)
 
 
 def _every_wan_layer(modules: Sequence[Module]) -> bool:
-    there = {module.linear.native for module in modules if module.alpha is not None and module.prefix == "lora_unet_"}
-    blocks = 1 + max((int(name.split(".")[1]) for name in there if name.startswith("blocks.")), default=-1)
-    return {linear.at(block).native for block in range(blocks) for linear in wan_names.BLOCK} <= there
+    named = [module for module in modules if module.prefix == "lora_unet_" and module.linear.native.startswith("blocks.")]
+    blocks = 1 + max((int(module.linear.native.split(".")[1]) for module in named), default=-1)
+    with_alpha = {module.linear.native for module in named if module.alpha is not None}
+    return {linear.at(block).native for block in range(blocks) for linear in wan_names.BLOCK} <= with_alpha
 
 
 def _in_diffusers_native(module: Module, family: Family) -> str | None:

@@ -126,7 +126,7 @@ def no_frames(path: Path) -> Path:
         (lambda path: path.write_bytes(b"not a clip at all") and path, "damaged or no clip"),
         (lambda path: path.write_bytes(write(path).read_bytes()[:700]) and path, "damaged or no clip"),
         (sound_only, "only sound in it"),
-        (no_frames, "no frame can be decoded|damaged or no clip"),
+        (no_frames, "no frame can be decoded|damaged or no clip|no video in it"),
     ],
     ids=["missing", "text", "cut", "sound", "empty"],
 )

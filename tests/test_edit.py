@@ -6,7 +6,6 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -189,6 +188,14 @@ class Network:
         self.events.append(f"network on {device}")
 
 
+def host_on(device: torch.device, pipe: EditPipeline, events: list[str]) -> DiffusersHost:
+    """A host that is a device and a network that tells where it goes."""
+    host = DiffusersHost.__new__(DiffusersHost)
+    host.config, host.device, host._residency = pipe.config, device, None
+    host.networks = {"transformer": Network(events)}
+    return host
+
+
 @pytest.mark.parametrize(
     ("device", "quantization", "wanted"),
     [
@@ -215,7 +222,7 @@ def test_a_new_instruction_does_not_hold_network_and_encoders_at_once(
 
     monkeypatch.setattr(pipe.family, "load_text_encoders", load)
     monkeypatch.setattr(pipe.family, "encode_texts", lambda encoders, texts: {"t5": torch.zeros(1, 8, 32)})
-    pipe._host, pipe.device = SimpleNamespace(networks={"transformer": Network(events)}), torch.device(device)
+    pipe._host = host_on(torch.device(device), pipe, events)
     pipe.encode(["add the snow"])
     pipe.encode(["add the snow"])
     assert events == wanted
@@ -228,7 +235,7 @@ def test_the_network_is_back_when_encoding_fails(lora: Path, monkeypatch: pytest
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(pipe.family, "load_text_encoders", fail)
-    pipe._host, pipe.device = SimpleNamespace(networks={"transformer": Network(events)}), torch.device("cuda")
+    pipe._host = host_on(torch.device("cuda"), pipe, events)
     with pytest.raises(torch.OutOfMemoryError):
         pipe.encode(["add the snow"])
     assert events == ["network on cpu", "network on cuda"]

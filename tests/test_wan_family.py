@@ -10,7 +10,7 @@ import torch
 from diffusers import UniPCMultistepScheduler, WanPipeline
 from tiny_wan import A14B, T2V, TEXT_TOKENS, tiny_vae, tiny_wan, wan_config, wan_folder, wan_latents, wan_texts
 
-from byg_plugin import timesteps
+from byg_plugin import sampling, timesteps
 from byg_plugin.families import WAN, WAN_NEGATIVE
 from byg_plugin.models import make_family
 from byg_plugin.models.wan import HIGH, LOW, UniPC, WanFamily, _source_positions, to_wan_timestep
@@ -212,6 +212,23 @@ def test_latents_are_normalised_and_come_back(tmp_path: Path):
         family.encode_pixels(vae, pixels[:, :, :4])
 
 
+def test_the_5b_has_a_coarser_vae_of_48_channels(tmp_path: Path):
+    from tiny_wan import write_wan
+
+    write_wan(tmp_path / "5b", experts=1, in_channels=48, out_channels=48)
+    statistics = {"latents_mean": [0.1] * 48, "latents_std": [2.0] * 48}
+    shape = {"z_dim": 48, "decoder_base_dim": 4, "is_residual": True, "patch_size": 2, "in_channels": 12, "out_channels": 12}
+    tiny_vae(**shape, **statistics, scale_factor_spatial=16).save_pretrained(tmp_path / "5b" / "vae")
+    family = family_of(tmp_path, "wan2.2-ti2v-5b", model={"path": str(tmp_path / "5b")})
+    assert family.pixel_multiple() == 32 and family.experts == (HIGH,)
+    vae, pixels = family.load_vae(CPU), torch.rand(1, 3, 5, 32, 64) * 2 - 1
+    latents = family.encode_pixels(vae, pixels)
+    assert latents.shape == (1, 48, 2, 2, 4) and family.decode_latents(vae, latents).shape == pixels.shape
+    network = family.load_transformers(torch.float32)[HIGH]
+    assert family.velocity(network, latents, T[:1], wan_texts(1, 9), latents).shape == latents.shape
+    assert family.sequence_tokens(704, 1280, 121) == 2 * 31 * 22 * 40
+
+
 def test_sizes(tmp_path: Path):
     family = family_of(tmp_path)
     assert family.pixel_multiple() == 16
@@ -265,3 +282,41 @@ def test_unipc_with_both_experts_is_diffusers_own_pipeline(tmp_path: Path):
         x = solver.step(index, family.velocity(networks[expert], x, t[None], text, None), x)
     assert set(used) == {HIGH, LOW} and used == sorted(used)
     torch.testing.assert_close(x, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_guidance_has_each_experts_scale_and_the_source_in_both_branches(tmp_path: Path):
+    config = wan_config(tmp_path, A14B, sample={"cfg_low_noise": 1.0})
+    family, calls = make_family(config), []
+
+    def field(noisy: torch.Tensor, t: torch.Tensor, text: dict[str, torch.Tensor], source: torch.Tensor | None) -> torch.Tensor:
+        assert source is not None and len(text["umt5"]) == len(noisy) == 2
+        calls.append(float(t[0]))
+        return noisy * text["umt5"].mean() + source
+
+    x, source, text, negative = wan_latents(2, 1), wan_latents(2, 2), wan_texts(2, 9), wan_texts(1, 5)
+    guided = sampling.guided(config, family, field, negative)
+    for value, scale, count in ((0.875, 4.0, 2), (0.8, 1.0, 1)):
+        calls.clear()
+        t = torch.full((2,), value)
+        plain, against = field(x, t, text, source), x * negative["umt5"].mean() + source
+        calls.clear()
+        torch.testing.assert_close(guided(x, t, text, source), against + scale * (plain - against))
+        assert len(calls) == count
+
+
+def test_solver_by_configuration(tmp_path: Path):
+    x, source, text = wan_latents(1, 1), wan_latents(1, 2), wan_texts(1, 9)
+    times: dict[str, list[float]] = {}
+    for solver in ("auto", "euler", "unipc"):
+        config = wan_config(tmp_path, A14B, sample={"solver": solver})
+        seen = times[solver] = []
+
+        def field(noisy: torch.Tensor, t: torch.Tensor, text: object, source: object, seen: list[float] = seen) -> torch.Tensor:
+            seen.append(float(t[0]))
+            return torch.ones_like(noisy)
+
+        out = sampling.sample_as_configured(config, make_family(config), field, x, text, source, steps=5, schedule="shifted")
+        # A constant velocity is integrated exactly by every solver, from t = 1 (UniPC: 0.999 in its own clock) to 0.
+        torch.testing.assert_close(out, x - 1, rtol=0, atol=2e-3)
+    assert times["auto"] == times["unipc"] != times["euler"] and len(times["euler"]) == 5
+    assert times["euler"][0] == 1.0 and times["unipc"][0] == pytest.approx(0.999, abs=1e-3)

@@ -135,11 +135,6 @@ def test_a_steps_gradients_with_checkpointing_offloading_and_as_one_graph(tmp_pa
 class Poisoned(OneExpertOnDevice):
     """What is not on the device is not a number: use of an absent expert shows on a CPU too."""
 
-    def __init__(self, *arguments: object):
-        super().__init__(*arguments)
-        for name in self._frozen:
-            self._drop(name)
-
     def _drop(self, name: str) -> None:
         for tensor in self._frozen[name]:
             tensor.data = torch.full_like(tensor.data, float("nan"))

@@ -51,7 +51,7 @@ def workspace() -> Path:
         for name, word in (("clip0.mp4", "blue"), ("clip1.mp4", "red"), ("still.png", "blue"))
     ]
     write_tuples(root / "tuples.jsonl", lines)
-    config = wan_config(root, dataset={"resolution": 39, "bucket_step": 16}, sample={"every": 1})
+    config = wan_config(root, dataset={"resolution": 40, "bucket_step": 16}, sample={"every": 1})
     family, tuples = make_family(config), read_tuples(config.dataset)
     cache.cache_latents(config, family, tuples, CPU)
     cache.cache_texts(config, family, tuples, CPU)
@@ -60,7 +60,7 @@ def workspace() -> Path:
 
 def run_config(out: Path, family: str = A14B, **sections: dict[str, Any]) -> Config:
     defaults: dict[str, dict[str, Any]] = {
-        "dataset": {"resolution": 39, "bucket_step": 16},
+        "dataset": {"resolution": 40, "bucket_step": 16},
         "train": {"steps": 4, "save_every": 2, "keep_last": 0, "global_batch_size": 2},
         "output": {"dir": str(out)},
     }
@@ -251,12 +251,12 @@ def test_metadata_decide_how_a_clip_is_edited(lora: Path):
 def test_a_clip_keeps_its_rate_and_guidance_changes_it(lora: Path, tmp_path: Path):
     frames = [Image.new("RGB", (48, 32), (9 * k, 90, 100)) for k in range(11)]
     clips.write_clip(tmp_path / "in.mp4", frames, 25)
-    pipe = pipeline(lora, resolution=39)
+    pipe = pipeline(lora, resolution=40)
     source, plain, fps = pipe.clip(tmp_path / "in.mp4", "make the dog blue", steps=3, seed=3)
     assert len(source) == len(plain) == 9 and fps == pytest.approx(25) and source[0].size == plain[0].size == (48, 32)
     again = pipe.clip(tmp_path / "in.mp4", "make the dog blue", steps=3, seed=3)[1]
     assert all(a.tobytes() == b.tobytes() for a, b in zip(plain, again, strict=True))
-    alone = pipeline(lora, resolution=39, cfg_high_noise=1.0, cfg_low_noise=1.0)
+    alone = pipeline(lora, resolution=40, cfg_high_noise=1.0, cfg_low_noise=1.0)
     assert alone.config.negative is None
     other = alone.clip(tmp_path / "in.mp4", "make the dog blue", steps=3, seed=3, frames=5)[1]
     assert len(other) == 5 and other[0].tobytes() != plain[0].tobytes()
@@ -265,7 +265,7 @@ def test_a_clip_keeps_its_rate_and_guidance_changes_it(lora: Path, tmp_path: Pat
 
 
 def test_the_command_writes_the_edit_and_both_beside_each_other(lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    options = ["--steps", "2", "--resolution", "39", "--frames", "5", "--cfg-high", "1", "--cfg-low", "1", "--out", str(tmp_path / "out")]
+    options = ["--steps", "2", "--resolution", "40", "--frames", "5", "--cfg-high", "1", "--cfg-low", "1", "--out", str(tmp_path / "out")]
     model = ["--model", str(wan_folder()), "--dtype", "float32", "--device", "cpu", "--lora", str(lora)]
     source = ["--source", str(workspace() / "clip0.mp4"), "--instruction", "make the dog blue"]
     monkeypatch.setattr(sys, "argv", ["edit.py", *model, *source, *options])

@@ -269,7 +269,7 @@ class Keys:
             return 1, None
         dataset, fps = self.config.dataset, self.config.fps
         most = self.family.clip_frames(dataset.frames)
-        if most == 1 and dataset.frames > 1 or self.family.clip_frames(81) == 1:
+        if self.family.clip_frames(81) == 1:
             raise ValueError(f"{path}: a clip, and {self.family.name} takes images; give a Wan family in model.family")
         clip = self.files.clip(path)
         there = clip.frames_at(fps)

@@ -28,6 +28,8 @@ class OneExpertOnDevice:
         # Pinned memory is copied to a CUDA device without a detour.
         pin = device.type == "cuda"
         self._masters = {name: [(t.data.pin_memory() if pin else t.data) for t in tensors] for name, tensors in self._frozen.items()}
+        for name in self._frozen:
+            self._drop(name)  # what was pinned is a copy: the first one goes
         self.present: str | None = None
         self.held: str | None = None
 
