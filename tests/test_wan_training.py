@@ -148,7 +148,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path):
     whole = make_trainer(run_config(tmp_path / "whole", **options)).run()
     make_trainer(run_config(tmp_path / "parts", **options, train={"steps": 2})).run()
     resumed = make_trainer(run_config(tmp_path / "parts", **options), "latest")
-    assert resumed._side_steps == make_trainer(run_config(tmp_path / "other", **options))._side_steps + resumed._side_steps
+    assert resumed._side_steps == {side: sides(resumed, 2).count(side) for side in set(sides(resumed, 2))}
     last = resumed.run()
     assert curve(tmp_path / "whole") == curve(tmp_path / "parts")
     for name in sorted(path.name for path in whole.parent.glob("*.safetensors")):
