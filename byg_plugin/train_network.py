@@ -18,7 +18,7 @@ import logging
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from byg_plugin import _cli
+from byg_plugin import _cli, families
 
 if TYPE_CHECKING:
     from byg_plugin.models.base import Family
@@ -111,7 +111,8 @@ def dry_run(config: Config, family: Family, device: Any) -> None:
     )
     print(f"LoRA: rank {config.lora.rank}, {len(shapes) // 2} modules, {sum(a * b for a, b in shapes):,} parameters")
     length = f", {frames} frames" if frames > 1 else ""
-    print(f"sequence at {side} x {side}{length}: {tokens} tokens (noisy + source + text)")
+    parts = "noisy + source" if config.model.family in families.WAN else "noisy + source + text"
+    print(f"sequence at {side} x {side}{length}: {tokens} tokens ({parts})")
     print("device memory of a step:\n" + report(memory_sum(config, networks, shapes, tokens, width, blocks)))
 
     data = CachedTuples(config, family, "train")

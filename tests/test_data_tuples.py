@@ -204,7 +204,7 @@ def test_folder_json_that_is_none_or_of_another_image_or_of_two(folder: Path) ->
 
 
 def test_folder_without_images(tmp_path: Path) -> None:
-    assert "no image in this folder" in refused(tmp_path)
+    assert "no image or clip in this folder" in refused(tmp_path)
 
 
 def test_folder_with_an_image_root(folder: Path) -> None:

@@ -294,7 +294,7 @@ def test_loras_that_cannot_be_used(lora: Path, tmp_path: Path):
     cases: list[tuple[Callable[[dict[str, str]], dict[str, str]], str]] = [
         (lambda m: {}, "metadata lacks byg.family, .*not made by byg_plugin"),
         (lambda m: {k: v for k, v in m.items() if k != "byg.position"}, "metadata lacks byg.position"),
-        (lambda m: m | {"byg.family": "wan"}, "was trained for 'wan', the base model is 'flux'"),
+        (lambda m: m | {"byg.family": "wan"}, "was trained for 'wan', which is unknown here"),
         (lambda m: m | {"byg.guidance": "much"}, "metadata is damaged"),
         (lambda m: m | {"byg.position": "elsewhere"}, "conditioning.position = 'elsewhere'"),
     ]
@@ -400,7 +400,7 @@ def test_a_tuples_file(lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (["--source", "{work}/photo0.png"], "give --source IMAGE_OR_FOLDER and --instruction TEXT"),
         (["--source", "{work}/photo0.png", "--instruction", "  "], "--instruction is empty"),
         (["--source", "{tmp}/none.png", "--instruction", "add"], "none.png: no such file or folder"),
-        (["--source", "{tmp}/empty", "--instruction", "add"], "no image in this folder"),
+        (["--source", "{tmp}/empty", "--instruction", "add"], "no image or clip in this folder"),
         (["--source", "{tmp}/twins", "--instruction", "add"], "a.bmp and a.png would both become a.png"),
         (["--source", "{tmp}/twins/a.png", "--instruction", "add", "--out", "{tmp}/twins"], "a.png would overwrite a source"),
         (["--source", "{work}/photo0.png", "--instruction", "add", "--out", "{tmp}/file"], "--out .*file: cannot be written"),

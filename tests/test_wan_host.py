@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import UniPCMultistepScheduler, WanPipeline
+from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from safetensors.torch import load_file
 from tiny import wake
 from tiny_wan import A14B, T2V, tiny_wan, wan_config, wan_latents, wan_texts
 
 from byg_plugin import lora_formats
-from byg_plugin.hosts.diffusers import DiffusersHost
+from byg_plugin.hosts.diffusers import DiffusersHost, lora_shapes
 from byg_plugin.hosts.residency import OneExpertOnDevice
-from byg_plugin.models import make_family
+from byg_plugin.models import make_family, wan_files
 from byg_plugin.models.wan import HIGH, LOW, to_wan_timestep
 from byg_plugin.objectives import make_objective
 from byg_plugin.objectives.base import Batch
@@ -76,6 +76,14 @@ def test_lora_of_each_expert_or_shared(tmp_path: Path):
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in shared.parameters.values())
     with torch.no_grad(), shared.base() as velocity:
         assert torch.equal(velocity(X, t, TEXT, None), plain(LOW)(X, to_wan_timestep(t), TEXT["umt5"], return_dict=False)[0])
+
+
+def test_lora_of_a_full_size_expert(tmp_path: Path):
+    config = wan_config(tmp_path, lora={"rank": 64})
+    with torch.device("meta"):
+        network = WanTransformer3DModel.from_config(wan_files.shipped_config("transformer"))
+    shapes = lora_shapes(network, config, make_family(config))
+    assert len(shapes) == 2 * 400 and sum(rows * columns for rows, columns in shapes) == 306_708_480
 
 
 def test_the_idle_expert_gets_no_gradient(tmp_path: Path):

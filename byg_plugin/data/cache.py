@@ -7,7 +7,7 @@ again; an entry is never wrong, only absent. Entries are written beside and rena
     <cache_dir>/latents/<key>.safetensors   {"latents": (C, F, H, W) float32}
     <cache_dir>/texts/<key>.safetensors     the family's named tensors without batch, in the encoder's dtype
     <cache_dir>/files.json                  content hash and size of each image or clip by path, size and time of change
-    <cache_dir>/lost.json                   why a source could not be encoded, by key
+    <cache_dir>/lost.json                   why a source could not be encoded, by key; where dataset.max_lost allows it
 """
 
 from __future__ import annotations
@@ -421,7 +421,7 @@ def cache_latents(
                 failed += _encode_pictures(family, vae, device, keys.files, store, group)
                 bar.update(len(group))
     failed = processes.gather(failed)
-    if processes.rank == 0:
+    if processes.rank == 0 and config.dataset.max_lost:
         write_lost(config, dict(failed), [key for key in pictures if store.has(key)])
     pruned = store.prune(pictures) if prune and processes.rank == 0 and not failed and not problems else 0
     every = [*problems, *(reason for _, reason in failed)]
@@ -593,7 +593,7 @@ def _check_lost(config: Config, problems: Sequence[str], lost: Mapping[int, str]
         more = f"\n  ... and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         listed = "\n".join(f"  - {problem}" for problem in problems[:_SHOWN])
         allowed = f"; dataset.max_lost = {config.dataset.max_lost} allows fewer of {tuples} tuples" if config.dataset.max_lost else ""
+        what = "image(s) or clip(s)" if config.dataset.frames > 1 else "image(s)"
         raise UnusableImages(
-            f"{len(problems)} image(s) or clip(s) of dataset.tuples cannot be used{allowed} (the others are cached, {cached} new):\n"
-            f"{listed}{more}"
+            f"{len(problems)} {what} of dataset.tuples cannot be used{allowed} (the others are cached, {cached} new):\n{listed}{more}"
         )
