@@ -80,7 +80,7 @@ def ours(tmp_path: Path, position: str, source: Tensor | None) -> Tensor:
 @torch.no_grad()
 def test_without_source_both_are_one_model(comfy: SimpleNamespace, tmp_path: Path):
     v = theirs(comfy)(wan_latents(2, 1), to_wan_timestep(T), wan_texts(2, 9)["umt5"])
-    torch.testing.assert_close(ours(tmp_path, "same", None), v, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours(tmp_path, "same", None), v, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
@@ -89,7 +89,26 @@ def test_same_positions_are_stacked_frames_whose_rotation_is_repeated(comfy: Sim
     encode = type(model).rope_encode
     model.rope_encode = lambda t, h, w, **options: torch.cat([encode(model, x.shape[2], h, w, **options)] * 2, dim=1)
     v = model(x, to_wan_timestep(T), wan_texts(2, 9)["umt5"], time_dim_concat=source)
-    torch.testing.assert_close(ours(tmp_path, "same", source), v, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours(tmp_path, "same", source), v, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_bernini_is_one_more_rotation_by_comfyuis_own_function(comfy: SimpleNamespace, tmp_path: Path):
+    """Also for releases without in-context latents: what they multiply the source's rotation with later."""
+    from comfy.ldm.flux.math import rope
+
+    model, x, source = theirs(comfy), wan_latents(2, 1), wan_latents(2, 2)
+    encode = type(model).rope_encode
+
+    def both(t: int, h: int, w: int, **options: Any) -> Tensor:
+        plain = encode(model, x.shape[2], h, w, **options)
+        turn = rope(torch.ones(1, 1), 12, 10000).reshape(1, 1, 1, 6, 2, 2).to(plain)
+        return torch.cat([plain, plain @ turn], dim=1)
+
+    model.rope_encode = both
+    v = model(x, to_wan_timestep(T), wan_texts(2, 9)["umt5"], time_dim_concat=source)
+    torch.testing.assert_close(ours(tmp_path, "bernini", source), v, rtol=1e-5, atol=1e-5)
+    assert (ours(tmp_path, "same", source) - v).abs().max() > 3e-4
 
 
 @torch.no_grad()
@@ -98,7 +117,7 @@ def test_bernini_is_stock_context_latents(comfy: SimpleNamespace, tmp_path: Path
         pytest.skip("this ComfyUI is older than in-context latents (0.24)")
     source = wan_latents(2, 2)
     v = theirs(comfy)(wan_latents(2, 1), to_wan_timestep(T), wan_texts(2, 9)["umt5"], context_latents=[source])
-    torch.testing.assert_close(ours(tmp_path, "bernini", source), v, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours(tmp_path, "bernini", source), v, rtol=1e-5, atol=1e-5)
 
 
 def test_every_saved_key_of_a_full_expert_is_in_the_key_map(comfy: SimpleNamespace):
