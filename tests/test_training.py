@@ -24,7 +24,7 @@ from tiny import curve, in_child, make_trainer, run_config, wake, workspace
 
 from byg_plugin import train_network
 from byg_plugin.models.flux import FluxFamily
-from byg_plugin.training import checkpoint, loop, preview
+from byg_plugin.training import checkpoint, extras, loop, preview
 from byg_plugin.training.config import Config
 from byg_plugin.training.loop import Trainer, learning_rate
 from byg_plugin.training.randomness import coin, generator
@@ -150,6 +150,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no_ema": {"objective": {"ema_decay": 0.0}},
     # Rank 128: bitsandbytes keeps moments of fewer than 4096 values in 32 bits.
     "adamw8bit": {"train": {"optimizer": "adamw8bit"}, "lora": {"rank": 128}},
+    "muon": {"train": {"optimizer": "muon"}},
     "dropout_and_workers": {"lora": {"dropout": 0.2}, "dataset": {"workers": 1}},
 }
 
@@ -213,6 +214,7 @@ def killed_in_log_line(trainer: Trainer, step: int) -> None:
         ("plain", killed_in_log_line, 5, "step-000004"),
         ("no_ema", killed_in_step, 3, "step-000002"),
         ("adamw8bit", killed_in_step, 5, "step-000004"),
+        ("muon", killed_in_step, 5, "step-000004"),
         ("dropout_and_workers", killed_in_step, 5, "step-000004"),
     ],
 )
@@ -241,6 +243,27 @@ def test_killed_and_resumed_is_the_uninterrupted_run(tmp_path: Path, reference: 
     make_trainer(config, "latest").run()
     assert_same_run(tmp_path / "out", whole, ema=variant != "no_ema")
     assert not list((tmp_path / "out").rglob(".partial*"))
+
+
+def test_muon_needs_a_torch_that_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    config = run_config(tmp_path / "out", train={"optimizer": "muon"})
+    extras.require_training_extras(config)
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(ValueError, match=r'train.optimizer = "muon" needs torch 2.9.*set train.optimizer = "adamw"'):
+        extras.require_training_extras(config)
+
+
+def test_muon_s_first_update_is_as_long_as_adamw_s_would_be(tmp_path: Path):
+    """Orthogonal and scaled to a root mean square of 0.2 of the learning rate, whatever the gradient's size."""
+    lr = 1e-2
+    train = {"optimizer": "muon", "steps": 1, "weight_decay": 0.0, "lr": lr, "lr_warmup_steps": 0, "lr_schedule": "constant"}
+    trainer = make_trainer(run_config(tmp_path / "out", train=train))
+    before = {name: p.detach().clone() for name, p in trainer.host.parameters.items()}
+    trainer.run()
+    moved = [p.detach() - before[n] for n, p in trainer.host.parameters.items() if n.endswith("lora_B.weight")]
+    sizes = torch.tensor([delta.square().mean().sqrt() for delta in moved if delta.any()])
+    assert len(sizes) > 4
+    assert ((sizes / lr > 0.05) & (sizes / lr < 0.25)).all(), sizes / lr
 
 
 def test_a_resumed_run_depends_on_the_moments(tmp_path: Path, reference: Path):

@@ -2,9 +2,9 @@
 
     python -m byg_plugin.demo.build_base --out byg_plugin/demo/base --report base_report
 
-Every part is of the real class in a tiny size: the VAE is trained first (about 10 minutes of one core), then the
-transformer together with both text encoders on captions of the tiny world (about 25). A seed, thread count and torch
-version give the same base up to rounding; the folder's `figures.json` says how good the shipped one is.
+Every part is of the real class in a tiny size: the VAE is trained first (about an hour of one core), then the transformer
+together with both text encoders on captions of the tiny world (about an hour and a half). The shipped one was made in parts, by
+`--vae` and `--start`; the folder's `history.json` has their commands, seeds and curves, its `figures.json` says how good it is.
 """
 
 from __future__ import annotations

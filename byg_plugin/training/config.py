@@ -231,7 +231,9 @@ class TrainConfig(Section):
     global_batch_size: Positive = Field(8, description="Tuples an optimizer step = processes x accumulation x batch_size.")
     batch_size: Positive = Field(1, description="Tuples a process and micro-step.")
     lr: Annotated[float, Field(gt=0.0)] = Field(3e-4, description="Peak learning rate.")
-    optimizer: Literal["adamw", "adamw8bit"] = Field("adamw", description="adamw8bit needs the bitsandbytes extra.")
+    optimizer: Literal["adamw", "adamw8bit", "muon"] = Field(
+        "adamw", description="adamw8bit needs the bitsandbytes extra, muon (torch's own; betas are not used) torch 2.9 or later."
+    )
     weight_decay: Weight = Field(1e-2, description="AdamW's decoupled weight decay.")
     betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="AdamW's moment decays.", strict=False)
     lr_schedule: Literal["constant", "cosine"] = Field("constant", description="Shape after the warm-up; cosine ends at 0.")

@@ -443,6 +443,9 @@ def _make_optimizer(config: Config, parameters: list[Any]) -> torch.optim.Optimi
     options: dict[str, Any] = {"lr": train.lr, "betas": train.betas, "weight_decay": train.weight_decay}
     if train.optimizer == "adamw":
         return torch.optim.AdamW(parameters, **options)
+    if train.optimizer == "muon":
+        # Every LoRA weight is a matrix. Matched to AdamW's root mean square, so that learning rates are of the same order.
+        return torch.optim.Muon(parameters, lr=train.lr, weight_decay=train.weight_decay, adjust_lr_fn="match_rms_adamw")
     import bitsandbytes as bnb
 
     return bnb.optim.AdamW8bit(parameters, **options)

@@ -53,7 +53,7 @@ def memory_sum(
     lora = sum(prod(shape) for shape in lora_shapes) * 4.0
     # A LoRA's shapes come in pairs, (rank, in) and (out, rank).
     adapted = sum(a[1] * b[0] for a, b in zip(lora_shapes[::2], lora_shapes[1::2], strict=True))
-    moments = 2 * lora if config.train.optimizer == "adamw" else lora / 2
+    moments = {"adamw": 2.0, "muon": 1.0, "adamw8bit": 0.5}[config.train.optimizer] * lora
     activation_bytes = 2.0 if config.train.mixed_precision == "bf16" else 4.0
     inputs = config.train.batch_size * tokens * width * activation_bytes
     # A FLUX block keeps about 34 hidden-size tensors for its backward (norms, q k v, attention out, a 4x MLP and its GELU).
@@ -69,7 +69,7 @@ def memory_sum(
         ),
         Part(name="LoRA weights (float32)", bytes=lora, exact=True),
         Part(name="LoRA gradients (float32)", bytes=lora, exact=True),
-        Part(name=f"optimizer moments ({config.train.optimizer})", bytes=moments, exact=config.train.optimizer == "adamw"),
+        Part(name=f"optimizer moments ({config.train.optimizer})", bytes=moments, exact=config.train.optimizer != "adamw8bit"),
     ]
     if config.objective.ema_decay:
         parts.append(Part(name="EMA weights (float32)", bytes=lora, exact=True))
