@@ -15,6 +15,6 @@ setup(
     package_data={
         "byg_plugin.configs": ["*.toml"],
         "byg_plugin.models": ["assets/**/*"],
-        "byg_plugin.demo": ["base/**/*"],
+        "byg_plugin.demo": ["base/**/*", "video_base/**/*"],
     },
 )
