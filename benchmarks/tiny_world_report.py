@@ -1,9 +1,10 @@
-"""Table and plot of the tiny-world study, from the runs' JSONs alone."""
+"""Table and plot of a tiny-world study, of pictures or of clips, from the runs' JSONs alone."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,31 @@ PAPER = {
 }  # fmt: skip
 ORDER = ("truth", "copy", "base", *PAPER, "paired_steps", "paired_time")
 OBJECT, BACKGROUND = "recolour_object", "recolour_background"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Page:
+    """What differs between the studies' pages."""
+
+    title: str
+    command: str
+    metrics: str
+    """Where they are defined."""
+    columns: tuple[tuple[str, str, str], ...] = ()
+    """(title, key, `percent` or `number`) of the columns that the main table has beside the common ones."""
+
+
+PICTURES = Page(title="The tiny world", command="python -m benchmarks.tiny_world", metrics="byg_plugin/demo/metrics.py")
+CLIPS = Page(
+    title="The moving tiny world",
+    command="python -m benchmarks.video_world",
+    metrics="byg_plugin/demo/video_metrics.py",
+    columns=(
+        ("shape in every frame", "tracked", "percent"),
+        ("trajectory error (px)", "trajectory_error", "number"),
+        ("flicker", "flicker", "number"),
+    ),
+)
 
 
 def read_results(folder: Path) -> Results:
@@ -151,9 +177,9 @@ def _minutes(records: Mapping[int, Record], limit: float) -> str:
 # --- the tables ---
 
 
-def table(results: Results, limit: float) -> str:
+def table(results: Results, limit: float, page: Page = PICTURES) -> str:
     """The whole page; `limit` is the stage's in minutes."""
-    parts = [_heading(results), _main_table(results, limit)]
+    parts = [_heading(results, page), _main_table(results, limit, page)]
     if "full" in results:
         parts += [_against_paper(results), _targets(results)]
     if any(name.startswith("six_") for name in results):
@@ -162,18 +188,18 @@ def table(results: Results, limit: float) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _heading(results: Results) -> str:
+def _heading(results: Results, page: Page) -> str:
     records = [record for seeds in results.values() for record in seeds.values()]
     stages = sorted({record["stage"] for record in records})
     seeds = sorted({record["seed"] for record in records if record["kind"] == "train"})
     main = next((seeds for name, seeds in results.items() if not name.startswith("six_")), {})
     edits = max((record["edits"] for record in main.values()), default=0)
     lines = [
-        f"# The tiny world, stage {', '.join(stages)}",
+        f"# {page.title}, stage {', '.join(stages)}",
         "",
-        f"Made by `python -m benchmarks.tiny_world`. Training seeds {', '.join(map(str, seeds)) or 'none'}; {edits} held-out edits, half "
+        f"Made by `{page.command}`. Training seeds {', '.join(map(str, seeds)) or 'none'}; {edits} held-out edits, half "
         "recolour the object, half the background, the same for every run. Cells are the mean over seeds, and in brackets the lowest "
-        "and the highest seed; percentages without their sign. Metrics are exact and read from pixels: `byg_plugin/demo/metrics.py`.",
+        f"and the highest seed; percentages without their sign. Metrics are exact and read from pixels: `{page.metrics}`.",
     ]
     warnings = _mixtures(results)
     return "\n".join(lines + ([""] + warnings if warnings else []))
@@ -196,11 +222,12 @@ def _mixtures(results: Results) -> list[str]:
     return lines
 
 
-def _main_table(results: Results, limit: float) -> str:
+def _main_table(results: Results, limit: float, page: Page) -> str:
     lines = _header(
         [
             "run", "**joint**", "edit made", "... object", "... background", "source preserved", "... object edits",
-            "... background edits", "pebble kept", "error outside", "steps", f"minutes on {CORES} cores",
+            "... background edits", "pebble kept", "error outside", *(title for title, _, _ in page.columns), "steps",
+            f"minutes on {CORES} cores",
         ]
     )  # fmt: skip
     for name in names(results):
@@ -209,6 +236,7 @@ def _main_table(results: Results, limit: float) -> str:
         cells += [_cell(records, "edit", kind) for kind in ("all", OBJECT, BACKGROUND)]
         cells += [_cell(records, "preserved", kind) for kind in ("all", OBJECT, BACKGROUND)]
         cells += [_cell(records, "pebble"), _cell(records, "outside_error", show=_error)]
+        cells += [_cell(records, key, show=_percent if kind == "percent" else _error) for _, key, kind in page.columns]
         steps = [record["steps"] for record in records.values() if "steps" in record]
         cells += [_spread(steps, lambda value: f"{value:.0f}") if steps else "-", _minutes(records, limit)]
         lines.append(_line(cells))
@@ -378,7 +406,7 @@ def styles(results: Results) -> dict[str, dict[str, Any]]:
     return STYLES | {name: {"color": "#8c8c8c", "marker": f"${chr(97 + index % 26)}$"} for index, name in enumerate(tried)}
 
 
-def plot(results: Results, path: Path) -> bool:
+def plot(results: Results, path: Path, page: Page = PICTURES) -> bool:
     """Edits against preservation over training, one line a run; False when no run has a curve."""
     import matplotlib
 
@@ -397,7 +425,7 @@ def plot(results: Results, path: Path) -> bool:
     axes[1].invert_yaxis()  # better is up in both
     edits = max(int(record["curve"][-1]["table"]["all"]["n"]) for name in drawn for record in results[name].values() if curve(record))
     figure.suptitle(
-        "The tiny world: what each part of the method is worth, over training\n"
+        f"{page.title}: what each part of the method is worth, over training\n"
         f"thick: mean over seeds, thin: each seed; {edits} held-out edits a point; from the end of the warm-up to the large marker",
         fontsize=12,
     )
