@@ -5,7 +5,7 @@
     python -m benchmarks.step --shape flux.1-dev --device cuda --repeats 3 --out benchmarks/results/step_cuda.json
     python -m benchmarks.step --shape flux.1-dev --device meta --out benchmarks/results/step_flux_flops.json    FLOPs alone, no weights
     python -m benchmarks.step --table benchmarks/results/step_cpu.json        the tables, from the results alone
-    python -m benchmarks.step --write-readme                                  README's tables, from step_cpu.json and step_flux_flops.json
+    python -m benchmarks.step --write-docs                                    the documents' tables, from the results of cpu and flux.1-dev
 
 Run it from the repository's root. Network, batch and machine are the same for every row; weights are random. The rows of a
 repetition are timed one after another, with paired steps between them, and a row's ratio is taken over the paired steps of the
@@ -579,11 +579,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="results file to write")
     parser.add_argument("--table", type=Path, help="print the tables of a results file and measure nothing")
     parser.add_argument(
-        "--write-readme", action="store_true", help="put the tables of the CPU's results into README.md and measure nothing"
+        "--write-docs",
+        action="store_true",
+        help="put the tables of the CPU's results into README.md and docs/step_cost.md and measure nothing",
     )
     options = parser.parse_args(arguments)
-    if options.write_readme:
-        report.write_readme(ROOT / "README.md", ROOT / "benchmarks/results")
+    if options.write_docs:
+        report.write_documents(ROOT, ROOT / "benchmarks/results")
         return
     if options.table:
         print(report.tables(report.read(options.table)))
