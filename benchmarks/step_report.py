@@ -97,12 +97,18 @@ def _heading(results: dict[str, Any]) -> str:
     clock = "Wall time" if results["clock"] == "wall" else "CPU time of one thread (other work ran beside it)"
     share = "" if results["matmul_share"] is None else f"; {results['matmul_share']:.0%} of a step's time is matrix products and attention"
     return (
-        f"`{shape['name']}`: {transformer['num_layers']} double and {transformer['num_single_layers']} single blocks of width {width}, "
+        f"`{shape['name']}`: {_blocks(transformer)} of width {width}, "
         f"{shape['noisy_tokens']} noisy + {shape['noisy_tokens']} source + {shape['text_tokens']} text tokens, batch {shape['batch']}, "
         f"LoRA rank {shape['rank']}, {shape['dtype']}; {device}; PyTorch {host['torch']}; commit {commit['hash'][:10]}"
         f"{' with changes' if commit['modified'] else ''}{share}. "
         f"{clock}: medians of {results['repeats']} repetitions, ranges in brackets."
     )
+
+
+def _blocks(transformer: dict[str, Any]) -> str:
+    if "num_single_layers" in transformer:
+        return f"{transformer['num_layers']} double and {transformer['num_single_layers']} single blocks"
+    return f"2 experts of {transformer['num_layers']} blocks"
 
 
 def _counted(results: dict[str, Any], settings: list[bool]) -> str:

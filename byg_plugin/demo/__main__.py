@@ -23,6 +23,7 @@ from PIL import Image
 from byg_plugin import _cli
 from byg_plugin.demo import metrics, sheet, world
 from byg_plugin.training.config import Config, load_config
+from byg_plugin.training.extras import require_training_extras
 
 TRAIN_TUPLES, EVAL_TUPLES = 512, 64
 
@@ -66,6 +67,7 @@ def run_demo(out: Path, overrides: list[str], train_tuples: int = TRAIN_TUPLES, 
     for override in overrides:
         options += ["--set", override]
     resolved = load_config(config, [str(word) for word in options[2:] if word != "--set"])
+    require_training_extras(resolved)  # the training's own check, before the caching
     suffix = "-ema" if resolved.objective.ema_decay else ""
     lora = Path(resolved.output.dir) / f"{resolved.output.name}{suffix}.safetensors"
     _refuse_other_settings(Path(resolved.output.dir) / "config.json", resolved, out)
