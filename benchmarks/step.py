@@ -56,7 +56,7 @@ class Shape:
     """Arguments of diffusers' FluxTransformer2DModel or WanTransformer3DModel."""
     side: int
     """Height and width of the latents; noisy tokens, and source tokens, are a quarter of its square a frame."""
-    family: str = "flux.1-dev"
+    family: str = "flux"
     frames: int = 1
     """Of the latents."""
     t: tuple[float, float] = (0.4, 0.7)

@@ -120,9 +120,14 @@ def test_laps_add_up_and_peaks_are_of_a_phase():
 # --- rows ---
 
 
-def test_every_row_computes_the_same():
+@pytest.mark.parametrize(
+    ("name", "side", "expert"),
+    [("tiny", {}, ""), *(("wan-tiny", bench.WAN_SIDES[s], f"transformer{n}.") for s, n in (("high", ""), ("low", "_2")))],
+)
+def test_every_row_computes_the_same(name: str, side: dict[str, Any], expert: str):
     """Losses and LoRA gradients of all rows with the full rollout; also those that others would write."""
-    found = tiny_bench()
+    found = bench.Bench(replace(bench.shape_named(name), **side), CPU)
+    trained = [p for key, p in found.host.parameters.items() if key.startswith(expert)]
     gradients: dict[tuple[str, bool], list[torch.Tensor]] = {}
     for row, checkpointing in found.plan:
         if row is bench.PAIRED or row.name.endswith("fewer"):
@@ -130,7 +135,8 @@ def test_every_row_computes_the_same():
         found.optimizer.zero_grad(set_to_none=True)
         batch = found._choose(row, checkpointing)
         bench.step(found.host, batch, meters.Meter())
-        gradients[row.name, checkpointing] = [p.grad.clone() for p in found.host.parameters.values()]
+        assert all(p.grad is None or not p.grad.any() for key, p in found.host.parameters.items() if not key.startswith(expert))
+        gradients[row.name, checkpointing] = [p.grad.clone() for p in trained]
     wanted = gradients["printed", False]
     assert len(gradients) == len(bench.LADDER) + 4 and all(g.norm() > 0 for g in wanted)
     for row, values in gradients.items():
