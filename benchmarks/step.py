@@ -5,7 +5,7 @@
     python -m benchmarks.step --shape flux.1-dev --device cuda --repeats 3 --out benchmarks/results/step_cuda.json
     python -m benchmarks.step --shape flux.1-dev --device meta --out benchmarks/results/step_flux_flops.json    FLOPs alone, no weights
     python -m benchmarks.step --table benchmarks/results/step_cpu.json        the tables, from the results alone
-    python -m benchmarks.step --write-readme                                  README's tables, from step_cpu.json and step_flux_flops.json
+    python -m benchmarks.step --write-docs                                    the documents' tables, from the results of cpu and flux.1-dev
 
 Run it from the repository's root. Network, batch and machine are the same for every row; weights are random. The rows of a
 repetition are timed one after another, with paired steps between them, and a row's ratio is taken over the paired steps of the
@@ -22,7 +22,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,9 @@ from benchmarks import step_meters as meters
 from benchmarks import step_report as report
 from byg_plugin import timesteps
 from byg_plugin.hosts.diffusers import DiffusersHost
-from byg_plugin.models import flux_files
+from byg_plugin.models import flux_files, wan, wan_files
 from byg_plugin.models.flux import FluxFamily
+from byg_plugin.models.wan import WanFamily
 from byg_plugin.objectives import make_objective
 from byg_plugin.objectives.base import Batch, Velocity
 from byg_plugin.training.config import Config, ObjectiveConfig, load_config, parse_config
@@ -52,9 +53,14 @@ class Shape:
     """A network and its inputs."""
 
     transformer: dict[str, Any]
-    """Arguments of diffusers' FluxTransformer2DModel."""
+    """Arguments of diffusers' FluxTransformer2DModel or WanTransformer3DModel."""
     side: int
-    """Height and width of the latents; noisy tokens, and source tokens, are a quarter of its square."""
+    """Height and width of the latents; noisy tokens, and source tokens, are a quarter of its square a frame."""
+    family: str = "flux"
+    frames: int = 1
+    """Of the latents."""
+    t: tuple[float, float] = (0.4, 0.7)
+    """What a step's times lie between: of two experts, they choose the one that is trained."""
     text_tokens: int
     rank: int
     batch: int = 1
@@ -70,7 +76,8 @@ def shape_named(name: str) -> Shape:
     """A shape of SHAPES.
 
     `cpu` keeps FLUX.1-dev's proportions at 512 px (double to single blocks, tokens to width, text to image tokens, rank to
-    width) at a size where matrix products dominate a CPU's step. `demo` is the tiny world's base under configs/demo.toml.
+    width) at a size where matrix products dominate a CPU's step. `demo` is the tiny world's base under configs/demo.toml. `wan-high`
+    and `wan-low` train one or the other of two Wan experts; the rollout runs through both.
     """
     if name == "cpu":
         return Shape(transformer=_flux(2, 4, heads=3, head=128, text=512, pooled=96), side=22, text_tokens=60, rank=8)
@@ -90,6 +97,25 @@ def shape_named(name: str) -> Shape:
             targets=demo.lora.targets,
             checkpointing=(False,),
         )
+    if name in ("wan-high", "wan-low"):
+        return Shape(
+            transformer=_wan(4, heads=3, head=128, ffn=1024, text=128), side=16, frames=3, text_tokens=64, rank=8, **WAN_SIDES[name[4:]]
+        )
+    if name == "wan-tiny":
+        transformer = _wan(2, heads=2, head=12, ffn=32, text=24)
+        return Shape(transformer=transformer, side=4, frames=2, text_tokens=6, rank=4, batch=2, rollout_steps=(4, 2), **WAN_SIDES["low"])
+    if name == "wan2.2-t2v-a14b":
+        return Shape(
+            transformer=_arguments(wan_files.shipped_config("transformer")),
+            side=64,
+            frames=9,
+            text_tokens=512,
+            rank=64,
+            dtype="bfloat16",
+            mixed_precision="bf16",
+            checkpointing=(True,),
+            **WAN_SIDES["low"],
+        )
     assert name == "flux.1-dev", name
     return Shape(
         transformer=_arguments(flux_files.shipped_config("transformer")),
@@ -102,7 +128,11 @@ def shape_named(name: str) -> Shape:
     )
 
 
-SHAPES = ("cpu", "demo", "flux.1-dev", "tiny")
+SHAPES = ("cpu", "demo", "flux.1-dev", "tiny", "wan-high", "wan-low", "wan-tiny", "wan2.2-t2v-a14b")
+WAN_SIDES: dict[str, dict[str, Any]] = {
+    "high": {"family": "wan2.2-t2v-a14b", "t": (0.9, 0.97)},
+    "low": {"family": "wan2.2-t2v-a14b", "t": (0.4, 0.7)},
+}
 
 
 def _flux(double: int, single: int, *, heads: int, head: int, text: int, pooled: int) -> dict[str, Any]:
@@ -116,6 +146,11 @@ def _flux(double: int, single: int, *, heads: int, head: int, text: int, pooled:
         "pooled_projection_dim": pooled,
         "guidance_embeds": True,
     }
+
+
+def _wan(layers: int, *, heads: int, head: int, ffn: int, text: int) -> dict[str, Any]:
+    sizes = {"num_layers": layers, "num_attention_heads": heads, "attention_head_dim": head, "ffn_dim": ffn, "text_dim": text}
+    return {"in_channels": 16, "out_channels": 16, "freq_dim": 64, **sizes}
 
 
 def _arguments(saved: dict[str, Any]) -> dict[str, Any]:
@@ -210,15 +245,35 @@ class RandomFlux(FluxFamily):
     def load_transformers(self, dtype: torch.dtype) -> dict[str, nn.Module]:
         from diffusers import FluxTransformer2DModel
 
-        torch.manual_seed(0)
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
-        try:
-            with self._device:
-                network = FluxTransformer2DModel(**self._shape.transformer)
-        finally:
-            torch.set_default_dtype(before)
-        return {"transformer": network.eval().requires_grad_(False)}
+        return {"transformer": _random(FluxTransformer2DModel, self._shape.transformer, dtype, self._device)}
+
+
+class RandomWan(WanFamily):
+    """Both experts of Wan2.2 with random weights, made on the device and in the dtype they run in."""
+
+    def __init__(self, config: Config, shape: Shape, device: torch.device):
+        super().__init__(config)
+        self._shape, self._device = shape, device
+        if device.type == "meta":
+            # Which expert serves a t depends on values, which the meta device has not. One costs what the other does.
+            self.__dict__["boundary"] = None
+
+    def load_transformers(self, dtype: torch.dtype) -> dict[str, nn.Module]:
+        from diffusers import WanTransformer3DModel
+
+        return {expert: _random(WanTransformer3DModel, self._shape.transformer, dtype, self._device) for expert in self.experts}
+
+
+def _random(kind: Any, arguments: dict[str, Any], dtype: torch.dtype, device: torch.device) -> nn.Module:
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            network: nn.Module = kind(**arguments)
+    finally:
+        torch.set_default_dtype(before)
+    return network.eval().requires_grad_(False)
 
 
 class StepHost(DiffusersHost):
@@ -263,7 +318,7 @@ def make_host(shape: Shape, device: torch.device) -> StepHost:
     """A host of this shape whose LoRA is awake, with EMA weights that differ from the live ones."""
     config = parse_config(
         {
-            "model": {"dtype": shape.dtype, "gradient_checkpointing": False},
+            "model": {"family": shape.family, "dtype": shape.dtype, "gradient_checkpointing": False},
             "dataset": {"tuples": "unused", "cache_dir": "unused"},
             "conditioning": {"max_text_tokens": shape.text_tokens},
             "lora": {"rank": shape.rank, "targets": shape.targets} if shape.targets else {"rank": shape.rank},
@@ -271,7 +326,8 @@ def make_host(shape: Shape, device: torch.device) -> StepHost:
             "output": {"dir": "unused"},
         }
     )
-    host = StepHost(config, RandomFlux(config, shape, device), device)
+    family = RandomWan if shape.family.startswith("wan") else RandomFlux
+    host = StepHost(config, family(config, shape, device), device)
     rng = torch.Generator().manual_seed(1)
     for name, parameter in host.parameters.items():
         if ".lora_B." in name:
@@ -287,16 +343,21 @@ def make_batch(shape: Shape, steps: int, device: torch.device) -> Batch:
     def normal(*size: int) -> Tensor:
         return torch.randn(*size, generator=rng).to(device)
 
-    latents = (shape.batch, shape.transformer["in_channels"] // 4, 1, shape.side, shape.side)
-    widths = (shape.transformer["joint_attention_dim"], shape.transformer["pooled_projection_dim"])
-    texts = {
-        role: {"t5": normal(shape.batch, shape.text_tokens, widths[0]), "pooled": normal(shape.batch, widths[1])} for role in TEXT_ROLES
-    }
+    network = shape.transformer
+
+    def text() -> dict[str, Tensor]:
+        if shape.family.startswith("wan"):
+            return {"umt5": normal(shape.batch, shape.text_tokens, network["text_dim"])}
+        widths = network["joint_attention_dim"], network["pooled_projection_dim"]
+        return {"t5": normal(shape.batch, shape.text_tokens, widths[0]), "pooled": normal(shape.batch, widths[1])}
+
+    latents = (shape.batch, 16, shape.frames, shape.side, shape.side)
+    texts = {role: text() for role in TEXT_ROLES}
     return Batch(
         source=normal(*latents),
         noise=normal(*latents),
         target=normal(*latents),
-        t=torch.linspace(0.4, 0.7, shape.batch).to(device),
+        t=torch.linspace(*shape.t, shape.batch).to(device),
         nodes=timesteps.uniform_nodes(steps).to(device),
         **texts,
     )
@@ -511,7 +572,9 @@ def _shape_record(name: str, shape: Shape) -> dict[str, Any]:
     return {
         "name": name,
         "transformer": shape.transformer,
-        "noisy_tokens": (shape.side // 2) ** 2,
+        "family": shape.family,
+        "t": shape.t,
+        "noisy_tokens": shape.frames * (shape.side // 2) ** 2,
         "text_tokens": shape.text_tokens,
         "batch": shape.batch,
         "rank": shape.rank,
@@ -558,13 +621,14 @@ def count(name: str) -> dict[str, Any]:
 
 @contextmanager
 def _meta_without_autocast() -> Iterator[None]:
-    """torch.is_autocast_enabled raises for the meta device, which has none."""
-    original = torch.is_autocast_enabled
+    """torch.is_autocast_enabled and torch.autocast raise for the meta device, which has none."""
+    original, exact_time = torch.is_autocast_enabled, wan._exact_time
     torch.is_autocast_enabled = lambda *device: False if device == ("meta",) else original(*device)  # type: ignore[assignment]
+    wan._exact_time = lambda network: nullcontext()
     try:
         yield
     finally:
-        torch.is_autocast_enabled = original
+        torch.is_autocast_enabled, wan._exact_time = original, exact_time
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -579,11 +643,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="results file to write")
     parser.add_argument("--table", type=Path, help="print the tables of a results file and measure nothing")
     parser.add_argument(
-        "--write-readme", action="store_true", help="put the tables of the CPU's results into README.md and measure nothing"
+        "--write-docs",
+        action="store_true",
+        help="put the tables of the CPU's results into README.md and docs/step_cost.md and measure nothing",
     )
     options = parser.parse_args(arguments)
-    if options.write_readme:
-        report.write_readme(ROOT / "README.md", ROOT / "benchmarks/results")
+    if options.write_docs:
+        report.write_documents(ROOT, ROOT / "benchmarks/results")
         return
     if options.table:
         print(report.tables(report.read(options.table)))

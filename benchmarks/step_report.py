@@ -9,7 +9,7 @@ from typing import Any
 
 UPDATE = "optimizer and EMA"
 PHASES = ("rollout", "frozen passes", "identity", "reverse", "forward", "identity + reverse", "identity, reverse, forward", "paired")
-BEGIN, END = "<!-- step: made by python -m benchmarks.step --write-readme -->", "<!-- /step -->"
+BEGIN, END = "<!-- step: made by python -m benchmarks.step --write-docs -->", "<!-- /step -->"
 
 Record = dict[str, Any]
 
@@ -97,12 +97,18 @@ def _heading(results: dict[str, Any]) -> str:
     clock = "Wall time" if results["clock"] == "wall" else "CPU time of one thread (other work ran beside it)"
     share = "" if results["matmul_share"] is None else f"; {results['matmul_share']:.0%} of a step's time is matrix products and attention"
     return (
-        f"`{shape['name']}`: {transformer['num_layers']} double and {transformer['num_single_layers']} single blocks of width {width}, "
+        f"`{shape['name']}`: {_blocks(transformer)} of width {width}, "
         f"{shape['noisy_tokens']} noisy + {shape['noisy_tokens']} source + {shape['text_tokens']} text tokens, batch {shape['batch']}, "
         f"LoRA rank {shape['rank']}, {shape['dtype']}; {device}; PyTorch {host['torch']}; commit {commit['hash'][:10]}"
         f"{' with changes' if commit['modified'] else ''}{share}. "
         f"{clock}: medians of {results['repeats']} repetitions, ranges in brackets."
     )
+
+
+def _blocks(transformer: dict[str, Any]) -> str:
+    if "num_single_layers" in transformer:
+        return f"{transformer['num_layers']} double and {transformer['num_single_layers']} single blocks"
+    return f"2 experts of {transformer['num_layers']} blocks"
 
 
 def _counted(results: dict[str, Any], settings: list[bool]) -> str:
@@ -201,20 +207,46 @@ def _memory(results: dict[str, Any], settings: list[bool]) -> str:
     return "\n".join(lines)
 
 
-def readme_tables(folder: Path) -> str:
-    """What README shows of the results folder."""
-    return "\n\n".join(tables(read(folder / name)) for name in ("step_cpu.json", "step_flux_flops.json"))
+def headline(results: dict[str, Any]) -> str:
+    """The few rows that README shows."""
+    lines = ["| one step over a paired one | 10 rollout steps | 5 | 10, activations recomputed | 5 |", "|---|---|---|---|---|"]
+    titles = {
+        "printed": ("Algorithm 1 as printed", ""),
+        "frozen 2": ("the defaults", "default, fewer"),
+        "merged": ('`frozen_batch = 4`, `rollout_weights = "merged"`', "merged, fewer"),
+    }
+    for name, (title, fewer) in titles.items():
+        cells = []
+        for checkpointing in (False, True):
+            for row in (find(results, name, checkpointing), find(results, fewer, checkpointing)):
+                cells.append(f"{ratio(row):.1f}" if row else "")
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    cells = []
+    for checkpointing in (False, True):
+        paired, row = (find(results, name, checkpointing) for name in ("paired", "frozen 2"))
+        assert paired and row
+        cells += [f"{peak(row, 'saved') / peak(paired, 'saved'):.2f}", ""]
+    lines.append("| peak memory of the defaults | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
-def write_readme(path: Path, folder: Path) -> None:
-    """Put the tables of a results folder between README's marks.
+def documents(folder: Path) -> dict[str, str]:
+    """What each document shows of a results folder, by its path from the repository's root."""
+    cpu, flux = (read(folder / name) for name in ("step_cpu.json", "step_flux_flops.json"))
+    return {"README.md": headline(cpu), "docs/step_cost.md": tables(cpu) + "\n\n" + tables(flux)}
+
+
+def write_documents(root: Path, folder: Path) -> None:
+    """Put a results folder's tables between the marks of each document.
 
     Raises:
         ValueError: the marks are missing.
     """
-    text = path.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{path.name} has no {BEGIN} ... {END}: put both lines where the tables belong")
-    path.write_text(f"{before}{BEGIN}\n{readme_tables(folder)}\n{END}{after}", encoding="utf-8")
+    for name, shown in documents(folder).items():
+        path = root / name
+        text = path.read_text(encoding="utf-8")
+        before, begin, rest = text.partition(BEGIN)
+        _, end, after = rest.partition(END)
+        if not begin or not end:
+            raise ValueError(f"{name} has no {BEGIN} ... {END}: put both lines where the tables belong")
+        path.write_text(f"{before}{BEGIN}\n{shown}\n{END}{after}", encoding="utf-8")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from byg_plugin.lora_formats import expert_files
 from byg_plugin.training.config import Config, load_config
+from byg_plugin.training.extras import require_training_extras
 
 
 def cache_train_edit(out: Path, recipe: str, base: Path, overrides: Sequence[str], edit_options: Sequence[str]) -> tuple[Path, float]:
@@ -46,6 +47,7 @@ def cache_train_edit(out: Path, recipe: str, base: Path, overrides: Sequence[str
     for override in overrides:
         options += ["--set", override]
     resolved = load_config(config, [str(word) for word in options[2:] if word != "--set"])
+    require_training_extras(resolved)  # the training's own check, before the caching
     suffix = "-ema" if resolved.objective.ema_decay else ""
     lora = Path(resolved.output.dir) / f"{resolved.output.name}{suffix}.safetensors"
     _refuse_other_settings(Path(resolved.output.dir) / "config.json", resolved, out)

@@ -37,7 +37,9 @@ def require_training_extras(config: Config) -> None:
     if train.optimizer == "adamw8bit":
         require("bitsandbytes", 'train.optimizer = "adamw8bit"', "bnb", 'set train.optimizer = "adamw"')
     if train.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
-        raise ValueError(f'train.optimizer = "muon" needs torch 2.9 or later, and this is {torch.__version__}: set train.optimizer = "adamw"')
+        raise ValueError(
+            f'train.optimizer = "muon" needs torch 2.9 or later, and this is {torch.__version__}: set train.optimizer = "adamw"'
+        )
     if train.tracker != "none":
         extra = {"tensorboard": "diffusers", "wandb": "wandb"}[train.tracker]
         require(train.tracker, f'train.tracker = "{train.tracker}"', extra, 'set train.tracker = "none"')
