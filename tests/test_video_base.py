@@ -126,6 +126,18 @@ def test_guided_targets_lean_away_from_no_caption():
     assert torch.equal(seen[1][0], seen[0][1]) and not torch.equal(seen[1][0], seen[0][0])
 
 
+def test_a_frozen_encoder_reads_each_text_once():
+    flow = build_video_base.Flow()
+    texts = ["make the circle red", "", "make the circle red"]
+    with torch.no_grad():
+        wanted = flow.encoder(texts)
+    assert flow.read(texts).requires_grad and not flow._read
+    flow.encoder.requires_grad_(False)
+    assert torch.allclose(flow.read(texts), wanted, atol=1e-5)
+    flow.encoder = None  # never asked again
+    assert torch.allclose(flow.read(texts[1:]), wanted[1:], atol=1e-5)
+
+
 def test_every_sentence_fits_and_ends_in_zeros():
     encoder = build_video_base.TextEncoder()
     edits = video_world.sample_split(200, 0, "sentences", video_world.EDIT_TYPES)

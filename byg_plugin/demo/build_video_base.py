@@ -3,8 +3,8 @@
     python -m byg_plugin.demo.build_video_base --out byg_plugin/demo/video_base --work video_base_work
 
 Every part is of the real class in a tiny size, with the sizes that other programs take for granted: patch (1, 2, 2), 16
-latent channels, text of width 4096, boundary 0.875. First the VAE is trained (about two hours of one core), then one
-transformer together with the text encoder for all t, then a copy of it for each side of the boundary (about two hours).
+latent channels, text of width 4096, boundary 0.875. First the VAE is trained (under two hours of one core), then one
+transformer together with the text encoder for all t, then a copy of it for each side of the boundary (as long again).
 
 Everything that is done lies in `--work`, written every `--save-minutes`: the same command goes on after a kill, and gives
 the same base. `figures.json` says how good it is.
@@ -57,7 +57,7 @@ TRANSFORMER_CONFIG: dict[str, Any] = {
     "text_dim": TEXT_WIDTH,
     "freq_dim": 256,
     "ffn_dim": 256,
-    "num_layers": 6,
+    "num_layers": 5,
     "rope_max_seq_len": 64,
 }
 # The images' stages (`build_base.VAE_STAGES`) in fewer steps: a step of clips costs four times as much.
@@ -77,12 +77,11 @@ class Budget:
     vae_share: float = 1.0  # of the steps of VAE_STAGES
     vae_batch: int = 8
     clips: int = 24000  # different clips the flow is trained on
-    flow_steps: int = 7000  # of the one transformer that both experts start from
-    expert_steps: int = 2500  # of each
+    flow_steps: int = 5000  # of the one transformer that both experts start from, with the text encoder, not guided yet
+    expert_steps: int = 4000  # of each, guided
     flow_batch: int = 64
     flow_rate: float = 2e-3  # of AdamW, for embeddings, norms and biases
     muon_rate: float = 4e-3  # of Muon, for matrices
-    guided_from: float = 0.5  # share of the flow's steps that are not guided yet; the experts' all are
 
 
 # --- what survives a kill --------------------------------------------------------------------------------------------
@@ -311,7 +310,7 @@ class TextEncoder(nn.Module):
         )  # fmt: skip
         self.umt5 = UMT5EncoderModel(
             UMT5Config(
-                vocab_size=len(self.tokenizer), d_model=TEXT_WIDTH, d_kv=16, d_ff=32, num_layers=1, num_heads=2, dropout_rate=0.0,
+                vocab_size=len(self.tokenizer), d_model=TEXT_WIDTH, d_kv=16, d_ff=16, num_layers=1, num_heads=2, dropout_rate=0.0,
                 feed_forward_proj="gated-gelu", relative_attention_num_buckets=16, relative_attention_max_distance=16,
                 pad_token_id=0, eos_token_id=1, is_encoder_decoder=False, use_cache=False,
             )
@@ -369,6 +368,16 @@ class Flow(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.network, self.encoder = make_transformer(), TextEncoder()
+        self._read: dict[str, Tensor] = {}
+
+    def read(self, texts: list[str]) -> Tensor:
+        """(N, TEXT_TOKENS, 4096); what a frozen encoder has read is remembered, it takes as long as the transformer."""
+        if not self._read and next(self.encoder.parameters()).requires_grad:
+            return self.encoder(texts)
+        new = sorted({*texts} - self._read.keys())
+        if new:
+            self._read |= zip(new, self.encoder(new).float(), strict=True)
+        return torch.stack([self._read[text] for text in texts])
 
 
 Times = Callable[[int, torch.Generator], Tensor]
@@ -389,12 +398,13 @@ def train_flow(vae: AutoencoderKLWan, work: Work) -> tuple[dict[str, WanTransfor
     pictures, budget = make_pictures(vae, work), work.budget
     torch.manual_seed(work.seed + 1)
     flow = Flow()
-    _train(work, "flow", flow, [*flow.parameters()], pictures, build_base.sample_times, budget.flow_steps, budget.guided_from)
+    _train(work, "flow", flow, [*flow.parameters()], pictures, build_base.sample_times, budget.flow_steps, guided=0.0)
     experts = {}
     for name, times in (("transformer", _high_times), ("transformer_2", _low_times)):
         expert = copy.deepcopy(flow)
         expert.encoder.requires_grad_(False)  # both read the same texts
-        _train(work, name, expert, [*expert.network.parameters()], pictures, times, budget.expert_steps, 0.0)
+        mine = [*expert.network.parameters()]
+        _train(work, name, expert, mine, pictures, times, budget.expert_steps, guided=build_base.GUIDED_SHARE)
         experts[name] = expert.network.eval()
     return experts, flow.encoder.eval()
 
@@ -407,7 +417,8 @@ def _train(
     pictures: build_base.Pictures,
     times: Times,
     steps: int,
-    guided_from: float,
+    *,
+    guided: float,
 ) -> None:
     """Train some parameters for `steps` and leave their averages in them; goes on where it stopped."""
     budget = work.budget
@@ -426,7 +437,6 @@ def _train(
         clean = clean + build_base.DITHER * torch.randn(clean.shape, generator=rng)
         noise, t = torch.randn(clean.shape, generator=rng), times(len(pick), rng)
         at = t.view(-1, 1, 1, 1, 1)
-        guided = build_base.GUIDED_SHARE if step >= guided_from * steps else 0.0
         with _fast():
             loss = _flow_loss(flow, (1 - at) * clean + at * noise, t, pictures.texts(pick, rng), noise - clean, guided)
             for parameter in parameters:
@@ -463,10 +473,10 @@ def _optimizers(flow: Flow, parameters: list[nn.Parameter], budget: Budget) -> l
 
 def _flow_loss(flow: Flow, noisy: Tensor, t: Tensor, texts: list[str], target: Tensor, guided: float) -> Tensor:
     """Mean squared error of the velocity; `guided` is the share by which targets lean away from no caption."""
-    v = velocity(flow.network, noisy, t, flow.encoder(texts))
+    v = velocity(flow.network, noisy, t, flow.read(texts))
     if guided:
         with torch.no_grad():
-            uncaptioned = velocity(flow.network, noisy, t, flow.encoder([""]).expand(len(texts), -1, -1))
+            uncaptioned = velocity(flow.network, noisy, t, flow.read([""]).expand(len(texts), -1, -1))
         target = target + guided * (v.detach() - uncaptioned)
     return (v - target).square().mean()
 
