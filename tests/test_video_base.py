@@ -18,7 +18,7 @@ from byg_plugin.demo.video import BASE
 from byg_plugin.models import make_family
 from byg_plugin.training.config import parse_config
 
-LITTLE = build_video_base.Budget(vae_share=1e-4, vae_batch=1, clips=6, flow_steps=3, expert_steps=3, flow_batch=2)
+LITTLE = build_video_base.Budget(vae_share=1e-4, vae_batch=1, clips=6, flow_steps=3, high_steps=3, low_steps=3, flow_batch=2)
 # What the shipped base has to reach: share of samples that follow their caption, in colours, shapes and ways.
 COLOURS, SHAPES, WAYS = 0.95, 0.9, 0.9
 
@@ -158,7 +158,7 @@ def test_pixels_there_and_back():
 
 
 def test_the_unclamped_decoder_is_the_decoder():
-    vae = build_base_vae()
+    vae = fresh_vae()
     latents = 0.1 * torch.randn(1, 16, 2, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         ours, theirs = build_video_base._decode_unclamped(vae, latents), vae.decode(latents).sample
@@ -166,9 +166,42 @@ def test_the_unclamped_decoder_is_the_decoder():
         assert build_video_base._decode_unclamped(vae, 100 * latents).abs().max() > 1
 
 
-def build_base_vae():
+def fresh_vae():
     torch.manual_seed(0)
     return build_video_base.AutoencoderKLWan(**build_video_base.VAE_CONFIG).eval()
+
+
+@torch.no_grad()
+def test_the_convolution_of_training_is_the_stock_one():
+    """Of a first frame, of the chunk after it, and of what the decoder upsamples in time."""
+    vae, clip = fresh_vae(), a_clip()
+    latents = vae.encode(clip).latent_dist.mode()
+    pixels = vae.decode(latents).sample
+    build_video_base._for_training(vae)
+    assert any(type(module) is build_video_base._Convolution for module in vae.modules())
+    assert torch.allclose(vae.encode(clip).latent_dist.mode(), latents, atol=1e-5)
+    assert torch.allclose(vae.decode(latents).sample, pixels, atol=1e-5)
+
+
+def a_clip() -> torch.Tensor:
+    return build_video_base.to_pixels(video_world.render(*video_world.sample_clip(np.random.default_rng(0)))[None])
+
+
+@torch.no_grad()
+def test_clips_start_as_pictures():
+    """The second latent is that of the last frame alone, and is decoded as a picture, four times."""
+    vae, clip = fresh_vae(), a_clip()
+    build_video_base._start_still(vae)
+    latents = vae.encode(clip).latent_dist.mode()
+    last = vae.encode(clip[:, :, -1:]).latent_dist.mode()
+    assert torch.allclose(latents[:, :, 1:], last, atol=1e-5) and not torch.allclose(latents[:, :, :1], last, atol=1e-2)
+    assert torch.allclose(vae.decode(latents).sample[:, :, 1:], vae.decode(last).sample.expand(-1, -1, 4, -1, -1), atol=1e-5)
+
+
+def test_pictures_are_frames_of_clips():
+    draw = functools.partial(build_video_base._vae_pixels, batch=2)
+    assert draw(np.random.default_rng(0), 1).shape == (4, 3, 1, 64, 64)
+    assert draw(np.random.default_rng(0), video_world.FRAMES).shape == (2, 3, video_world.FRAMES, 64, 64)
 
 
 def test_the_command_writes_a_base_that_pipeline_and_family_load(tmp_path, monkeypatch):
@@ -176,8 +209,8 @@ def test_the_command_writes_a_base_that_pipeline_and_family_load(tmp_path, monke
     monkeypatch.setattr(build_video_base, "measure", functools.partial(build_video_base.measure, n=4))
     monkeypatch.setattr(build_video_base, "Budget", lambda **changes: replace(LITTLE, **changes))
     out = tmp_path / "base"
-    words = ["--out", f"{out}", "--work", f"{tmp_path}/work", "--vae-share", "0.0001", "--flow-steps", "1", "--expert-steps", "1"]
-    build_video_base.main([*words, "--clips", "6"])
+    words = ["--out", f"{out}", "--work", f"{tmp_path}/work", "--vae-share", "0.0001", "--flow-steps", "1", "--high-steps", "1"]
+    build_video_base.main([*words, "--low-steps", "1", "--clips", "6"])
     pipe = diffusers.WanPipeline.from_pretrained(out)
     assert pipe.config.boundary_ratio == 0.875 and pipe.transformer_2 is not None
     assert pipe.transformer.config.text_dim == pipe.text_encoder.config.d_model == 4096
@@ -197,7 +230,7 @@ def test_the_command_writes_a_base_that_pipeline_and_family_load(tmp_path, monke
     with torch.no_grad():
         assert torch.allclose(family.encode_texts(encoders, [text])["umt5"], mine([text]), atol=1e-4)
         vae = family.load_vae(torch.device("cpu"))
-        pixels = build_video_base.to_pixels(video_world.render(*video_world.sample_clip(np.random.default_rng(0)))[None])
+        pixels = a_clip()
         assert torch.allclose(family.encode_pixels(vae, pixels), build_video_base.encode(vae, pixels), atol=1e-4)
         networks = family.load_transformers(torch.float32)
         noisy, t = torch.randn(1, 16, 2, 8, 8), torch.tensor([0.9])
