@@ -220,6 +220,7 @@ def test_the_command_writes_a_base_that_pipeline_and_family_load(tmp_path, monke
     figures = json.loads((out / "figures.json").read_text())
     assert figures["samples"] == 4 and figures["clips"] == 6 and abs(figures["latent_std"] - 1) < 0.5
     assert (tmp_path / "work/samples.png").is_file()
+    assert "--low-steps 1" in json.loads((out / "history.json").read_text())["command"]
 
     family = make_family(config_of(out, tmp_path))
     assert family.boundary == 0.875 and family.pixel_multiple() == 16 and family.clip_frames(7) == 5
@@ -247,6 +248,9 @@ def test_the_curve_forgets_what_is_made_again(tmp_path):
     build_video_base._curve_log(tmp_path / "curve.jsonl")("flow", 200, {"flow": 0.4})
     rows = [json.loads(line) for line in (tmp_path / "curve.jsonl").read_text().splitlines()]
     assert [(row["step"], row["flow"]) for row in rows] == [(100, 1.0), (200, 0.4)]
+    told = build_video_base.history(tmp_path / "curve.jsonl", LITTLE, 3)
+    assert told["parts"] == [{"what": "flow", "columns": ["step", "flow"], "curve": [[100, 1.0], [200, 0.4]]}]
+    assert "--seed 3" in told["command"] and "--clips 6" in told["command"]
 
 
 # --- the shipped base ---

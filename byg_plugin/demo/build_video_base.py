@@ -8,7 +8,7 @@ minutes of one core), then one transformer together with the text encoder for al
 boundary (about twenty).
 
 Everything that is done lies in `--work`, written every `--save-minutes`: the same command goes on after a kill, and gives
-the same base. `figures.json` says how good it is.
+the same base. Its `figures.json` says how good it is, its `history.json` how its losses fell.
 """
 
 from __future__ import annotations
@@ -107,6 +107,9 @@ class Budget:
     flow_batch: int = 64
     flow_rate: float = 2e-3  # of AdamW, for embeddings, norms and biases
     muon_rate: float = 4e-3  # of Muon, for matrices
+
+
+OPTIONS = ("vae_share", "clips", "flow_steps", "high_steps", "low_steps")  # what the command line can change of it
 
 
 # --- what survives a kill --------------------------------------------------------------------------------------------
@@ -240,9 +243,8 @@ def train_vae(work: Work) -> AutoencoderKLWan:
     vae = AutoencoderKLWan(**VAE_CONFIG, latents_mean=[0.0] * LATENT_CHANNELS, latents_std=[1.0] * LATENT_CHANNELS).train()
     _for_training(vae)
     _start_still(vae)
-    done = 0
     for number, stage in enumerate(VAE_STAGES):
-        done += _vae_stage(work, vae, number, stage, done)
+        _vae_stage(work, vae, number, stage)
     return _normalised(vae.eval(), work.rng("vae statistics", 0))
 
 
@@ -280,8 +282,7 @@ def _start_still(vae: AutoencoderKLWan) -> None:
             weight[:, :, -1] *= math.sqrt(module.kernel_size[0])  # as if it alone had been drawn
 
 
-def _vae_stage(work: Work, vae: AutoencoderKLWan, number: int, stage: VaeStage, done: int) -> int:
-    """Train one stage and return its number of steps; `done` is the sum of those before it."""
+def _vae_stage(work: Work, vae: AutoencoderKLWan, number: int, stage: VaeStage) -> None:
     budget = work.budget
     steps = max(1, round(stage.steps * budget.vae_share))
     vae.encoder.requires_grad_(stage.kl > 0)
@@ -301,9 +302,9 @@ def _vae_stage(work: Work, vae: AutoencoderKLWan, number: int, stage: VaeStage, 
         _set_rate(optimizers, build_base.rate_factor(step, steps, 100))
         optimizers[0].step()
         if step % 100 == 99:
-            work.log("vae", done + step + 1, {name: loss.item() for name, loss in losses.items()})
+            values = {name: loss.item() for name, loss in losses.items()}
+            work.log(f"vae-{number}", step + 1, values | {"cpu_seconds": training.cpu_seconds()})
         training.save(step + 1, vae, optimizers, None, now=step + 1 == steps)
-    return steps
 
 
 def _vae_pixels(rng: np.random.Generator, frames: int, batch: int) -> Tensor:
@@ -628,13 +629,22 @@ def save(out: Path, vae: AutoencoderKLWan, experts: Mapping[str, WanTransformer3
     (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _curve_log(path: Path) -> Log:
-    """Lines of JSON; a step that is made again after a kill replaces its line."""
-    lines: dict[tuple[str, int], dict[str, Any]] = {}
+Curve = dict[tuple[str, int], dict[str, Any]]
+
+
+def _read_curve(path: Path) -> Curve:
+    """Rows by stage and step; a line that a kill cut off is dropped."""
+    lines: Curve = {}
     for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         with suppress(json.JSONDecodeError):
             row = json.loads(text)
             lines[row["stage"], row["step"]] = row
+    return lines
+
+
+def _curve_log(path: Path) -> Log:
+    """Lines of JSON; a step that is made again after a kill replaces its line."""
+    lines = _read_curve(path)
 
     def log(stage: str, step: int, values: dict[str, float]) -> None:
         lines[stage, step] = {"stage": stage, "step": step} | {name: round(value, 5) for name, value in values.items()}
@@ -642,6 +652,21 @@ def _curve_log(path: Path) -> Log:
         path.write_text("".join(json.dumps(row) + "\n" for row in lines.values()), encoding="utf-8")
 
     return log
+
+
+def history(curve: Path, budget: Budget, seed: int) -> dict[str, Any]:
+    """How a base was trained, from the curve that its building told."""
+    parts: dict[str, list[dict[str, Any]]] = {}
+    for row in _read_curve(curve).values():
+        parts.setdefault(row.pop("stage"), []).append(row)
+    chosen = {"seed": seed} | {name: getattr(budget, name) for name in OPTIONS}
+    options = [f"--{name.replace('_', '-')} {value}" for name, value in chosen.items()]
+    return {
+        "about": "One core; each part starts from the one before. Losses are means over 100 steps (VAE: of one batch).",
+        "command": " ".join(["python -m byg_plugin.demo.build_video_base", *options]),
+        "vae_stages": [stage._asdict() for stage in VAE_STAGES],
+        "parts": [{"what": name, "columns": [*rows[0]], "curve": [[*row.values()] for row in rows]} for name, rows in parts.items()],
+    }
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -654,21 +679,22 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; the figures in the base are of 1")
     parser.add_argument("--save-minutes", type=float, default=5.0, help="minutes between savings: what a kill loses at most")
     parser.add_argument("--vae-share", type=float, default=budget.vae_share, help="of the VAE's steps: 0.01 for a look")
-    for name in ("clips", "flow_steps", "high_steps", "low_steps"):
+    for name in OPTIONS[1:]:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(budget, name))
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
-    chosen = {name: getattr(args, name) for name in ("vae_share", "clips", "flow_steps", "high_steps", "low_steps")}
     (args.work / "clips").mkdir(parents=True, exist_ok=True)
-    work = Work(args.work, replace(budget, **chosen), args.seed, args.save_minutes, _curve_log(args.work / "curve.jsonl"))
+    budget, curve = replace(budget, **{name: getattr(args, name) for name in OPTIONS}), args.work / "curve.jsonl"
+    work = Work(args.work, budget, args.seed, args.save_minutes, _curve_log(curve))
     vae = train_vae(work)
     experts, encoder = train_flow(vae, work)
     save(args.out, vae, experts, encoder)
     figures, clips, captions = measure(vae, experts, encoder, args.seed)
-    figures |= {"seed": args.seed, **asdict(work.budget)}
+    figures |= {"seed": args.seed, **asdict(budget)}
     figures = {name: round(value, 5) for name, value in figures.items()}
     print(json.dumps(figures), flush=True)
-    (args.out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    for name, told in (("figures", figures), ("history", history(curve, budget, args.seed))):
+        (args.out / f"{name}.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
     sheet.clip_sample_sheet(args.work / "samples.png", clips[:16], captions[:16])
 
 

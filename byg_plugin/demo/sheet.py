@@ -54,8 +54,11 @@ def clip_contact_sheet(
     """The same of clips `(FRAMES, SIZE, SIZE, 3)`, each as a strip of its frames."""
     entries = []
     for edit in tuples[: columns * rows]:
-        clips = (video_world.render(edit.before, edit.motion), edits[edit.id], video_world.render(edit.after, edit.motion))
-        entries.append(_Entry(edit.instruction, *map(_strip, clips), video_metrics.score(edits[edit.id], edit).joint))
+        source, made, truth = (
+            _strip(clip)
+            for clip in (video_world.render(edit.before, edit.motion), edits[edit.id], video_world.render(edit.after, edit.motion))
+        )
+        entries.append(_Entry(edit.instruction, source, made, truth, video_metrics.score(edits[edit.id], edit).joint))
     return _draw(path, entries, columns, CLIP_SCALE, TEXT // 3)
 
 
