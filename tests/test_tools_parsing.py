@@ -51,9 +51,7 @@ def test_no_prefix_of_an_answer_is_ever_taken_with_a_text_cut_off() -> None:
     assert taken > 1
 
 
-@pytest.mark.parametrize(
-    "value", ['a sign that says "NOW"', "a man's hat", "a \\ b", "caf\u00e9 \U0001f600", "```fence```"]
-)
+@pytest.mark.parametrize("value", ['a sign that says "NOW"', "a man's hat", "a \\ b", "caf\u00e9 \U0001f600", "```fence```"])
 def test_texts_with_marks_inside_survive(value: str) -> None:
     item = {**GOOD, "tgt_caption": value}
     assert parse_answer(f"```json\n{json.dumps(item)}\n```", FIELDS)["tgt_caption"] == value

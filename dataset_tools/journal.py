@@ -1,0 +1,148 @@
+"""Files that grow by whole lines and survive a kill at any moment, and the set of what is in them.
+
+Results are their own journal: an input is done when, and only when, its line stands in one of the files. A line is one
+write in append mode and is synced before it counts. The rest of a line that a power cut left is removed at the next start.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+_BLOCK = 1 << 16
+
+
+class Journal:
+    """An append-only JSONL file.
+
+    Raises:
+        ValueError: it cannot be opened or written.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            drop_torn_line(path)
+            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o644)
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be written: {error.strerror or error}; choose another place") from error
+
+    def append(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Add records and wait until they are on the disk.
+
+        Raises:
+            ValueError: the disk is full; what was added before is intact.
+        """
+        data = b"".join(map(_line, records))
+        try:
+            while data:
+                data = data[os.write(self._file, data) :]
+            os.fsync(self._file)
+        except OSError as error:
+            raise ValueError(
+                f"{self.path}: cannot be written: {error.strerror or error}; make room and run the same command again"
+            ) from error
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._file)
+
+
+def drop_torn_line(path: Path) -> None:
+    """Cut the file after its last line feed."""
+    if not path.is_file():
+        return
+    with path.open("r+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        keep = end
+        while keep:
+            start = max(0, keep - _BLOCK)
+            file.seek(start)
+            at = file.read(keep - start).rfind(b"\n")
+            if at >= 0:
+                keep = start + at + 1
+                break
+            keep = start
+        if keep != end:
+            file.truncate(keep)
+
+
+def read_records(path: Path) -> Iterator[dict[str, Any]]:
+    """Records of whole lines, one after another; none where there is no file.
+
+    Raises:
+        ValueError: a line is not a JSON object.
+    """
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return  # torn
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line.decode("utf-8-sig"))
+            except ValueError as error:
+                raise ValueError(f"{path}: line {number} is not JSON ({error}); mend or remove it") from error
+            if not isinstance(record, dict):
+                raise ValueError(f"{path}: line {number} is {type(record).__name__}, not a JSON object; mend or remove it")
+            yield record
+
+
+def rewrite(path: Path, keep: Callable[[Mapping[str, Any]], bool]) -> int:
+    """Remove records from a file, atomically; returns how many.
+
+    Raises:
+        ValueError: see `read_records`.
+    """
+    partial = path.with_name(f".partial-{path.name}")
+    removed = 0
+    with partial.open("wb") as file:
+        for record in read_records(path):
+            if keep(record):
+                file.write(_line(record))
+            else:
+                removed += 1
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    return removed
+
+
+def _line(record: Mapping[str, Any]) -> bytes:
+    try:
+        return json.dumps(record, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:  # half a surrogate pair in what a model said or in a file's name
+        return json.dumps(record).encode() + b"\n"
+
+
+class Done:
+    """A set of names on the disk: its memory does not grow. It is made anew from the files at each start."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="byg-done-")
+        self._db = sqlite3.connect(str(Path(self._folder.name) / "done.sqlite"), check_same_thread=False, isolation_level=None)
+        # It is thrown away at the end: no journal, no sync.
+        self._db.executescript("PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; CREATE TABLE done (name TEXT PRIMARY KEY) WITHOUT ROWID;")
+
+    def add(self, names: Iterable[str]) -> None:
+        """Names that are done."""
+        self._db.execute("BEGIN")
+        self._db.executemany("INSERT OR IGNORE INTO done VALUES (?)", ((name,) for name in names))
+        self._db.execute("COMMIT")
+
+    def claim(self, name: str) -> bool:
+        """Add a name; whether it was new."""
+        return self._db.execute("INSERT OR IGNORE INTO done VALUES (?)", (name,)).rowcount == 1
+
+    def close(self) -> None:
+        """Remove the files."""
+        self._db.close()
+        self._folder.cleanup()
