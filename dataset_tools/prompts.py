@@ -94,7 +94,10 @@ def edit_request(offered: Sequence[str], *, caption: str | None = None, source_s
 
 
 _FORM = "the answer must be one JSON object as described, whole and with every field filled"
-_OF_THE_ANSWER = {"edit_type": "edit_type must be exactly one of the types that were offered"}
+_OF_THE_ANSWER = {
+    "edit_type": "edit_type must be exactly one of the types that were offered",
+    "style_hint": "the caption must say nothing of style, medium or technique",
+}
 
 
 def repair_request(findings: Iterable[Finding]) -> str:

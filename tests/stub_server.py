@@ -42,6 +42,7 @@ class Server:
     def __init__(self, plan: dict[str, Any]):
         self.plan = plan
         self.seen: dict[int, int] = {}
+        self.described = 0
         self.log = open(plan["log"], "a", encoding="utf-8") if plan.get("log") else None  # noqa: SIM115
 
     async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -81,6 +82,13 @@ class Server:
             self.log.write(json.dumps(entry) + "\n")
             self.log.flush()
         mode = self.plan["mode"]
+        if "frames of one video" in text:
+            style = ("a cartoon", "Photorealistic", "3D-CGI")[self.described % 3]
+            self.described += 1
+            return reply(writer, json.dumps({"caption": f"a ball rolls over table {self.described}", "style": style}), body)
+        if "Rewrite this caption" in text:
+            hint = "cartoon " if number % 7 == 0 or (number % 5 == 0 and not repair) else ""
+            return reply(writer, f'<think>hm</think>{{"caption": "A {hint}dog number {number} runs on a beach."}}', body)
         if self.plan.get("seconds"):
             await asyncio.sleep(self.plan["seconds"])
         if mode in ("down", "refuse", "key", "model"):
