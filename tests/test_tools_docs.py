@@ -1,0 +1,55 @@
+"""The page on data and its recipes say what the tools do."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from dataset_tools import settings
+from dataset_tools.balance import PRIORITY
+from dataset_tools.settings import CaptionsSettings, GenerateSettings, RenderSettings, read_settings, tomllib
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+MODELS = {"generate_edits": GenerateSettings, "prepare_captions": CaptionsSettings, "render_videos": RenderSettings}
+
+
+def test_commands_and_links_of_the_page_exist() -> None:
+    commands = re.findall(r"dataset_tools/(\w+)\.py([^\n`]*)", PAGE)
+    assert len(commands) >= 6
+    for tool, line in commands:
+        source = (ROOT / "dataset_tools" / f"{tool}.py").read_text(encoding="utf-8")
+        for option in re.findall(r"--[\w-]+", line.split("#")[0]):
+            name = option[2:].replace("-", "_")
+            assert name == "config" or name in getattr(MODELS.get(tool), "model_fields", ()) or f'"{option}"' in source, (tool, option)
+    for place in re.findall(r"\]\(([^)#:]+)\)", PAGE):
+        assert (ROOT / "docs" / place).exists(), place
+    for option in set(re.findall(r"`--([\w-]+)", PAGE)):
+        assert any(option.replace("-", "_") in model.model_fields for model in MODELS.values()) or option == "help", option
+
+
+def test_documented_weights_are_the_programs() -> None:
+    assert "`p` is 1.5 for remove and replace, 1 for the others" in PAGE
+    assert {name: p for name, p in PRIORITY.items() if p != 1} == {"remove": 1.5, "replace": 1.5}
+
+
+@pytest.mark.parametrize("name", ["data_images", "data_videos"])
+def test_recipes_are_read_whole(name: str) -> None:
+    path = ROOT / "configs" / f"{name}.toml"
+    sections = tomllib.loads(path.read_text(encoding="utf-8"))
+    assert set(sections) <= set(settings.SECTIONS)
+    needed = {"generate": ["--images", "x", "--out", "y"], "captions": ["--table", "x"], "render": []}
+    models = {"generate": GenerateSettings, "captions": CaptionsSettings, "render": RenderSettings}
+    for section in sections:
+        read = read_settings(models[section], section, "", ["--config", str(path), *needed[section]])  # type: ignore[type-var]
+        for key, value in sections[section].items():
+            assert getattr(read, key) == value, key
+
+
+def test_defaults_are_the_papers() -> None:
+    generate = GenerateSettings(images="x", out="y")
+    assert (generate.model, generate.k, generate.style_conversion) == ("Qwen/Qwen3-VL-30B-A3B-Thinking", 3, 0.15)
+    assert CaptionsSettings(table="x", out="y").model == "Qwen/Qwen3-VL-30B-A3B-Instruct"
+    assert RenderSettings(captions="x", out="y").hold_out == 4
