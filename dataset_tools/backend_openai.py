@@ -83,7 +83,7 @@ class OpenAIBackend:
                 stop=tenacity.stop_after_delay(self.settings.retry_for),
                 reraise=True,
             )
-            answer = await attempts(self._attempt, chat)
+            answer: Answer = await attempts(self._attempt, chat)
         except _Again as error:
             if self._last_success > started:  # the server answers others: it is this request
                 raise Refused(f"the server failed on it for {time.monotonic() - started:.0f} s, last: {error}") from error

@@ -116,7 +116,7 @@ def _color(caption: str, rng: random.Random) -> Texts | None:
 
 def _noun(after: str) -> str | None:
     """The noun phrase at the beginning of what follows a color word."""
-    words = []
+    words: list[str] = []
     for word in after.split()[:3]:
         if word.casefold() in _STOP or (words and word.casefold().endswith(("ing", "ed"))):
             break

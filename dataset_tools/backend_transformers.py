@@ -33,7 +33,8 @@ class TransformersBackend:
             self._loop = asyncio.ensure_future(self._serve())
         answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         await self._queue.put((chat, answer))
-        await asyncio.wait({answer, self._loop}, return_when=asyncio.FIRST_COMPLETED)
+        either: set[asyncio.Future[Any]] = {answer, self._loop}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if not answer.done():
             self._loop.result()  # the batch failed: its error is everybody's
         return answer.result()

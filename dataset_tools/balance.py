@@ -15,9 +15,9 @@ PRIORITY = {name: 1.5 if name in ("remove", "replace") else 1.0 for name in EDIT
 class Balance:
     """Draws k different types an image, each next one with probability proportional to its weight among those left.
 
-    weight = priority / (1 + use / share), use = accepted + reserved in flight, share = priority / mean priority. In the
-    long run use becomes proportional to priority whatever the model prefers, as far as it takes what it is offered. Of k
-    types that are offered and not answered yet, each counts 1 / k: one of them will be used.
+    weight = priority / (1 + use / share), use = accepted + reserved in flight, share = priority / mean priority. So use is
+    drawn towards priority; a model's own preferences are damped to about their square root, not removed. Of k types that
+    are offered and not answered yet, each counts 1 / k: one of them will be used.
     """
 
     def __init__(self, priority: Mapping[str, float] = PRIORITY, accepted: Mapping[str, int] | None = None):

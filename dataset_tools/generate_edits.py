@@ -173,7 +173,7 @@ class _Attempt:
         return Outcome(record=record, accepted=True, repaired=repaired, label=texts["edit_type"])
 
     def rejected(self, kind: str, reason: str, message: str) -> Outcome:
-        record = {"source": self.item.source, "kind": kind, "reason": reason, "message": message}
+        record: dict[str, Any] = {"source": self.item.source, "kind": kind, "reason": reason, "message": message}
         if self.answers:
             record["answers"] = self.answers
         return Outcome(record={**record, "meta": self._meta()}, accepted=False, label=reason)

@@ -80,14 +80,15 @@ def folder_images(folder: Path, base: Path, style: str | None = None) -> Iterato
 
 
 def files_below(folder: Path, suffixes: Sequence[str]) -> Iterator[Path]:
-    """Files with these suffixes, folder by folder, each folder in the order of names; hidden ones are passed over."""
+    """Files with these suffixes, in the file system's order: a folder of millions is not held; hidden ones are passed over."""
     with os.scandir(folder) as entries:
-        names = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith("."))
-    for name, is_folder in names:
-        if is_folder:
-            yield from files_below(folder / name, suffixes)
-        elif Path(name).suffix.lower() in suffixes:
-            yield folder / name
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                yield from files_below(folder / entry.name, suffixes)
+            elif Path(entry.name).suffix.lower() in suffixes:
+                yield folder / entry.name
 
 
 def table_images(

@@ -57,7 +57,8 @@ def table_inputs(settings: CaptionsSettings) -> list[Row] | Iterator[Row]:
     if not settings.count:
         return every
     # Reservoir: only what is drawn is held.
-    rng, drawn = random.Random(settings.seed), []
+    rng = random.Random(settings.seed)
+    drawn: list[Row] = []
     for number, row in enumerate(every):
         if len(drawn) < settings.count:
             drawn.append(row)
@@ -165,7 +166,7 @@ class Captioner:
             assert row.caption
             return Chat(system=prompts.SANITIZE_SYSTEM, turns=(prompts.sanitize_request(row.caption),), seed=seed), prompts.SANITIZE_FIELDS
         pictures = sampled_frames(row.clip, self.settings.frames, self.settings.image_side)
-        return Chat(system=prompts.SANITIZE_SYSTEM, turns=(prompts.DESCRIBE,), pictures=pictures, seed=seed), prompts.DESCRIBE_FIELDS
+        return Chat(system=prompts.DESCRIBE_SYSTEM, turns=(prompts.DESCRIBE,), pictures=pictures, seed=seed), prompts.DESCRIBE_FIELDS
 
     def _judge(self, row: Row, said: str, fields: Sequence[str], seed: int) -> tuple[dict[str, str] | None, list[Finding]]:
         try:

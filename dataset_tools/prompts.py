@@ -126,6 +126,7 @@ def sanitize_request(caption: str) -> str:
     return _SANITIZE.format(caption=" ".join(caption.split()))
 
 
+DESCRIBE_SYSTEM = "You describe videos. You answer with one JSON object and nothing else."
 DESCRIBE_FIELDS = ("caption", "style")
 DESCRIBE = """These are frames of one video, in order. Answer with one JSON object with two string fields:
 - "caption": what happens, in two or three sentences: people, objects, place, actions, camera movement. Nothing of style or medium

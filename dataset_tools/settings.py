@@ -202,7 +202,7 @@ def _value(model: type[Section], name: str, text: Any) -> Any:
     """An option's text as the type its field has; what does not parse stays text, and validation refuses it."""
     annotation = model.model_fields[name].annotation
     kinds = {annotation, get_origin(annotation), *get_args(annotation)}
-    if not isinstance(text, str) or kinds & {str, Literal}:
+    if not isinstance(text, str) or (kinds & {str, Literal} and dict not in kinds):
         return text
     try:
         return json.loads(text)
