@@ -441,7 +441,7 @@ def test_it_listens_on_loopback_unless_told(shared: Server):
         subprocess.run(["hostname", "-I"], capture_output=True, text=True, check=False).stdout.split() if shutil.which("hostname") else []
     )
     for address in ["127.0.0.2", *other]:  # a loopback address that it does not listen on
-        with pytest.raises(OSError):  # noqa: PT011 - refused, or no route
+        with pytest.raises(OSError):  # refused, or no route
             http.client.HTTPConnection(address, shared.port, timeout=5).connect()
 
 
@@ -472,6 +472,7 @@ def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
         # Without a path: playwright's own, and if there is none its error with the line that installs it.
         launched = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"], timeout=PATIENCE * 1000)
+        expect.set_options(timeout=PATIENCE * 1000)
         yield launched
         launched.close()
 
@@ -492,20 +493,20 @@ class Window:
 
     def at_line(self, line: int | None = None) -> None:
         """Wait until a tuple, or that of this line, is shown."""
-        expect(self.page.locator("#facts")).to_contain_text(re.compile(rf"line {line or ''}"), timeout=PATIENCE * 1000)
+        expect(self.page.locator("#facts")).to_contain_text(re.compile(rf"line {line or ''}"))
 
     def field(self, name: str):
         return self.page.locator(f"#fields textarea[name={name}]")
 
     def saved(self) -> None:
-        expect(self.page.locator("#saved")).to_have_text("Saved", timeout=PATIENCE * 1000)
+        expect(self.page.locator("#saved")).to_have_text("Saved")
 
     def press(self, *keys: str) -> None:
         for key in keys:
             self.page.keyboard.press(key)
 
     def count(self, status: str, number: int) -> None:
-        expect(self.page.locator(f"#statuses button[data-status={status}] b")).to_have_text(str(number), timeout=PATIENCE * 1000)
+        expect(self.page.locator(f"#statuses button[data-status={status}] b")).to_have_text(str(number))
 
 
 @pytest.fixture
@@ -587,7 +588,7 @@ def test_a_killed_server_loses_nothing_and_the_page_goes_on(tuples: Path, serve:
     assert on_disk(tuples)[1].texts["tgt_caption"] == "typed and not decided"
     window.field("tgt_caption").fill("typed while it was dead")
     window.press("Escape", "d")  # the next tuple cannot be read, this one's decision waits in the page
-    expect(window.page.locator("#saved")).to_contain_text("Not saved (1)", timeout=PATIENCE * 1000)
+    expect(window.page.locator("#saved")).to_contain_text("Not saved (1)")
     server.start()
     window.saved()
     window.at_line(3)
@@ -730,11 +731,12 @@ def test_a_clip_plays_and_space_pauses_it(tmp_path: Path, serve: Callable[..., S
     frames = [Image.new("RGB", (64, 64), (number * 8, 40, 90)) for number in range(24)]
     write_clip(tmp_path / "clip.mp4", frames, 12)
     window = look(serve(write_tuples(tmp_path, [record(0, "clip.mp4"), record(1, "clip.mp4", target="clip.mp4")])))
-    window.page.wait_for_function("document.querySelector('#media video')?.currentTime > 0.2")
+    clip = window.page.locator("#media video")
+    until(lambda: clip.evaluate("clip => clip.currentTime") > 0.2, PATIENCE)
     window.press(" ")
-    window.page.wait_for_function("document.querySelector('#media video').paused")
+    until(lambda: clip.evaluate("clip => clip.paused"))
     window.press("ArrowRight")
-    expect(window.page.locator("#media video")).to_have_count(2)
+    expect(clip).to_have_count(2)
     expect(window.page.locator("#media figcaption").last).to_have_text("target: clip.mp4")
     assert window.complaints == []
 

@@ -19,7 +19,8 @@ let drafts = new Map(); // index -> {status, texts} that are not on disk yet
 let sending = null; // index
 let timer = null;
 let unreachable = false; // the server, or its disk
-let shown = null; // index
+let shown = null; // index that was asked for last
+let drawn = null; // index whose texts stand in the fields: nobody decides on what is not there yet
 let filter = { status: "all", type: "all" };
 let side = false;
 let decisions = []; // of this page: {index, status} before each
@@ -157,7 +158,7 @@ function clearNotice() {
 // ---- decisions
 
 function decide(status) {
-  if (shown === null) return;
+  if (shown === null || shown !== drawn) return;
   const index = shown;
   const state = now(index);
   const empty = Object.keys(NAMES).filter((name) => !state.texts[name].trim());
@@ -179,12 +180,13 @@ function undo() {
 }
 
 function reset() {
-  if (shown === null) return;
+  if (shown === null || shown !== drawn) return;
   put(shown, { texts: { ...read.get(shown).original } });
   show(shown);
 }
 
 function fix() {
+  if (shown !== drawn) return;
   const field = $("fields").querySelector(".instruction textarea");
   field?.focus();
   field?.setSelectionRange(field.value.length, field.value.length);
@@ -221,11 +223,14 @@ async function show(index) {
   drawCurrent();
   refresh();
   await drawNeighbours(mine);
+  const next = shown === null ? null : ahead(shown);
+  if (mine === turn && next !== null) fetchTuple(next).catch(() => {}); // so that it is here at once
 }
 
 function drawCurrent() {
   $("current").hidden = shown === null;
   $("nothing").hidden = shown !== null;
+  drawn = shown;
   if (shown === null) return;
   const tuple = read.get(shown);
   $("media").replaceChildren(...Object.entries(tuple.media).map(([role, file]) => figure(shown, role, file, true)));
@@ -283,8 +288,20 @@ function refresh() {
   $("undo").disabled = decisions.length === 0;
   for (const name of ["keep", "fix", "discard", "reset", "reopen", "back", "forward"]) $(name).disabled = shown === null;
   if (shown === null) return void ($("position").textContent = "0 of 0");
+  let place = 0;
+  let all = 0;
+  for (let i = 0; i < items.length; i += 1) {
+    if (!matches(i)) continue;
+    all += 1;
+    if (i <= shown) place += 1;
+  }
+  $("position").textContent = matches(shown) ? `${place} of ${all}` : `– of ${all}`;
+  if (shown === drawn) drawFacts();
+}
+
+function drawFacts() {
   const { status, type, edited } = items[shown];
-  const { line, id, original } = read.get(shown) ?? {};
+  const { line, id, original } = read.get(shown);
   const facts = [make("span", `badge ${status}`, status === "open" && edited ? "open, edited" : status)];
   if (type) facts.push(make("span", "tag", type.replaceAll("_", " ")));
   facts.push(make("span", "", `line ${line}`));
@@ -298,14 +315,6 @@ function refresh() {
     label.lastChild.textContent = text === original[area.name] ? "" : `was: ${original[area.name] || "(empty)"}`;
   }
   $("keep").firstElementChild.textContent = edited ? "Keep, fixed" : "Keep";
-  let place = 0;
-  let all = 0;
-  for (let i = 0; i < items.length; i += 1) {
-    if (!matches(i)) continue;
-    all += 1;
-    if (i <= shown) place += 1;
-  }
-  $("position").textContent = matches(shown) ? `${place} of ${all}` : `– of ${all}`;
 }
 
 function drawTypes(types) {
