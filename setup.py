@@ -14,6 +14,7 @@ setup(
     package_dir={"byg_plugin": "byg_plugin", "byg_plugin.configs": "configs", "byg_plugin.dataset_tools": "dataset_tools"},
     package_data={
         "byg_plugin.configs": ["*.toml"],
+        "byg_plugin.dataset_tools": ["_review_page/*"],
         "byg_plugin.models": ["assets/**/*"],
         "byg_plugin.demo": ["base/**/*"],
     },

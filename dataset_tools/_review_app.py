@@ -8,22 +8,22 @@ from collections.abc import Collection
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from byg_plugin.data import media
 
-from ._review_store import Item, Review, StaleError, original_texts
+from ._review_guard import LOOPBACK_NAMES, Guard
+from ._review_items import Item, original_texts
+from ._review_store import Review, StaleError
 
-LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 _PAGE = Path(__file__).with_name("_review_page")
 _PAGE_FILES = {
     **{"/": ("page.html", "text/html"), "/page.css": ("page.css", "text/css")},
@@ -37,17 +37,6 @@ _CONTENT_TYPES = {
     **{".mkv": "video/x-matroska", ".avi": "video/x-msvideo"},
 }
 _TO_PNG = (".tif", ".tiff")  # formats of the trainer's that browsers do not show
-_HEADERS = {
-    # Nothing but this server's own files: a caption that got into the page as markup could neither run nor call anywhere.
-    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; media-src 'self'; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "x-content-type-options": "nosniff",
-    "cross-origin-resource-policy": "same-origin",
-    "cross-origin-opener-policy": "same-origin",
-    "referrer-policy": "no-referrer",
-    # Numbers stand for other tuples after a restart with another file.
-    "cache-control": "no-store",
-}
 
 
 def make_app(review: Review, root: Path, names: Collection[str] = LOOPBACK_NAMES) -> ASGIApp:
@@ -65,55 +54,7 @@ def make_app(review: Review, root: Path, names: Collection[str] = LOOPBACK_NAMES
         Route("/api/tuples/{index:int}", served.write, methods=["POST"]),
         Route("/media/{index:int}/{role}", served.media, methods=["GET"]),
     ]
-    return Starlette(routes=routes, middleware=[Middleware(_Guard, names=frozenset(name.lower() for name in names))])
-
-
-class _Guard:
-    """Refuses what a page of another site could send, before any route sees it; puts our headers on every answer.
-
-    A name that an attacker's DNS turned to this machine is no name of ours: Host. Another site's, or another local server's,
-    page is told by the Origin, which browsers send with every write. The port of Host is free: tunnels change it.
-    """
-
-    def __init__(self, app: ASGIApp, names: Collection[str]) -> None:
-        self._app = app
-        self._names = names
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":  # start and end of the server
-            await self._app(scope, receive, send)
-            return
-
-        async def send_with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                ours = [(name.encode(), value.encode()) for name, value in _HEADERS.items()]
-                message = {**message, "headers": [*message["headers"], *ours]}
-            await send(message)
-
-        reason = self._refusal(Request(scope))
-        app = self._app if reason is None else PlainTextResponse(reason, HTTPStatus.FORBIDDEN)
-        await app(scope, receive, send_with_headers)
-
-    def _refusal(self, request: Request) -> str | None:
-        hosts = request.headers.getlist("host")
-        if len(hosts) != 1 or _host_name(hosts[0]) not in self._names:
-            return "Host is not a name of this server\n"
-        if request.method in ("GET", "HEAD"):
-            return None
-        if request.headers.getlist("origin") != [f"http://{hosts[0]}"]:
-            return "Origin is not this server's page\n"
-        if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
-            return "not JSON\n"
-        return None
-
-
-def _host_name(host: str) -> str | None:
-    try:
-        parts = urlsplit(f"//{host}")
-        _ = parts.port  # raises where it is no number
-    except ValueError:
-        return None
-    return parts.hostname if parts.netloc == host and "@" not in host else None
+    return Starlette(routes=routes, middleware=[Middleware(Guard, names=frozenset(name.lower() for name in names))])
 
 
 class _Served:

@@ -19,6 +19,7 @@ from .settings import BackendSettings
 
 _QUALITY = 92  # JPEG, of images that are encoded again
 _TELLING = 30  # characters from which on a line of a prompt is recognised in what comes back
+_SECRET = 8  # characters from which on a key is one; servers that want none are given an "x" or "EMPTY"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +139,7 @@ def _plain_jpeg(path: Path) -> bytes | None:
 def redact(text: str, secrets: Sequence[str], chat: Chat) -> str:
     """`text` without secrets, images and lines of what was asked."""
     for secret in secrets:
-        if secret:
+        if len(secret) >= _SECRET:
             text = text.replace(secret, "[key]")
     text = re.sub(r"data:image/[\w+.-]+;base64,[A-Za-z0-9+/=]*", "[image]", text)
     lines = {line.strip() for said in (chat.system, *chat.turns[::2]) for line in said.split("\n")}

@@ -6,10 +6,13 @@ import asyncio
 import json
 import logging
 import os
+import sys
 import time
 from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
+
+from tqdm.auto import tqdm
 
 from byg_plugin.training.extras import require
 
@@ -62,7 +65,7 @@ class OpenAIBackend:
         if proven:
             self._answered.set()
         self._active = self._doubtful = 0
-        self._hopeless = False
+        self._hopeless = self._told = False
 
     async def complete(self, chat: Chat) -> Answer:
         """See `Backend`."""
@@ -81,6 +84,7 @@ class OpenAIBackend:
                 retry=tenacity.retry_if_exception_type(_Again),
                 wait=wait,
                 stop=tenacity.stop_after_delay(self.settings.retry_for),
+                before_sleep=self._first_trouble,
                 reraise=True,
             )
             answer: Answer = await attempts(self._attempt, chat)
@@ -99,6 +103,13 @@ class OpenAIBackend:
         self._last_success = time.monotonic()
         self._answered.set()
         return answer
+
+    def _first_trouble(self, state: Any) -> None:
+        """Say once that nothing has been answered: with a wrong address nothing else would be seen for `retry_for` seconds."""
+        if self._answered.is_set() or self._told:
+            return
+        self._told = True
+        tqdm.write(f"{self._url}: {state.outcome.exception()}; trying again for {self.settings.retry_for:g} s (--retry-for)", sys.stderr)
 
     def scrub(self, text: str, chat: Chat) -> str:
         """See `Backend`."""

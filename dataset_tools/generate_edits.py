@@ -19,24 +19,21 @@ if __package__ in (None, ""):  # started as a script: the repository must be imp
 
 import asyncio
 import random
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from byg_plugin import _cli
 from byg_plugin.data.rules import Finding, check_texts, is_photorealistic
+from byg_plugin.data.tuples import TEXTS
 from byg_plugin.training.extras import require
 
 from . import backend_rules, prompts
-from .backend import Answer, Backend, Chat, Refused, encode_image, make_backend, seed_of
+from .asking import Attempt
+from .backend import Backend, Chat, encode_image, make_backend, seed_of
 from .balance import PRIORITY, Balance
 from .inputs import ImageInput, folder_images, in_shard, is_table, shard_file, table_images
-from .parsing import Unparsable, parse_answer, without_thinking
 from .pool import Feed, Outcome, Results, run_pool
 from .settings import GenerateSettings, read_settings
-
-_QUOTED = 4000  # characters of a first answer that the repair turn shows to the model again
 
 
 def inputs(settings: GenerateSettings) -> Iterator[ImageInput]:
@@ -82,74 +79,45 @@ class Editor:
         self.balance.reserve(attempt.offered)
         chosen = None
         try:
-            outcome = await (attempt.by_model(self.backend) if self.backend else attempt.by_rules())
+            outcome = await attempt.by_model(self.backend, self.settings.image_side) if self.backend else attempt.by_rules()
             chosen = outcome.label if outcome.accepted else None
             return outcome
         finally:
             self.balance.release(attempt.offered, chosen)
 
 
-class _Attempt:
+class _Attempt(Attempt):
     def __init__(self, editor: Editor, item: ImageInput):
-        self.settings, self.item = editor.settings, item
-        self.seed = seed_of(self.settings.seed, item.source)
+        settings = editor.settings
+        super().__init__(settings=settings, field="source", name=item.source, seed=seed_of(settings.seed, item.source))
+        self.item = item
         self.rng = random.Random(self.seed)
-        self.started = time.monotonic()
-        self.answers: list[str] = []
         style = item.style
         self.to_photo = (
             editor.backend is not None
             and style is not None
             and not is_photorealistic(style)
-            and self.rng.random() < self.settings.style_conversion
+            and self.rng.random() < settings.style_conversion
         )
         # Rules serve three types alone: all of them, in a drawn order.
-        k = self.settings.k if editor.backend else len(backend_rules.TYPES)
+        k = settings.k if editor.backend else len(backend_rules.TYPES)
         self.offered = ("style_change",) if self.to_photo else editor.balance.draw(self.rng, k)
+        if editor.backend:
+            self.side["offered"] = list(self.offered)
+        if style:
+            self.side["source_style"] = style
 
-    async def by_model(self, backend: Backend) -> Outcome:
-        item, settings = self.item, self.settings
+    async def by_model(self, backend: Backend, image_side: int) -> Outcome:
+        item = self.item
         try:
-            picture = await asyncio.to_thread(encode_image, item.path, settings.image_side)
+            picture = await asyncio.to_thread(encode_image, item.path, image_side)
         except (ValueError, OSError) as error:
             return self.rejected("input", "input", str(error))
         asked = prompts.edit_request(self.offered, caption=item.caption, source_style=item.style, to_photo=self.to_photo)
         chat = Chat(system=prompts.SYSTEM, turns=(asked,), pictures=(picture,), seed=self.seed)
-        repaired = False
-        while True:
-            try:
-                answer = await backend.complete(chat)
-            except Refused as error:
-                return self.rejected("server", "server", backend.scrub(str(error), chat))
-            self.answers.append(backend.scrub(answer.text, chat))
-            texts, findings = self._judge(answer)
-            broken = [finding for finding in findings if finding.hard]
-            if texts is not None and not broken:
-                return self.accepted(texts, findings, repaired=repaired)
-            if repaired:
-                kind = "parse" if texts is None else "rules"
-                said = "; ".join(backend.scrub(finding.message, chat) for finding in broken)
-                return self.rejected(kind, broken[0].reason, said)
-            repaired = True
-            chat = chat.then(_spoken(answer.text), prompts.repair_request(broken))
+        return await self.ask(backend, chat, prompts.FIELDS, self._check, self._tuple)
 
-    def _judge(self, answer: Answer) -> tuple[dict[str, str] | None, list[Finding]]:
-        try:
-            texts = parse_answer(answer.text, prompts.FIELDS)
-        except Unparsable as error:
-            cut = f" (it ran into max_tokens = {self.settings.max_tokens})" if answer.cut else ""
-            return None, [Finding(reason=error.reason, message=f"{error}{cut}")]
-        named = _type_name(texts["edit_type"])
-        findings = []
-        if named in self.offered:
-            texts["edit_type"] = named
-        else:
-            message = f"edit_type = {texts['edit_type']!r}, offered: {', '.join(self.offered)}"
-            findings.append(Finding(reason="edit_type", message=message))
-        target_style = prompts.PHOTOREALISTIC if self.to_photo else None
-        return texts, [*findings, *check_texts(texts, source_style=self.item.style, target_style=target_style)]
-
-    async def by_rules(self) -> Outcome:
+    def by_rules(self) -> Outcome:
         item = self.item
         if not item.path.is_file():
             return self.rejected("input", "input", f"{item.path}: no such file")
@@ -160,42 +128,22 @@ class _Attempt:
         findings = list(check_texts(texts, source_style=item.style))
         if broken := [finding for finding in findings if finding.hard]:
             return self.rejected("rules", broken[0].reason, "; ".join(finding.message for finding in broken))
-        return self.accepted(texts, findings, repaired=False)
+        return self._tuple(texts, findings, False)
 
-    def accepted(self, texts: dict[str, str], findings: Sequence[Finding], *, repaired: bool) -> Outcome:
-        meta = self._meta()
-        if repaired:
-            meta["repaired"] = True
-        if findings:
-            meta["warnings"] = [f"{finding.reason}: {finding.message}" for finding in findings]
-        fields = ("src_caption", "tgt_caption", "instruction", "reverse_instruction", "edit_type")
-        record = {"source": self.item.source, **{name: texts[name] for name in fields}, "meta": meta}
-        return Outcome(record=record, accepted=True, repaired=repaired, label=texts["edit_type"])
+    def _check(self, texts: dict[str, str]) -> list[Finding]:
+        named = _type_name(texts["edit_type"])
+        findings = []
+        if named in self.offered:
+            texts["edit_type"] = named
+        else:
+            message = f"edit_type = {texts['edit_type']!r}, offered: {', '.join(self.offered)}"
+            findings.append(Finding(reason="edit_type", message=message))
+        target_style = prompts.PHOTOREALISTIC if self.to_photo else None
+        return [*findings, *check_texts(texts, source_style=self.item.style, target_style=target_style)]
 
-    def rejected(self, kind: str, reason: str, message: str) -> Outcome:
-        record: dict[str, Any] = {"source": self.item.source, "kind": kind, "reason": reason, "message": message}
-        if self.answers:
-            record["answers"] = self.answers
-        return Outcome(record={**record, "meta": self._meta()}, accepted=False, label=reason)
-
-    def _meta(self) -> dict[str, Any]:
-        settings = self.settings
-        meta: dict[str, Any] = {"backend": settings.backend}
-        if settings.backend != "rules":
-            meta |= {"model": settings.model, "prompt_version": prompts.VERSION, "offered": list(self.offered)}
-        meta |= {"seed": self.seed, "seconds": round(time.monotonic() - self.started, 3)}
-        if self.item.style:
-            meta["source_style"] = self.item.style
-        return meta
-
-
-def _spoken(text: str) -> str:
-    """The part of an answer that a repair turn shows to the model: its thinking would only cost tokens."""
-    try:
-        said = without_thinking(text).strip()
-    except Unparsable:
-        said = ""
-    return said[:_QUOTED] or "(no answer)"
+    def _tuple(self, texts: dict[str, str], findings: Sequence[Finding], repaired: bool) -> Outcome:
+        record = {"source": self.name, **{name: texts[name] for name in (*TEXTS, "edit_type")}}
+        return self.accepted(record, texts["edit_type"], findings, repaired)
 
 
 def _type_name(text: str) -> str:
@@ -223,7 +171,7 @@ def generate(settings: GenerateSettings) -> Done:
     require("json_repair", "reading models' answers", "data")
     items = inputs(settings)
     out = shard_file(Path(settings.out), settings.part)
-    results = Results(out, name="source", label="edit_type", retry=settings.retry)
+    results = Results(out, name="source", label=lambda record: str(record.get("edit_type", "")), retry=settings.retry)
     try:
         priority = dict.fromkeys(backend_rules.TYPES, 1.0) if settings.backend == "rules" else PRIORITY
         balance = Balance(priority, {name: results.tally.labels[name] for name in priority})

@@ -96,24 +96,28 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
             yield record
 
 
-def rewrite(path: Path, keep: Callable[[Mapping[str, Any]], bool]) -> int:
-    """Remove records from a file, atomically; returns how many.
+def write_records(path: Path, records: Iterable[Mapping[str, Any]], check: Callable[[Path], object] | None = None) -> None:
+    """Write a JSONL file whole or not at all.
+
+    Args:
+        check: raises if the written file, which is not at its place yet, must not get there.
 
     Raises:
-        ValueError: see `read_records`.
+        ValueError: it cannot be written.
     """
-    partial = path.with_name(f".partial-{path.name}")
-    removed = 0
-    with partial.open("wb") as file:
-        for record in read_records(path):
-            if keep(record):
-                file.write(_line(record))
-            else:
-                removed += 1
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    return removed
+    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    try:
+        with partial.open("wb") as file:
+            file.writelines(map(_line, records))
+            file.flush()
+            os.fsync(file.fileno())
+        if check:
+            check(partial)
+        os.replace(partial, path)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be written: {error.strerror or error}; make room or choose another place") from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _line(record: Mapping[str, Any]) -> bytes:

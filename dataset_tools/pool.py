@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 
 from tqdm.auto import tqdm
 
-from .journal import Done, Journal, read_records, rewrite
+from .journal import Done, Journal, read_records, write_records
 
 T = TypeVar("T")
 _AHEAD = 64  # inputs read at once
@@ -59,14 +59,14 @@ class Results:
     Args:
         out: file of what is accepted; rejects go beside it.
         name: field that names the input in both.
-        label: field of an accepted record that is counted.
+        label: what of an accepted record is counted.
         retry: kind of rejects to take back first; "" = none, "all".
 
     Raises:
         ValueError: another process writes them, a line is no JSON, or they cannot be written.
     """
 
-    def __init__(self, out: Path, *, name: str, label: str, retry: str = ""):
+    def __init__(self, out: Path, *, name: str, label: Callable[[Mapping[str, Any]], str], retry: str = ""):
         from filelock import FileLock, Timeout
 
         self.out, self.rejects = out, out.with_name(f"{out.stem}.rejects.jsonl")
@@ -81,16 +81,16 @@ class Results:
         except OSError as error:
             raise ValueError(f"out = {out}: cannot be written: {error.strerror or error}; choose another place") from error
         if retry and self.rejects.is_file():
-            rewrite(self.rejects, lambda record: retry not in ("all", record.get("kind")))
+            write_records(self.rejects, (r for r in read_records(self.rejects) if retry not in ("all", r.get("kind"))))
         self._accepted, self._rejected = Journal(self.out), Journal(self.rejects)
         self.done = Done()
         self.done.add(self._recall(label))
 
-    def _recall(self, label: str) -> Iterator[str]:
+    def _recall(self, label: Callable[[Mapping[str, Any]], str]) -> Iterator[str]:
         for record in read_records(self.out):
             meta = record.get("meta")
             repaired = isinstance(meta, dict) and bool(meta.get("repaired"))
-            self.tally.add(Outcome(record=record, accepted=True, repaired=repaired, label=str(record.get(label, ""))))
+            self.tally.add(Outcome(record=record, accepted=True, repaired=repaired, label=label(record)))
             yield str(record.get(self.name))
         for record in read_records(self.rejects):
             self.tally.add(Outcome(record=record, accepted=False, label=str(record.get("reason", ""))))

@@ -18,7 +18,6 @@ if __package__ in (None, ""):  # started as a script: the repository must be imp
 
 import asyncio
 import random
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,12 +28,12 @@ from byg_plugin.data.rules import Finding
 from byg_plugin.training.extras import require
 
 from . import prompts
-from .backend import Backend, Chat, Picture, Refused, encode_frame, make_backend, seed_of
+from .asking import Attempt
+from .backend import Backend, Chat, Picture, encode_frame, make_backend, seed_of
 from .inputs import column, files_below, in_shard, shard_file, source_name, table_rows
-from .parsing import Unparsable, parse_answer, without_thinking
 from .pool import Feed, Outcome, Results, run_pool
 from .settings import CaptionsSettings, read_settings
-from .video import STYLES, check_caption, hold_out, plain_style, video_tuple, wrap
+from .video import STYLES, check_caption, hold_out, plain_style, style_of, video_tuple, wrap
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,88 +115,39 @@ class Captioner:
         Raises:
             ValueError: no row could be served.
         """
-        started, seed = time.monotonic(), seed_of(self.settings.seed, row.name)
-        answers: list[str] = []
-
-        def meta() -> dict[str, Any]:
-            seconds = round(time.monotonic() - started, 3)
-            settings = self.settings
-            return {
-                "backend": settings.backend,
-                "model": settings.model,
-                "prompt_version": prompts.VERSION,
-                "seed": seed,
-                "seconds": seconds,
-            }
-
-        def rejected(kind: str, reason: str, message: str) -> Outcome:
-            record = {_NAME[row.clip is not None]: row.name, "kind": kind, "reason": reason, "message": message, "meta": meta()}
-            return Outcome(record=record | ({"answers": answers} if answers else {}), accepted=False, label=reason)
-
+        settings, seed = self.settings, seed_of(self.settings.seed, row.name)
+        attempt = Attempt(settings=settings, field=_NAME[row.clip is not None], name=row.name, seed=seed)
         if row.clip is None and not row.caption:
-            return rejected("input", "no_caption", "the row has no caption")
+            return attempt.rejected("input", "no_caption", "the row has no caption")
         try:
-            chat, fields = await asyncio.to_thread(self._ask, row, seed)
+            chat, fields = await asyncio.to_thread(self._question, row, seed)
         except (ValueError, OSError) as error:
-            return rejected("input", "input", str(error))
-        repaired = False
-        while True:
-            try:
-                answer = await self.backend.complete(chat)
-            except Refused as error:
-                return rejected("server", "server", self.backend.scrub(str(error), chat))
-            answers.append(self.backend.scrub(answer.text, chat))
-            texts, findings = self._judge(row, answer.text, fields, seed)
-            broken = [finding for finding in findings if finding.hard]
-            if texts is not None and not broken:
-                extra: dict[str, Any] = {**meta(), **({"repaired": True} if repaired else {})}
-                if findings:
-                    extra["warnings"] = [f"{finding.reason}: {finding.message}" for finding in findings]
-                record = self._record(row, texts, extra)
-                return Outcome(record=record, accepted=True, repaired=repaired, label=texts["style"])
-            if repaired:
-                kind = "parse" if texts is None else "rules"
-                return rejected(kind, broken[0].reason, "; ".join(self.backend.scrub(finding.message, chat) for finding in broken))
-            repaired = True
-            chat = chat.then(_spoken(answer.text), prompts.repair_request(broken))
+            return attempt.rejected("input", "input", str(error))
 
-    def _ask(self, row: Row, seed: int) -> tuple[Chat, Sequence[str]]:
+        def check(texts: dict[str, str]) -> list[Finding]:
+            texts["style"] = plain_style(texts["style"]) if row.clip else random.Random(seed).choice(STYLES)
+            return list(check_caption(texts["caption"], texts["style"]))
+
+        def accept(texts: dict[str, str], findings: Sequence[Finding], repaired: bool) -> Outcome:
+            return attempt.accepted(_record(row, texts["caption"], texts["style"]), texts["style"], findings, repaired)
+
+        return await attempt.ask(self.backend, chat, fields, check, accept)
+
+    def _question(self, row: Row, seed: int) -> tuple[Chat, Sequence[str]]:
         if row.clip is None:
             assert row.caption
             return Chat(system=prompts.SANITIZE_SYSTEM, turns=(prompts.sanitize_request(row.caption),), seed=seed), prompts.SANITIZE_FIELDS
         pictures = sampled_frames(row.clip, self.settings.frames, self.settings.image_side)
         return Chat(system=prompts.DESCRIBE_SYSTEM, turns=(prompts.DESCRIBE,), pictures=pictures, seed=seed), prompts.DESCRIBE_FIELDS
 
-    def _judge(self, row: Row, said: str, fields: Sequence[str], seed: int) -> tuple[dict[str, str] | None, list[Finding]]:
-        try:
-            texts = parse_answer(said, fields)
-        except Unparsable as error:
-            return None, [Finding(reason=error.reason, message=str(error))]
-        texts["style"] = plain_style(texts["style"]) if row.clip else random.Random(seed).choice(STYLES)
-        return texts, list(check_caption(texts["caption"], texts["style"]))
 
-    def _record(self, row: Row, texts: Mapping[str, str], meta: Mapping[str, Any]) -> dict[str, Any]:
-        caption, style = texts["caption"], texts["style"]
-        if row.clip is not None:
-            return video_tuple(row.name, row.name, caption, style, meta)
-        return {
-            "id": row.name,
-            "style": style,
-            "caption": caption,
-            "prompt": wrap(caption, style),
-            "source_caption": row.caption,
-            "meta": meta,
-        }
+def _record(row: Row, caption: str, style: str) -> dict[str, Any]:
+    if row.clip is not None:
+        return video_tuple(row.name, row.name, caption, style, {})
+    return {"id": row.name, "style": style, "caption": caption, "prompt": wrap(caption, style), "source_caption": row.caption}
 
 
 _NAME: Mapping[bool, str] = {True: "source", False: "id"}
-
-
-def _spoken(text: str) -> str:
-    try:
-        return without_thinking(text).strip()[:4000] or "(no answer)"
-    except Unparsable:
-        return "(no answer)"
 
 
 def prepare(settings: CaptionsSettings) -> tuple[Path, str]:
@@ -211,7 +161,9 @@ def prepare(settings: CaptionsSettings) -> tuple[Path, str]:
     rows = clip_inputs(settings) if of_clips else iter(table_inputs(settings))
     mine = (row for row in rows if in_shard(row.name, settings.part))
     out = shard_file(Path(settings.out), settings.part)
-    results = Results(out, name=_NAME[of_clips], label="edit_type" if of_clips else "style", retry=settings.retry)
+    results = Results(
+        out, name=_NAME[of_clips], label=style_of if of_clips else lambda record: str(record.get("style", "")), retry=settings.retry
+    )
     try:
         backend = make_backend(settings, proven=results.tally.accepted > 0)
         captioner = Captioner(settings=settings, backend=backend)

@@ -97,6 +97,7 @@ _FORM = "the answer must be one JSON object as described, whole and with every f
 _OF_THE_ANSWER = {
     "edit_type": "edit_type must be exactly one of the types that were offered",
     "style_hint": "the caption must say nothing of style, medium or technique",
+    "repeats_prompt": "the fields must be in your own words, not in those of the request",
 }
 
 
@@ -105,7 +106,7 @@ def repair_request(findings: Iterable[Finding]) -> str:
     known = {**RULES, **_OF_THE_ANSWER}
     broken = "\n".join(f"- {known.get(f.reason, _FORM)} (here: {f.message})" for f in findings)
     return (
-        f"That answer cannot be used:\n{broken}\n\nAnswer again with the whole corrected JSON object, all five fields, and nothing else. "
+        f"That answer cannot be used:\n{broken}\n\nAnswer again with the whole corrected JSON object, every field of it, and nothing else. "
         "Keep what was right."
     )
 

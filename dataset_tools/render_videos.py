@@ -36,9 +36,9 @@ from byg_plugin.folders import make_writable
 from byg_plugin.training.extras import require
 
 from .backend import seed_of
-from .journal import read_records
+from .journal import read_records, write_records
 from .settings import RenderSettings, read_settings
-from .video import hold_out, video_tuple, write_records
+from .video import hold_out, video_tuple
 
 # What the picture depends on; a clip made with others is not taken for one of these.
 _OF_THE_PICTURE = ("model", "width", "height", "frames", "fps", "steps", "guidance", "guidance_2", "negative", "dtype")

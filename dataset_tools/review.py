@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _export(tuples: Path, target: Path, root: Path) -> None:
-    from ._review_store import export_reviewed
+    from ._review_export import export_reviewed
 
     counts = export_reviewed(tuples, target, root)
     _cli.say(f"{target}: {counts['kept'] + counts['fixed']} tuples ({_counted(counts)})")
@@ -74,7 +74,8 @@ def _export(tuples: Path, target: Path, root: Path) -> None:
 def _serve(tuples: Path, root: Path, host: str, port: int, names: Sequence[str]) -> None:
     import uvicorn
 
-    from ._review_app import LOOPBACK_NAMES, make_app
+    from ._review_app import make_app
+    from ._review_guard import LOOPBACK_NAMES
     from ._review_store import Review
 
     allowed = [*LOOPBACK_NAMES, host, *names]

@@ -17,23 +17,19 @@ if __package__ in (None, ""):  # started as a script: the repository must be imp
     __package__ = "dataset_tools"
 
 import argparse
-import gzip
 import hashlib
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
-from importlib.util import find_spec
 
-import byg_plugin
 from byg_plugin import _cli
 from byg_plugin.data import clips, media
 from byg_plugin.data.rules import EDIT_TYPES, RULES, Finding
-from byg_plugin.data.tuples import TEXTS, EditTuple, Inspected, inspect_tuples
+from byg_plugin.data.tuples import EditTuple, Inspected, inspect_tuples
 
-# Tokens that the encoders take; a longer text is cut. FLUX takes only a pooled vector from CLIP.
-LIMITS = {"images": {"t5": 512, "clip": 77}, "clips": {"umt5": 512}}
+from .token_limits import TooLong
+
 _LINES = 12
 _EXPLAIN = {
     "schema": "the line is no tuple: fields, types, JSON",
@@ -103,7 +99,8 @@ def validate(
         ValueError: a file is missing.
     """
     report, memory = Report(), _Memory()
-    count_tokens = _token_counters(report)
+    too_long = TooLong(max_tokens)
+    report.notes += too_long.notes
     with ThreadPoolExecutor(max_workers=jobs) as pool:
         for path in paths:
             if not path.exists():
@@ -115,7 +112,8 @@ def validate(
                 findings = [*seen.findings, *memory.across(seen, files)]
                 if seen.item is not None:
                     findings += [Finding(reason="decode", message=problem) for problem in files.problems]
-                    findings += _soft(seen.item, count_tokens, max_tokens)
+                    findings += _edit_type(seen.item.edit_type)
+                    findings += too_long.findings(seen.item)
                 for finding in findings:
                     report.by_reason[finding.reason].append((prefix + seen.where, finding.message))
                     if finding.hard:
@@ -172,6 +170,11 @@ def _look(item: EditTuple | None, thorough: bool) -> _Files:
     return _Files(digest.hexdigest(), tuple(problems))
 
 
+def _edit_type(name: str | None) -> Iterator[Finding]:
+    if name is not None and name not in EDIT_TYPES:
+        yield Finding(reason="edit_type", message=f"edit_type = {name!r}", hard=False)
+
+
 class _Memory:
     """What one record can only be compared with if the others are remembered."""
 
@@ -194,38 +197,6 @@ class _Memory:
             yield Finding(reason="split", message=f"{source} is in training and in validation")
         if files.digest and (other := self._pictures.setdefault(files.digest, source)) != source:
             yield Finding(reason="same_image", message=f"{source} has the contents of {other}", hard=False)
-
-
-def _soft(item: EditTuple, count_tokens: dict[str, Callable[[str], int]], max_tokens: int) -> Iterator[Finding]:
-    if item.edit_type is not None and item.edit_type not in EDIT_TYPES:
-        yield Finding(reason="edit_type", message=f"edit_type = {item.edit_type!r}", hard=False)
-    for encoder, most in LIMITS["clips" if clips.is_clip(item.source) else "images"].items():
-        limit = most if encoder == "clip" else min(most, max_tokens)
-        for role in TEXTS:
-            text = getattr(item, role)
-            # No tokenizer of these makes more than one token a byte, and two for begin and end.
-            if encoder in count_tokens and len(text.encode()) + 2 > limit and (tokens := count_tokens[encoder](text)) > limit:
-                yield Finding(reason=f"too_long_{encoder}", message=f"{role} has {tokens} tokens, {limit} are taken", hard=False)
-
-
-def _token_counters(report: Report) -> dict[str, Callable[[str], int]]:
-    """Functions that count tokens with the tokenizers that ship with the package."""
-    if find_spec("tokenizers") is None:
-        report.notes.append('note: lengths were not checked, that needs tokenizers: pip install -e ".[diffusers]"')
-        return {}
-    from tokenizers import Tokenizer
-
-    folder = Path(byg_plugin.__file__).parent / "models" / "assets" / "tokenizers"
-    loaded: dict[str, Tokenizer] = {}
-
-    def count(name: str, text: str) -> int:
-        if name not in loaded:
-            loaded[name] = Tokenizer.from_str(gzip.decompress((folder / f"{name}_tokenizer.json.gz").read_bytes()).decode())
-            loaded[name].no_truncation()
-            loaded[name].no_padding()
-        return len(loaded[name].encode(text).ids)
-
-    return {name: partial(count, name) for name in ("t5", "clip", "umt5")}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from byg_plugin.data.rules import Finding, check_texts, is_photorealistic
 
 from .backend import seed_of
-from .journal import read_records
+from .journal import read_records, write_records
 
 STYLES = ("cartoon", "photo-realistic")
 INSTRUCTIONS = (
@@ -94,7 +92,7 @@ def hold_out(path: Path, per_style: int) -> dict[str, int]:
     """
     by_style: dict[str, set[str]] = defaultdict(set)
     for record in read_records(path):
-        by_style[_style_of(record)].add(str(record["source"]))
+        by_style[style_of(record)].add(str(record["source"]))
     chosen: set[str] = set()
     for style, sources in by_style.items():
         if per_style >= len(sources):
@@ -104,7 +102,8 @@ def hold_out(path: Path, per_style: int) -> dict[str, int]:
     return {style: len(sources & chosen) for style, sources in by_style.items()}
 
 
-def _style_of(record: Mapping[str, Any]) -> str:
+def style_of(record: Mapping[str, Any]) -> str:
+    """The style of a tuple's source, as its side data says."""
     meta = record.get("meta")
     return str(meta.get("source_style", "")) if isinstance(meta, dict) else ""
 
@@ -112,23 +111,3 @@ def _style_of(record: Mapping[str, Any]) -> str:
 def _marked(record: Mapping[str, Any], held_out: bool) -> dict[str, Any]:
     rest = {key: value for key, value in record.items() if key != "split"}
     return {**rest, "split": "validation"} if held_out else rest
-
-
-def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Write a JSONL file whole or not at all.
-
-    Raises:
-        ValueError: it cannot be written.
-    """
-    partial = path.with_name(f".partial-{path.name}")
-    try:
-        with partial.open("w", encoding="utf-8", newline="\n") as file:
-            for record in records:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be written: {error.strerror or error}; make room and run the same command again") from error
-    finally:
-        partial.unlink(missing_ok=True)

@@ -25,7 +25,9 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 from byg_plugin.data.clips import write_clip
 from byg_plugin.data.tuples import TEXTS, read_tuples_file
 from dataset_tools import _review_store
-from dataset_tools._review_store import Item, Review, StaleError, export_reviewed, journal_path, read_decisions, read_items
+from dataset_tools._review_export import export_reviewed
+from dataset_tools._review_items import Item, read_items
+from dataset_tools._review_store import Review, StaleError, journal_path, read_decisions
 
 REPOSITORY = Path(__file__).parents[1]
 MARKUP = '<img src=x onerror="window.broken = true"><b>bold</b> & </textarea><script>window.broken = true</script>'

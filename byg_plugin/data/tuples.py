@@ -173,7 +173,7 @@ def _folder_records(path: Path) -> Records:
             yield beside.name, None, [f"needs one image of the same name beside it, there is {names}"]
             continue
         try:
-            value = json.loads(beside.read_text(encoding="utf-8-sig"), object_pairs_hook=_object)
+            value = load_json(beside.read_text(encoding="utf-8-sig"))
         except ValueError as error:
             yield beside.name, None, [f"not JSON: {error}"]
             continue
@@ -197,8 +197,16 @@ def _folder_records(path: Path) -> Records:
         yield path.name, None, [f"no image or clip in this folder ({', '.join(MEDIA_SUFFIXES)}; folders inside it are not searched)"]
 
 
+def load_json(text: str) -> Any:
+    """A JSON value in which no object has a key twice; the reader's default keeps the last and drops the other in silence.
+
+    Raises:
+        ValueError: it is none.
+    """
+    return json.loads(text, object_pairs_hook=_object)
+
+
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; the reader's default keeps the last of two equal keys and drops the other in silence."""
     names = [name for name, _ in pairs]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"{', '.join(twice)} appears twice in one object")
@@ -207,7 +215,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _parse(line: str) -> tuple[Mapping[str, Any] | None, list[str]]:
     try:
-        record = json.loads(line, object_pairs_hook=_object)
+        record = load_json(line)
     except json.JSONDecodeError as error:
         return None, [f"not JSON: {error.msg} at column {error.colno}"]
     except (ValueError, RecursionError) as error:
@@ -243,8 +251,7 @@ def _field_problems(record: Mapping[str, Any]) -> list[str]:
             problems.append(f"{name} = {value!r} is not a text; leave it out if there is none")
     if isinstance(record.get("split"), str) and record["split"] not in SPLITS:
         problems.append(f"split = {record['split']!r} is none of {', '.join(SPLITS)}; leave it out to let dataset.validation_items choose")
-    # JSON can hold half a surrogate pair, which no file name and no tokenizer takes.
-    problems += [f"{name} holds a broken character: {v!r}" for name, v in record.items() if isinstance(v, str) and not _is_unicode(v)]
+    problems += [f"{name} holds a broken character: {v!r}" for name, v in record.items() if isinstance(v, str) and not is_unicode(v)]
     return problems
 
 
@@ -255,7 +262,8 @@ def _source_style(record: Mapping[str, Any]) -> str | None:
     return style if isinstance(style, str) else None
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written: JSON can hold half a surrogate pair, which no file name and no tokenizer takes."""
     try:
         text.encode()
     except UnicodeEncodeError:
