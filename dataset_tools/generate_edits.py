@@ -1,7 +1,7 @@
 """Images to edit tuples (Appendix D.1 of the paper): one edit an image, invented by a vision-language model or by rules.
 
-    python dataset_tools/generate_edits.py --images photos --out data/tuples.jsonl --base-url http://127.0.0.1:8000/v1
-    python dataset_tools/generate_edits.py --images photos --out data/tuples.jsonl --backend rules
+    python dataset_tools/generate_edits.py --images data/photos --out data/tuples.jsonl --base-url http://127.0.0.1:8000/v1
+    python dataset_tools/generate_edits.py --images data/photos --out data/tuples.jsonl --backend rules
     python dataset_tools/generate_edits.py --config configs/data_images.toml --shard 2/4
 
 Every image ends in exactly one line: of OUT, or of OUT's .rejects.jsonl with the reason. Run the same command again after
@@ -31,7 +31,7 @@ from . import backend_rules, prompts
 from .asking import Attempt
 from .backend import Backend, Chat, encode_image, make_backend, seed_of
 from .balance import PRIORITY, Balance
-from .inputs import ImageInput, folder_images, in_shard, is_table, shard_file, table_images
+from .inputs import TABLES, ImageInput, folder_images, in_shard, is_table, shard_file, table_images
 from .pool import Feed, Outcome, Results, run_pool
 from .settings import GenerateSettings, read_settings
 
@@ -40,9 +40,11 @@ def inputs(settings: GenerateSettings) -> Iterator[ImageInput]:
     """The images of this shard.
 
     Raises:
-        ValueError: no such folder, table or column.
+        ValueError: no such folder or table; while they are read: no such column.
     """
     place, base = Path(settings.images), Path(settings.out).absolute().parent
+    if not (place.is_file() if is_table(place) else place.is_dir()):
+        raise ValueError(f"images = {place}: no such folder or table ({', '.join(TABLES)})")
     if is_table(place):
         every = table_images(
             place,

@@ -15,6 +15,8 @@ from typing import Any
 from byg_plugin.data.tuples import IMAGE_SUFFIXES
 from byg_plugin.training.extras import require
 
+from .journal import numbered_records
+
 TABLES = (".jsonl", ".csv", ".tsv", ".parquet")
 
 
@@ -50,13 +52,7 @@ def source_name(path: Path, base: Path) -> str:
 
 
 def folder_images(folder: Path, base: Path, style: str | None = None) -> Iterator[ImageInput]:
-    """All images below a folder; a .txt of the same name is the caption, a .json there may hold `caption` and `style`.
-
-    Raises:
-        ValueError: no such folder.
-    """
-    if not folder.is_dir():
-        raise ValueError(f"images = {folder}: no such folder or table ({', '.join(TABLES)})")
+    """All images below a folder; a .txt of the same name is the caption, a .json there may hold `caption` and `style`."""
     for path in files_below(folder, IMAGE_SUFFIXES):
         caption, problem, said = None, None, {}
         try:
@@ -97,7 +93,7 @@ def table_images(
     """The images of a table's rows.
 
     Raises:
-        ValueError: no such table or column.
+        ValueError: no such column, or the table cannot be read.
     """
     root = root or path.parent
     first = True
@@ -133,17 +129,7 @@ def table_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     elif suffix in (".csv", ".tsv"):
         yield from enumerate(_csv_rows(path, "\t" if suffix == ".tsv" else ","), start=1)
     elif suffix == ".jsonl":
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line.decode("utf-8-sig"))
-                except ValueError as error:
-                    raise ValueError(f"{path}: line {number} is not JSON ({error}); mend or remove it") from error
-                if not isinstance(row, dict):
-                    raise ValueError(f"{path}: line {number} is {type(row).__name__}, not a JSON object")
-                yield number, row
+        yield from numbered_records(path)
     else:
         raise ValueError(f"{path}: no table; one of {', '.join(TABLES)}")
 

@@ -1,7 +1,7 @@
 """Files that grow by whole lines and survive a kill at any moment, and the set of what is in them.
 
 Results are their own journal: an input is done when, and only when, its line stands in one of the files. A line is one
-write in append mode and is synced before it counts. The rest of a line that a power cut left is removed at the next start.
+write in append mode and is synced before it counts. A line that a power cut tore is removed at the next start.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Journal:
         self.path = path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            drop_torn_line(path)
+            mend_last_line(path)
             self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o644)
         except OSError as error:
             raise ValueError(f"{path}: cannot be written: {error.strerror or error}; choose another place") from error
@@ -54,37 +54,37 @@ class Journal:
         os.close(self._file)
 
 
-def drop_torn_line(path: Path) -> None:
-    """Cut the file after its last line feed."""
+def mend_last_line(path: Path) -> None:
+    """Where the last line feed is missing: add it to a whole record (of an editor that leaves it out), cut off a torn one."""
     if not path.is_file():
         return
     with path.open("r+b") as file:
         end = file.seek(0, os.SEEK_END)
-        keep = end
-        while keep:
-            start = max(0, keep - _BLOCK)
+        last, start = b"", end
+        while start and b"\n" not in last:
+            start = max(0, start - _BLOCK)
             file.seek(start)
-            at = file.read(keep - start).rfind(b"\n")
-            if at >= 0:
-                keep = start + at + 1
-                break
-            keep = start
-        if keep != end:
-            file.truncate(keep)
+            last = file.read(end - start)
+        last = last[last.rfind(b"\n") + 1 :]
+        if not last:
+            return
+        try:
+            json.loads(last)  # no beginning of an object is one
+        except ValueError:
+            file.truncate(end - len(last))
+        else:
+            file.seek(end)
+            file.write(b"\n")
 
 
-def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """Records of whole lines, one after another; none where there is no file.
+def numbered_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line from 1, object) of a JSONL file, one after another.
 
     Raises:
         ValueError: a line is not a JSON object.
     """
-    if not path.is_file():
-        return
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):
-                return  # torn
             if not line.strip():
                 continue
             try:
@@ -93,7 +93,17 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
                 raise ValueError(f"{path}: line {number} is not JSON ({error}); mend or remove it") from error
             if not isinstance(record, dict):
                 raise ValueError(f"{path}: line {number} is {type(record).__name__}, not a JSON object; mend or remove it")
-            yield record
+            yield number, record
+
+
+def read_records(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSONL file, one after another; none where there is no file.
+
+    Raises:
+        ValueError: see `numbered_records`.
+    """
+    if path.is_file():
+        yield from (record for _, record in numbered_records(path))
 
 
 def write_records(path: Path, records: Iterable[Mapping[str, Any]], check: Callable[[Path], object] | None = None) -> None:
@@ -117,7 +127,8 @@ def write_records(path: Path, records: Iterable[Mapping[str, Any]], check: Calla
     except OSError as error:
         raise ValueError(f"{path}: cannot be written: {error.strerror or error}; make room or choose another place") from error
     finally:
-        partial.unlink(missing_ok=True)
+        if partial.exists():
+            partial.unlink()
 
 
 def _line(record: Mapping[str, Any]) -> bytes:

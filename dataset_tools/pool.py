@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 
 from tqdm.auto import tqdm
 
-from .journal import Done, Journal, read_records, write_records
+from .journal import Done, Journal, mend_last_line, read_records, write_records
 
 T = TypeVar("T")
 _AHEAD = 64  # inputs read at once
@@ -80,6 +80,7 @@ class Results:
             raise ValueError(f"out = {out}: another process is writing it; for several machines give each its --shard") from error
         except OSError as error:
             raise ValueError(f"out = {out}: cannot be written: {error.strerror or error}; choose another place") from error
+        mend_last_line(self.rejects)
         if retry and self.rejects.is_file():
             write_records(self.rejects, (r for r in read_records(self.rejects) if retry not in ("all", r.get("kind"))))
         self._accepted, self._rejected = Journal(self.out), Journal(self.rejects)

@@ -36,7 +36,7 @@ from byg_plugin.folders import make_writable
 from byg_plugin.training.extras import require
 
 from .backend import seed_of
-from .journal import read_records, write_records
+from .journal import numbered_records, write_records
 from .settings import RenderSettings, read_settings
 from .video import hold_out, video_tuple
 
@@ -72,7 +72,7 @@ def jobs(settings: RenderSettings) -> list[Job]:
     if not path.is_file():
         raise ValueError(f"captions = {path}: no such file; prepare_captions.py writes it")
     made = []
-    for number, record in enumerate(read_records(path), start=1):
+    for number, record in numbered_records(path):
         texts = {}
         for name in ("id", "prompt", "caption", "style"):
             value = record.get(name)

@@ -1,7 +1,7 @@
 """Look through edit tuples in the browser: keep, fix or discard.
 
-    python dataset_tools/review.py data/tuples.jsonl --root images
-    python dataset_tools/review.py data/tuples.jsonl --root images --export data/reviewed.jsonl
+    python dataset_tools/review.py data/tuples.jsonl
+    python dataset_tools/review.py data/tuples.jsonl --export data/reviewed.jsonl
 
 The first serves the page to this machine's browsers. Each decision and each edited text is on disk before the page says
 "saved", in FILE.review.jsonl beside the tuples file, which itself is never changed: closing the page, Ctrl-C or a crash of

@@ -4,7 +4,7 @@ Prints its port. PLAN: {"mode": ..., "seconds": pause before an answer, "log": f
 good       a good answer each
 corpus     the corpus of failure kinds, by the number in the caption; repair turns are answered well for even numbers
 hostile    corpus, and of each number the first request meets 429, 500, a cut connection, HTML, silence, ...
-echo       errors and answers that repeat the key and the prompt
+echo       errors, answers and, of each fourth number, fields that repeat the key and the prompt
 down, refuse, key, model   503, 400, 401, 404 each time
 """
 
@@ -85,20 +85,25 @@ class Server:
         if "frames of one video" in text:
             style = ("a cartoon", "Photorealistic", "3D-CGI")[self.described % 3]
             self.described += 1
-            return reply(writer, json.dumps({"caption": f"a ball rolls over table {self.described}", "style": style}), body)
-        if "Rewrite this caption" in text:
+            fields = {"caption": f"a ball rolls over table {self.described}", "style": style}
+        elif "Rewrite this caption" in text:
             hint = "cartoon " if number % 7 == 0 or (number % 5 == 0 and not repair) else ""
-            return reply(writer, f'<think>hm</think>{{"caption": "A {hint}dog number {number} runs on a beach."}}', body)
+            fields = {"caption": f"A {hint}dog number {number} runs on a beach."}
+        else:
+            fields = good(number, offered)
         if self.plan.get("seconds"):
             await asyncio.sleep(self.plan["seconds"])
         if mode in ("down", "refuse", "key", "model"):
             status = {"down": 503, "refuse": 400, "key": 401, "model": 404}[mode]
             return error(writer, status, f"no: {key} {text}")
         if mode == "echo":
-            if number % 3 == 0 and not repair:
+            if number % 4 == 0 and not repair:
                 return error(writer, 400, f"bad request by {key}: {text}")
+            if number % 4 == 3:
+                name = "src_caption" if "src_caption" in fields else "caption"
+                fields[name] += f" {key}" if number % 8 == 3 else " " + text.split("\n")[0]
             said = f"<think>My key is {key}, I was told: {text}</think>"
-            return reply(writer, said + ("no json" if number % 3 == 1 else json.dumps(good(number, offered))), body)
+            return reply(writer, said + ("no json" if number % 4 == 1 else json.dumps(fields)), body)
         if mode == "hostile" and attempt == 1:
             fault = number % 8
             if number == SLOW:
@@ -119,11 +124,10 @@ class Server:
             if fault == 6 and body.get("stream"):
                 stream(writer, "<think>half an ", cut=True)
                 return False
-        answer = good(number, offered)
         make, refusal = KINDS[kind_of(number)]
-        content = json.dumps(answer)
+        content = "<think>hm</think>" + json.dumps(fields)
         if mode != "good" and (refusal is None or not repair or number % 2):
-            content = make(answer)
+            content = make(fields)
         return reply(writer, content, body)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import signal
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -41,6 +43,8 @@ def test_a_good_server(tmp_path: Path, options: list[str]) -> None:
     accepted, rejected = files(out)
     assert len(accepted) == 24 and not rejected and not (tmp_path / "data" / "t.rejects.jsonl").exists()
     assert "24 accepted (0 of them after a repair), 0 rejected" in done.stdout
+    bar = done.stderr.replace("\r", "\n").strip().splitlines()[-1]
+    assert re.search(r"24input .*input/s, accepted 24 repaired 0 rejected 0 \| \w+ \d+%", bar), bar
     assert len(read_tuples_file(out)) == 24
     record = next(iter(accepted.values()))
     assert set(record) == {"source", "src_caption", "tgt_caption", "instruction", "reverse_instruction", "edit_type", "meta"}
@@ -71,7 +75,7 @@ def test_a_thousand_malformed_answers_of_a_hostile_server(tmp_path: Path, option
             "--base-url",
             server.url,
             "--timeout",
-            15,
+            5,
             "--in-flight",
             48,
             *options,
@@ -166,6 +170,38 @@ def test_shards_share_the_inputs_and_write_apart(tmp_path: Path) -> None:
     assert sum(map(len, parts)) == 30 == len({source for part in parts for source in part}) and min(map(len, parts)) >= 3
 
 
+def test_balance_is_restored_when_a_run_goes_on(tmp_path: Path) -> None:
+    photos(tmp_path / "photos", 40)
+    used = [{"source": f"gone{k}.jpg", "edit_type": EDIT_TYPES[k % 5], "meta": {"repaired": k < 7}} for k in range(5000)]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(record) + "\n" for record in used))
+    with stub(tmp_path / "s", "good") as server:
+        done = run("generate_edits", "--images", tmp_path / "photos", "--out", tmp_path / "t.jsonl", "--base-url", server.url)
+        assert "5040 accepted (7 of them after a repair)" in done.stdout, done.stderr
+        offered = Counter(name for entry in server.requests for name in entry["offered"])
+    # A type that was used 1000 times weighs a thousandth of an unused one, and of those there are five for three places.
+    assert sum(offered[name] for name in EDIT_TYPES[:5]) <= 6 and min(offered[name] for name in EDIT_TYPES[5:]) >= 10
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for another process")
+def test_ctrl_c_keeps_what_is_done_and_leaves_no_traceback(tmp_path: Path) -> None:
+    photos(tmp_path / "photos", 40)
+    out = tmp_path / "t.jsonl"
+    with stub(tmp_path / "s", "good", seconds=0.3) as server:
+        arguments = ("--images", tmp_path / "photos", "--out", out, "--base-url", server.url, "--in-flight", 4)
+        process = start("generate_edits", *arguments)
+        deadline = time.monotonic() + 60
+        while len(records(out)) < 8:
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+        assert process.returncode == 130 and "Traceback" not in errors, errors
+        done_before = len(files(out)[0])
+        assert 8 <= done_before < 40
+        assert f"{40 - done_before} images done in this run" in run("generate_edits", *arguments).stdout
+    assert len(files(out)[0]) == 40
+
+
 def test_two_processes_never_write_one_file(tmp_path: Path) -> None:
     photos(tmp_path / "photos", 30)
     with stub(tmp_path / "s", "good", seconds=3) as server:
@@ -200,7 +236,8 @@ def test_no_key_and_no_prompt_in_outputs_rejects_or_logs(tmp_path: Path) -> None
         done = run("generate_edits", "--images", tmp_path / "photos", "--out", out, "--base-url", server.url)
         assert any(entry["key"] == KEY for entry in server.requests)
     accepted, rejected = files(out)
-    assert len(accepted) == 4 and Counter(r["reason"] for r in rejected.values()) == {"server": 4, "no_object": 4}
+    assert {number(source) for source in accepted} == {2, 6, 10}
+    assert Counter(r["reason"] for r in rejected.values()) == {"server": 3, "no_object": 3, "repeats_prompt": 3}
     said = done.stdout + done.stderr + "".join(p.read_text(errors="replace") for p in tmp_path.glob("t*"))
     assert KEY not in said and "sk-test" not in said
     assert "Choose exactly one of these edit types" not in said and "reverse_instruction is given to somebody" not in said
@@ -240,6 +277,26 @@ def test_no_server_at_all(tmp_path: Path) -> None:
         1,
     )
     assert done.returncode == 2 and "127.0.0.1:9" in done.stderr and "run the same command again" in done.stderr
+    assert done.stderr.count("trying again for 1 s") == 1  # at once: nobody waits 15 minutes to learn of a wrong address
+
+
+def test_a_server_that_hangs(tmp_path: Path) -> None:
+    photos(tmp_path / "photos", 2)
+    with stub(tmp_path / "s", "good", seconds=3600) as server:
+        limits = ("--timeout", 0.5, "--retry-for", 1)
+        done = run("generate_edits", "--images", tmp_path / "photos", "--out", tmp_path / "t.jsonl", "--base-url", server.url, *limits)
+    assert done.returncode == 2 and "no answer within 0.5 s" in done.stderr and "nothing is lost" in done.stderr
+    assert files(tmp_path / "t.jsonl") == ({}, {})
+
+
+def test_a_key_that_is_a_placeholder_is_no_secret(tmp_path: Path) -> None:
+    photos(tmp_path / "photos", 2)
+    with stub(tmp_path / "s", "good") as server:
+        done = run(
+            "generate_edits", "--images", tmp_path / "photos", "--out", tmp_path / "t.jsonl", "--base-url", server.url, OPENAI_API_KEY="x"
+        )
+        assert done.returncode == 0 and {entry["key"] for entry in server.requests} == {"x"}, done.stderr
+    assert len(files(tmp_path / "t.jsonl")[0]) == 2
 
 
 def test_unreadable_images_are_rejected_with_the_reason_and_can_be_tried_again(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from PIL import Image
 from tiny import _tokenizer
 from tiny_wan import TEXT_TOKENS, tiny_umt5, tiny_vae, tiny_wan
-from tools_helpers import ENVIRONMENT, REPOSITORY, records, run, stub
+from tools_helpers import ENVIRONMENT, KEY, REPOSITORY, records, run, stub
 
 from byg_plugin.data import clips
 from byg_plugin.data.dataset import split_tuples
@@ -107,6 +107,25 @@ def test_captions_are_cleaned_repaired_or_rejected_and_wrapped(tmp_path: Path) -
     )
 
 
+def test_no_key_and_no_prompt_in_prompts_rejects_or_logs(tmp_path: Path) -> None:
+    with stub(tmp_path / "s", "echo") as server:
+        done = run(
+            "prepare_captions",
+            "--table",
+            table(tmp_path / "t.csv", 12),
+            "--out",
+            tmp_path / "p.jsonl",
+            "--count",
+            0,
+            "--base-url",
+            server.url,
+        )
+    reasons = Counter(record["reason"] for record in records(tmp_path / "p.rejects.jsonl"))
+    assert len(records(tmp_path / "p.jsonl")) == 3 and reasons == {"server": 3, "no_object": 3, "repeats_prompt": 3}, done.stderr
+    said = done.stdout + done.stderr + "".join(path.read_text() for path in tmp_path.glob("p*"))
+    assert KEY not in said and "Rewrite this caption of a video" not in said and "[key]" in said and "[prompt]" in said
+
+
 def test_bad_tables(tmp_path: Path) -> None:
     done = run("prepare_captions", "--table", table(tmp_path / "t.csv", 3), "--out", tmp_path / "o.jsonl", "--caption-column", "Text")
     assert done.returncode == 2 and "no column 'Text'" in done.stderr and "Detailed Caption" in done.stderr
@@ -166,8 +185,10 @@ def test_holding_out_is_by_name_and_replaces_earlier_marks(tmp_path: Path) -> No
         return {record["source"] for record in records(path) if record.get("split") == "validation"}
 
     write(20)
+    path.write_text(path.read_text().rstrip("\n"))  # as editors leave it: the last line is one all the same
     assert hold_out(path, 4) == {"cartoon": 4, "photo-realistic": 4}
     first = marked()
+    assert len(records(path)) == 20
     hold_out(path, 2)
     assert len(marked()) == 4 and marked() < first
     with pytest.raises(ValueError, match="10 clips of style 'cartoon' are to be held out, there are 10"):
