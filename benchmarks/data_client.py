@@ -53,6 +53,23 @@ def one_run(work: Path, images: Path, limit: int, in_flight: int, url: str) -> d
     return {"wall": time.monotonic() - started, "cpu": usage.ru_utime + usage.ru_stime, "peak_mib": usage.ru_maxrss / 1024}
 
 
+def measure_memory(counts: tuple[int, int]) -> dict[str, float]:
+    """Peak MiB of the client over tables of so many rows, by rules: images that are not there end as rejects."""
+    peaks = {}
+    with tempfile.TemporaryDirectory() as name:
+        for count in counts:
+            table, out = Path(name) / f"{count}.csv", Path(name) / f"{count}.jsonl"
+            table.write_text("image,caption\n" + "".join(f"p{number}.jpg,a red car number {number}\n" for number in range(count)))
+            command = [str(REPOSITORY / "dataset_tools" / "generate_edits.py"), "--images", str(table), "--out", str(out)]
+            process = subprocess.Popen(
+                [sys.executable, *command, "--backend", "rules"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
+            _, _, usage = os.wait4(process.pid, 0)
+            assert sum(1 for _ in out.with_name(f"{count}.rejects.jsonl").open()) == count
+            peaks[str(count)] = round(usage.ru_maxrss / 1024, 1)
+    return peaks
+
+
 def measure(suffix: str, images: int, in_flight: int) -> dict[str, Any]:
     """The marginal cost of an image."""
     short = max(20, images // 8)
@@ -98,6 +115,7 @@ def main() -> None:
         "python": platform.python_version(),
         "cores": os.cpu_count(),
         "load_before": [round(value, 1) for value in os.getloadavg()],
+        "peak_mib_by_rows": measure_memory((2_000, 100_000)),
         "runs": [measure(suffix, args.images, args.in_flight) for suffix in (".jpg", ".png")],
     }
     RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

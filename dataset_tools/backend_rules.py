@@ -53,8 +53,12 @@ _PLACE = re.compile(
     rf"\b(?:in|on|at|by|near|along|across)\s+(?:(a|an|the)\s+)((?:(?!of\b|the\b|an?\b|and\b)[a-z-]+\s+){{0,2}}(?:{_PLACE_WORDS}))\b",
     re.IGNORECASE,
 )
-_MEDIUM = re.compile(r"^\s*(?:an?\s+|the\s+)?(?:photo|photograph|picture|image|snapshot)\s+of\s+", re.IGNORECASE)
-_PHOTO = re.compile(r"\b(?:photo|photograph|snapshot)\b", re.IGNORECASE)
+# At the beginning alone: a photo that somebody in a painting holds says nothing of the painting.
+_MEDIUM = re.compile(
+    r"(?:(?:an?|the)\s+)?((?:(?:black[- ]and[- ]white|monochrome|sepia|colou?r|close-?up|aerial|macro|old|vintage|blurry|grainy)\s+)*)"
+    r"(photo|photograph|snapshot|picture|image)\s+of\s+",
+    re.IGNORECASE,
+)
 
 
 class NotServed(ValueError):
@@ -141,15 +145,17 @@ def _background(caption: str, rng: random.Random) -> Texts | None:
 
 def _style(caption: str, style: str | None, rng: random.Random) -> Texts | None:
     """A photograph to a style, or a picture of a known style to a photograph."""
-    content = _MEDIUM.sub("", caption)
+    medium = _MEDIUM.match(caption)
+    content = caption[medium.end() :] if medium else caption
     content = content[0].lower() + content[1:] if content[:2].istitle() else content
-    photo = f"a photo of {content}"
-    to_photo = "turn the image into a photograph"
     if style and not is_photorealistic(style):
-        return f"{content}, {style} style", to_photo, photo, f"turn the image into {style} style"
-    if style or _PHOTO.search(caption):
+        drawn = f"{content}, {style} style"
+        return drawn, "turn the image into a photograph", f"a photo of {content}", f"turn the image into {style} style"
+    if style or (medium and medium[2].casefold() in ("photo", "photograph", "snapshot")):
         new = rng.choice(STYLES)
-        return photo, f"turn the image into {new} style", f"{content}, {new} style", to_photo
+        look = medium[1].casefold() if medium else ""
+        photo = _a(f"{look}photo of {content}")
+        return photo, f"turn the image into {new} style", f"{content}, {new} style", f"turn the image into {_a(f'{look}photograph')}"
     return None
 
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 
 from byg_plugin import _cli
 from byg_plugin.data.rules import Finding, check_texts, is_photorealistic
-from byg_plugin.data.tuples import TEXTS
+from byg_plugin.data.tuples import IMAGE_SUFFIXES, TEXTS
 from byg_plugin.training.extras import require
 
 from . import backend_rules, prompts
@@ -209,8 +209,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from .plot import plot_summary
 
         _cli.say(f"types and lengths: {plot_summary(done.out)}")
+    elif done.reasons:
+        raise ValueError("no tuple was made: all images were rejected")
     else:
-        raise ValueError("no tuple was made: no image was found or all were rejected")
+        raise ValueError(f"images = {settings.images}: no image in it ({', '.join(IMAGE_SUFFIXES)})")
 
 
 if __name__ == "__main__":

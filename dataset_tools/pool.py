@@ -12,6 +12,8 @@ from typing import Any, Generic, TypeVar
 
 from tqdm.auto import tqdm
 
+from byg_plugin.folders import make_writable
+
 from .journal import Done, Journal, mend_last_line, read_records, write_records
 
 T = TypeVar("T")
@@ -73,13 +75,14 @@ class Results:
         self.name = name
         self.tally = Tally()
         try:
-            out.parent.mkdir(parents=True, exist_ok=True)
+            make_writable(out.parent)
+        except OSError as error:
+            raise ValueError(f"out = {out}: cannot be written: {error.strerror or error}; choose another place") from error
+        try:
             self._lock = FileLock(out.with_name(f".{out.name}.lock"))
             self._lock.acquire(timeout=0)
         except Timeout as error:
             raise ValueError(f"out = {out}: another process is writing it; for several machines give each its --shard") from error
-        except OSError as error:
-            raise ValueError(f"out = {out}: cannot be written: {error.strerror or error}; choose another place") from error
         mend_last_line(self.rejects)
         if retry and self.rejects.is_file():
             write_records(self.rejects, (r for r in read_records(self.rejects) if retry not in ("all", r.get("kind"))))

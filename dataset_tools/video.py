@@ -12,7 +12,7 @@ from typing import Any
 from byg_plugin.data.rules import Finding, check_texts, is_photorealistic
 
 from .backend import seed_of
-from .journal import read_records, write_records
+from .journal import numbered_records, read_records, write_records
 
 STYLES = ("cartoon", "photo-realistic")
 INSTRUCTIONS = (
@@ -88,17 +88,19 @@ def hold_out(path: Path, per_style: int) -> dict[str, int]:
         How many sources are held out by style.
 
     Raises:
-        ValueError: a style has no more sources than are to be held out.
+        ValueError: a style has no more sources than are to be held out, or a line is no tuple.
     """
     by_style: dict[str, set[str]] = defaultdict(set)
-    for record in read_records(path):
-        by_style[style_of(record)].add(str(record["source"]))
+    for number, record in numbered_records(path):
+        if not isinstance(record.get("source"), str):
+            raise ValueError(f"{path}: line {number} has no source; validate.py says what is wrong with the file")
+        by_style[style_of(record)].add(record["source"])
     chosen: set[str] = set()
     for style, sources in by_style.items():
         if per_style >= len(sources):
             raise ValueError(f"{path}: {per_style} clips of style {style!r} are to be held out, there are {len(sources)}; hold out fewer")
         chosen |= set(sorted(sources, key=lambda source: hashlib.sha256(source.encode()).hexdigest())[:per_style])
-    write_records(path, (_marked(record, str(record["source"]) in chosen) for record in read_records(path)))
+    write_records(path, (_marked(record, record["source"] in chosen) for record in read_records(path)))
     return {style: len(sources & chosen) for style, sources in by_style.items()}
 
 

@@ -79,7 +79,12 @@ def test_style_of_a_photograph_and_back() -> None:
         "tgt_caption": "a photo of a dog on a beach",
         "reverse_instruction": "turn the image into watercolor style",
     }
-    assert one("a dog on a beach", "style_change") is None  # nobody knows what it is
+    old = one("A black and white photo of a man", "style_change")
+    assert old and old["src_caption"] == "a black and white photo of a man" and old["tgt_caption"].startswith("a man, ")
+    assert old["reverse_instruction"] == "turn the image into a black and white photograph"
+    assert one("an aerial photo of a town", "style_change")["reverse_instruction"] == "turn the image into an aerial photograph"  # type: ignore[index]
+    for caption in ("a dog on a beach", "a picture of a dog", "a painting of a man with a photo of a dog"):  # nobody knows what it is
+        assert one(caption, "style_change") is None
 
 
 def test_every_edit_passes_the_rules() -> None:
