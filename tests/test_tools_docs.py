@@ -18,18 +18,26 @@ PAGE = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
 MODELS = {"generate_edits": GenerateSettings, "prepare_captions": CaptionsSettings, "render_videos": RenderSettings}
 
 
-def test_commands_and_links_of_the_page_exist() -> None:
-    commands = re.findall(r"dataset_tools/(\w+)\.py([^\n`]*)", PAGE)
-    assert len(commands) >= 6
+def knows(tool: str, option: str) -> bool:
+    source = (ROOT / "dataset_tools" / f"{tool}.py").read_text(encoding="utf-8")
+    return option[2:].replace("-", "_") in getattr(MODELS.get(tool), "model_fields", ()) or f'"{option}"' in source
+
+
+@pytest.mark.parametrize(("page", "least"), [("docs/data.md", 9), ("README.md", 4)])
+def test_commands_of_the_pages_exist(page: str, least: int) -> None:
+    commands = re.findall(r"^(?:python|accelerate launch) dataset_tools/(\w+)\.py([^\n]*)", (ROOT / page).read_text(encoding="utf-8"), re.M)
+    assert len(commands) >= least
     for tool, line in commands:
-        source = (ROOT / "dataset_tools" / f"{tool}.py").read_text(encoding="utf-8")
         for option in re.findall(r"--[\w-]+", line.split("#")[0]):
-            name = option[2:].replace("-", "_")
-            assert name == "config" or name in getattr(MODELS.get(tool), "model_fields", ()) or f'"{option}"' in source, (tool, option)
+            assert option == "--config" or knows(tool, option), (tool, option)
+
+
+def test_links_and_options_of_the_page_exist() -> None:
     for place in re.findall(r"\]\(([^)#:]+)\)", PAGE):
         assert (ROOT / "docs" / place).exists(), place
-    for option in set(re.findall(r"`--([\w-]+)", PAGE)):
-        assert any(option.replace("-", "_") in model.model_fields for model in MODELS.values()) or option == "help", option
+    tools = [path.stem for path in (ROOT / "dataset_tools").glob("[a-z]*.py")]
+    for option in set(re.findall(r"`(--[\w-]+)", PAGE)):
+        assert option == "--help" or any(knows(tool, option) for tool in tools), option
 
 
 def test_documented_weights_are_the_programs() -> None:
