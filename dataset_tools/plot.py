@@ -8,12 +8,13 @@ from pathlib import Path
 from byg_plugin.data.tuples import TEXTS
 from byg_plugin.training.extras import require
 
+from . import backend_rules
 from .balance import PRIORITY
 from .journal import read_records
 
 
 def plot_summary(tuples: Path) -> Path:
-    """Draw `<stem>.summary.png` beside the file.
+    """Draw `<stem>.summary.png` beside the file, which has at least one record.
 
     Raises:
         ValueError: matplotlib is missing, or a line is no JSON.
@@ -28,18 +29,21 @@ def plot_summary(tuples: Path) -> Path:
         for role in TEXTS:
             lengths[role][len(str(record.get(role, "")).split())] += 1
     total = sum(types.values())
+    by_priority = set(types) <= set(PRIORITY) and not set(types) <= set(backend_rules.TYPES)
+    if by_priority:
+        types.update(dict.fromkeys(PRIORITY, 0))  # those that were never used too
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     names = [name for name, _ in types.most_common()][::-1]
     left.barh(names, [types[name] for name in names], color="tab:blue")
-    if set(types) - {"color_change", "background_change", "style_change"} and set(types) <= set(PRIORITY):
+    if by_priority:
         aimed = [total * PRIORITY[name] / sum(PRIORITY.values()) for name in names]
         left.plot(aimed, names, "k|", markersize=14, label="proportional to priority")
         left.legend()
     left.set_title(f"{total} tuples by edit type")
+    longest = max(max(counts) for counts in lengths.values())
     for role, counts in lengths.items():
-        words = sorted(counts)
-        right.plot(words, [counts[word] for word in words], label=role, drawstyle="steps-mid")
+        right.stairs([counts[words] for words in range(longest + 1)], [words - 0.5 for words in range(longest + 2)], label=role, alpha=0.8)
     right.set_title("length of the texts")
     right.set_xlabel("words")
     right.set_ylabel("tuples")
