@@ -19,6 +19,7 @@ if __package__ in (None, ""):  # started as a script: the repository must be imp
 
 import asyncio
 import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -31,13 +32,13 @@ from . import backend_rules, prompts
 from .asking import Attempt
 from .backend import Backend, Chat, encode_image, make_backend, seed_of
 from .balance import PRIORITY, Balance
-from .inputs import TABLES, ImageInput, folder_images, in_shard, is_table, shard_file, table_images
+from .inputs import TABLES, ImageInput, folder_images, in_shard, is_table, passed_over, shard_file, table_images
 from .pool import Feed, Outcome, Results, run_pool
 from .settings import GenerateSettings, read_settings
 
 
-def inputs(settings: GenerateSettings) -> Iterator[ImageInput]:
-    """The images of this shard.
+def inputs(settings: GenerateSettings, others: Counter[str]) -> Iterator[ImageInput]:
+    """The images of this shard; a folder's other files are counted in `others` by suffix.
 
     Raises:
         ValueError: no such folder or table; while they are read: no such column.
@@ -56,7 +57,7 @@ def inputs(settings: GenerateSettings) -> Iterator[ImageInput]:
             default_style=settings.style,
         )
     else:
-        every = folder_images(place, base, settings.style)
+        every = folder_images(place, base, settings.style, others)
     return (item for item in every if in_shard(item.source, settings.part))
 
 
@@ -162,6 +163,7 @@ class Done:
     accepted: int
     new: int
     reasons: dict[str, int] = field(default_factory=dict)
+    passed_over: str = ""
 
 
 def generate(settings: GenerateSettings) -> Done:
@@ -171,7 +173,8 @@ def generate(settings: GenerateSettings) -> Done:
         ValueError: settings, server or files are wrong; what was done before is on the disk.
     """
     require("json_repair", "reading models' answers", "data")
-    items = inputs(settings)
+    others: Counter[str] = Counter()
+    items = inputs(settings, others)
     out = shard_file(Path(settings.out), settings.part)
     results = Results(out, name="source", label=lambda record: str(record.get("edit_type", "")), retry=settings.retry)
     try:
@@ -183,7 +186,13 @@ def generate(settings: GenerateSettings) -> Done:
         asyncio.run(_run(feed, editor, results, settings.in_flight))
         tally = results.tally
         return Done(
-            out=out, rejects=results.rejects, summary=str(tally), accepted=tally.accepted, new=feed.given, reasons=dict(tally.reasons)
+            out=out,
+            rejects=results.rejects,
+            summary=str(tally),
+            accepted=tally.accepted,
+            new=feed.given,
+            reasons=dict(tally.reasons),
+            passed_over=passed_over(others),
         )
     finally:
         results.close()
@@ -205,6 +214,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if done.reasons:
         listed = ", ".join(f"{count} {reason}" for reason, count in sorted(done.reasons.items(), key=lambda item: -item[1]))
         _cli.say(f"rejected because: {listed}; {done.rejects} has each with its reason")
+    if done.passed_over:
+        _cli.say(f"not read: {done.passed_over} (images are {', '.join(IMAGE_SUFFIXES)})")
     if done.accepted:
         from .plot import plot_summary
 

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,9 +52,12 @@ def source_name(path: Path, base: Path) -> str:
     return name.encode(errors="backslashreplace").decode()
 
 
-def folder_images(folder: Path, base: Path, style: str | None = None) -> Iterator[ImageInput]:
-    """All images below a folder; a .txt of the same name is the caption, a .json there may hold `caption` and `style`."""
-    for path in files_below(folder, IMAGE_SUFFIXES):
+def folder_images(folder: Path, base: Path, style: str | None, others: Counter[str]) -> Iterator[ImageInput]:
+    """All images below a folder; a .txt of the same name is the caption, a .json there may hold `caption` and `style`.
+
+    Other files are counted in `others` by suffix.
+    """
+    for path in files_below(folder, IMAGE_SUFFIXES, others):
         caption, problem, said = None, None, {}
         try:
             path.name.encode()
@@ -75,16 +79,23 @@ def folder_images(folder: Path, base: Path, style: str | None = None) -> Iterato
         )
 
 
-def files_below(folder: Path, suffixes: Sequence[str]) -> Iterator[Path]:
+def files_below(folder: Path, suffixes: Sequence[str], others: Counter[str]) -> Iterator[Path]:
     """Files with these suffixes, in the file system's order: a folder of millions is not held; hidden ones are passed over."""
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
             if entry.is_dir():
-                yield from files_below(folder / entry.name, suffixes)
-            elif Path(entry.name).suffix.lower() in suffixes:
+                yield from files_below(folder / entry.name, suffixes, others)
+            elif (suffix := Path(entry.name).suffix.lower()) in suffixes:
                 yield folder / entry.name
+            else:
+                others[suffix] += 1
+
+
+def passed_over(others: Mapping[str, int]) -> str:
+    """Files that were not read for what their names say, in words; empty if there are none but captions."""
+    return ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in sorted(others.items()) if suffix not in (".txt", ".json"))
 
 
 def table_images(

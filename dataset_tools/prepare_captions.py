@@ -18,6 +18,7 @@ if __package__ in (None, ""):  # started as a script: the repository must be imp
 
 import asyncio
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +31,7 @@ from byg_plugin.training.extras import require
 from . import prompts
 from .asking import Attempt
 from .backend import Backend, Chat, Picture, encode_frame, make_backend, seed_of
-from .inputs import column, files_below, in_shard, shard_file, source_name, table_rows
+from .inputs import column, files_below, in_shard, passed_over, shard_file, source_name, table_rows
 from .pool import Feed, Outcome, Results, run_pool
 from .settings import CaptionsSettings, read_settings
 from .video import STYLES, check_caption, hold_out, plain_style, style_of, video_tuple, wrap
@@ -77,8 +78,8 @@ def _captions(path: Path, settings: CaptionsSettings) -> Iterator[Row]:
         yield Row(name=str(name or f"row{number}"), caption=str(caption or "").strip())
 
 
-def clip_inputs(settings: CaptionsSettings) -> Iterator[Row]:
-    """The clips below the folder.
+def clip_inputs(settings: CaptionsSettings, others: Counter[str]) -> Iterator[Row]:
+    """The clips below the folder; its other files are counted in `others` by suffix.
 
     Raises:
         ValueError: no such folder.
@@ -87,7 +88,7 @@ def clip_inputs(settings: CaptionsSettings) -> Iterator[Row]:
     folder, base = Path(settings.clips), Path(settings.out).absolute().parent
     if not folder.is_dir():
         raise ValueError(f"clips = {folder}: no such folder")
-    return (Row(name=source_name(path, base), clip=path) for path in files_below(folder, clips.SUFFIXES))
+    return (Row(name=source_name(path, base), clip=path) for path in files_below(folder, clips.SUFFIXES, others))
 
 
 def sampled_frames(path: Path, count: int, longest_side: int) -> tuple[Picture, ...]:
@@ -158,7 +159,8 @@ def prepare(settings: CaptionsSettings) -> tuple[Path, str]:
     """
     require("json_repair", "reading models' answers", "data")
     of_clips = settings.clips is not None
-    rows = clip_inputs(settings) if of_clips else iter(table_inputs(settings))
+    others: Counter[str] = Counter()
+    rows = clip_inputs(settings, others) if of_clips else iter(table_inputs(settings))
     mine = (row for row in rows if in_shard(row.name, settings.part))
     out = shard_file(Path(settings.out), settings.part)
     results = Results(
@@ -169,7 +171,8 @@ def prepare(settings: CaptionsSettings) -> tuple[Path, str]:
         captioner = Captioner(settings=settings, backend=backend)
         feed: Feed[Row] = Feed(mine, lambda row: row.name, results, settings.limit)
         asyncio.run(_run(feed, captioner.make, backend, results, settings.in_flight))
-        return out, f"{feed.given} done in this run; in all {results.tally}"
+        unread = f" (not read: {left})" if (left := passed_over(others)) else ""
+        return out, f"{feed.given} done in this run{unread}; in all {results.tally}"
     finally:
         results.close()
 

@@ -304,10 +304,13 @@ def test_unreadable_images_are_rejected_with_the_reason_and_can_be_tried_again(t
     whole = (folder / "p0001.jpg").read_bytes()
     (folder / "p0001.jpg").write_bytes(whole[: len(whole) // 2])
     (folder / "p0002.json").write_text("{no")
+    for name in ("a.HEIC", "b.heic", "c.gif"):
+        (folder / name).write_bytes(b"x")
     out = tmp_path / "t.jsonl"
     with stub(tmp_path / "s", "good") as server:
         arguments = ("--images", folder, "--out", out, "--base-url", server.url)
-        assert run("generate_edits", *arguments).returncode == 0
+        done = run("generate_edits", *arguments)
+        assert done.returncode == 0 and "1 .gif, 2 .heic" in done.stdout and ".txt" not in done.stdout
         accepted, rejected = files(out)
         assert len(accepted) == 2 and {r["reason"] for r in rejected.values()} == {"input"}
         assert "damaged" in rejected["photos/p0001.jpg"]["message"] and "p0002.json" in rejected["photos/p0002.jpg"]["message"]
