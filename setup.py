@@ -1,4 +1,4 @@
-"""Package layout: the user-facing folders `configs` and `patches` live inside `byg_plugin` once installed."""
+"""Package layout: the user-facing folders `configs`, `dataset_tools` and `patches` live inside `byg_plugin` once installed."""
 
 import re
 from pathlib import Path
@@ -10,10 +10,11 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "byg_plugin/__init__.py").r
 
 setup(
     version=VERSION,
-    packages=[*find_packages(include=["byg_plugin", "byg_plugin.*"]), "byg_plugin.configs"],
-    package_dir={"byg_plugin": "byg_plugin", "byg_plugin.configs": "configs"},
+    packages=[*find_packages(include=["byg_plugin", "byg_plugin.*"]), "byg_plugin.configs", "byg_plugin.dataset_tools"],
+    package_dir={"byg_plugin": "byg_plugin", "byg_plugin.configs": "configs", "byg_plugin.dataset_tools": "dataset_tools"},
     package_data={
         "byg_plugin.configs": ["*.toml"],
+        "byg_plugin.dataset_tools": ["_review_page/*"],
         "byg_plugin.models": ["assets/**/*"],
         "byg_plugin.demo": ["base/**/*"],
     },
