@@ -10,8 +10,8 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "byg_plugin/__init__.py").r
 
 setup(
     version=VERSION,
-    packages=[*find_packages(include=["byg_plugin", "byg_plugin.*"]), "byg_plugin.configs"],
-    package_dir={"byg_plugin": "byg_plugin", "byg_plugin.configs": "configs"},
+    packages=[*find_packages(include=["byg_plugin", "byg_plugin.*"]), "byg_plugin.configs", "byg_plugin.patches"],
+    package_dir={"byg_plugin": "byg_plugin", "byg_plugin.configs": "configs", "byg_plugin.patches": "patches"},
     package_data={
         "byg_plugin.configs": ["*.toml"],
         "byg_plugin.models": ["assets/**/*"],

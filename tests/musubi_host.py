@@ -1,0 +1,188 @@
+"""The real musubi-tuner with tiny weights, the same as the embedded host's, in this process."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save_file
+from tiny import tiny_config, tiny_flux, tiny_texts
+from tiny_wan import tiny_wan, wan_config, wan_latents
+from torch import Tensor
+
+from byg_plugin.hosts import musubi
+from byg_plugin.hosts.musubi import Host
+from byg_plugin.models import flux_files, wan_files
+from byg_plugin.training.config import Config, parse_config
+
+PLACE = os.environ.get("MUSUBI_TUNER", "")
+needs_host = [
+    pytest.mark.musubi,
+    pytest.mark.skipif(not PLACE, reason="set MUSUBI_TUNER to the folder of a musubi-tuner checkout to run it"),
+]
+SITE = Path(__file__).parent / "musubi_site"
+TEXT_TOKENS = 8
+WAN_TEXT = 4096  # the host knows no other width
+A14B, T2V = "wan2.2-t2v-a14b", "wan2.1-t2v-1.3b"
+
+
+def open_tiny(family: str) -> Host:
+    """The host on a CPU, its names meaning tiny models."""
+    if str(SITE) not in sys.path:
+        sys.path.append(str(SITE))
+        import musubi_stubs
+
+        musubi_stubs.look_first()
+        musubi_stubs.install()
+    import musubi_stubs
+
+    host = musubi.open_host(host_config(Path("."), family))
+    musubi_stubs.shrink()
+    if family != "flux":
+        _attention_in_float32(host)
+    return host
+
+
+def _attention_in_float32(host: Host) -> None:
+    """The host's Wan rounds q, k and v to 16 bit whatever the model is; equality is tested in float32."""
+
+    def attention(qkv: list[Tensor], k_lens: Any = None, **_: Any) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in qkv)
+        qkv.clear()
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).contiguous()
+
+    host.module("wan.modules.model").flash_attention = attention
+
+
+def host_config(folder: Path, family: str, **sections: dict[str, Any]) -> Config:
+    """A configuration of this host; sections are merged in."""
+    raw: dict[str, dict[str, Any]] = {
+        "model": {"family": family, "host": "musubi", "device": "cpu", **({"host_path": PLACE} if PLACE else {})},
+        "dataset": {"tuples": str(folder / "tuples.jsonl")},
+        "conditioning": {"max_text_tokens": TEXT_TOKENS},
+        "objective": {"rollout_steps": 4, "identity_warmup_steps": 0, "identity_probability": 0.0, "ema_decay": 0.9},
+        "musubi": {
+            "dit": str(folder / "dit.safetensors"),
+            "dataset_config": str(folder / "dataset.toml"),
+            "output_dir": str(folder / "out"),
+            "output_name": "tiny",
+            "network_dim": 4,
+            "network_alpha": 4,
+            "learning_rate": 1e-2,
+            "optimizer_type": "AdamW",
+            "max_train_steps": 4,
+            "mixed_precision": "no",
+            "max_data_loader_n_workers": 0,
+            "sdpa": True,
+        },
+    }
+    if family == A14B:
+        raw["musubi"]["dit_high_noise"] = str(folder / "high.safetensors")
+    for name, values in sections.items():
+        raw.setdefault(name, {}).update(values)
+    return parse_config(raw)
+
+
+# --- the same weights in both hosts' files ---
+
+
+def embedded_networks(family: str) -> dict[str, torch.nn.Module]:
+    """The networks of the embedded host."""
+    if family == "flux":
+        return {"transformer": tiny_flux()}
+    high = tiny_wan(0, text_dim=WAN_TEXT)
+    return {"transformer": high, "transformer_2": tiny_wan(7, text_dim=WAN_TEXT)} if family == A14B else {"transformer": high}
+
+
+def write_weights(folder: Path, family: str) -> None:
+    """The host's files of them."""
+    networks = embedded_networks(family)
+    convert = flux_files.to_native_layout if family == "flux" else wan_files.to_native_layout
+    states = {name: {k: v.contiguous().clone() for k, v in convert(net.state_dict()).items()} for name, net in networks.items()}
+    if family == A14B:
+        save_file(states["transformer"], folder / "high.safetensors")
+        save_file(states["transformer_2"], folder / "dit.safetensors")
+    else:
+        save_file(states["transformer"], folder / "dit.safetensors")
+
+
+def embedded_config(folder: Path, family: str, **sections: dict[str, Any]) -> Config:
+    """The embedded host's configuration that says the same."""
+    objective = {"rollout_steps": 4, "identity_warmup_steps": 0, "identity_probability": 0.0, "ema_decay": 0.9}
+    if family == "flux":
+        return tiny_config(folder, objective=objective | sections.get("objective", {}))
+    shared = {"lora": {"experts": "shared"}} if family == A14B else {}
+    return wan_config(folder, family, objective=objective | sections.get("objective", {}), **shared)
+
+
+# --- the host's trainer, set up as its train() does, without its loop ---
+
+
+class Rig:
+    """A trainer of the host with model, LoRA and fields, and a LoRA that is awake."""
+
+    def __init__(self, folder: Path, family: str, **sections: dict[str, Any]):
+        self.folder, self.family = folder, family
+        write_weights(folder, family)
+        (folder / "dataset.toml").write_text('[general]\nresolution = [32, 32]\n[[datasets]]\nimage_directory = "."\n', encoding="utf-8")
+        self.host = open_tiny(family)
+        self.config = host_config(folder, family, **sections)
+        from byg_plugin.hosts import musubi_options
+
+        self.args = musubi_options.arguments(self.config, self.host.parser())
+        reset_accelerate()
+        self.trainer = musubi.make_trainer(self.host, self.config)
+        self.trainer.handle_model_specific_args(self.args)
+        self.accelerator = Accelerator(cpu=True, mixed_precision="no", gradient_accumulation_steps=self.args.gradient_accumulation_steps)
+        self.transformer = self._load()
+        network = self.trainer._build_network(self.args, self.accelerator, self.transformer, None, torch.float32)
+        network.prepare_optimizer_params(unet_lr=1e-2)
+        self.trainer.extra_trainable_params(self.args, self.accelerator, network, self.transformer, [])
+        self.network = network
+        if self.args.gradient_checkpointing:
+            self.transformer.train()
+        network.prepare_grad_etc(self.transformer)
+        self.trainer.on_train_start(self.args, self.accelerator, network, self.transformer, None)
+        self.fields = self.trainer.byg_fields
+
+    def _load(self) -> Any:
+        trainer, args = self.trainer, self.args
+        trainer.blocks_to_swap = 0
+        dtype = trainer.dit_dtype if self.family != "flux" else torch.float32
+        return trainer._load_dit_and_swap(args, self.accelerator, dtype)
+
+    def wake(self, seed: int = 5) -> None:
+        """Random live and EMA weights, all different."""
+        rng = torch.Generator().manual_seed(seed)
+        for parameter in self.network.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=rng) * 0.2
+        ema = self.fields.ema_weights
+        ema.load({name: torch.randn(p.shape, generator=rng) * 0.2 for name, p in ema.state().items()})
+
+
+def reset_accelerate() -> None:
+    """As in a fresh process."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
+
+
+def texts(family: str, batch: int, seed: int) -> dict[str, Tensor]:
+    """Random encodings of the tiny model's widths."""
+    if family == "flux":
+        return tiny_texts(batch, seed)
+    return {"umt5": torch.randn(batch, TEXT_TOKENS, WAN_TEXT, generator=torch.Generator().manual_seed(seed)) * 0.1}
+
+
+def latents(family: str, batch: int, seed: int) -> Tensor:
+    """Random latents: an image for FLUX, a clip of two latent frames for Wan."""
+    if family == "flux":
+        return torch.randn(batch, 16, 1, 4, 6, generator=torch.Generator().manual_seed(seed))
+    return wan_latents(batch, seed)
