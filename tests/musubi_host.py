@@ -186,3 +186,17 @@ def latents(family: str, batch: int, seed: int) -> Tensor:
     if family == "flux":
         return torch.randn(batch, 16, 1, 4, 6, generator=torch.Generator().manual_seed(seed))
     return wan_latents(batch, seed)
+
+
+def record_surfaces(path: Path) -> None:
+    """Write down what the host's parsers take, for tests without the host."""
+    import json
+
+    from byg_plugin.hosts import musubi_options
+
+    found = {family: musubi_options.surface_to_json(musubi_options.surface_of(open_tiny(family).parser())) for family in (T2V, "flux")}
+    path.write_text(json.dumps({"wan": found[T2V], "flux": found["flux"]}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    record_surfaces(Path(__file__).parent / "golden" / "musubi_surfaces.json")

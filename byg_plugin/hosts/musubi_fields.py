@@ -157,6 +157,31 @@ class MusubiFields:
         finally:
             self.network.train(before)
 
+    @torch.no_grad()
+    def prove_base(self, noisy: Tensor, t: Tensor, text: Text) -> None:
+        """Once before training: the base may not depend on the LoRA. A compiled block that kept the LoRA would make it the student itself.
+
+        Raises:
+            ValueError: it does.
+        """
+        with self.base() as velocity:
+            before = velocity(noisy, t, text, None)
+        parameters = list(self.network.parameters())
+        kept = [parameter.data for parameter in parameters]
+        try:
+            for parameter in parameters:
+                parameter.data = torch.full_like(parameter, 0.1)
+            with self.base() as velocity:
+                after = velocity(noisy, t, text, None)
+        finally:
+            for parameter, data in zip(parameters, kept, strict=True):
+                parameter.data = data
+        if not torch.allclose(before, after, rtol=1e-3, atol=1e-3 * before.abs().max().item()):
+            raise ValueError(
+                "the frozen base changes with the LoRA, which is therefore not taken off where musubi-tuner runs it: leave out "
+                "musubi.compile, or use another musubi.network_module"
+            )
+
     def backward_done(self) -> None:
         """Call it after every backward pass."""
         if self.swap is not None:
@@ -173,14 +198,15 @@ class MusubiFields:
         high = is_high(t, self._experts.boundary)
         if bool(high.all()) or not bool(high.any()):
             return self._one_expert(bool(high[0]), noisy, t, text, source)
-        out = torch.zeros_like(noisy, dtype=torch.float32)
-        sides = [
-            (self._experts.high, high if self._experts.high else ~high),
-            (not self._experts.high, ~high if self._experts.high else high),
-        ]
-        for side, rows in sides:  # the one that is there first
+        first = self._experts.high  # the one that is there
+        out: Tensor | None = None
+        for side in (first, not first):
+            rows = high if side else ~high
             some = {name: value[rows.to(value.device)] for name, value in text.items()}
-            out[rows] = self._one_expert(side, noisy[rows], t[rows], some, None if source is None else source[rows])
+            part = self._one_expert(side, noisy[rows], t[rows], some, None if source is None else source[rows])
+            out = torch.zeros_like(noisy, dtype=part.dtype) if out is None else out
+            out[rows] = part
+        assert out is not None
         return out
 
     def _one_expert(self, high: bool | None, noisy: Tensor, t: Tensor, text: Text, source: Tensor | None) -> Tensor:

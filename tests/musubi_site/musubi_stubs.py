@@ -38,7 +38,9 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
         asked = getattr(import_utils, "is_torchvision_available", None)
         if asked is not None and hasattr(asked, "cache_clear"):
-            assert not hasattr(asked, "cache_info") or asked.cache_info().currsize, "transformers must have looked before the stand-in is there"
+            assert not hasattr(asked, "cache_info") or asked.cache_info().currsize, (
+                "transformers must have looked before the stand-in is there"
+            )
         return _Anything(spec.name)
 
     def exec_module(self, module: types.ModuleType) -> None:

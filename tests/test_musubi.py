@@ -1,0 +1,607 @@
+"""Inside the real musubi-tuner, on a CPU with tiny weights. Run with MUSUBI_TUNER set to the folder of its checkout."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from musubi_host import (
+    A14B,
+    PLACE,
+    SITE,
+    T2V,
+    TEXT_TOKENS,
+    WAN_TEXT,
+    Rig,
+    embedded_config,
+    embedded_networks,
+    host_config,
+    latents,
+    needs_host,
+    open_tiny,
+    reset_accelerate,
+    texts,
+    write_weights,
+)
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from byg_plugin import lora_formats
+from byg_plugin.data.tuples import TEXTS
+from byg_plugin.hosts import musubi, musubi_cache, musubi_options, musubi_trainer
+from byg_plugin.hosts.diffusers import DiffusersHost
+from byg_plugin.models import make_family
+from byg_plugin.objectives import make_objective
+from byg_plugin.objectives.base import Batch
+from byg_plugin.timesteps import uniform_nodes
+
+pytestmark = needs_host
+FAMILIES = [T2V, A14B, "flux"]
+
+
+@lru_cache(maxsize=8)
+def rig(family: str, **_: Any) -> Rig:
+    """One a family; tests leave it as they found it."""
+    import tempfile
+
+    made = Rig(Path(tempfile.mkdtemp(prefix="byg-musubi-")), family)
+    made.wake()
+    return made
+
+
+# --- the three fields ---
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_base_is_the_bare_model_bit_for_bit(family: str):
+    it = rig(family)
+    noisy, t, text = latents(family, 2, 1), torch.tensor([0.3, 0.6]), texts(family, 2, 3)
+    with it.fields.base() as velocity:
+        found = velocity(noisy, t, text, None)
+    bare = it._load() if family != A14B else None
+    if bare is None:  # the trainer keeps the experts: a second load would exchange them
+        it.network.set_multiplier(0.0)
+        with it.fields.live() as velocity:
+            expected = velocity(noisy, t, text, None)
+        it.network.set_multiplier(1.0)
+    else:
+        with torch.no_grad():
+            expected = it.trainer._call(it.accelerator, bare)(noisy, t, text, None)
+    with it.fields.live() as velocity:
+        live = velocity(noisy, t, text, None)
+    assert torch.equal(found, expected) and not torch.allclose(live, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ema_is_restored_after_an_exception(family: str):
+    it = rig(family)
+    before = {name: p.detach().clone() for name, p in it.network.named_parameters()}
+    pointers = [p.data_ptr() for p in it.network.parameters()]
+    noisy, t, text = latents(family, 1, 1), torch.tensor([0.3]), texts(family, 1, 3)
+    with pytest.raises(RuntimeError, match="in the middle"), it.fields.ema() as velocity:
+        assert not torch.equal(next(iter(it.network.parameters())), next(iter(before.values())))
+        velocity(noisy, t, text, noisy)
+        raise RuntimeError("in the middle")
+    assert [p.data_ptr() for p in it.network.parameters()] == pointers
+    assert all(torch.equal(p, before[name]) for name, p in it.network.named_parameters())
+
+
+@pytest.mark.parametrize("family", [T2V, "flux"])
+def test_source_tokens_have_the_targets_positions(family: str):
+    """Then noisy and source tokens change places without a trace but for which half is read."""
+    it = rig(family)
+    a, b, t, text = latents(family, 1, 1), latents(family, 1, 2), torch.tensor([0.4]), texts(family, 1, 3)
+    whole: list[Tensor] = []
+    handle = (it.transformer.head if family == T2V else it.transformer.final_layer).register_forward_hook(
+        lambda m, i, out: whole.append(out)
+    )
+    with it.fields.live() as velocity:
+        velocity(a, t, text, b)
+        velocity(b, t, text, a)
+    handle.remove()
+    half = whole[0].shape[1] // 2
+    swapped = torch.cat([whole[1][:, half:], whole[1][:, :half]], dim=1)
+    assert (whole[0] - swapped).abs().max() < 1e-5 < (whole[0] - whole[1]).abs().max()
+
+
+# --- parity with the embedded host ---
+
+
+def one_batch(family: str) -> Batch:
+    t = {A14B: (0.55, 0.3), T2V: (0.7, 0.3), "flux": (0.7, 0.3)}[family]
+    return Batch(
+        source=latents(family, 2, 1),
+        noise=latents(family, 2, 2),
+        t=torch.tensor(t),
+        nodes=uniform_nodes(4),
+        **{role: texts(family, 2, 10 + index) for index, role in enumerate(TEXTS)},
+    )
+
+
+def embedded_step(folder: Path, family: str, lora: dict[str, Tensor], ema: dict[str, Tensor], batch: Batch, **objective: Any) -> Any:
+    """Losses and gradients (by the names of a LoRA file) of the embedded host with the same LoRA."""
+    config = embedded_config(folder, family, objective=objective)
+    networks = embedded_networks(family)
+    made = make_family(config)
+    made.load_transformers = lambda dtype: {name: net.requires_grad_(False) for name, net in networks.items()}  # type: ignore[method-assign]
+    host = DiffusersHost(config, made, torch.device("cpu"))
+    assert host.parameters.keys() == lora.keys()
+    for name, parameter in host.parameters.items():
+        parameter.data = lora[name].clone()
+    host.ema_weights.load(ema)
+
+    def backward(loss: Tensor, *, last: bool) -> float:
+        loss.backward()
+        return 1.0
+
+    metrics = make_objective(config.objective).step(host, batch, backward)
+    return metrics, {name: p.grad for name, p in host.parameters.items()}
+
+
+def random_lora(folder: Path, family: str, seed: int) -> dict[str, Tensor]:
+    """A LoRA in our names that the host's fused layers can hold: parts of one layer share `down`."""
+    config = embedded_config(folder, family)
+    host = DiffusersHost(config, _family_of_tiny(config, family), torch.device("cpu"))
+    rng = torch.Generator().manual_seed(seed)
+    downs: dict[str, Tensor] = {}
+    out = {}
+    for name, parameter in host.parameters.items():
+        expert, _, layer = name.partition(".")
+        if layer.endswith(".lora_A.weight"):
+            found = lora_formats.FAMILIES[family].find_part(layer.removesuffix(".lora_A.weight"))
+            assert found is not None, layer
+            out[name] = downs.setdefault(found[0].native, torch.randn(parameter.shape, generator=rng) * 0.2).clone()
+        else:
+            out[name] = torch.randn(parameter.shape, generator=rng) * 0.2
+    return out
+
+
+def _family_of_tiny(config: Any, family: str) -> Any:
+    made = make_family(config)
+    networks = embedded_networks(family)
+    made.load_transformers = lambda dtype: {name: net.requires_grad_(False) for name, net in networks.items()}  # type: ignore[method-assign]
+    return made
+
+
+def to_host(lora: dict[str, Tensor], family: str) -> dict[str, Tensor]:
+    """Our names -> the host's LoRA file."""
+    ours = {f"transformer.{name.partition('.')[2]}": value for name, value in lora.items()}
+    return lora_formats.convert(ours, "musubi", family=family)
+
+
+def host_gradients(it: Rig, lora: dict[str, Tensor], family: str) -> dict[str, Tensor]:
+    """The gradients of the host's LoRA by our names: the parts of a fused layer have one `down`, so only the sum of theirs is known."""
+    out: dict[str, Tensor] = {}
+    named = dict(it.network.named_parameters())
+    for name in lora:
+        layer, kind = name.partition(".")[2].removesuffix(".weight").rsplit(".lora_", 1)
+        found = lora_formats.FAMILIES[family].find_part(layer)
+        assert found is not None
+        linear, index = found
+        base = f"lora_unet_{linear.native.replace('.', '_')}"
+        if kind == "A":
+            out[name] = named[f"{base}.lora_down.weight"].grad
+        else:
+            rows = named[f"{base}.lora_up.weight"].grad
+            unit = rows.shape[0] // sum(linear.widths)
+            out[name] = rows.split([width * unit for width in linear.widths])[index]
+    return out
+
+
+def summed_downs(gradients: dict[str, Tensor], family: str) -> dict[str, Tensor]:
+    """Gradients of the parts' `down` added up over each fused layer."""
+    sums: dict[str, Tensor] = {}
+    native = {}
+    for name, value in gradients.items():
+        if name.endswith(".lora_A.weight"):
+            found = lora_formats.FAMILIES[family].find_part(name.partition(".")[2].removesuffix(".lora_A.weight"))
+            assert found is not None
+            native[name] = found[0].native
+            sums[native[name]] = sums.get(native[name], torch.zeros_like(value)) + value
+    return {name: sums[native[name]] if name in native else value for name, value in gradients.items()}
+
+
+def parity(tmp_path: Path, family: str, recompute: bool) -> dict[str, float]:
+    """Largest relative differences of losses and gradients between the hosts."""
+    (tmp_path / "embedded").mkdir()
+    (tmp_path / "host").mkdir()
+    lora, ema = (random_lora(tmp_path / "embedded", family, seed) for seed in (5, 6))
+    batch = one_batch(family)
+    expected, gradients = embedded_step(tmp_path / "embedded", family, lora, ema, batch)
+    it = Rig(tmp_path / "host", family, musubi={"gradient_checkpointing": recompute})
+    names = {name for name, _ in it.network.named_parameters()}
+    for tensors, load in ((lora, it.network.load_state_dict), (ema, it.fields.ema_weights.load)):
+        converted = to_host(tensors, family)
+        assert names <= converted.keys()
+        load({name: value for name, value in converted.items() if name in names or load == it.network.load_state_dict})
+    backward = lambda loss, last: it.trainer._backward(it.accelerator, loss, last=last)  # noqa: E731
+    found = it.trainer.byg_objective.step(it.fields, batch, backward)
+    assert found.keys() == expected.keys()
+    losses = {name: abs(found[name] - value).item() / max(abs(value.item()), 1e-3) for name, value in expected.items()}
+    mine, theirs = host_gradients(it, lora, family), summed_downs(gradients, family)
+    grads = {name: ((mine[name] - value).norm() / value.norm()).item() for name, value in theirs.items()}
+    assert min(value.norm() for value in theirs.values()) > 1e-6, "a comparison with nothing shows nothing"
+    return {"losses": max(losses.values()), "gradients": max(grads.values()), "terms": len(expected), "tensors": len(grads)}
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_hosts_give_the_same_losses_and_gradients(tmp_path: Path, family: str, recompute: bool, record_property: Any):
+    worst = parity(tmp_path, family, recompute)
+    record_property("parity", worst)
+    print(f"parity {family} recompute={recompute}: {worst}")
+    assert worst["terms"] >= 10 and worst["tensors"] >= 20
+    assert worst["losses"] < 1e-4 and worst["gradients"] < 1e-4
+
+
+@pytest.mark.parametrize("module", ["networks.loha", "networks.lokr"])
+def test_other_networks_of_the_host_train_too(tmp_path: Path, module: str):
+    it = Rig(tmp_path, T2V, musubi={"network_module": module})
+    backward = lambda loss, last: it.trainer._backward(it.accelerator, loss, last=last)  # noqa: E731
+    with torch.no_grad():
+        for parameter in it.network.parameters():
+            parameter.copy_(torch.randn(parameter.shape) * 0.1)
+    it.trainer.byg_objective.step(it.fields, one_batch(T2V), backward)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in it.network.parameters())
+
+
+# --- experts and blocks of the real host ---
+
+
+def test_experts_in_the_order_of_the_passes(tmp_path: Path):
+    it = Rig(tmp_path, A14B, musubi={"gradient_checkpointing": True}, objective={"rollout_steps": 8})
+    it.wake()
+    seen: list[tuple[bool, bool]] = []
+    plain = it.fields._call
+
+    def call(*inputs: Any) -> Tensor:
+        seen.append((it.trainer.current_model_is_high_noise, torch.is_grad_enabled()))
+        assert bool((inputs[1] >= 0.875).all()) == seen[-1][0]
+        return plain(*inputs)
+
+    it.fields._call = call
+    backward = lambda loss, last: it.trainer._backward(it.accelerator, loss, last=last)  # noqa: E731
+    it.trainer.byg_objective.step(it.fields, one_batch(A14B), backward)
+    assert {high for high, grad in seen if not grad} == {True, False} and {high for high, grad in seen if grad} == {False}
+    assert [grad for _, grad in seen] == sorted(grad for _, grad in seen)
+
+
+def test_the_wrong_order_of_experts_changes_the_gradient(tmp_path: Path):
+    it = Rig(tmp_path, A14B, musubi={"gradient_checkpointing": True})
+    it.wake()
+    noisy, t, text = latents(A14B, 1, 1), torch.tensor([0.3]), texts(A14B, 1, 3)
+
+    def gradient(wrong: bool) -> Tensor:
+        it.network.zero_grad()
+        with it.fields.edit() as velocity:
+            loss = velocity(noisy, t, text, noisy).square().mean()
+            if wrong:
+                it.fields._experts.exchange()
+            loss.backward()
+            if wrong:
+                it.fields._experts.exchange()
+        return torch.cat([p.grad.flatten() for p in it.network.parameters()])
+
+    right = gradient(False)
+    assert (gradient(True) - right).norm() > 0.1 * right.norm()
+
+
+@pytest.mark.parametrize("family", [T2V, A14B])
+def test_swapped_blocks_are_on_the_device_when_they_compute(tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch):
+    """The host's own offloader decides what moves; its moves are recorded as tags, since a CPU has nowhere to move to."""
+    from musubi_tuner.modules import custom_offloading_utils as utils
+
+    it = Rig(tmp_path, family, objective={"rollout_steps": 8})
+    it.wake()
+    blocks = it.transformer.blocks
+    away: set[int] = set()
+
+    class Tagged(utils.ModelOffloader):
+        def _submit_move_blocks(self, every: Any, to_cpu: int, to_cuda: int) -> None:
+            away.add(to_cpu)
+            away.discard(to_cuda)
+
+        def _wait_blocks_move(self, index: int) -> None:
+            return None
+
+        def prepare_block_devices_before_forward(self, every: Any) -> None:
+            away.clear()
+            away.update(range(self.num_blocks - self.blocks_to_swap, self.num_blocks))
+
+    transformer = it.transformer
+    transformer.blocks_to_swap = 1
+    transformer.offloader = Tagged("tiny", blocks, len(blocks), 1, True, torch.device("cpu"))
+    transformer.prepare_block_swap_before_forward()
+    computed: list[int] = []
+    for index, block in enumerate(blocks):
+
+        def check(module: Any, inputs: Any, index: int = index) -> None:
+            assert index not in away, f"block {index} computes and is not on the device"
+            computed.append(index)
+
+        block.register_forward_pre_hook(check)
+    from byg_plugin.hosts.musubi_fields import BlockSwap
+
+    backward = lambda loss, last: it.trainer._backward(it.accelerator, loss, last=last)  # noqa: E731
+    with pytest.raises(AssertionError, match="not on the device"):  # without our switches it must fail
+        it.trainer.byg_objective.step(it.fields, one_batch(family), backward)
+    transformer.prepare_block_swap_before_forward()
+    it.fields.swap = BlockSwap(transformer)
+    computed.clear()
+    for _ in range(2):
+        it.trainer.byg_objective.step(it.fields, one_batch(family), backward)
+    assert len(computed) >= 2 * 2 * (8 + 2 + 3)
+
+
+# --- the host's parser ---
+
+
+@pytest.mark.parametrize("family", [T2V, "flux"])
+def test_recorded_surface_is_this_hosts(family: str):
+    recorded = json.loads((Path(__file__).parent / "golden" / "musubi_surfaces.json").read_text(encoding="utf-8"))
+    found = musubi_options.surface_of(open_tiny(family).parser())
+    expected = musubi_options.surface_from_json(recorded["wan" if family == T2V else "flux"])
+    missing = {name for name in expected if name not in found}
+    # v0.3.0 lacks what later versions added; a host that is newer may have more.
+    assert missing <= {"block_swap_h2d_only", "block_swap_ring_size", "save_precision"}, missing
+    if not missing:
+        changed = {name for name, option in expected.items() if found[name].kind != option.kind or found[name].many != option.many}
+        assert not changed
+
+
+# --- patches ---
+
+
+def test_patch_of_imports_is_needed():
+    """Fails once the host imports without CUDA: then remove `patches.musubi.imports_without_cuda`."""
+    if torch.cuda.is_available():
+        pytest.skip("only a machine without CUDA needs it")
+    code = "import musubi_stubs; musubi_stubs.look_first(); musubi_stubs.install(); import musubi_tuner.wan.modules.t5"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=child_env(), check=False)
+    assert done.returncode != 0 and "current_device" in done.stderr, done.stderr[-500:]
+
+
+# --- what an incompatible host lacks ---
+
+
+def test_an_incompatible_host_is_one_error(monkeypatch: pytest.MonkeyPatch):
+    host = open_tiny(T2V)
+    trainer = host.trainer_class
+    for name in ("process_batch", "on_post_save"):
+        for base in trainer.__mro__:
+            if name in vars(base):
+                monkeypatch.delattr(base, name)
+    with pytest.raises(
+        ValueError, match=r"(?s)lacks:\n  - the seam WanNetworkTrainer.process_batch\n  - the seam WanNetworkTrainer.on_post_save"
+    ):
+        musubi.open_host(host_config(Path("."), T2V))
+
+
+# --- the whole way, by the host's own loop ---
+
+
+def child_env(**more: str) -> dict[str, str]:
+    root = Path(__file__).resolve().parents[1]
+    path = [str(SITE), str(root), str(Path(PLACE) / "src")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **more}
+
+
+def write_work(folder: Path, family: str, items: int = 3) -> None:
+    """Weights, the host's latent caches, tuples, and our roles in the text caches."""
+    write_weights(folder, family)
+    name = "fk" if family == "flux" else "wan"
+    cache = folder / "cache"
+    cache.mkdir()
+    lines = []
+    tuples = []
+    for index in range(items):
+        source = folder / f"photo{index}.png"
+        Image.new("RGB", (48, 32), (60 * index, 90, 120)).save(source)
+        latent = latents(family, 1, index)[0].bfloat16()
+        shape = "1x4x6" if family == "flux" else "2x4x6"
+        stored = latent[:, 0] if family == "flux" else latent
+        position = "" if family == "flux" else "_00000-005"
+        save_file({f"latents_{shape}_bfloat16": stored.contiguous()}, cache / f"photo{index}{position}_0048x0032_{name}.safetensors")
+        record = {"source": source.name, **{role: f"{role} {index}" for role in TEXTS}}
+        lines.append(json.dumps(record))
+    (folder / "tuples.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    kind = "image" if family == "flux" else "video"
+    frames = "" if family == "flux" else "target_frames = [5]\n"
+    toml = (
+        f'[general]\nresolution = [48, 32]\nbatch_size = 1\nenable_bucket = false\n[[datasets]]\n{kind}_directory = "{folder.as_posix()}"\n'
+    )
+    (folder / "dataset.toml").write_text(f'{toml}cache_directory = "{cache.as_posix()}"\n{frames}', encoding="utf-8")
+    from byg_plugin.data.tuples import read_tuples_file
+
+    tuples = read_tuples_file(folder / "tuples.jsonl")
+    for item, some in musubi_cache.matched(musubi_cache.cached_items(folder / "dataset.toml", name if name == "wan" else "flux"), tuples):
+        musubi_cache.write_roles(item, some, lambda text: encoded(family, text), "flux" if family == "flux" else "wan", "tiny")
+
+
+def encoded(family: str, text: str) -> dict[str, Tensor]:
+    seed = sum(map(ord, text))
+    found = {name: value[0] for name, value in texts(family, 1, seed).items()}
+    return {"t5": found["t5"], "pooled": found["pooled"][None]} if family == "flux" else {"umt5": found["umt5"][:5]}
+
+
+def write_config(folder: Path, family: str, out: str = "out", **options: Any) -> Path:
+    """A TOML file of the run."""
+    config = host_config(folder, family, musubi={"output_dir": str(folder / out), "seed": 3, **options})
+    lines = ["[model]", f'family = "{family}"', 'host = "musubi"', f'host_path = "{PLACE}"', 'device = "cpu"', "[dataset]"]
+    lines += [f'tuples = "{folder / "tuples.jsonl"}"', "[conditioning]", f"max_text_tokens = {TEXT_TOKENS}", "[objective]"]
+    lines += ["rollout_steps = 2", "identity_warmup_steps = 1", "ema_decay = 0.9", "[musubi]"]
+    lines += [f"{key} = {json.dumps(value)}" for key, value in config.musubi.items()]
+    path = folder / f"{out}.toml"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def run_here(config_path: Path, resume: str | None = None) -> Path:
+    """Train in this process, by the host's own loop."""
+    from byg_plugin.training.config import load_config
+
+    config = load_config(config_path)
+    open_tiny(config.model.family)
+    reset_accelerate()
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return musubi.train(config, resume)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_hosts_loop_trains_and_saves(tmp_path: Path, family: str):
+    write_work(tmp_path, family)
+    config = write_config(tmp_path, family, save_every_n_steps=2, save_last_n_steps=2, save_state=True)
+    saved = run_here(config)
+    names = {path.name for path in saved.parent.iterdir() if path.is_file()}
+    assert {"tiny.safetensors", "tiny-ema.safetensors", "tiny-step00000002.safetensors", "tiny-step00000002-ema.safetensors"} <= names
+    live, ema = load_file(saved), load_file(saved.with_name("tiny-ema.safetensors"))
+    assert live.keys() == ema.keys() and any(not torch.equal(live[name], ema[name]) for name in live)
+    assert any(value.abs().max() > 1e-4 for name, value in live.items() if "lora_up" in name)
+    with safe_open(saved.with_name("tiny-ema.safetensors"), framework="pt") as file:
+        metadata = file.metadata()
+    assert (metadata["byg.weights"], metadata["byg.step"], metadata["byg.position"]) == ("ema", "4", "same")
+    assert metadata["byg.family"] == family and metadata["ss_network_dim"] == "4" and str(tmp_path) not in json.dumps(metadata)
+    with safe_open(saved, framework="pt") as file:
+        assert file.metadata()["byg.weights"] == "live" and file.metadata()["byg.resolution"] == "39"
+    for to in ("diffusers", "comfyui"):
+        assert lora_formats.convert(live, to, family=family)
+    state = next(path for path in saved.parent.iterdir() if path.is_dir() and (path / musubi_trainer.STATE).is_file())
+    assert musubi_trainer.read_state(state)["step"] in (2, 4) and (state / musubi_trainer.STATE_TENSORS).is_file()
+
+
+def test_resume_goes_on_at_its_step_with_its_ema(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_work(tmp_path, T2V, items=1)  # one item: the host's order of batches starts over, with one it is the same
+    drawn: list[tuple[int, float]] = []
+    plain = musubi_trainer.UnpairedCycleTrainer._draw_t
+
+    def draw(self: Any, size: int, rng: Any, step: int) -> Tensor:
+        t = plain(self, size, rng, step)
+        drawn.append((step, t[0].item()))
+        return t
+
+    monkeypatch.setattr(musubi_trainer.UnpairedCycleTrainer, "_draw_t", draw)
+    whole = run_here(write_config(tmp_path, T2V, "whole"))
+    uninterrupted, drawn[:] = list(drawn), []
+    run_here(write_config(tmp_path, T2V, "half", max_train_steps=2, save_state=True))
+    state = musubi_trainer.states(tmp_path / "half")[-1]
+    second = write_config(tmp_path, T2V, "half", save_state=False)
+    with pytest.raises(ValueError, match="go on with --resume"):
+        run_here(second)
+    with pytest.raises(ValueError, match="so name the folder: --resume"):
+        run_here(second, "latest")
+    saved = run_here(second, str(state))
+    assert drawn == uninterrupted
+    resumed = saved.with_name("tiny-from000002.safetensors")
+    for ending in ("", "-ema"):
+        a, b = (load_file(path.with_name(f"{path.stem}{ending}.safetensors")) for path in (whole, resumed))
+        assert all(torch.allclose(a[name], b[name], atol=1e-6) for name in a), ending
+    with safe_open(resumed.with_name("tiny-from000002-ema.safetensors"), framework="pt") as file:
+        assert file.metadata()["byg.step"] == "4"
+    with pytest.raises(ValueError, match="raise it, nothing is left to do"):
+        run_here(write_config(tmp_path, T2V, "half", max_train_steps=2), str(state))
+    with pytest.raises(ValueError, match="no state of this plugin there"):
+        run_here(second, str(tmp_path))
+
+
+def test_a_role_missing_in_a_cache_stops_the_run(tmp_path: Path):
+    write_work(tmp_path, T2V)
+    path = tmp_path / "cache" / "photo1_wan_te.safetensors"
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    left = {name: value for name, value in load_file(path).items() if "reverse_instruction_umt5" not in name}
+    save_file(left, path, metadata=metadata)
+    with pytest.raises(ValueError, match="reverse_instruction is not cached for 1 of 1 items of a batch"):
+        run_here(write_config(tmp_path, T2V))
+
+
+def test_ranks_draw_different_noise(tmp_path: Path):
+    it = rig(T2V)
+    batch = {
+        f"byg_{role}_{part}": value
+        for role in TEXTS
+        for part, value in (("umt5", [torch.ones(3, WAN_TEXT)]), ("lengths", [torch.tensor([3])]))
+    }
+    seen = []
+    it.trainer.byg_objective, kept = (
+        type("Spy", (), {"step": lambda self, f, b, back: seen.append(b) or {"loss": torch.ones(())}})(),
+        it.trainer.byg_objective,
+    )
+    for rank in (0, 1):
+        accelerator = type("Rank", (), {"device": torch.device("cpu"), "num_processes": 2, "process_index": rank, "scaler": None})()
+        it.trainer.byg_progress.micro = 0
+        it.trainer.process_batch(it.args, accelerator, it.transformer, it.network, batch, latents(T2V, 1, 1))
+    it.trainer.byg_objective, it.trainer.byg_progress.micro = kept, 0
+    assert not torch.equal(seen[0].noise, seen[1].noise) and seen[0].t != seen[1].t and seen[0].identity_step == seen[1].identity_step
+
+
+@pytest.mark.parametrize("family", [T2V, "flux"])
+def test_accelerate_launch_of_the_command(tmp_path: Path, family: str):
+    write_work(tmp_path, family)
+    root = Path(__file__).resolve().parents[1]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--mixed_precision", "no"]
+    command += [str(root / "byg_plugin/train_network.py"), "--config", str(write_config(tmp_path, family))]
+    done = subprocess.run(command, capture_output=True, text=True, env=child_env(BYG_TINY_HOST="1"), check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "out" / "tiny-ema.safetensors").is_file()
+    bad = subprocess.run(
+        [*command, "--set", "musubi.learning_rat=1"], capture_output=True, text=True, env=child_env(), check=False, cwd=tmp_path
+    )
+    assert bad.returncode != 0 and "did you mean musubi.learning_rate?" in bad.stderr and "Traceback" not in bad.stderr.split("error:")[0]
+
+
+def test_preview_is_an_edit_of_its_source(tmp_path: Path):
+    """The host's sampling calls our inference: from its prompt file to pixels, with a stand-in for the autoencoder."""
+    it = rig("flux")
+
+    class Vae:
+        dtype = torch.float32
+
+        def to(self, *_: Any) -> Any:
+            return self
+
+        def encode(self, pixels: Tensor) -> Tensor:
+            assert pixels.shape[1:] == (3, 32, 48) and pixels.abs().max() <= 1
+            return pixels.mean((1, 2, 3), keepdim=True).expand(-1, 16, 4, 6)
+
+        def decode(self, x: Tensor) -> Tensor:
+            return x[:, :3].repeat_interleave(8, 2).repeat_interleave(8, 3)
+
+    pictures = []
+    for shade in (0, 255):
+        Image.new("RGB", (60, 40), (shade, 30, 30)).save(tmp_path / "a.png")
+        one = texts("flux", 1, 1)
+        prompt = {"t5_vec": one["t5"], "clip_l_pooler": one["pooled"], "control_image_path": [str(tmp_path / "a.png")]}
+        generator = torch.Generator().manual_seed(1)
+        args = (it.accelerator, it.args, prompt, Vae(), None, it.transformer, 1.0, 2, 48, 32, 1, generator, False, 1.0, None)
+        pictures.append(it.trainer.do_inference(*args, image_path=None, control_video_path=None))
+    assert pictures[0].shape == (1, 3, 1, 32, 48) and not torch.equal(*pictures)
+    (tmp_path / "prompts.txt").write_text("make it snow\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="prompt 1 has no source; add --ci IMAGE"):
+        it.trainer.process_sample_prompts(it.args, it.accelerator, str(tmp_path / "prompts.txt"))
+
+
+def test_edit_of_the_embedded_host_takes_the_lora(tmp_path: Path):
+    from tiny import model_folder
+
+    from byg_plugin.edit import EditPipeline
+
+    write_work(tmp_path, "flux")
+    saved = run_here(write_config(tmp_path, "flux")).with_name("tiny-ema.safetensors")
+    pipeline = EditPipeline.from_lora(saved, model=str(model_folder()), device="cpu", dtype="float32", resolution=64)
+    Image.new("RGB", (64, 64), (20, 90, 160)).save(tmp_path / "photo.png")
+    edits = [pipeline(tmp_path / "photo.png", "make the sky red", steps=2)]
+    plain = EditPipeline.from_lora(saved, model=str(model_folder()), device="cpu", dtype="float32", resolution=64, strength=0.0)
+    edits.append(plain(tmp_path / "photo.png", "make the sky red", steps=2))
+    assert edits[0].size == (64, 64) and edits[0].tobytes() != edits[1].tobytes()
