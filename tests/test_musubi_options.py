@@ -12,7 +12,7 @@ from musubi_host import A14B, T2V, host_config
 
 from byg_plugin.hosts import musubi_options
 from byg_plugin.hosts.musubi_options import REFUSED, Surface
-from byg_plugin.training.config import Config, parse_config
+from byg_plugin.training.config import Config, load_config, parse_config
 
 RECORDED = json.loads((Path(__file__).parent / "golden" / "musubi_surfaces.json").read_text(encoding="utf-8"))
 
@@ -157,3 +157,62 @@ def test_its_section_needs_the_host():
         parse_config(
             {"model": {"host_path": "x"}, "dataset": {"tuples": "", "cache_dir": ""}, "train": {"steps": 1}, "output": {"dir": "x"}}
         )
+
+
+@pytest.mark.parametrize("name", ["musubi_flux", "musubi_wan22", "musubi_wan22_24gb"])
+def test_recipes_name_options_that_the_host_has(name: str):
+    config = load_config(Path(__file__).resolve().parents[1] / "configs" / f"{name}.toml")
+    wrong = [line for line in found(config) if not line.endswith("no such file")]
+    assert not wrong and len(found(config)) >= 2
+
+
+# --- a host that is not there ---
+
+
+def test_a_missing_host_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    from byg_plugin.hosts import musubi
+
+    config = host_config(folder, T2V)
+    model = config.model.model_copy(update={"host_path": str(folder)})
+    with pytest.raises(ValueError, match="no checkout of musubi-tuner there"):
+        musubi.open_host(config.model_copy(update={"model": model}))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="set model.host_path"):
+        musubi.open_host(config.model_copy(update={"model": model.model_copy(update={"host_path": None})}))
+
+
+@pytest.mark.parametrize("variable", ["ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"])
+def test_engines_that_step_inside_backward_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch, variable: str):
+    from byg_plugin.hosts import musubi
+
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(ValueError, match="run plain multi-GPU"):
+        musubi.prepare(host_config(folder, T2V))
+    monkeypatch.delenv(variable)
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    with pytest.raises(ValueError, match="set musubi.compile"):
+        musubi.prepare(host_config(folder, T2V))
+
+
+def test_the_patch_of_imports_is_guarded_and_undone(monkeypatch: pytest.MonkeyPatch):
+    import torch
+
+    from byg_plugin.hosts import musubi
+
+    patches, asked = musubi._patches(), torch.cuda.current_device
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with patches.imports_without_cuda():
+        assert torch.cuda.current_device is asked
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match="inside"), patches.imports_without_cuda():
+        assert torch.cuda.current_device() == 0
+        raise RuntimeError("inside")
+    assert torch.cuda.current_device is asked
+
+
+def test_a_latent_cache_is_the_hosts(folder: Path):
+    from byg_plugin.data import run_cache
+
+    (folder / "run.toml").write_text('[model]\nfamily = "wan2.1-t2v-1.3b"\nhost = "musubi"\n[dataset]\ntuples = "x"\n', encoding="utf-8")
+    with pytest.raises(ValueError, match="host's own wan_cache_latents.py"):
+        run_cache.run("latents", str(folder / "run.toml"), [], prune=False)
