@@ -362,6 +362,7 @@ def test_recorded_surface_is_this_hosts(family: str):
 # --- patches ---
 
 
+@pytest.mark.timeout(1800)
 def test_patch_of_imports_is_needed():
     """Fails once the host imports without CUDA: then remove `patches.musubi.imports_without_cuda`."""
     if torch.cuda.is_available():
@@ -546,6 +547,7 @@ def test_ranks_draw_different_noise(tmp_path: Path):
     assert not torch.equal(seen[0].noise, seen[1].noise) and seen[0].t != seen[1].t and seen[0].identity_step == seen[1].identity_step
 
 
+@pytest.mark.timeout(1800)  # three interpreters start
 def test_accelerate_launch_of_the_command(tmp_path: Path):
     write_work(tmp_path, T2V)
     root = Path(__file__).resolve().parents[1]
