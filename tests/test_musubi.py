@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -613,3 +614,140 @@ def test_edit_of_the_embedded_host_takes_the_lora(tmp_path: Path):
     plain = EditPipeline.from_lora(saved, model=str(model_folder()), device="cpu", dtype="float32", resolution=64, strength=0.0)
     edits.append(plain(tmp_path / "photo.png", "make the sky red", steps=2))
     assert edits[0].size == (64, 64) and edits[0].tobytes() != edits[1].tobytes()
+
+
+# --- caches, by the host's own reading of its dataset ---
+
+
+@pytest.mark.parametrize("family", [T2V, "flux"])
+def test_the_cache_step_adds_roles_to_the_hosts_items(tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch, capsys: Any):
+    write_work(tmp_path, family)
+    place = "fk" if family == "flux" else "wan"
+    for path in (tmp_path / "cache").glob("*_te.safetensors"):
+        path.unlink()
+    for name in ("t5", "clip"):
+        (tmp_path / f"{name}.safetensors").touch()
+    encoders = {"text_encoder1": "t5", "text_encoder2": "clip"} if family == "flux" else {"t5": "t5"}
+    options = {option: str(tmp_path / f"{name}.safetensors") for option, name in encoders.items()}
+    config = host_config(tmp_path, family, musubi=options)
+    open_tiny(family)
+    asked: list[str] = []
+
+    def encode(host: Any, config: Any, some: list[str]) -> Any:
+        asked.extend(some)
+        return {text: encoded(family, text) for text in some}
+
+    monkeypatch.setattr(musubi, "encode_texts", encode)
+    musubi.cache_texts(config)
+    assert len(asked) == 12 and "3 items' texts cached, 0 were current" in capsys.readouterr().out
+    assert musubi_cache.check(tmp_path / "dataset.toml", "flux" if family == "flux" else "wan", musubi.read_tuples(config.dataset)) == 3
+
+    # The host's own caching, before or after, and ours leave each other's tensors.
+    from musubi_tuner.dataset import cache_io
+    from musubi_tuner.dataset.image_video_dataset import ItemInfo
+
+    item = ItemInfo("photo0", "theirs", (48, 32))
+    item.text_encoder_output_cache_path = str(tmp_path / "cache" / f"photo0_{place}_te.safetensors")
+    if family == "flux":
+        cache_io.save_text_encoder_output_cache_flux_kontext(item, torch.ones(8, 24), torch.ones(20))
+    else:
+        cache_io.save_text_encoder_output_cache_wan(item, torch.ones(3, WAN_TEXT))
+    asked.clear()
+    text = (tmp_path / "tuples.jsonl").read_text(encoding="utf-8").replace("instruction 0", "another 0", 1)
+    (tmp_path / "tuples.jsonl").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"texts that have changed since they were cached \(photo0\)"):
+        musubi.prepare(host_config(tmp_path, family, musubi=options))
+    musubi.cache_texts(config)
+    assert len(asked) == 4, "only the changed item's texts"
+    written = load_file(item.text_encoder_output_cache_path)
+    assert any(name.startswith("varlen_byg_") for name in written) and any("t5" in name and "byg" not in name for name in written)
+
+
+# --- previews in the host's loop ---
+
+
+class TinyVae:
+    """Stands for the host's autoencoder: means of 8 x 8 pixels, every fourth frame."""
+
+    dtype = torch.float32
+
+    def __init__(self, family: str):
+        self.family = family
+
+    def to(self, *_: Any) -> Any:
+        return self
+
+    def eval(self) -> Any:
+        return self
+
+    def requires_grad_(self, *_: Any) -> Any:
+        return self
+
+    def encode(self, pixels: Tensor) -> Any:
+        pixels = pixels if pixels.ndim == 5 else pixels[:, :, None]
+        small = torch.nn.functional.avg_pool3d(pixels, (1, 8, 8))[:, :, ::4].mean(1, keepdim=True).expand(-1, 16, -1, -1, -1)
+        return small[:, :, 0] if self.family == "flux" else list(small)
+
+    def decode(self, latents: Any) -> Any:
+        x = latents if isinstance(latents, Tensor) else torch.stack(list(latents))
+        big = x[:, :3].repeat_interleave(8, -1).repeat_interleave(8, -2)
+        return big if self.family == "flux" else list(big.repeat_interleave(4, 2)[:, :, 3:])
+
+
+@pytest.mark.parametrize("family", [A14B, "flux"])
+def test_previews_in_the_hosts_loop(tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch):
+    write_work(tmp_path, family)
+    (tmp_path / "prompts.txt").write_text(
+        f"make it snow --ci {tmp_path / 'photo0.png'} --w 48 --h 32 --s 2 --d 1 --f 1\n", encoding="utf-8"
+    )
+    host = open_tiny(family)
+
+    def prompts(self: Any, args: Any, accelerator: Any, place: str) -> Any:
+        found = host.trainer.load_prompts(place)
+        for prompt in found:
+            one = texts(family, 1, 1)
+            prompt |= {"t5_vec": one["t5"], "clip_l_pooler": one["pooled"]} if family == "flux" else {"t5_embeds": one["umt5"][0, :5]}
+        return found
+
+    monkeypatch.setattr(host.trainer_class, "process_sample_prompts", prompts)
+    monkeypatch.setattr(host.trainer_class, "load_vae", lambda self, *_, **__: TinyVae(family))
+    base = importlib.import_module("musubi_tuner.training.trainer_base")
+    saved: list[Tensor] = []
+
+    def save(video: Tensor, *_: Any, **__: Any) -> list[str]:
+        saved.append(video)
+        return []
+
+    monkeypatch.setattr(base, "save_images_grid", save)
+    options = {"sample_prompts": str(tmp_path / "prompts.txt"), "sample_every_n_steps": 2, "sample_at_first": True}
+    run_here(write_config(tmp_path, family, max_train_steps=2, **options))
+    assert len(saved) >= 2 and all(video.shape == (1, 3, 1, 32, 48) for video in saved)
+    assert not torch.equal(saved[0], saved[-1]), "the weights have changed in between"
+
+
+# --- memory options that a CPU can run ---
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gradient_checkpointing": True, "gradient_checkpointing_cpu_offload": True},
+        {"split_attn": True, "gradient_accumulation_steps": 2, "max_train_steps": 2},
+        {"network_dropout": 0.1, "gradient_checkpointing": True, "network_args": ["rank_dropout=0.1", "module_dropout=0.1"]},
+        {"offload_inactive_dit": True, "gradient_checkpointing": True},
+        {"lr_scheduler": "cosine", "lr_warmup_steps": "10%", "max_grad_norm": 0.5, "optimizer_args": ["weight_decay=0.1"]},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_memory_and_optimizer_options_run(tmp_path: Path, options: dict[str, Any]):
+    write_work(tmp_path, A14B)
+    saved = run_here(write_config(tmp_path, A14B, **options))
+    assert all(value.isfinite().all() for value in load_file(saved).values())
+
+
+@pytest.mark.timeout(1800)
+def test_a_compiled_network_gives_the_same(tmp_path: Path):
+    write_work(tmp_path, T2V, items=1)
+    plain = load_file(run_here(write_config(tmp_path, T2V, "plain")))
+    compiled = load_file(run_here(write_config(tmp_path, T2V, "compiled", compile=True, compile_backend="eager")))
+    assert all(torch.allclose(plain[name], compiled[name], atol=1e-5) for name in plain)

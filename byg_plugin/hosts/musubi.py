@@ -244,7 +244,10 @@ def cache_texts(config: Config, *, prune: bool = False) -> None:
         raise ValueError("--prune: the host's own caching scripts remove files of items that are gone; leave it out")
     host = open_host(config)
     tuples = read_tuples(config.dataset)
-    every = musubi_cache.matched(_dataset_items(host, config), tuples)
+    place = config.musubi.get("dataset_config")
+    if not isinstance(place, str) or not Path(place).is_file():
+        raise ValueError(f"musubi.dataset_config = {place!r}: no such file; give the host's dataset TOML")
+    every = musubi_cache.matched(musubi_cache.latents_of(Path(place), host.family), tuples)
     encoder = _encoder_identity(config, host.family)
     todo = [(item, some) for item, some in every if not musubi_cache.is_current(item.path, some, encoder)]
     if todo:
@@ -253,24 +256,6 @@ def cache_texts(config: Config, *, prune: bool = False) -> None:
         for item, some in todo:
             musubi_cache.write_roles(item, some, encoded.__getitem__, host.family, encoder)
     print(f"{len(todo)} items' texts cached, {len(every) - len(todo)} were current", flush=True)
-
-
-def _dataset_items(host: Host, config: Config) -> list[musubi_cache.Item]:
-    """The items of the host's dataset, as its own caching scripts see them."""
-    place = config.musubi.get("dataset_config")
-    if not isinstance(place, str) or not Path(place).is_file():
-        raise ValueError(f"musubi.dataset_config = {place!r}: no such file; give the host's dataset TOML")
-    utils = host.module("dataset.config_utils")
-    blueprint = utils.BlueprintGenerator(utils.ConfigSanitizer()).generate(
-        utils.load_user_config(place), argparse.Namespace(), architecture=musubi_cache.ARCHITECTURES[host.family][0]
-    )
-    found = {}
-    for dataset in utils.generate_dataset_group_by_blueprint(blueprint.dataset_group).datasets:
-        for batch in dataset.retrieve_text_encoder_output_cache_batches(1):
-            for item in batch:
-                path = Path(item.text_encoder_output_cache_path)
-                found[path] = musubi_cache.Item(stem=Path(item.item_key).stem, path=path, caption=item.caption or "")
-    return list(found.values())
 
 
 _ENCODER_OPTIONS = {"wan": ("t5",), "flux": ("text_encoder1", "text_encoder2")}

@@ -44,11 +44,10 @@ _SHOWN = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """One item of the host's dataset: its text cache file and what the host would call it."""
+    """One item of the host's dataset: what it calls it, and its text cache file."""
 
     stem: str
     path: Path
-    caption: str = ""
 
 
 def tuples_by_stem(tuples: Sequence[EditTuple]) -> dict[str, list[EditTuple]]:
@@ -124,7 +123,7 @@ def write_roles(item: Item, tuples: Sequence[EditTuple], encoding: Callable[[str
     """
     tensors: dict[str, Tensor] = {}
     architecture = ARCHITECTURES[family][1]
-    metadata = {"architecture": architecture, "caption1": item.caption, "format_version": "1.0.1"}
+    metadata = {"architecture": architecture, "caption1": "", "format_version": "1.0.1"}
     if item.path.is_file():
         try:
             with safe_open(item.path, framework="pt") as file:
@@ -203,11 +202,7 @@ def check(dataset_config: Path, family: str, tuples: Sequence[EditTuple]) -> int
     Raises:
         ValueError: latents or roles are not cached, texts have changed, or items and tuples do not match.
     """
-    items = cached_items(dataset_config, family)
-    if not items:
-        raise ValueError(
-            f"musubi.dataset_config = {dataset_config}: no cached latents for {family}; run the host's script that caches latents"
-        )
+    items = latents_of(dataset_config, family)
     stale, missing = [], []
     for item, texts in matched(items, tuples):
         found = header(item.path).get("byg.texts")
@@ -223,6 +218,18 @@ def check(dataset_config: Path, family: str, tuples: Sequence[EditTuple]) -> int
     if complaints:
         raise ValueError(f"{'; '.join(complaints)}: {_REMEDY}")
     return len(items)
+
+
+def latents_of(dataset_config: Path, family: str) -> list[Item]:
+    """`cached_items`, of which there must be some.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if items := cached_items(dataset_config, family):
+        return items
+    script = "flux_kontext_cache_latents.py" if family == "flux" else "wan_cache_latents.py"
+    raise ValueError(f"musubi.dataset_config = {dataset_config}: no cached latents for {family}; run the host's {script} first")
 
 
 def cached_items(dataset_config: Path, family: str) -> list[Item]:
