@@ -12,12 +12,11 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
 from tiny import tiny_config, tiny_flux, tiny_texts
-from tiny_wan import tiny_wan, wan_config, wan_latents
 from torch import Tensor
 
 from byg_plugin.hosts import musubi
 from byg_plugin.hosts.musubi import Host
-from byg_plugin.models import flux_files, wan_files
+from byg_plugin.models import flux_files, wan_names
 from byg_plugin.training.config import Config, parse_config
 
 PLACE = os.environ.get("MUSUBI_TUNER", "")
@@ -88,27 +87,48 @@ def host_config(folder: Path, family: str, **sections: dict[str, Any]) -> Config
     return parse_config(raw)
 
 
-# --- the same weights in both hosts' files ---
+# --- the same weights in both hosts ---
 
 
-def embedded_networks(family: str) -> dict[str, torch.nn.Module]:
-    """The networks of the embedded host."""
-    if family == "flux":
-        return {"transformer": tiny_flux()}
-    high = tiny_wan(0, text_dim=WAN_TEXT)
-    return {"transformer": high, "transformer_2": tiny_wan(7, text_dim=WAN_TEXT)} if family == A14B else {"transformer": high}
+def random_wan(seed: int) -> dict[str, Tensor]:
+    """A tiny Wan of the host's own class: its pinned diffusers has none. No weight is zero."""
+    model = open_tiny(T2V).module("wan.modules.model")
+    import musubi_stubs
+
+    torch.manual_seed(seed)
+    network = model.WanModel(**musubi_stubs.TINY_WAN)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.15)
+    return network.state_dict()
 
 
 def write_weights(folder: Path, family: str) -> None:
-    """The host's files of them."""
-    networks = embedded_networks(family)
-    convert = flux_files.to_native_layout if family == "flux" else wan_files.to_native_layout
-    states = {name: {k: v.contiguous().clone() for k, v in convert(net.state_dict()).items()} for name, net in networks.items()}
-    if family == A14B:
-        save_file(states["transformer"], folder / "high.safetensors")
-        save_file(states["transformer_2"], folder / "dit.safetensors")
+    """The host's files of tiny models."""
+    if family == "flux":
+        state = flux_files.to_native_layout(tiny_flux().state_dict())
+        save_file({name: value.contiguous().clone() for name, value in state.items()}, folder / "dit.safetensors")
     else:
-        save_file(states["transformer"], folder / "dit.safetensors")
+        save_file(random_wan(0), folder / "dit.safetensors")
+    if family == A14B:
+        save_file(random_wan(7), folder / "high.safetensors")
+
+
+def embedded_networks(family: str) -> dict[str, torch.nn.Module]:
+    """The networks of the embedded host with the same weights."""
+    if family == "flux":
+        return {"transformer": tiny_flux()}
+    import diffusers
+
+    if not hasattr(diffusers, "WanTransformer3DModel"):
+        pytest.skip(f"diffusers {diffusers.__version__}, which musubi-tuner pins, has no Wan: nothing to compare with")
+    from tiny_wan import tiny_wan
+
+    networks: dict[str, torch.nn.Module] = {}
+    for name, seed in {"transformer": 7, "transformer_2": 0}.items() if family == A14B else {"transformer": 0}.items():
+        state = random_wan(seed)
+        networks[name] = tiny_wan(text_dim=WAN_TEXT)
+        networks[name].load_state_dict({ours: state[native] for native, ours in wan_names.tensors(2)})
+    return networks
 
 
 def embedded_config(folder: Path, family: str, **sections: dict[str, Any]) -> Config:
@@ -116,6 +136,8 @@ def embedded_config(folder: Path, family: str, **sections: dict[str, Any]) -> Co
     objective = {"rollout_steps": 4, "identity_warmup_steps": 0, "identity_probability": 0.0, "ema_decay": 0.9}
     if family == "flux":
         return tiny_config(folder, objective=objective | sections.get("objective", {}))
+    from tiny_wan import wan_config
+
     shared = {"lora": {"experts": "shared"}} if family == A14B else {}
     return wan_config(folder, family, objective=objective | sections.get("objective", {}), **shared)
 
@@ -183,9 +205,8 @@ def texts(family: str, batch: int, seed: int) -> dict[str, Tensor]:
 
 def latents(family: str, batch: int, seed: int) -> Tensor:
     """Random latents: an image for FLUX, a clip of two latent frames for Wan."""
-    if family == "flux":
-        return torch.randn(batch, 16, 1, 4, 6, generator=torch.Generator().manual_seed(seed))
-    return wan_latents(batch, seed)
+    frames = 1 if family == "flux" else 2
+    return torch.randn(batch, 16, frames, 4, 6, generator=torch.Generator().manual_seed(seed))
 
 
 def record_surfaces(path: Path) -> None:
