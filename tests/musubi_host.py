@@ -27,6 +27,7 @@ needs_host = [
 SITE = Path(__file__).parent / "musubi_site"
 TEXT_TOKENS = 8
 WAN_TEXT = 4096  # the host knows no other width
+BLOCKS = 4  # of the tiny Wan: enough to swap some
 A14B, T2V = "wan2.2-t2v-a14b", "wan2.1-t2v-1.3b"
 
 
@@ -126,8 +127,8 @@ def embedded_networks(family: str) -> dict[str, torch.nn.Module]:
     networks: dict[str, torch.nn.Module] = {}
     for name, seed in {"transformer": 7, "transformer_2": 0}.items() if family == A14B else {"transformer": 0}.items():
         state = random_wan(seed)
-        networks[name] = tiny_wan(text_dim=WAN_TEXT)
-        networks[name].load_state_dict({ours: state[native] for native, ours in wan_names.tensors(2)})
+        networks[name] = tiny_wan(text_dim=WAN_TEXT, num_layers=BLOCKS)
+        networks[name].load_state_dict({ours: state[native] for native, ours in wan_names.tensors(BLOCKS)})
     return networks
 
 

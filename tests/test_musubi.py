@@ -41,6 +41,7 @@ from byg_plugin import lora_formats
 from byg_plugin.data.tuples import TEXTS
 from byg_plugin.hosts import musubi, musubi_cache, musubi_options, musubi_trainer
 from byg_plugin.hosts.diffusers import DiffusersHost
+from byg_plugin.hosts.musubi_fields import BlockSwap
 from byg_plugin.models import make_family
 from byg_plugin.objectives import make_objective
 from byg_plugin.objectives.base import Batch
@@ -302,13 +303,22 @@ def test_the_wrong_order_of_experts_changes_the_gradient(tmp_path: Path):
     assert (gradient(True) - right).norm() > 0.1 * right.norm()
 
 
+def one_step(it: Rig, family: str) -> Tensor:
+    """The gradients of one step, in one vector."""
+    it.network.zero_grad()
+    backward = lambda loss, last: it.trainer._backward(it.accelerator, loss, last=last)  # noqa: E731
+    it.trainer.byg_objective.step(it.fields, one_batch(family), backward)
+    return torch.cat([p.grad.flatten() for p in it.network.parameters()])
+
+
 @pytest.mark.parametrize("family", [T2V, A14B])
-def test_swapped_blocks_are_on_the_device_when_they_compute(tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch):
+def test_swapped_blocks_are_on_the_device_when_they_compute(tmp_path: Path, family: str):
     """The host's own offloader decides what moves; its moves are recorded as tags, since a CPU has nowhere to move to."""
     from musubi_tuner.modules import custom_offloading_utils as utils
 
     it = Rig(tmp_path, family)
     it.wake()
+    expected = one_step(it, family)
     blocks = it.transformer.blocks
     away: set[int] = set()
 
@@ -325,8 +335,8 @@ def test_swapped_blocks_are_on_the_device_when_they_compute(tmp_path: Path, fami
             away.update(range(self.num_blocks - self.blocks_to_swap, self.num_blocks))
 
     transformer = it.transformer
-    transformer.blocks_to_swap = 1
-    transformer.offloader = Tagged("tiny", blocks, len(blocks), 1, True, torch.device("cpu"))
+    transformer.blocks_to_swap = 2
+    transformer.offloader = Tagged("tiny", blocks, len(blocks), 2, True, torch.device("cpu"))
     transformer.prepare_block_swap_before_forward()
     computed: list[int] = []
     for index, block in enumerate(blocks):
@@ -336,17 +346,65 @@ def test_swapped_blocks_are_on_the_device_when_they_compute(tmp_path: Path, fami
             computed.append(index)
 
         block.register_forward_pre_hook(check)
-    from byg_plugin.hosts.musubi_fields import BlockSwap
-
-    backward = lambda loss, last: it.trainer._backward(it.accelerator, loss, last=last)  # noqa: E731
     with pytest.raises(AssertionError, match="not on the device"):  # without our switches it must fail
-        it.trainer.byg_objective.step(it.fields, one_batch(family), backward)
+        one_step(it, family)
     transformer.prepare_block_swap_before_forward()
     it.fields.swap = BlockSwap(transformer)
     computed.clear()
     for _ in range(2):
-        it.trainer.byg_objective.step(it.fields, one_batch(family), backward)
+        assert torch.equal(one_step(it, family), expected)
     assert len(computed) == 2 * len(blocks) * (4 + 2 + 3), "rollout, frozen passes two at once, passes with gradient"
+
+
+def stream_blocks(it: Rig, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The host's h2d-only offloader with a CPU's memory in the device's place; the ring and the masters are its own. -> loaded blocks."""
+    from musubi_tuner.modules import custom_offloading_utils as utils
+
+    if not hasattr(utils, "LoRAStreamOffloader"):
+        pytest.skip("this musubi-tuner has no block_swap_h2d_only")
+    loaded: list[int] = []
+
+    class Copier:
+        def __init__(self, *_: Any, **__: Any):
+            self.reset = self.sync = lambda: None
+
+        def submit(self, key: int, target: Tensor, source: Tensor, gate: Any = None) -> None:
+            target.copy_(source)
+            loaded.append(key)
+
+        def wait(self, key: int) -> None:
+            return None
+
+    monkeypatch.setattr(utils, "_StagedCopier", Copier)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: type("Stream", (), {"record_event": lambda self: None})())
+    device: Any = type("Device", (), {"type": "cuda"})()
+    blocks = it.transformer.blocks
+    offloader = utils.LoRAStreamOffloader("tiny", blocks, len(blocks), 3, True, device, use_pinned_memory=False)
+    offloader.device = torch.device("cpu")
+    it.transformer.blocks_to_swap, it.transformer.offloader = 3, offloader
+    it.transformer.prepare_block_swap_before_forward()
+    it.fields.swap = BlockSwap(it.transformer)
+    return loaded
+
+
+def test_streamed_blocks_have_their_own_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Three of four blocks pass through a ring of two: a block that computes with another one's weights changes the gradient."""
+    it = Rig(tmp_path, T2V, musubi={"gradient_checkpointing": True})
+    it.wake()
+    expected = one_step(it, T2V)
+    loaded = stream_blocks(it, monkeypatch)
+    for _ in range(2):
+        loaded.clear()
+        assert torch.equal(one_step(it, T2V), expected) and len(set(loaded)) >= 2
+
+
+def test_streamed_blocks_and_experts_exclude_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Fails once the host's ring follows an exchange of the experts: then allow musubi.block_swap_h2d_only for Wan2.2."""
+    it = Rig(tmp_path, A14B, musubi={"gradient_checkpointing": True})
+    it.wake()
+    expected = one_step(it, A14B)
+    stream_blocks(it, monkeypatch)
+    assert (one_step(it, A14B) - expected).norm() > 0.01 * expected.norm()
 
 
 # --- the host's parser ---
@@ -748,6 +806,22 @@ def test_memory_and_optimizer_options_run(tmp_path: Path, options: dict[str, Any
     write_work(tmp_path, A14B)
     saved = run_here(write_config(tmp_path, A14B, **options))
     assert all(value.isfinite().all() for value in load_file(saved).values())
+
+
+@pytest.mark.parametrize(
+    ("family", "scaled"),
+    [(A14B, True), ("flux", True), ("flux", False)],  # unscaled, the host's Wan needs an autocast to float32, which a CPU has not
+)
+def test_a_base_of_8_bit_weights(tmp_path: Path, family: str, scaled: bool, monkeypatch: pytest.MonkeyPatch):
+    write_work(tmp_path, family)
+    dtypes: set[torch.dtype] = set()
+    look = lambda self, args, accelerator, transformer, *_: dtypes.update(p.dtype for p in transformer.parameters())  # noqa: E731
+    monkeypatch.setattr(musubi_trainer.UnpairedCycleTrainer, "on_transformer_loaded", look)
+    options = {"fp8_base": True, "fp8_scaled": scaled, "mixed_precision": "bf16", "gradient_checkpointing": True}
+    saved = run_here(write_config(tmp_path, family, max_train_steps=2, **options))
+    weights = load_file(saved)
+    assert torch.float8_e4m3fn in dtypes and all(value.isfinite().all() for value in weights.values())
+    assert any(value.abs().max() > 1e-4 for name, value in weights.items() if "lora_up" in name)
 
 
 @pytest.mark.timeout(1800)

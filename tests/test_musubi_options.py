@@ -88,6 +88,12 @@ def test_swapped_blocks_exclude_an_offloaded_expert(folder: Path):
     assert any("exclude each other" in line for line in lines)
 
 
+def test_streamed_blocks_exclude_two_experts(folder: Path):
+    options = {"blocks_to_swap": 2, "block_swap_h2d_only": True, "gradient_checkpointing": True}
+    assert any("keeps the first expert's weights" in line for line in found(host_config(folder, A14B, musubi=options)))
+    assert found(host_config(folder, T2V, musubi=options)) == []
+
+
 def test_every_problem_is_in_one_message(folder: Path):
     parser = argparse.ArgumentParser()
     parser.add_argument("--dit", type=str)

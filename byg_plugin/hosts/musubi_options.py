@@ -200,6 +200,11 @@ def _together(config: Config) -> list[str]:
         found.append(
             "musubi.block_swap_h2d_only overwrites weights that a backward pass needs, unless musubi.gradient_checkpointing = true"
         )
+    if given.get("block_swap_h2d_only") and config.model.family == "wan2.2-t2v-a14b":
+        found.append(
+            "musubi.block_swap_h2d_only keeps the first expert's weights when the host exchanges the experts: leave it out, "
+            "musubi.blocks_to_swap alone is right"
+        )
     if given.get("gradient_checkpointing_cpu_offload") and not given.get("gradient_checkpointing"):
         found.append("musubi.gradient_checkpointing_cpu_offload does nothing without musubi.gradient_checkpointing = true")
     samples = [name for name in ("sample_every_n_steps", "sample_every_n_epochs", "sample_at_first") if given.get(name)]

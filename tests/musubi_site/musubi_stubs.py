@@ -14,7 +14,7 @@ from typing import Any
 
 _NAMES = ("torchvision", "torchvision.transforms", "torchvision.transforms.functional", "torchvision.utils", "torchvision.io")
 TINY_TEXT_TOKENS = 8
-TINY_WAN = {"dim": 24, "ffn_dim": 32, "freq_dim": 16, "num_heads": 2, "num_layers": 2, "text_len": TINY_TEXT_TOKENS}
+TINY_WAN = {"dim": 24, "ffn_dim": 32, "freq_dim": 16, "num_heads": 2, "num_layers": 4, "text_len": TINY_TEXT_TOKENS}
 TINY_FLUX = {"hidden_size": 32, "num_heads": 2, "depth": 2, "depth_single_blocks": 2, "axes_dim": [4, 6, 6]}
 
 
