@@ -623,6 +623,53 @@ def test_accelerate_launch_of_the_command(tmp_path: Path):
     assert (tmp_path / "out" / "tiny-ema.safetensors").is_file() and f"LoRA: {tmp_path / 'out' / 'tiny.safetensors'}" in done.stdout
 
 
+@pytest.mark.timeout(1800)  # three interpreters start
+def test_readmes_commands_lead_to_a_preview(tmp_path: Path):
+    """As printed, in a folder with the recipe's files: tiny weights, one picture, two steps."""
+    root = Path(__file__).resolve().parents[1]
+    models = open_tiny("flux").module("flux.flux_models")
+    for name in ("models", "data/images"):
+        (tmp_path / name).mkdir(parents=True)
+    write_weights(tmp_path, "flux")
+    (tmp_path / "dit.safetensors").rename(tmp_path / "models/flux1-dev.safetensors")
+    torch.manual_seed(0)
+    save_file(models.AutoEncoder(models.configs_flux_dev_context.ae_params).state_dict(), tmp_path / "models/ae.safetensors")
+    for name in ("t5xxl_fp16", "clip_l"):
+        (tmp_path / f"models/{name}.safetensors").touch()
+    Image.new("RGB", (64, 48), (40, 90, 200)).save(tmp_path / "data/images/parrots.jpg")
+    (tmp_path / "data/images/parrots.txt").write_text("not used", encoding="utf-8")
+    tuples = {"source": "images/parrots.jpg", **{role: f"{role} of parrots" for role in TEXTS}}
+    (tmp_path / "data/tuples.jsonl").write_text(json.dumps(tuples), encoding="utf-8")
+    (tmp_path / "data/preview_prompts.txt").write_text("make it snow --ci data/images/parrots.jpg --w 64 --h 48 --s 2 --d 1\n")
+    places = "".join(f'{key} = "data/images"\n' for key in ("image_directory", "control_directory"))
+    general = '[general]\nresolution = [64, 48]\nbatch_size = 1\ncaption_extension = ".txt"\n'
+    (tmp_path / "data/musubi_dataset.toml").write_text(f'{general}[[datasets]]\n{places}cache_directory = "data/cache"\n', encoding="utf-8")
+
+    text = (root / "README.md").read_text(encoding="utf-8").partition("Already using musubi-tuner?")[2]
+    commands = [line.split(" #")[0].split() for line in text.partition("```bash\n")[2].partition("```")[0].splitlines()]
+    assert len(commands) <= 5 and commands.pop(0)[:2] == ["pip", "install"]
+    short = [f"--set=musubi.{word}" for word in ("max_train_steps=2", "sample_every_n_steps=1", "gradient_accumulation_steps=1")]
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    for words in commands:
+        words = [word.replace("../byg_plugin", str(root)) for word in words]
+        if words[0] == "cp":
+            text = Path(words[1]).read_text(encoding="utf-8")
+            (tmp_path / words[2]).write_text(text.replace('[musubi]\n', '[musubi]\nmax_data_loader_n_workers = 0\n'), encoding="utf-8")
+            continue
+        if words[0] == "accelerate":
+            words = ["python", *launch, *words[2:], *short]
+        if not (root / words[1]).exists() and words[1].startswith("flux"):
+            words[1] = str(Path(PLACE) / words[1])
+        environment = child_env(BYG_TINY_HOST="1")
+        done = subprocess.run([sys.executable, *words[1:]], capture_output=True, text=True, env=environment, check=False, cwd=tmp_path)
+        assert done.returncode == 0, f"{words}: {done.stdout[-1500:]} {done.stderr[-3000:]}"
+    previews = sorted((tmp_path / "out/musubi_flux/sample").iterdir())
+    assert len(previews) >= 3, "before the first step and after each"
+    with Image.open(previews[0]) as picture:
+        assert picture.size == (64, 48)
+    assert (tmp_path / "out/musubi_flux/byg_flux-ema.safetensors").is_file()
+
+
 def test_a_wrong_option_stops_before_anything_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from byg_plugin.training.config import load_config
 

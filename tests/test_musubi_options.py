@@ -94,6 +94,12 @@ def test_streamed_blocks_exclude_two_experts(folder: Path):
     assert found(host_config(folder, T2V, musubi=options)) == []
 
 
+def test_an_8_bit_t5_excludes_previews_of_flux(folder: Path):
+    options = {"fp8_t5": True, "sample_prompts": str(folder / "dataset.toml")}
+    assert any("musubi.fp8_t5 stops" in line for line in found(host_config(folder, "flux", musubi=options)))
+    assert found(host_config(folder, T2V, musubi=options)) == [] == found(host_config(folder, "flux", musubi={"fp8_t5": True}))
+
+
 def test_every_problem_is_in_one_message(folder: Path):
     parser = argparse.ArgumentParser()
     parser.add_argument("--dit", type=str)

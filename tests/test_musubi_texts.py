@@ -12,7 +12,6 @@ from musubi_host import T2V, host_config, needs_host, open_tiny
 from safetensors.torch import load_file, save_file
 from tiny import _tokenizer
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from byg_plugin.hosts import musubi
 
@@ -53,26 +52,18 @@ def test_wan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def test_flux(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     host = open_tiny("flux")
     utils = host.module("flux.flux_utils")
-    torch.manual_seed(0)
-    clip_tokenizer = _tokenizer(["<s>", "</s>", "<unk>"], "<s> $A </s>", 77, bos_token="<s>", eos_token="</s>", pad_token="</s>")
-    t5_tokenizer = _tokenizer(["<pad>", "</s>", "<unk>"], "$A </s>", 512, eos_token="</s>", pad_token="<pad>")
-    words = {"vocab_size": len(t5_tokenizer), "num_layers": 1}
-    t5 = T5EncoderModel(T5Config(d_model=24, d_kv=8, d_ff=24, num_heads=2, dropout_rate=0.0, feed_forward_proj="gated-gelu", **words))
-    ends = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1, "max_position_embeddings": 77}
-    small = {"hidden_size": 20, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "projection_dim": 20}
-    clip = CLIPTextModel(CLIPTextConfig(vocab_size=len(clip_tokenizer), **small, **ends))
-    encoders = t5_tokenizer, t5.eval().bfloat16(), clip_tokenizer, clip.eval().bfloat16()
     asked: list[Any] = []
-    for name, made in (("load_t5xxl", encoders[:2]), ("load_clip_l", encoders[2:])):
+    for name in ("load_t5xxl", "load_clip_l"):
 
-        def load(place: str, dtype: Any, device: Any, disable_mmap: bool, made: Any = made) -> Any:
+        def load(place: str, dtype: Any, device: Any, disable_mmap: bool, tiny: Any = getattr(utils, name)) -> Any:
             asked.append((place, dtype))
-            return made
+            return tiny(place, dtype, device)
 
         monkeypatch.setattr(utils, name, load)
     config = host_config(tmp_path, "flux", musubi={"text_encoder1": "t5.safetensors", "text_encoder2": "clip.safetensors"})
     found = musubi.encode_texts(host, config, TEXTS)
     assert asked == [("t5.safetensors", torch.bfloat16), ("clip.safetensors", torch.bfloat16)]
+    encoders = [*utils.load_t5xxl("", torch.bfloat16, "cpu", True), *utils.load_clip_l("", torch.bfloat16, "cpu", True)]
     for text, own in zip(TEXTS, host_cache(host, "flux_kontext_cache_text_encoder_outputs", tmp_path, *encoders, []), strict=True):
         # Alone or in a batch, 16-bit sums differ in their last digit.
         assert found[text]["t5"].shape == own["t5_vec"].shape == (512, 24)

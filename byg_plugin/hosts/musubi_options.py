@@ -212,6 +212,8 @@ def _together(config: Config) -> list[str]:
         found.append(
             f"musubi.{samples[0]} needs musubi.sample_prompts, a file of instructions, each with its source: make it snow --ci photo.jpg"
         )
+    if given.get("fp8_t5") and given.get("sample_prompts") and config.model.family == "flux":
+        found.append("musubi.fp8_t5 stops the host's previews of FLUX (it names a dtype that torch has not): leave it out")
     return found
 
 

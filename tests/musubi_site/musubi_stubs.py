@@ -19,7 +19,7 @@ TINY_FLUX = {"hidden_size": 32, "num_heads": 2, "depth": 2, "depth_single_blocks
 
 
 class _Anything(types.ModuleType):
-    """A module that has every name; none of them is used in these tests."""
+    """A module that has every name; of them, these tests use `utils.make_grid` alone."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -44,7 +44,8 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return _Anything(spec.name)
 
     def exec_module(self, module: types.ModuleType) -> None:
-        return None
+        # Previews are saved one at a time: a grid of one picture is the picture.
+        module.utils = types.SimpleNamespace(make_grid=lambda pictures, nrow: pictures[0])
 
 
 def install() -> None:
@@ -66,25 +67,49 @@ def shrink() -> None:
     """The host's names for real models mean tiny ones."""
     import dataclasses
 
-    from musubi_tuner.flux import flux_models
+    from musubi_tuner.flux import flux_models, flux_utils
     from musubi_tuner.wan.configs import WAN_CONFIGS
 
     for name in ("t2v-1.3B", "t2v-14B", "t2v-A14B"):
         WAN_CONFIGS[name].update(TINY_WAN)
     spec = flux_models.configs_flux_dev_context
     params = dataclasses.replace(spec.params, context_in_dim=24, vec_in_dim=20, **TINY_FLUX)
-    flux_models.configs_flux_dev_context = dataclasses.replace(spec, params=params)
+    autoencoder = dataclasses.replace(spec.ae_params, ch=32, num_res_blocks=1)
+    flux_models.configs_flux_dev_context = dataclasses.replace(spec, params=params, ae_params=autoencoder)
+    flux_utils.load_t5xxl, flux_utils.load_clip_l = load_t5, load_clip
 
 
-def shrink_when_imported() -> None:
-    """`shrink`, as soon as the host's trainers are imported by the command under test."""
-    look_first()
-    asked = importlib.import_module
+def load_t5(place: str, dtype: Any, device: Any, disable_mmap: bool = False) -> Any:
+    """A tiny T5 for `flux_utils.load_t5xxl`."""
+    import torch
+    from transformers import T5Config, T5EncoderModel
 
-    def import_module(name: str, package: str | None = None) -> Any:
-        module = asked(name, package)
-        if name.startswith("musubi_tuner.") and name.endswith("_train_network"):
-            shrink()
-        return module
+    torch.manual_seed(3)
+    size = {"vocab_size": 64, "d_model": 24, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    return tokenizer("$A </s>"), T5EncoderModel(T5Config(feed_forward_proj="gated-gelu", **size)).eval().to(device, dtype)
 
-    importlib.import_module = import_module
+
+def load_clip(place: str, dtype: Any, device: Any, disable_mmap: bool = False) -> Any:
+    """A tiny CLIP for `flux_utils.load_clip_l`."""
+    import torch
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(4)
+    size = {"hidden_size": 20, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "projection_dim": 20}
+    ends = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1, "max_position_embeddings": 77}
+    return tokenizer("<pad> $A </s>"), CLIPTextModel(CLIPTextConfig(vocab_size=64, **size, **ends)).eval().to(device, dtype)
+
+
+def tokenizer(template: str) -> Any:
+    """Letters for words."""
+    import string
+
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: index for index, word in enumerate(["<pad>", "</s>", "<unk>", *string.ascii_letters])}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Split(Regex(""), "isolated")
+    ends = [(name, vocabulary[name]) for name in ("<pad>", "</s>")]
+    made.post_processor = processors.TemplateProcessing(single=template, special_tokens=ends)
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")

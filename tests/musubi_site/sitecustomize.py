@@ -6,4 +6,5 @@ import musubi_stubs
 
 musubi_stubs.install()
 if os.environ.get("BYG_TINY_HOST"):
-    musubi_stubs.shrink_when_imported()
+    musubi_stubs.look_first()
+    musubi_stubs.shrink()
