@@ -16,6 +16,7 @@ import pytest
 import torch
 from musubi_host import (
     A14B,
+    BLOCKS,
     PLACE,
     SITE,
     T2V,
@@ -654,7 +655,7 @@ def test_readmes_commands_lead_to_a_preview(tmp_path: Path):
         words = [word.replace("../byg_plugin", str(root)) for word in words]
         if words[0] == "cp":
             text = Path(words[1]).read_text(encoding="utf-8")
-            (tmp_path / words[2]).write_text(text.replace('[musubi]\n', '[musubi]\nmax_data_loader_n_workers = 0\n'), encoding="utf-8")
+            (tmp_path / words[2]).write_text(text.replace("[musubi]\n", "[musubi]\nmax_data_loader_n_workers = 0\n"), encoding="utf-8")
             continue
         if words[0] == "accelerate":
             words = ["python", *launch, *words[2:], *short]
@@ -711,18 +712,27 @@ def test_preview_is_an_edit_of_its_source(tmp_path: Path):
         it.trainer.process_sample_prompts(it.args, it.accelerator, str(tmp_path / "prompts.txt"))
 
 
-def test_edit_of_the_embedded_host_takes_the_lora(tmp_path: Path):
+@pytest.mark.parametrize("family", [A14B, "flux"])
+def test_edit_of_the_embedded_host_takes_the_lora(tmp_path: Path, family: str):
     from tiny import model_folder
 
     from byg_plugin.edit import EditPipeline
 
-    write_work(tmp_path, "flux")
-    saved = run_here(write_config(tmp_path, "flux")).with_name("tiny-ema.safetensors")
-    pipeline = EditPipeline.from_lora(saved, model=str(model_folder()), device="cpu", dtype="float32", resolution=64)
+    embedded_networks(family)  # skips where there is no embedded host
+    if family == "flux":
+        model = model_folder()
+    else:
+        from tiny_wan import write_wan
+
+        model = write_wan(tmp_path / "model", 2, num_layers=BLOCKS)
+    write_work(tmp_path, family)
+    saved = run_here(write_config(tmp_path, family)).with_name("tiny-ema.safetensors")
     Image.new("RGB", (64, 64), (20, 90, 160)).save(tmp_path / "photo.png")
-    edits = [pipeline(tmp_path / "photo.png", "make the sky red", steps=2)]
-    plain = EditPipeline.from_lora(saved, model=str(model_folder()), device="cpu", dtype="float32", resolution=64, strength=0.0)
-    edits.append(plain(tmp_path / "photo.png", "make the sky red", steps=2))
+    edits = []
+    for strength in (1.0, 0.0):
+        options = {"device": "cpu", "dtype": "float32", "resolution": 64, "strength": strength}
+        pipeline = EditPipeline.from_lora(saved, model=str(model), **options)
+        edits.append(pipeline(tmp_path / "photo.png", "make the sky red", steps=2))
     assert edits[0].size == (64, 64) and edits[0].tobytes() != edits[1].tobytes()
 
 

@@ -193,6 +193,15 @@ def test_a_missing_host_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch):
         musubi.open_host(config.model_copy(update={"model": model.model_copy(update={"host_path": None})}))
 
 
+def test_clips_are_not_edited_with_the_diffusers_that_the_host_pins(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    from byg_plugin.training import extras
+
+    monkeypatch.setattr(extras, "version", lambda package: "0.32.1")
+    extras.require_model_extras(host_config(folder, "flux"))
+    with pytest.raises(ValueError, match="needs diffusers 0.35 or later, and this is 0.32.1"):
+        extras.require_model_extras(host_config(folder, T2V))
+
+
 @pytest.mark.parametrize("variable", ["ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"])
 def test_engines_that_step_inside_backward_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch, variable: str):
     from byg_plugin.hosts import musubi

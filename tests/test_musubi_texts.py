@@ -53,9 +53,9 @@ def test_flux(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     host = open_tiny("flux")
     utils = host.module("flux.flux_utils")
     asked: list[Any] = []
-    for name in ("load_t5xxl", "load_clip_l"):
+    for name, tiny in (("load_t5xxl", utils.load_t5xxl), ("load_clip_l", utils.load_clip_l)):
 
-        def load(place: str, dtype: Any, device: Any, disable_mmap: bool, tiny: Any = getattr(utils, name)) -> Any:
+        def load(place: str, dtype: Any, device: Any, disable_mmap: bool, tiny: Any = tiny) -> Any:
             asked.append((place, dtype))
             return tiny(place, dtype, device)
 
