@@ -52,8 +52,9 @@ def test_the_hosts_own_tensors_stay(tmp_path: Path):
     path = tmp_path / "a_wan_te.safetensors"
     own = {"varlen_t5_bfloat16": torch.randn(3, WIDTH).bfloat16()}
     save_file(own, path, metadata={"architecture": "wan", "caption1": "theirs", "format_version": "1.0.1"})
-    for _ in range(2):  # again: ours are replaced, not doubled
-        musubi_cache.write_roles(Item(stem="a", path=path), [edit_tuple("a.png")], encoding, "wan", ENCODER)
+    for dtype in (torch.float16, torch.bfloat16):  # again: ours are replaced, not doubled
+        encode = lambda text, dtype=dtype: {name: value.to(dtype) for name, value in encoding(text).items()}  # noqa: E731
+        musubi_cache.write_roles(Item(stem="a", path=path), [edit_tuple("a.png")], encode, "wan", ENCODER)
     written = load_file(path)
     assert torch.equal(written["varlen_t5_bfloat16"], own["varlen_t5_bfloat16"])
     assert {name for name in written if "byg" in name} == {f"varlen_byg_{r}_{p}" for r in TEXTS for p in ("umt5_bfloat16", "lengths_int64")}

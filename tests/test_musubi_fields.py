@@ -58,15 +58,19 @@ class ToyTransformer(nn.Module):
         self.blocks = nn.ModuleList(ToyBlock(width) for _ in range(BLOCKS))
         self.swapped, self.recompute, self.forward_only = swapped, recompute, False
         self.switches = 0
+        self.moving = False
+        """Transfers run beside the computation; a switch of modes waits for them."""
         for index, block in enumerate(self.blocks):
             block.register_full_backward_hook(self._after_backward(index))
         self._start()
 
     def _start(self) -> None:
+        self.moving = False
         for index, block in enumerate(self.blocks):
             block.here = index < BLOCKS - self.swapped  # type: ignore[assignment]
 
     def _exchange(self, away: int, back: int) -> None:
+        self.moving = True
         self.blocks[away].here, self.blocks[back].here = False, True  # type: ignore[assignment]
 
     def _after_backward(self, index: int) -> Any:
@@ -113,6 +117,7 @@ class ToyExperts:
     def exchange(self) -> None:
         places = [block.here for block in self._transformer.blocks]
         assert places == sorted(places, reverse=True), "the other expert's blocks were put away as a forward pass starts"
+        assert not self._transformer.moving, "a transfer of this expert's blocks would write into the other's"
         parked = {name: value.clone() for name, value in self._transformer.state_dict().items()}
         self._transformer.load_state_dict(self._away, assign=True)
         self._transformer.requires_grad_(False)
