@@ -613,6 +613,18 @@ def test_ranks_draw_different_noise(tmp_path: Path):
 
 
 @pytest.mark.timeout(1800)  # three interpreters start
+def test_two_processes_train_one_lora_on_different_noise(tmp_path: Path):
+    write_work(tmp_path, T2V, items=4)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SITE / "one_rank.py")]
+    command += [str(write_config(tmp_path, T2V, max_train_steps=3)), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=child_env(BYG_TINY_HOST="1"), check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, other = (json.loads((tmp_path / f"rank{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1))
+    assert len(one["t"]) == len(other["t"]) == 3 and not set(one["t"]) & set(other["t"])
+    assert one["weights"] == other["weights"] and any(abs(v) > 1e-4 for name, v in one["weights"].items() if "lora_up" in name)
+
+
+@pytest.mark.timeout(1800)  # three interpreters start
 def test_accelerate_launch_of_the_command(tmp_path: Path):
     write_work(tmp_path, T2V)
     root = Path(__file__).resolve().parents[1]

@@ -123,6 +123,7 @@ def test_arguments_are_what_the_hosts_entry_point_makes(folder: Path):
     assert args.learning_rate == 1.0 and isinstance(args.learning_rate, float)
     assert isinstance(args.dataset_config, Path) and args.lr_warmup_steps == 3 and args.network_args == ["a=b"]
     assert args.gradient_checkpointing is False and args.sdpa is True
+    assert musubi_options.arguments(host_config(folder, T2V), parser).seed == 0, "without one the host gives each rank its own"
     with pytest.raises(ValueError, match="musubi.lr_warmup_steps = 'a tenth'"):
         musubi_options.arguments(host_config(folder, T2V, musubi={"lr_warmup_steps": "a tenth"}), parser)
 
