@@ -145,10 +145,13 @@ def _lacking(family: str) -> list[str]:
         found = tuple(inspect.signature(trainer.process_batch).parameters)[1:]
         if found[:6] != _PROCESS_BATCH[:6] or len(found) != 12:
             lacking.append(f"{name}.process_batch with the parameters {', '.join(_PROCESS_BATCH)}, ...; it has {', '.join(found)}")
+    model = _import("wan.modules.model").WanModel if family == "wan" else _import("flux.flux_models").Flux
+    for switch in ("switch_block_swap_for_inference", "switch_block_swap_for_training"):
+        if not callable(getattr(model, switch, None)):
+            lacking.append(f"{model.__name__}.{switch}, without which swapped blocks are in the wrong place")
     if family == "wan":
         if not callable(getattr(trainer, "swap_high_low_weights", None)):
             lacking.append(f"{name}.swap_high_low_weights, which exchanges Wan2.2's experts")
-        model = _import("wan.modules.model").WanModel
         if "f_indices" not in inspect.signature(model.forward).parameters:
             lacking.append("WanModel.forward(f_indices=...), which gives the source's tokens their positions")
     return lacking

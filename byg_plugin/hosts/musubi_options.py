@@ -11,7 +11,10 @@ import difflib
 import pathlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from typing import Any
+
+import torch
 
 from byg_plugin.training.config import Config
 
@@ -129,7 +132,7 @@ def problems(config: Config, surface: Surface) -> list[str]:
             found.append(f"musubi.{name} = {value!r} cannot be honoured: {REFUSED[name]}")
         elif why := _wrong_type(value, surface[name]):
             found.append(f"musubi.{name} = {value!r}: {why}")
-    return found + _needed(config) + _together(config)
+    return found + _needed(config) + _named(config) + _together(config)
 
 
 def _unknown(name: str, value: Any, surface: Surface) -> str:
@@ -159,6 +162,8 @@ def _wrong_scalar(value: Any, option: Option) -> str | None:
     wanted = {"flag": "true or false", "str": "a text", "path": "a path", "int": "a whole number", "float": "a number"}
     if not fits[option.kind]:
         return f"must be {wanted.get(option.kind, 'a text or a number')}"
+    if is_number and value < 0:
+        return "must not be negative"
     if option.choices is not None and value not in option.choices:
         close = difflib.get_close_matches(str(value), [str(choice) for choice in option.choices], n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
@@ -168,7 +173,7 @@ def _wrong_scalar(value: Any, option: Option) -> str | None:
 
 def _needed(config: Config) -> list[str]:
     given = config.musubi
-    found = [f"musubi.{name} is missing: {what}" for name, what in _NEEDED.items() if not given.get(name)]
+    found = [f"musubi.{name} is missing: {what}" for name, what in _NEEDED.items() if given.get(name) in (None, "")]
     if "network_dim" not in given and given.get("dim_from_weights"):
         found = [line for line in found if not line.startswith("musubi.network_dim ")]
     chosen = [name for name in _ATTENTION if given.get(name)]
@@ -184,6 +189,34 @@ def _needed(config: Config) -> list[str]:
         if isinstance(place, str) and place and not pathlib.Path(place).is_file():
             found.append(f"musubi.{name} = {place!r}: no such file")
     return found
+
+
+def _named(config: Config) -> list[str]:
+    """Names and numbers that the host looks at only when the model is loaded."""
+    given, found = config.musubi, []
+    for name in ("network_dim", "learning_rate", "max_train_steps", "max_train_epochs", "gradient_accumulation_steps"):
+        if given.get(name) == 0:
+            found.append(f"musubi.{name} = 0: must be above 0")
+    optimizer, scheduler = given.get("optimizer_type"), given.get("lr_scheduler")
+    if isinstance(optimizer, str) and "." not in optimizer and optimizer.lower() not in ("adamw", "adamw8bit", "adafactor"):
+        of_torch = [name for name, kind in vars(torch.optim).items() if isinstance(kind, type)]
+        found += _unless_known("optimizer_type", optimizer, ["AdamW8bit", "Adafactor", *of_torch])
+    if isinstance(optimizer, str) and optimizer.lower() == "adamw8bit" and find_spec("bitsandbytes") is None:
+        found.append(f"musubi.optimizer_type = {optimizer!r} needs bitsandbytes: pip install bitsandbytes, or set 'AdamW'")
+    if isinstance(scheduler, str) and not scheduler.startswith("adafactor"):
+        from transformers.trainer_utils import SchedulerType
+
+        found += _unless_known("lr_scheduler", scheduler, [*(kind.value for kind in SchedulerType), "rex", "piecewise_constant"])
+    if given.get("lr_warmup_steps") and scheduler in (None, "constant"):
+        found.append("musubi.lr_warmup_steps is not for a constant learning rate: set musubi.lr_scheduler = 'constant_with_warmup'")
+    return found
+
+
+def _unless_known(option: str, value: str, known: list[str]) -> list[str]:
+    if value in known:
+        return []
+    close = difflib.get_close_matches(value, known, n=1, cutoff=0.5)
+    return [f"musubi.{option} = {value!r}: unknown; {f'did you mean {close[0]!r}?' if close else 'known: ' + ', '.join(known)}"]
 
 
 def _together(config: Config) -> list[str]:
