@@ -70,6 +70,7 @@ def recipe(demo: Config, out: Path, host_path: str | None) -> Config:
         "max_grad_norm": train.max_grad_norm,
         "max_train_steps": train.steps,
         "mixed_precision": train.mixed_precision,
+        "save_every_n_steps": train.save_every,
         "max_data_loader_n_workers": 0,
         "seed": train.seed,
         "sdpa": True,
