@@ -889,8 +889,13 @@ def test_memory_and_optimizer_options_run(tmp_path: Path, options: dict[str, Any
 def test_a_base_of_8_bit_weights(tmp_path: Path, family: str, scaled: bool, monkeypatch: pytest.MonkeyPatch):
     write_work(tmp_path, family)
     dtypes: set[torch.dtype] = set()
-    look = lambda self, args, accelerator, transformer, *_: dtypes.update(p.dtype for p in transformer.parameters())  # noqa: E731
-    monkeypatch.setattr(musubi_trainer.UnpairedCycleTrainer, "on_transformer_loaded", look)
+    plain = musubi_trainer.UnpairedCycleTrainer.on_train_start
+
+    def look(self: Any, args: Any, accelerator: Any, network: Any, transformer: Any, *rest: Any) -> None:
+        dtypes.update(parameter.dtype for parameter in transformer.parameters())
+        plain(self, args, accelerator, network, transformer, *rest)
+
+    monkeypatch.setattr(musubi_trainer.UnpairedCycleTrainer, "on_train_start", look)
     options = {"fp8_base": True, "fp8_scaled": scaled, "mixed_precision": "bf16", "gradient_checkpointing": True}
     saved = run_here(write_config(tmp_path, family, max_train_steps=2, **options))
     weights = load_file(saved)
