@@ -315,6 +315,8 @@ def _from_metadata(metadata: Mapping[str, str], config: Config | None, model: Ma
     else:
         raw = config.model_dump(include={"model", "dataset", "sample", "output"})
         section, expected = raw["model"], config.model.family
+        if config.model.host != "diffusers":  # edits are made by the embedded host, whatever has trained
+            section |= {"host": "diffusers", "host_path": None}
     if "byg.schedule" in metadata:
         raw["sample"]["schedule"] = metadata["byg.schedule"]
     if family != expected:

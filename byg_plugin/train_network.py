@@ -45,6 +45,14 @@ def main() -> None:
         print(config.to_json())
         return
     # After --print-config: these import torch and diffusers, seconds.
+    if config.model.host == "musubi":
+        from byg_plugin.hosts import musubi
+
+        if args.dry_run:
+            musubi.dry_run(config)
+        else:
+            print(f"LoRA: {musubi.train(config, args.resume)}", flush=True)
+        return
     from byg_plugin.models import make_family
     from byg_plugin.training.device import resolve_device
     from byg_plugin.training.extras import require_model_extras

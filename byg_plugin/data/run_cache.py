@@ -8,7 +8,7 @@ from typing import Literal
 from byg_plugin import _cli
 from byg_plugin.data import cache
 from byg_plugin.data.tuples import read_tuples
-from byg_plugin.training.config import load_config
+from byg_plugin.training.config import Config, load_config
 
 
 def run(what: Literal["latents", "texts"], config_path: str, overrides: Sequence[str], *, prune: bool) -> None:
@@ -18,6 +18,9 @@ def run(what: Literal["latents", "texts"], config_path: str, overrides: Sequence
         ValueError: configuration, tuples or images are wrong; what can be cached is cached.
     """
     config = load_config(config_path, tuple(overrides))
+    if config.model.host == "musubi":
+        _in_musubi(what, config, prune=prune)
+        return
     tuples = read_tuples(config.dataset)
 
     from accelerate import PartialState
@@ -68,3 +71,12 @@ def run(what: Literal["latents", "texts"], config_path: str, overrides: Sequence
             f"and were cut, e.g. {summary.cut[0]!r}",
             state.is_main_process,
         )
+
+
+def _in_musubi(what: Literal["latents", "texts"], config: Config, *, prune: bool) -> None:
+    if what == "latents":
+        script = "flux_kontext_cache_latents.py" if config.model.family == "flux" else "wan_cache_latents.py"
+        raise ValueError(f"model.host = 'musubi': latents are cached by the host's own {script} with its dataset TOML")
+    from byg_plugin.hosts import musubi
+
+    musubi.cache_texts(config, prune=prune)

@@ -5,7 +5,6 @@ Legend: B batch, C latent channels (16), F = 1, H W latent height and width, L t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,9 +14,9 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from byg_plugin import timesteps
-from byg_plugin.models import files, flux_files
+from byg_plugin.models import files, flux_files, flux_tokens
 from byg_plugin.models.base import Text
+from byg_plugin.models.flux_tokens import PATCH, pack, pack_length, position_ids, unpack
 
 if TYPE_CHECKING:
     from byg_plugin.training.config import Config
@@ -29,31 +28,6 @@ DEFAULT_TARGETS = (
     r"|transformer_blocks\.\d+\.(ff|ff_context)\.net\.(0\.proj|2)"
     r"|single_transformer_blocks\.\d+\.(attn\.(to_q|to_k|to_v)|proj_mlp|proj_out)"
 )
-PATCH = 2
-
-
-def pack(latents: Tensor) -> Tensor:
-    """(B, C, 1, H, W) -> (B, L, D): 2x2 patches as tokens, row by row, channel-major inside a token."""
-    b, c, f, h, w = latents.shape
-    if f != 1 or h % PATCH or w % PATCH:
-        raise ValueError(f"FLUX takes one frame and even latent sides, got latents of shape {tuple(latents.shape)}")
-    patches = latents.reshape(b, c, h // PATCH, PATCH, w // PATCH, PATCH)
-    return patches.permute(0, 2, 4, 1, 3, 5).reshape(b, (h // PATCH) * (w // PATCH), c * PATCH * PATCH)
-
-
-def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
-    """(B, L, D) -> (B, C, 1, H, W); the inverse of `pack`."""
-    b, _, d = tokens.shape
-    patches = tokens.reshape(b, height // PATCH, width // PATCH, d // PATCH**2, PATCH, PATCH)
-    return patches.permute(0, 3, 1, 4, 2, 5).reshape(b, d // PATCH**2, 1, height, width)
-
-
-def position_ids(height: int, width: int, first: int, device: torch.device) -> Tensor:
-    """(L, 3) ids (first, row, column) of the packed tokens of an H x W latent, in `pack`'s order."""
-    rows = torch.arange(height // PATCH, device=device)
-    columns = torch.arange(width // PATCH, device=device)
-    grid = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).reshape(-1, 2)
-    return torch.cat([torch.full_like(grid[:, :1], first), grid], dim=1).float()
 
 
 @dataclass(frozen=True)
@@ -205,18 +179,11 @@ class FluxFamily:
 
     def shifted_nodes(self, nodes: Tensor, latent_shape: Sequence[int]) -> Tensor:
         """FLUX.1-dev's resolution-dependent shift: exp(mu) with mu linear in the tokens, 0.5 at 256 and 1.15 at 4096."""
-        tokens = pack_length(*latent_shape[-2:])
-        mu = 0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256)
-        return timesteps.shift(nodes, math.exp(mu))
+        return flux_tokens.shifted_nodes(nodes, latent_shape)
 
     def solver(self, steps: int, schedule: str) -> None:
         """FLUX is published with Euler."""
         return None
-
-
-def pack_length(height: int, width: int) -> int:
-    """Tokens of an H x W latent."""
-    return (height // PATCH) * (width // PATCH)
 
 
 @contextmanager

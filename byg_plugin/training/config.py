@@ -43,7 +43,12 @@ class ModelConfig(Section):
     family: Literal["flux", "wan2.2-t2v-a14b", "wan2.1-t2v-14b", "wan2.1-t2v-1.3b", "wan2.2-ti2v-5b"] = Field(
         "flux", description="Model family."
     )
-    host: Literal["diffusers"] = Field("diffusers", description="Training host; `diffusers` is the embedded one.")
+    host: Literal["diffusers", "musubi"] = Field(
+        "diffusers", description="Training host; `diffusers` is the embedded one, `musubi` an installed musubi-tuner."
+    )
+    host_path: str | None = Field(
+        None, description="Folder of a musubi-tuner checkout; default: the `musubi_tuner` that is installed in this environment."
+    )
     path: str | None = Field(None, description="Diffusers folder or hub id with every part of the model.")
     transformer: str | None = Field(
         None, description="Single .safetensors file or folder of the DiT (Wan2.2-A14B: high-noise expert); overrides `path`."
@@ -71,6 +76,10 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
+        if self.host != "musubi" and self.host_path:
+            raise ValueError(
+                f"model.host_path is musubi-tuner's folder, model.host is {self.host!r}: leave it out, or set model.host = 'musubi'"
+            )
         for key in ("transformer_2", "boundary", "offload_inactive_expert"):
             if getattr(self, key) not in (None, False) and not families.has_experts(self.family):
                 raise ValueError(f"model.{key} is for families of two experts, {self.family} has one network: leave it out")
@@ -98,6 +107,9 @@ class DatasetConfig(Section):
     """What is trained on, and where its encodings are cached."""
 
     tuples: str = Field(description="JSONL of edit tuples, or a folder of images with same-stem .json tuples.")
+    rules: Literal["error", "warn"] = Field(
+        "error", description="What becomes of texts that break a hard rule of Appendix D.1 (byg_plugin/data/rules.py)."
+    )
     image_root: str | None = Field(None, description="Folder that relative `source` paths start from; default: the tuples' own.")
     cache_dir: str = Field(description="Folder of cached latents and text encodings.")
     resolution: Annotated[int, Field(ge=16, le=4096)] = Field(
@@ -121,7 +133,10 @@ class DatasetConfig(Section):
     bucket_step: Annotated[int, Field(ge=8, le=512)] | None = Field(
         None, description="Bucket sides are multiples of this many pixels; default: 64, or the family's own for less than 256 px."
     )
-    validation_items: NonNegative = Field(0, description="Tuples held out for validation loss and previews (whole sources).")
+    validation_items: NonNegative = Field(
+        0,
+        description="Tuples held out for validation loss and previews (whole sources), unless tuples name a `split` of their own.",
+    )
     cache_batch_size: Positive = Field(1, description="Images or texts encoded at once while caching.")
     workers: NonNegative = Field(0, description="Loader processes a rank that read the cache (0 = in the training process).")
 
@@ -285,6 +300,53 @@ class OutputConfig(Section):
         return self
 
 
+# What musubi-tuner has options of its own for: our key -> its option. These are not read on that host.
+_OF_MUSUBI = {
+    "model.transformer": "dit",
+    "model.transformer_2": "dit",
+    "model.vae": "vae",
+    "model.t5": "t5",
+    "model.clip": "text_encoder2",
+    "model.path": "dit",
+    "model.dtype": "mixed_precision",
+    "model.quantization": "fp8_base and musubi.fp8_scaled",
+    "model.attention": "sdpa, musubi.flash_attn or musubi.xformers",
+    "model.gradient_checkpointing": "gradient_checkpointing",
+    "model.boundary": "timestep_boundary",
+    "model.offload_inactive_expert": "offload_inactive_dit",
+    "dataset.image_root": "dataset_config",
+    "dataset.cache_dir": "dataset_config",
+    "dataset.resolution": "dataset_config",
+    "dataset.frames": "dataset_config",
+    "dataset.fps": "dataset_config",
+    "dataset.workers": "max_data_loader_n_workers",
+    "lora.rank": "network_dim",
+    "lora.alpha": "network_alpha",
+    "lora.dropout": "network_dropout",
+    "lora.targets": "network_args",
+    "lora.init_from": "network_weights",
+    "train.steps": "max_train_steps",
+    "train.global_batch_size": "gradient_accumulation_steps",
+    "train.batch_size": "dataset_config",
+    "train.lr": "learning_rate",
+    "train.optimizer": "optimizer_type",
+    "train.weight_decay": "optimizer_args",
+    "train.betas": "optimizer_args",
+    "train.lr_schedule": "lr_scheduler",
+    "train.lr_warmup_steps": "lr_warmup_steps",
+    "train.max_grad_norm": "max_grad_norm",
+    "train.mixed_precision": "mixed_precision",
+    "train.seed": "seed",
+    "train.save_every": "save_every_n_steps",
+    "train.keep_last": "save_last_n_steps",
+    "train.tracker": "log_with",
+    "sample.every": "sample_every_n_steps",
+    "output.dir": "output_dir",
+    "output.name": "output_name",
+}
+_READ_ON_MUSUBI = {"model": {"family", "host", "host_path", "device"}, "dataset": {"tuples"}}
+
+
 # Where video differs from images; a file that names the key decides.
 _VIDEO_DEFAULTS: dict[str, dict[str, Any]] = {
     "dataset": {"frames": 81},
@@ -299,7 +361,11 @@ _VIDEO_DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 class Config(Section):
-    """The whole configuration. Paths are relative to the folder the command is run in."""
+    """The whole configuration. Paths are relative to the folder the command is run in.
+
+    On the host `musubi`, what that host has options for is in `[musubi]`, under its own names; `[train]`, `[lora]`, `[sample]` and
+    `[output]` are then filled from there and cannot be written.
+    """
 
     model: ModelConfig
     dataset: DatasetConfig
@@ -309,6 +375,9 @@ class Config(Section):
     train: TrainConfig
     sample: SampleConfig = SampleConfig()
     output: OutputConfig
+    musubi: dict[str, Any] = Field(
+        default_factory=dict, description="musubi-tuner's own options under its own names (without the dashes), for model.host = 'musubi'."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -324,6 +393,55 @@ class Config(Section):
             if isinstance(given, dict):
                 filled[section] = {**values, **given}
         return filled
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_the_options_of_musubi(cls, raw: Any) -> Any:
+        """Of the validators before, the one defined last runs first.
+
+        On that host its options are the one truth; the sections that say the same here are filled from them.
+        """
+        sections = {name: raw.get(name, {}) for name in ("model", "dataset", "lora", "train", "sample", "output", "musubi")} if raw else {}
+        if not sections or not all(isinstance(section, dict) for section in sections.values()):
+            return raw
+        if sections["model"].get("host") != "musubi":
+            if sections["musubi"]:
+                raise ValueError("[musubi] holds options of musubi-tuner, and model.host is not 'musubi': set it, or leave the section out")
+            return raw
+        for name in ("model", "dataset", "lora", "train", "sample", "output"):
+            known = _section_model(name)
+            assert known is not None
+            for key in sections[name]:
+                if key in known.model_fields and key not in _READ_ON_MUSUBI.get(name, ()):
+                    own = _OF_MUSUBI.get(f"{name}.{key}")
+                    where = f"set musubi.{own}" if own else "leave it out"
+                    raise ValueError(f"{name}.{key} is not read with model.host = 'musubi': {where}")
+        return {**raw, **_filled_from(sections)}
+
+    @model_validator(mode="after")
+    def _check_musubi(self) -> Config:
+        if self.model.host != "musubi":
+            return self
+        family, objective = self.model.family, self.objective
+        if family == "wan2.2-ti2v-5b":
+            raise ValueError(f"model.family = {family!r}: musubi-tuner has no 5B; set model.host = 'diffusers'")
+        if self.conditioning.position == "bernini":
+            raise ValueError(
+                "conditioning.position = 'bernini' turns the source's positions, for which musubi-tuner's Wan has no place: set "
+                "conditioning.position = 'same', or model.host = 'diffusers'"
+            )
+        if objective.name != "unpaired_cycle":
+            raise ValueError(
+                f"objective.name = {objective.name!r}: with model.host = 'musubi' only 'unpaired_cycle'; the host trains pairs itself"
+            )
+        if objective.rollout_weights != "swap":
+            raise ValueError("objective.rollout_weights = 'merged' is not for model.host = 'musubi': set it to 'swap'")
+        if objective.graph == "joint" and self.musubi.get("blocks_to_swap"):
+            raise ValueError(
+                "objective.graph = 'joint' makes three forward passes before a backward pass: with musubi.blocks_to_swap the "
+                "wrong blocks would be on the device; set objective.graph = 'sequential'"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_family(self) -> Config:
@@ -485,6 +603,26 @@ def _describe(location: list[str]) -> str:
     return section.model_fields[location[1]].description or ""
 
 
+def _filled_from(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The sections that the host's options decide. Wrong types are left to the check against the host's parser, which names them."""
+    own = sections["musubi"]
+
+    def given(option: str, kind: type, least: int = 0) -> Any:
+        value = own.get(option)
+        return value if isinstance(value, kind) and not isinstance(value, bool) and (kind is str or value >= least) else None
+
+    family = sections["model"].get("family", "flux")
+    lora = {"rank": given("network_dim", int, 1), "experts": "shared" if families.has_experts(family) else None}
+    train = {"steps": given("max_train_steps", int, 1) or 1600, "seed": given("seed", int), "global_batch_size": 1}
+    output = {"dir": given("output_dir", str) or ".", "name": given("output_name", str)}
+    filled = {"lora": lora, "train": train, "output": output}
+    return {
+        # What was written there is unknown to these sections, and is told.
+        **{name: {**sections[name], **{k: v for k, v in section.items() if v is not None}} for name, section in filled.items()},
+        "dataset": {"cache_dir": "", "frames": 81 if family in families.WAN else 1, **sections["dataset"]},
+    }
+
+
 # Names that other trainers give to our options and that no edit distance finds.
 _KNOWN_ELSEWHERE_AS = {
     "learning_rate": "lr",
@@ -517,7 +655,9 @@ def reference() -> str:
     lines = []
     for name in Config.model_fields:
         section = _section_model(name)
-        assert section is not None
+        if section is None:
+            lines += [f"\n### [{name}]", "", Config.model_fields[name].description or ""]
+            continue
         lines += [f"\n### [{name}]", "", (section.__doc__ or "").strip(), "", "| key | default | what |", "|---|---|---|"]
         for key, field in section.model_fields.items():
             default = "required" if field.is_required() else json.dumps(field.default)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from importlib.util import find_spec
 
-import torch
-
+from byg_plugin import families
 from byg_plugin.training.config import Config
+
+_WITH_WAN = (0, 35)  # of diffusers, which has it as we call it
 
 
 def require(package: str, why: str, extra: str, instead: str = "") -> None:
@@ -25,6 +27,11 @@ def require_model_extras(config: Config) -> None:
     """What loading and calling the configured model needs."""
     for package in ("diffusers", "transformers", "peft"):
         require(package, f'model.host = "{config.model.host}"', "diffusers")
+    if config.model.family in families.WAN and tuple(int(part) for part in version("diffusers").split(".")[:2]) < _WITH_WAN:
+        raise ValueError(
+            f"model.family = {config.model.family!r} on the embedded host needs diffusers 0.35 or later, and this is "
+            f"{version('diffusers')} (musubi-tuner pins an earlier one): use another environment"
+        )
     if config.model.quantization in ("int8", "nf4"):
         require("bitsandbytes", f'model.quantization = "{config.model.quantization}"', "bnb", 'set model.quantization = "fp8"')
     if config.model.attention == "xformers":
@@ -33,6 +40,8 @@ def require_model_extras(config: Config) -> None:
 
 def require_training_extras(config: Config) -> None:
     """What training needs beyond the model."""
+    import torch  # not above: the data tools need `require` and no torch, whose import takes seconds
+
     train = config.train
     if train.optimizer == "adamw8bit":
         require("bitsandbytes", 'train.optimizer = "adamw8bit"', "bnb", 'set train.optimizer = "adamw"')

@@ -478,13 +478,16 @@ def share_of_high_noise(config: Config, boundary: float | None) -> float | None:
     return {"high_noise": 1.0, "low_noise": 0.0}.get(config.lora.experts, share)
 
 
-def lora_metadata(config: Config, step: int, weights: str, family: Family | None = None, suffix: str = "") -> dict[str, str]:
+def lora_metadata(
+    config: Config, step: int, weights: str, family: Family | None = None, suffix: str = "", base: str | None = None
+) -> dict[str, str]:
     """Metadata of a LoRA file: what a reader needs and what a maker wants to know. No paths, prompts or keys.
 
-    `family` adds what only video has; `suffix` is what follows the file's stem, and names the expert of a pair.
+    `family` adds what only video has; `suffix` is what follows the file's stem, and names the expert of a pair; `base` is the base's
+    place, where `[model]` does not have it.
     """
     expert = {value: key for key, value in EXPERT_SUFFIXES.items()}.get(suffix)
-    base = config.model.part(expert or "transformer")
+    base = base or config.model.part(expert or "transformer")
     video = {}
     if family is not None and family.boundary is not None:
         video = {"byg.boundary": repr(family.boundary), "byg.expert": suffix.removeprefix("_") or "both"}

@@ -1,0 +1,317 @@
+"""musubi-tuner as a host: its own loop, loading, LoRA, caches and saving around our objective.
+
+`train` checks everything that can be checked before a model is loaded, then gives the host's `train(args)` a network trainer
+that overrides its seams only (`musubi_trainer.py`). The only module beside `patches/` that imports the host.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import inspect
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from byg_plugin import families
+from byg_plugin.data.tuples import TEXTS, read_tuples
+from byg_plugin.hosts import musubi_cache, musubi_options
+from byg_plugin.hosts.musubi_trainer import make_trainer, read_state, states
+from byg_plugin.training.config import Config
+from byg_plugin.training.loop import share_of_high_noise
+
+logger = logging.getLogger(__name__)
+
+_TRAINERS = {"wan": ("wan_train_network", "WanNetworkTrainer"), "flux": ("flux_kontext_train_network", "FluxKontextNetworkTrainer")}
+_PARSERS = {"wan": "wan_setup_parser", "flux": "flux_kontext_setup_parser"}
+_SEAMS = (
+    "process_batch",
+    "on_transformer_loaded",
+    "extra_trainable_params",
+    "on_train_start",
+    "extra_metadata",
+    "on_post_optimizer_step",
+    "on_post_save",
+    "on_before_sample_images",
+    "on_after_sample_images",
+    "process_sample_prompts",
+    "do_inference",
+)
+_PROCESS_BATCH = ("args", "accelerator", "transformer", "network", "batch", "latents", "noise", "noise_scheduler")
+
+
+# --- the host's modules ---
+
+
+@dataclass(frozen=True)
+class Host:
+    """The host's modules that the plugin uses."""
+
+    family: str
+    """`wan` or `flux`."""
+    trainer: Any
+    """The module of the family's network trainer."""
+
+    @property
+    def trainer_class(self) -> Any:
+        return getattr(self.trainer, _TRAINERS[self.family][1])
+
+    def parser(self) -> argparse.ArgumentParser:
+        """The parser of the family's training script."""
+        return getattr(self.trainer, _PARSERS[self.family])(self.trainer.setup_parser_common())
+
+    def module(self, name: str) -> Any:
+        """Another module of the host."""
+        return _import(name)
+
+
+def family_of(config: Config) -> str:
+    """`wan` or `flux`: what the host has a trainer for."""
+    return "wan" if config.model.family in families.WAN else "flux"
+
+
+def open_host(config: Config) -> Host:
+    """Import the host and look at what it can do.
+
+    Raises:
+        ValueError: it is not there, cannot be imported, or lacks something; lists all that is missing.
+    """
+    place = _put_on_path(config.model.host_path)
+    family = family_of(config)
+    if lacking := _lacking(family):
+        raise ValueError(
+            f"musubi-tuner in {place} is not one that this plugin works with (tested: v0.3.0 and v0.3.4), it lacks:\n"
+            + "\n".join(f"  - {line}" for line in lacking)
+        )
+    return Host(family, _import(_TRAINERS[family][0]))
+
+
+def _put_on_path(host_path: str | None) -> str:
+    if host_path is not None:
+        source = Path(host_path).expanduser().resolve() / "src"
+        if not (source / "musubi_tuner").is_dir():
+            raise ValueError(f"model.host_path = {host_path}: no checkout of musubi-tuner there (no src/musubi_tuner in it)")
+        if str(source) not in sys.path:
+            sys.path.insert(0, str(source))
+    spec = importlib.util.find_spec("musubi_tuner")
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(
+            'model.host = "musubi": musubi_tuner is not installed in this environment; set model.host_path to the folder of its checkout, '
+            "or run this command in its environment"
+        )
+    return str(next(iter(spec.submodule_search_locations)))
+
+
+def _import(name: str) -> Any:
+    with _patches().imports_without_cuda():
+        return importlib.import_module(f"musubi_tuner.{name}")
+
+
+def _patches() -> Any:
+    """`patches/musubi.py`: inside the package once that is installed, beside it in a clone."""
+    name = "byg_plugin.patches.musubi"
+    if name in sys.modules:
+        return sys.modules[name]
+    file = Path(__file__).resolve().parents[2] / "patches" / "musubi.py"
+    if not file.is_file():
+        return importlib.import_module(name)
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules[name] = module
+    return module
+
+
+def _lacking(family: str) -> list[str]:
+    """What an incompatible host does not have, a line each."""
+    module, name = _TRAINERS[family]
+    try:
+        trainer = getattr(_import(module), name, None)
+    except ImportError as error:
+        return [f"a module that its {name} imports: {error} (install what its README asks for)"]
+    if trainer is None:
+        return [f"{module}.{name}"]
+    lacking = [f"the seam {name}.{seam}" for seam in _SEAMS if not callable(getattr(trainer, seam, None))]
+    if "the seam" not in "".join(lacking):
+        found = tuple(inspect.signature(trainer.process_batch).parameters)[1:]
+        if found[:6] != _PROCESS_BATCH[:6] or len(found) != 12:
+            lacking.append(f"{name}.process_batch with the parameters {', '.join(_PROCESS_BATCH)}, ...; it has {', '.join(found)}")
+    model = _import("wan.modules.model").WanModel if family == "wan" else _import("flux.flux_models").Flux
+    for switch in ("switch_block_swap_for_inference", "switch_block_swap_for_training"):
+        if not callable(getattr(model, switch, None)):
+            lacking.append(f"{model.__name__}.{switch}, without which swapped blocks are in the wrong place")
+    if family == "wan":
+        if not callable(getattr(trainer, "swap_high_low_weights", None)):
+            lacking.append(f"{name}.swap_high_low_weights, which exchanges Wan2.2's experts")
+        if "f_indices" not in inspect.signature(model.forward).parameters:
+            lacking.append("WanModel.forward(f_indices=...), which gives the source's tokens their positions")
+    return lacking
+
+
+def _resume_from(config: Config, resume: str | None, args: Any) -> None:
+    folder = Path(args.output_dir)
+    there = states(folder)
+    if resume is None:
+        last = Path(f"{folder / args.output_name}.safetensors")
+        if last.exists() or there:
+            shown = there[-1] if there else last
+            raise ValueError(f"musubi.output_dir = {folder} already has {shown.name}: go on with --resume FOLDER, or choose another")
+        return
+    if resume == "latest":
+        newest = f"--resume {there[-1]}" if there else "none is there yet"
+        raise ValueError(f"--resume latest: the host unpickles the state it reads, which can run code, so name the folder: {newest}")
+    saved = read_state(Path(resume))["config"]
+    now = config.model_dump(mode="json")
+    for section, key in (("model", "family"), ("conditioning", "position"), ("lora", "rank")):
+        if saved[section][key] != now[section][key]:
+            raise ValueError(
+                f"--resume: the state was trained with {section}.{key} = {saved[section][key]!r}, now it is {now[section][key]!r}"
+            )
+    for key in ("objective", "conditioning"):
+        changed = [name for name, value in now[key].items() if saved[key].get(name) != value]
+        if changed:
+            logger.warning("--resume: %s differ from the state's; the curve will differ from an uninterrupted run", ", ".join(changed))
+    logger.warning("--resume %s: the host reads optimizer and random states with pickle; only resume from a folder you trust", resume)
+    args.resume = resume
+
+
+# --- commands ---
+
+
+def prepare(config: Config, resume: str | None = None) -> tuple[Host, argparse.Namespace, int]:
+    """Everything that can be checked before a model is loaded: host, options, caches, state.
+
+    Returns:
+        the host, its arguments, and the number of its items.
+
+    Raises:
+        ValueError: something the user can mend.
+    """
+    for variable, name in (
+        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
+        ("ACCELERATE_USE_FSDP", "FSDP"),
+        ("ACCELERATE_USE_MEGATRON_LM", "Megatron"),
+    ):
+        if os.environ.get(variable, "").lower() in ("1", "true"):
+            raise ValueError(
+                f"accelerate launch asks for {name}, under which this objective's several backward passes go wrong: run plain multi-GPU"
+            )
+    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper() not in ("NO", ""):
+        raise ValueError("accelerate launch asks for dynamo, inside which the LoRA cannot be taken off: answer NO, and set musubi.compile")
+    host = open_host(config)
+    args = musubi_options.arguments(config, host.parser())
+    share_of_high_noise(config, families.WAN[config.model.family].boundary if config.model.family in families.WAN else None)
+    items = musubi_cache.check(Path(args.dataset_config), host.family, read_tuples(config.dataset))
+    _resume_from(config, resume, args)
+    return host, args, items
+
+
+def train(config: Config, resume: str | None = None) -> Path:
+    """Train in the host; returns the LoRA file.
+
+    Raises:
+        ValueError: something the user can mend, before any model is loaded.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    host, args, _ = prepare(config, resume)
+    make_trainer(host, config).train(args)
+    return Path(args.output_dir) / f"{args.output_name}.safetensors"
+
+
+def dry_run(config: Config) -> None:
+    """Print what would be trained."""
+    host, args, items = prepare(config)
+    tuples = read_tuples(config.dataset)
+    print(f"host: {Path(inspect.getfile(host.trainer)).parent}, {host.trainer_class.__name__}")
+    print(f"items with latents and texts: {items}, tuples: {len(tuples)}")
+    print(f"LoRA: {args.network_module}, rank {args.network_dim}, alpha {args.network_alpha}")
+    print(f"{args.max_train_steps} steps of {args.optimizer_type}")
+
+
+def cache_texts(config: Config, *, prune: bool = False) -> None:
+    """Add the four roles to the host's text cache files; what is there already is kept.
+
+    Raises:
+        ValueError: items and tuples do not match, a file is missing or cannot be written.
+    """
+    if prune:
+        raise ValueError("--prune: the host's own caching scripts remove files of items that are gone; leave it out")
+    host = open_host(config)
+    tuples = read_tuples(config.dataset)
+    place = config.musubi.get("dataset_config")
+    if not isinstance(place, str) or not Path(place).is_file():
+        raise ValueError(f"musubi.dataset_config = {place!r}: no such file; give the host's dataset TOML")
+    every = musubi_cache.matched(musubi_cache.latents_of(Path(place), host.family), tuples)
+    encoder = _encoder_identity(config, host.family)
+    todo = [(item, some) for item, some in every if not musubi_cache.is_current(item.path, some, encoder)]
+    if todo:
+        texts = sorted({getattr(one, role) for _, some in todo for one in some for role in TEXTS})
+        encoded = encode_texts(host, config, texts)
+        for item, some in todo:
+            musubi_cache.write_roles(item, some, encoded.__getitem__, host.family, encoder)
+    print(f"{len(todo)} items' texts cached, {len(every) - len(todo)} were current", flush=True)
+
+
+_ENCODER_OPTIONS = {"wan": ("t5",), "flux": ("text_encoder1", "text_encoder2")}
+
+
+def _encoder_identity(config: Config, family: str) -> str:
+    parts = []
+    for name in _ENCODER_OPTIONS[family]:
+        place = config.musubi.get(name)
+        if not isinstance(place, str) or not Path(place).is_file():
+            raise ValueError(f"musubi.{name} = {place!r}: no such file; give the text encoder that the host's own caching takes")
+        parts.append(f"{Path(place).name}:{Path(place).stat().st_size}")
+    return "|".join([*parts, "fp8" if config.musubi.get("fp8_t5") else "bf16", str(config.conditioning.max_text_tokens)])
+
+
+@torch.no_grad()
+def encode_texts(host: Host, config: Config, texts: Sequence[str]) -> dict[str, dict[str, Tensor]]:
+    """Encodings by text, with the host's encoders and settings, on the CPU."""
+    from byg_plugin.training.device import resolve_device
+
+    device = resolve_device(config.model.device)
+    if host.family == "wan":
+        return _encode_wan(host, config, texts, device)
+    return _encode_flux(host, config, texts, device)
+
+
+def _encode_wan(host: Host, config: Config, texts: Sequence[str], device: torch.device) -> dict[str, dict[str, Tensor]]:
+    own = config.musubi
+    shared = host.module("wan.configs.shared_config").wan_shared_cfg
+    encoder = host.module("wan.modules.t5").T5EncoderModel(
+        text_len=shared.text_len, dtype=shared.t5_dtype, device=device, weight_path=own["t5"], fp8=bool(own.get("fp8_t5"))
+    )
+    found = {}
+    for text in texts:
+        with torch.autocast(device.type, dtype=shared.t5_dtype, enabled=bool(own.get("fp8_t5"))):
+            found[text] = {"umt5": encoder([text], device)[0].to(shared.t5_dtype).cpu()}
+    return found
+
+
+def _encode_flux(host: Host, config: Config, texts: Sequence[str], device: torch.device) -> dict[str, dict[str, Tensor]]:
+    own = config.musubi
+    utils, models = host.module("flux.flux_utils"), host.module("flux.flux_models")
+    dtype = torch.float8_e4m3fn if own.get("fp8_t5") else torch.bfloat16
+    t5_tokenizer, t5 = utils.load_t5xxl(own["text_encoder1"], dtype=dtype, device=device, disable_mmap=True)
+    clip_tokenizer, clip = utils.load_clip_l(own["text_encoder2"], dtype=torch.bfloat16, device=device, disable_mmap=True)
+    found = {}
+    for text in texts:
+        ids = [
+            tokenizer([text], max_length=length, padding="max_length", truncation=True, return_tensors="pt")["input_ids"].to(device)
+            for tokenizer, length in ((t5_tokenizer, models.T5XXL_MAX_LENGTH), (clip_tokenizer, 77))
+        ]
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            sequence = t5(input_ids=ids[0], attention_mask=None, output_hidden_states=False)["last_hidden_state"]
+            pooled = clip(ids[1])["pooler_output"]
+        found[text] = {"t5": sequence[0].to(torch.bfloat16).cpu(), "pooled": pooled.to(torch.bfloat16).cpu()}
+    return found

@@ -1,0 +1,290 @@
+"""The four text roles of tuples in musubi-tuner's text cache files, beside what the host keeps there.
+
+The host merges every tensor of an item's two cache files into its batches; a key that starts with `varlen_` comes as a list,
+one entry an item. An item of the host is one source; it may have several tuples, whose texts lie one after another:
+
+    varlen_byg_<role>_<part>_<dtype>     (sum of lengths, width), part = umt5 (Wan), t5 and pooled (FLUX)
+    varlen_byg_<role>_lengths_int64      (tuples,) rows of each tuple's text (of the first part)
+    metadata byg.texts                   digest of the texts; a changed one is noticed before training
+
+Imports nothing of the host.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from byg_plugin.data.tuples import TEXTS, EditTuple
+from byg_plugin.lora_formats import write_lora
+from byg_plugin.objectives.base import Text
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PARTS = {"wan": ("umt5",), "flux": ("t5", "pooled")}
+ARCHITECTURES = {"wan": ("wan", "wan"), "flux": ("fk", "flux_kontext")}
+_PREFIX = "varlen_byg_"
+_REMEDY = "run byg_plugin/cache_text_encoder_outputs.py with this configuration"
+_SHOWN = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """One item of the host's dataset: what it calls it, and its text cache file."""
+
+    stem: str
+    path: Path
+
+
+def tuples_by_stem(tuples: Sequence[EditTuple]) -> dict[str, list[EditTuple]]:
+    """Tuples by the name that the host knows their source by.
+
+    Raises:
+        ValueError: two sources have one name; the host's cache would mix them up.
+    """
+    found: dict[str, list[EditTuple]] = defaultdict(list)
+    for item in tuples:
+        others = found[item.source.stem]
+        if others and others[0].source != item.source:
+            raise ValueError(
+                f"{others[0].source} and {item.source} have one name, by which musubi-tuner's cache tells its items apart: rename one"
+            )
+        others.append(item)
+    return dict(found)
+
+
+def matched(items: Sequence[Item], tuples: Sequence[EditTuple]) -> list[tuple[Item, list[EditTuple]]]:
+    """Items with their tuples.
+
+    Raises:
+        ValueError: an item without a tuple, or a tuple without an item.
+    """
+    by_stem = tuples_by_stem(tuples)
+    without = [item.stem for item in items if item.stem not in by_stem]
+    if without:
+        raise ValueError(
+            f"{len(without)} of {len(items)} items of musubi.dataset_config have no tuple in dataset.tuples with a source of their name "
+            f"({', '.join(without[:_SHOWN])}): add tuples, or take them out of the host's dataset"
+        )
+    there = {item.stem for item in items}
+    lost = [stem for stem in by_stem if stem not in there]
+    if lost:
+        raise ValueError(
+            f"{len(lost)} of {len(by_stem)} sources of dataset.tuples are no items of musubi.dataset_config ({', '.join(lost[:_SHOWN])}): "
+            "add them to the host's dataset, or take their tuples out"
+        )
+    return [(item, by_stem[item.stem]) for item in items]
+
+
+def digest(tuples: Sequence[EditTuple]) -> str:
+    """Identity of all texts of one item."""
+    texts = [[getattr(item, role) for role in TEXTS] for item in tuples]
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+
+
+def header(path: Path) -> dict[str, str]:
+    """Metadata of a cache file; empty where there is none or it is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (OSError, SafetensorError):
+        return {}
+
+
+def is_current(path: Path, tuples: Sequence[EditTuple], encoder: str) -> bool:
+    """Whether a cache file has these texts by this encoder."""
+    found = header(path)
+    return found.get("byg.texts") == digest(tuples) and found.get("byg.encoder") == encoder
+
+
+Encoded = Mapping[str, Tensor]
+"""One text: `umt5` (L, width), or `t5` (L, width) and `pooled` (1, width)."""
+
+
+def write_roles(item: Item, tuples: Sequence[EditTuple], encoding: Callable[[str], Encoded], family: str, encoder: str) -> None:
+    """Add the roles to an item's file; the host's own tensors and metadata stay.
+
+    Raises:
+        ValueError: the file is of another architecture, or cannot be read or written.
+    """
+    tensors: dict[str, Tensor] = {}
+    architecture = ARCHITECTURES[family][1]
+    metadata = {"architecture": architecture, "caption1": "", "format_version": "1.0.1"}
+    if item.path.is_file():
+        try:
+            with safe_open(item.path, framework="pt") as file:
+                metadata |= file.metadata() or {}
+                tensors = {key: file.get_tensor(key).clone() for key in file.keys() if not key.startswith(_PREFIX)}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{item.path}: not a readable cache file ({error}); remove it and cache the texts again") from error
+        if metadata["architecture"] != architecture:
+            raise ValueError(f"{item.path}: caches texts of {metadata['architecture']}, model.family needs {architecture}")
+    for role in TEXTS:
+        encoded = [encoding(getattr(one, role)) for one in tuples]
+        first = PARTS[family][0]
+        tensors[f"{_PREFIX}{role}_lengths_int64"] = torch.tensor([len(one[first]) for one in encoded])
+        for part in PARTS[family]:
+            value = torch.cat([one[part] for one in encoded]).cpu()
+            tensors[f"{_PREFIX}{role}_{part}_{str(value.dtype).removeprefix('torch.')}"] = value
+    item.path.parent.mkdir(parents=True, exist_ok=True)
+    write_lora(item.path, tensors, {**metadata, "byg.texts": digest(tuples), "byg.encoder": encoder})
+
+
+def texts_of_batch(batch: Mapping[str, Any], size: int, family: str, choice: Sequence[float], tokens: int) -> dict[str, Text]:
+    """The four roles of a batch of the host.
+
+    Args:
+        batch: as the host collates it.
+        size: its items.
+        family: `wan` or `flux`.
+        choice: a number in [0, 1) for each item: which of its tuples is taken.
+        tokens: a text is filled up with zeros to so many (Wan), or must have as many (FLUX).
+
+    Raises:
+        ValueError: a role is missing on an item, or encoded otherwise than `tokens` says.
+    """
+    found: dict[str, Text] = {}
+    for role in TEXTS:
+        lengths = _list(batch, role, "lengths", size)
+        named: dict[str, Tensor] = {}
+        for part in PARTS[family]:
+            rows = _list(batch, role, part, size)
+            chosen = [
+                _one(row, length.tolist(), number, part == "pooled") for row, length, number in zip(rows, lengths, choice, strict=True)
+            ]
+            named[part] = torch.cat(chosen) if part == "pooled" else torch.stack([_filled(one, tokens, family) for one in chosen])
+        found[role] = named
+    return found
+
+
+def _list(batch: Mapping[str, Any], role: str, part: str, size: int) -> list[Tensor]:
+    """One entry an item. The host leaves out what an item lacks: a shorter list would give items each other's texts."""
+    values = batch.get(f"byg_{role}_{part}", [])
+    if len(values) != size:
+        raise ValueError(f"{role} is not cached for {size - len(values)} of {size} items of a batch: {_REMEDY}")
+    return list(values)
+
+
+def _one(rows: Tensor, lengths: Sequence[int], number: float, pooled: bool) -> Tensor:
+    index = min(int(number * len(lengths)), len(lengths) - 1)
+    if pooled:
+        return rows[index : index + 1]
+    first = sum(lengths[:index])
+    return rows[first : first + lengths[index]]
+
+
+def _filled(text: Tensor, tokens: int, family: str) -> Tensor:
+    if len(text) > tokens or (family == "flux" and len(text) != tokens):
+        raise ValueError(f"conditioning.max_text_tokens = {tokens}, and a cached text has {len(text)} tokens: set it to what was cached")
+    return torch.cat([text, text.new_zeros(tokens - len(text), text.shape[1])])
+
+
+# --- before training ---
+
+
+def check(dataset_config: Path, family: str, tuples: Sequence[EditTuple]) -> int:
+    """Look at the host's cache files; returns how many items will be trained on.
+
+    Raises:
+        ValueError: latents or roles are not cached, texts have changed, or items and tuples do not match.
+    """
+    items = latents_of(dataset_config, family)
+    stale, missing = [], []
+    for item, texts in matched(items, tuples):
+        found = header(item.path).get("byg.texts")
+        if found is None:
+            missing.append(item.stem)
+        elif found != digest(texts):
+            stale.append(item.stem)
+    complaints = [
+        f"{len(names)} of {len(items)} items {what} ({', '.join(names[:_SHOWN])})"
+        for names, what in ((missing, "have no cached texts"), (stale, "have texts that have changed since they were cached"))
+        if names
+    ]
+    if complaints:
+        raise ValueError(f"{'; '.join(complaints)}: {_REMEDY}")
+    return len(items)
+
+
+def latents_of(dataset_config: Path, family: str) -> list[Item]:
+    """`cached_items`, of which there must be some.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if items := cached_items(dataset_config, family):
+        return items
+    script = "flux_kontext_cache_latents.py" if family == "flux" else "wan_cache_latents.py"
+    raise ValueError(f"musubi.dataset_config = {dataset_config}: no cached latents for {family}; run the host's {script} first")
+
+
+def cached_items(dataset_config: Path, family: str) -> list[Item]:
+    """The items whose latents are cached, by the host's naming of files; of a clip cut in several places, once."""
+    name = ARCHITECTURES[family][0]
+    found: dict[Path, Item] = {}
+    for folder, is_video in cache_folders(dataset_config):
+        position = r"_\d+-\d+(?:-\d+)?" if is_video else ""
+        pattern = re.compile(rf"(.+){position}_\d+x\d+_{name}\.safetensors")
+        for path in sorted(folder.glob(f"*_{name}.safetensors")):
+            if match := pattern.fullmatch(path.name):
+                text = folder / f"{match[1]}_{name}_te.safetensors"
+                found.setdefault(text, Item(stem=match[1], path=text))
+    return list(found.values())
+
+
+def cache_folders(dataset_config: Path) -> list[tuple[Path, bool]]:
+    """(folder, whether of clips) of each of the host's datasets."""
+    folders = []
+    for dataset in datasets(dataset_config):
+        is_video = "video_directory" in dataset or "video_jsonl_file" in dataset
+        media = dataset.get("video_directory" if is_video else "image_directory")
+        place = dataset.get("cache_directory", media)
+        if place is None:
+            raise ValueError(
+                f"musubi.dataset_config = {dataset_config}: a dataset has no cache_directory, which the host needs with a jsonl file"
+            )
+        folders.append((Path(place), is_video))
+    return folders
+
+
+def datasets(dataset_config: Path) -> list[dict[str, Any]]:
+    """The datasets of the host's TOML, each with what [general] says.
+
+    Raises:
+        ValueError: not readable as such.
+    """
+    try:
+        raw = tomllib.loads(dataset_config.read_text(encoding="utf-8-sig"))
+        found = [{**raw.get("general", {}), **dataset} for dataset in raw["datasets"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"musubi.dataset_config = {dataset_config}: not a dataset TOML of musubi-tuner: {error}") from error
+    return found
+
+
+def sizes(dataset_config: Path) -> tuple[int, int]:
+    """(side of the square with as many pixels, most frames) of what is trained on: for the LoRA's metadata."""
+    side, frames = 0.0, 1
+    for dataset in datasets(dataset_config):
+        resolution = dataset.get("resolution", [960, 544])
+        width, height = resolution if isinstance(resolution, list) else (resolution, resolution)
+        side = max(side, (width * height) ** 0.5)
+        frames = max([frames, *_ints(dataset.get("target_frames", []))])
+    return round(side), frames
+
+
+def _ints(values: Iterable[Any]) -> list[int]:
+    return [value for value in values if isinstance(value, int)]

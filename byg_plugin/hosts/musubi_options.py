@@ -1,0 +1,286 @@
+"""musubi-tuner's own options in `[musubi]`: checked against the host's parser, and what this objective cannot honour refused.
+
+The host takes any key of a configuration file in silence. Nothing here imports the host: `surface_of` makes plain data of its
+argparse parser.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import pathlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from byg_plugin.training.config import Config
+
+_KINDS = {str: "str", int: "int", float: "float", pathlib.Path: "path", None: "str"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """One option of the host's parser.
+
+    Attributes:
+        kind: `flag`, `str`, `int`, `float`, `path`, or `other` for a converter of the host's own.
+        many: takes a list.
+        choices: allowed values; None: any.
+    """
+
+    kind: str
+    many: bool = False
+    choices: tuple[Any, ...] | None = None
+
+
+Surface = dict[str, Option]
+
+
+def surface_of(parser: argparse.ArgumentParser) -> Surface:
+    """The options of a parser by name."""
+    found: Surface = {}
+    for action in parser._actions:
+        if isinstance(action, argparse._HelpAction):
+            continue
+        kind = "flag" if action.nargs == 0 else _KINDS.get(action.type, "other")
+        choices = None if action.choices is None else tuple(action.choices)
+        found[action.dest] = Option(kind=kind, many=action.nargs in ("*", "+"), choices=choices)
+    return found
+
+
+def surface_from_json(recorded: Mapping[str, Mapping[str, Any]]) -> Surface:
+    """What `surface_to_json` wrote."""
+    return {
+        name: Option(kind=o["kind"], many=o["many"], choices=tuple(o["choices"]) if o["choices"] else None) for name, o in recorded.items()
+    }
+
+
+def surface_to_json(surface: Surface) -> dict[str, dict[str, Any]]:
+    """A surface as JSON data."""
+    return {name: asdict(option) for name, option in surface.items()}
+
+
+# --- what cannot be honoured: option -> why, and what to do ---
+
+_T = "the objective draws t itself: leave it out and set objective.t_distribution, objective.t_shift, objective.t_min or objective.t_max"
+_OURS = "byg_plugin's configuration takes its place: leave it out"
+_HUB = "a training state is unpickled when it is read, which can run code; copy it here and give --resume FOLDER"
+REFUSED = {
+    **dict.fromkeys(
+        (
+            "timestep_sampling",
+            "discrete_flow_shift",
+            "sigmoid_scale",
+            "logit_mean",
+            "logit_std",
+            "mode_scale",
+            "min_timestep",
+            "max_timestep",
+            "preserve_distribution_shape",
+            "num_timestep_buckets",
+            "show_timesteps",
+        ),
+        _T,
+    ),
+    "weighting_scheme": "the losses are not weighted by t (Eq. 5 of the paper): leave it out",
+    "guidance_scale": "it is HunyuanVideo's; FLUX's guidance embedding is conditioning.guidance: leave it out",
+    "config_file": _OURS,
+    "resume": "give it on the command line: --resume FOLDER",
+    "resume_from_huggingface": _HUB,
+    "task": "model.family decides it: leave it out",
+    "no_metadata": "edit.py reads from the metadata how the source tokens are placed: leave it out",
+    "sage_attn": "SageAttention cannot be trained with: set musubi.sdpa, musubi.flash_attn or musubi.xformers",
+    "one_frame": "it gives frames positions of its own, and here the source's tokens have the noisy tokens': leave it out",
+    "scale_weight_norms": "it changes the LoRA after the EMA has followed it: leave it out and lower musubi.learning_rate",
+    "base_weights": "what is merged into the base is unknown to every tool that edits with the LoRA: merge it into the DiT's file first",
+    "base_weights_multiplier": "see musubi.base_weights: leave it out",
+    "dynamo_backend": "it wraps the whole network, inside which the LoRA cannot be taken off: set musubi.compile",
+    "dynamo_mode": "see musubi.dynamo_backend: leave it out",
+    "dynamo_fullgraph": "see musubi.dynamo_backend: leave it out",
+    "dynamo_dynamic": "see musubi.dynamo_backend: leave it out",
+    "force_v2_1_time_embedding": "edit.py and other tools have Wan2.2's own time embedding: leave it out",
+}
+_ATTENTION = ("sdpa", "flash_attn", "xformers", "flash3")
+TASKS = {"wan2.2-t2v-a14b": "t2v-A14B", "wan2.1-t2v-14b": "t2v-14B", "wan2.1-t2v-1.3b": "t2v-1.3B"}
+_NEEDED = {
+    "dit": "the DiT's .safetensors file (Wan2.2: the low-noise expert's)",
+    "dataset_config": "the host's dataset TOML",
+    "output_dir": "the folder of results",
+    "output_name": "the stem of the LoRA's files",
+    "network_dim": "the LoRA's rank; the paper's is 64, the host's default 4",
+    "learning_rate": "the host's default of 2e-6 trains nothing; the paper's is 3e-4 with AdamW",
+    "optimizer_type": "e.g. 'AdamW' or 'AdamW8bit'",
+}
+
+
+def problems(config: Config, surface: Surface) -> list[str]:
+    """What is wrong with `[musubi]`, a sentence each; empty: nothing.
+
+    Args:
+        config: the whole configuration.
+        surface: of the host that will run it.
+    """
+    given = config.musubi
+    found = []
+    for name, value in given.items():
+        if name not in surface:
+            found.append(_unknown(name, value, surface))
+        elif name in REFUSED:
+            found.append(f"musubi.{name} = {value!r} cannot be honoured: {REFUSED[name]}")
+        elif why := _wrong_type(value, surface[name]):
+            found.append(f"musubi.{name} = {value!r}: {why}")
+    return found + _needed(config) + _named(config) + _together(config)
+
+
+def _unknown(name: str, value: Any, surface: Surface) -> str:
+    close = difflib.get_close_matches(name.replace("-", "_").lstrip("_"), surface, n=1, cutoff=0.6)
+    advice = f"did you mean musubi.{close[0]}?" if close else "this version of musubi-tuner has no such option"
+    return f"unknown key musubi.{name} = {value!r}; {advice}"
+
+
+def _wrong_type(value: Any, option: Option) -> str | None:
+    if option.many:
+        if not isinstance(value, list):
+            return "must be a list"
+        return next((why for item in value if (why := _wrong_scalar(item, option))), None)
+    return _wrong_scalar(value, option)
+
+
+def _wrong_scalar(value: Any, option: Option) -> str | None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    fits = {
+        "flag": isinstance(value, bool),
+        "str": isinstance(value, str),
+        "path": isinstance(value, str),
+        "int": isinstance(value, int) and is_number,
+        "float": is_number,
+        "other": is_number or isinstance(value, str),
+    }
+    wanted = {"flag": "true or false", "str": "a text", "path": "a path", "int": "a whole number", "float": "a number"}
+    if not fits[option.kind]:
+        return f"must be {wanted.get(option.kind, 'a text or a number')}"
+    if is_number and value < 0:
+        return "must not be negative"
+    if option.choices is not None and value not in option.choices:
+        close = difflib.get_close_matches(str(value), [str(choice) for choice in option.choices], n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        return f"must be one of {', '.join(map(repr, option.choices))}{hint}"
+    return None
+
+
+def _needed(config: Config) -> list[str]:
+    given = config.musubi
+    found = [f"musubi.{name} is missing: {what}" for name, what in _NEEDED.items() if given.get(name) in (None, "")]
+    if "network_dim" not in given and given.get("dim_from_weights"):
+        found = [line for line in found if not line.startswith("musubi.network_dim ")]
+    chosen = [name for name in _ATTENTION if given.get(name)]
+    if len(chosen) != 1:
+        what = f"{' and '.join(chosen)} are set" if chosen else "none is set"
+        found.append(f"set exactly one of {', '.join(f'musubi.{name}' for name in _ATTENTION)}; {what}")
+    if config.model.family == "wan2.2-t2v-a14b" and not given.get("dit_high_noise"):
+        found.append("musubi.dit_high_noise is missing: a rollout from noise to data passes through both experts")
+    if config.model.family != "wan2.2-t2v-a14b" and given.get("dit_high_noise"):
+        found.append(f"musubi.dit_high_noise: {config.model.family} has one network; leave it out")
+    for name in ("dit", "dit_high_noise", "dataset_config", "sample_prompts", "network_weights"):
+        place = given.get(name)
+        if isinstance(place, str) and place and not pathlib.Path(place).is_file():
+            found.append(f"musubi.{name} = {place!r}: no such file")
+    return found
+
+
+def _named(config: Config) -> list[str]:
+    """Names and numbers that the host looks at only when the model is loaded."""
+    given, found = config.musubi, []
+    for name in ("network_dim", "learning_rate", "max_train_steps", "max_train_epochs", "gradient_accumulation_steps"):
+        if given.get(name) == 0:
+            found.append(f"musubi.{name} = 0: must be above 0")
+    optimizer, scheduler = given.get("optimizer_type"), given.get("lr_scheduler")
+    if isinstance(optimizer, str) and "." not in optimizer and optimizer.lower() not in ("adamw", "adamw8bit", "adafactor"):
+        of_torch = [name for name, kind in vars(torch.optim).items() if isinstance(kind, type)]
+        found += _unless_known("optimizer_type", optimizer, ["AdamW8bit", "Adafactor", *of_torch])
+    if isinstance(optimizer, str) and optimizer.lower() == "adamw8bit" and find_spec("bitsandbytes") is None:
+        found.append(f"musubi.optimizer_type = {optimizer!r} needs bitsandbytes: pip install bitsandbytes, or set 'AdamW'")
+    if isinstance(scheduler, str) and not scheduler.startswith("adafactor"):
+        from transformers.trainer_utils import SchedulerType
+
+        found += _unless_known("lr_scheduler", scheduler, [*(kind.value for kind in SchedulerType), "rex", "piecewise_constant"])
+    if given.get("lr_warmup_steps") and scheduler in (None, "constant"):
+        found.append("musubi.lr_warmup_steps is not for a constant learning rate: set musubi.lr_scheduler = 'constant_with_warmup'")
+    return found
+
+
+def _unless_known(option: str, value: str, known: list[str]) -> list[str]:
+    if value in known:
+        return []
+    close = difflib.get_close_matches(value, known, n=1, cutoff=0.5)
+    return [f"musubi.{option} = {value!r}: unknown; {f'did you mean {close[0]!r}?' if close else 'known: ' + ', '.join(known)}"]
+
+
+def _together(config: Config) -> list[str]:
+    """Combinations that fail, or go wrong in silence."""
+    given, found = config.musubi, []
+    swapped = bool(given.get("blocks_to_swap"))
+    if given.get("fp8_scaled") and not given.get("fp8_base"):
+        found.append("musubi.fp8_scaled needs musubi.fp8_base = true")
+    if swapped and given.get("offload_inactive_dit"):
+        found.append(
+            "musubi.blocks_to_swap and musubi.offload_inactive_dit exclude each other; Wan2.2 on a small card: musubi.blocks_to_swap"
+        )
+    if given.get("block_swap_h2d_only") and not given.get("gradient_checkpointing"):
+        found.append(
+            "musubi.block_swap_h2d_only overwrites weights that a backward pass needs, unless musubi.gradient_checkpointing = true"
+        )
+    if given.get("block_swap_h2d_only") and config.model.family == "wan2.2-t2v-a14b":
+        found.append(
+            "musubi.block_swap_h2d_only keeps the first expert's weights when the host exchanges the experts: leave it out, "
+            "musubi.blocks_to_swap alone is right"
+        )
+    if given.get("gradient_checkpointing_cpu_offload") and not given.get("gradient_checkpointing"):
+        found.append("musubi.gradient_checkpointing_cpu_offload does nothing without musubi.gradient_checkpointing = true")
+    samples = [name for name in ("sample_every_n_steps", "sample_every_n_epochs", "sample_at_first") if given.get(name)]
+    if samples and not given.get("sample_prompts"):
+        found.append(
+            f"musubi.{samples[0]} needs musubi.sample_prompts, a file of instructions, each with its source: make it snow --ci photo.jpg"
+        )
+    if given.get("fp8_t5") and given.get("sample_prompts") and config.model.family == "flux":
+        found.append("musubi.fp8_t5 stops the host's previews of FLUX (it names a dtype that torch has not): leave it out")
+    return found
+
+
+def arguments(config: Config, parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The namespace that the host's own entry point would make, with our choices in it.
+
+    Raises:
+        ValueError: `[musubi]` has problems; lists all of them.
+    """
+    surface = surface_of(parser)
+    if found := problems(config, surface):
+        raise ValueError("[musubi]:\n" + "\n".join(f"  - {line}" for line in found))
+    args = parser.parse_args([])
+    converters = {action.dest: action.type for action in parser._actions if callable(action.type)}
+    for name, value in config.musubi.items():
+        convert = converters.get(name)
+        try:
+            setattr(args, name, _converted(value, surface[name], convert))
+        except (ValueError, argparse.ArgumentTypeError) as error:
+            raise ValueError(f"[musubi]:\n  - musubi.{name} = {value!r}: {error}") from error
+    if config.model.family in TASKS:
+        args.task = TASKS[config.model.family]
+    args.network_module = args.network_module or ("networks.lora_flux" if config.model.family == "flux" else "networks.lora_wan")
+    # Every rank draws from the same seed; without one the host gives each rank its own.
+    args.seed = config.train.seed
+    # As the host's entry points do.
+    args.dit_dtype = None
+    args.vae_dtype = args.vae_dtype or "bfloat16"
+    return args
+
+
+def _converted(value: Any, option: Option, convert: Any) -> Any:
+    if option.kind == "path":
+        return pathlib.Path(value)
+    if option.kind == "other":
+        return convert(str(value))
+    return float(value) if option.kind == "float" and not option.many else value

@@ -1,0 +1,496 @@
+"""The objective in the seams of musubi-tuner's network trainers. Imports nothing of the host: its classes are handed in.
+
+Overrides `process_batch`, the `on_*` and `extra_*` hooks and `do_inference`. Hook arguments are taken by their position, their
+names differ between the host's versions. Order: load_transformer, on_transformer_loaded, extra_trainable_params, prepare,
+resume, on_train_start, extra_metadata, then for each batch process_batch and on_post_optimizer_step, and on_post_save.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from byg_plugin import families, sampling, timesteps
+from byg_plugin.data.buckets import crop_to_bucket, to_tensor
+from byg_plugin.data.media import load_image
+from byg_plugin.hosts import musubi_cache
+from byg_plugin.hosts.musubi_fields import BlockSwap, MusubiFields
+from byg_plugin.models import flux_tokens
+from byg_plugin.objectives import make_objective
+from byg_plugin.objectives.base import Batch, Text, Velocity
+from byg_plugin.training.checkpoint import save_file
+from byg_plugin.training.config import Config
+from byg_plugin.training.ema import EmaWeights
+from byg_plugin.training.loop import law_of_t, lora_metadata, share_of_high_noise
+from byg_plugin.training.randomness import coin, generator
+
+if TYPE_CHECKING:
+    from byg_plugin.hosts.musubi import Host
+
+logger = logging.getLogger(__name__)
+
+STATE = "byg_state.json"
+STATE_TENSORS = "byg_state.safetensors"
+
+
+# --- the network's call ---
+
+
+class HostFamily:
+    """What `sampling` and the LoRA's metadata ask of a family, without its models."""
+
+    def __init__(self, config: Config, boundary: float | None = None):
+        self.name = config.model.family
+        self.boundary = boundary
+
+    def clip_frames(self, frames: int) -> int:
+        """4n + 1 for Wan."""
+        return (frames - 1) // 4 * 4 + 1 if self.name in families.WAN else 1
+
+    def shifted_nodes(self, nodes: Tensor, latent_shape: Sequence[int]) -> Tensor:
+        """The family's inference shift."""
+        if self.name in families.WAN:
+            return timesteps.shift(nodes, families.WAN[self.name].shift)
+        return flux_tokens.shifted_nodes(nodes, latent_shape)
+
+
+def to_host_timestep(t: Tensor) -> Tensor:
+    """t in [0, 1] -> the host's unit for Wan, thousandths, in float32. (Its own training adds 1 to them; its sampling does not.)"""
+    return t.float() * 1000
+
+
+def wan_call(accelerator: Any, transformer: Any, noisy: Tensor, t: Tensor, text: Text, source: Tensor | None) -> Tensor:
+    """Velocity of the host's Wan: noisy (B, C, F, H, W), t (B,), source like noisy or None -> like noisy, float32.
+
+    The source's frames follow the noisy ones and have their positions.
+    """
+    frames = noisy.shape[2]
+    latents = noisy if source is None else torch.cat([noisy, source], dim=2)
+    # Lists: the host hashes them.
+    positions = None if source is None else [[*range(frames)] * 2 for _ in range(len(noisy))]
+    length = latents.shape[2] * (latents.shape[3] // 2) * (latents.shape[4] // 2)
+    with accelerator.autocast():
+        out = transformer(
+            latents.float(), t=to_host_timestep(t), context=text["umt5"].to(noisy.device).float(), seq_len=length, f_indices=positions
+        )
+    return torch.stack(list(out))[:, :, :frames].float()
+
+
+def flux_call(
+    accelerator: Any, transformer: Any, position: str, guidance: float, noisy: Tensor, t: Tensor, text: Text, source: Tensor | None
+) -> Tensor:
+    """Velocity of the host's FLUX: noisy (B, C, 1, H, W), t (B,), source like noisy or None -> like noisy, float32."""
+    h, w = noisy.shape[-2:]
+    tokens, ids = flux_tokens.pack(noisy), flux_tokens.position_ids(h, w, 0, noisy.device)
+    if source is not None:
+        first = 1 if position == "kontext" else 0
+        ids = torch.cat([ids, flux_tokens.position_ids(h, w, first, noisy.device)])
+        tokens = torch.cat([tokens, flux_tokens.pack(source)], dim=1)
+    t5 = text["t5"].to(noisy.device).float()
+    with accelerator.autocast():
+        out = transformer(
+            img=tokens.float(),
+            img_ids=ids.expand(len(noisy), -1, -1),
+            txt=t5,
+            txt_ids=torch.zeros(len(noisy), t5.shape[1], 3, device=noisy.device),
+            timesteps=t.float(),
+            y=text["pooled"].to(noisy.device).float(),
+            guidance=torch.full_like(t, guidance, dtype=torch.float32),
+        )
+    return flux_tokens.unpack(out[:, : flux_tokens.pack_length(h, w)].float(), h, w)
+
+
+class HostExperts:
+    """Wan2.2's experts, exchanged by the host's trainer; see `musubi_fields.Experts`."""
+
+    def __init__(self, trainer: Any, args: Any, accelerator: Any, transformer: Any):
+        self._trainer, self._rest = trainer, (args, accelerator, transformer)
+        self.boundary = float(trainer.timestep_boundary)
+
+    @property
+    def high(self) -> bool:
+        return bool(self._trainer.current_model_is_high_noise)
+
+    def exchange(self) -> None:
+        self._trainer.next_model_is_high_noise = not self.high
+        self._trainer.swap_high_low_weights(*self._rest)
+
+
+# --- the network trainer ---
+
+
+@dataclass
+class Progress:
+    """Our own count: the host's begins at 0 whenever it is started."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    micro: int = 0
+    """Batches since the last optimizer step."""
+    ema: dict[str, Tensor] = field(default_factory=dict)
+    """As read from a state; empty for a new run."""
+
+
+class UnpairedCycleTrainer:
+    """The objective in the seams of a host's network trainer: mixed in before it by `make_trainer`.
+
+    The class attributes are set there. Ours are called `byg_…`: the host's classes have a `config` and more of their own.
+    """
+
+    byg_config: Config
+    byg_host: Host
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.byg_progress = Progress()
+        self.byg_objective = make_objective(self.byg_config.objective)
+        self.byg_fields: MusubiFields
+        self.byg_family = HostFamily(self.byg_config)
+        self._byg_companions: list[Path] = []
+        self._byg_proved = False
+
+    # --- start ---
+
+    def on_transformer_loaded(self, args: Any, accelerator: Any, transformer: Any, *_: Any) -> None:
+        """Before the LoRA: what was cached must fit the model."""
+        length = getattr(transformer, "text_len", None)
+        if length is not None and length != self.byg_config.conditioning.max_text_tokens:
+            raise ValueError(
+                f"conditioning.max_text_tokens = {self.byg_config.conditioning.max_text_tokens}: this model takes {length}, set it so"
+            )
+
+    def extra_trainable_params(self, args: Any, accelerator: Any, network: Any, transformer: Any, trainable_params: Any, *_: Any) -> Any:
+        """Nothing more is trained; but this is the last seam before a state is loaded."""
+        kind = accelerator.distributed_type.value
+        if kind not in ("NO", "MULTI_GPU", "MULTI_CPU", "MULTI_XPU"):
+            raise ValueError(
+                f"accelerate launch asks for {kind}, under which this objective's several backward passes go wrong: run plain multi-GPU"
+            )
+        accelerator.register_save_state_pre_hook(self._save_state)
+        accelerator.register_load_state_pre_hook(self._load_state)
+        return trainable_params
+
+    def on_train_start(self, args: Any, accelerator: Any, network: Any, transformer: Any, *_: Any) -> None:
+        """Everything is on its device and a state is loaded."""
+        plain = accelerator.unwrap_model(network)
+        ema = EmaWeights(dict(plain.named_parameters()), self.byg_config.objective.ema_decay)
+        if self.byg_progress.ema:
+            ema.load(self.byg_progress.ema)
+        if getattr(self, "high_low_training", False):
+            self.byg_family.boundary = float(self.timestep_boundary)  # type: ignore[attr-defined]
+        self.byg_high_share = share_of_high_noise(self.byg_config, self.byg_family.boundary)
+        swapped = bool(getattr(args, "blocks_to_swap", 0))
+        self.byg_fields = MusubiFields(
+            plain,
+            ema,
+            self._call(accelerator, transformer),
+            experts=HostExperts(self, args, accelerator, transformer) if self.byg_family.boundary is not None else None,
+            swap=BlockSwap(accelerator.unwrap_model(transformer)) if swapped else None,
+        )
+        if self.byg_progress.step:
+            self._continue(args)
+
+    def _call(self, accelerator: Any, transformer: Any) -> Velocity:
+        if self.byg_host.family == "wan":
+            return partial(wan_call, accelerator, transformer)
+        conditioning = self.byg_config.conditioning
+        return partial(flux_call, accelerator, transformer, conditioning.position, conditioning.guidance)
+
+    def _continue(self, args: Any) -> None:
+        """The host counts from 0 again: it would train all steps once more, and write over files that have the same numbers."""
+        done = self.byg_progress.step
+        if done >= args.max_train_steps:
+            raise ValueError(
+                f"musubi.max_train_steps = {args.max_train_steps}, and the state has {done} steps: raise it, nothing is left to do"
+            )
+        args.max_train_steps -= done
+        args.output_name = f"{args.output_name}-from{done:06d}"
+        logger.info("resumed at step %d: %d steps are left; this part's files are called %s", done, args.max_train_steps, args.output_name)
+
+    # --- a batch ---
+
+    def process_batch(
+        self, args: Any, accelerator: Any, transformer: Any, network: Any, batch: Any, latents: Tensor, *_: Any, **__: Any
+    ) -> tuple[Tensor, dict[str, float]]:
+        """All passes of the objective, each differentiated here. What is returned has the loss's value and differentiates nothing."""
+        seed, step = self.byg_config.train.seed, self.byg_progress.step
+        objective = self.byg_config.objective
+        source = latents.to(accelerator.device).float()
+        source = source.unsqueeze(2) if source.ndim == 4 else source
+        # Position in the run over all ranks: every rank draws other numbers, a resumed run goes on with its own.
+        position = (
+            step * args.gradient_accumulation_steps + self.byg_progress.micro
+        ) * accelerator.num_processes + accelerator.process_index
+        self.byg_progress.micro += 1
+        rng = generator(seed, "noise", position)
+        noise = torch.randn(source.shape, generator=rng)
+        t = self._draw_t(len(source), rng, step)
+        choice = torch.rand(len(source), generator=generator(seed, "tuple", position)).tolist()
+        tokens = self.byg_config.conditioning.max_text_tokens
+        texts = musubi_cache.texts_of_batch(batch, len(source), self.byg_host.family, choice, tokens)
+        nodes = sampling.sampling_nodes(self.byg_family, objective.rollout_steps, objective.rollout_schedule, tuple(source.shape))  # type: ignore[arg-type]
+        step_batch = Batch(
+            source=source,
+            noise=noise.to(source.device),
+            t=t.to(source.device),
+            nodes=nodes.to(source.device),
+            identity_step=step < objective.identity_warmup_steps or coin(seed, step, objective.identity_probability),
+            **{role: {name: value.to(source.device) for name, value in text.items()} for role, text in texts.items()},
+        )
+        if not self._byg_proved:
+            self.byg_fields.prove_base(step_batch.noise, step_batch.t, step_batch.src_caption)
+            self._byg_proved = True
+        metrics = self.byg_objective.step(self.byg_fields, step_batch, partial(self._backward, accelerator))
+        self._stop_if_not_finite(accelerator, metrics)
+        values = torch.stack([value.float() for value in metrics.values()]).tolist()
+        told = {f"loss/{name}": value for name, value in zip(metrics, values, strict=True)}
+        return metrics["loss"].detach().clone().requires_grad_(), told | {"identity_step": float(step_batch.identity_step)}
+
+    def _draw_t(self, size: int, rng: torch.Generator, step: int) -> Tensor:
+        law = law_of_t(self.byg_config.objective)
+        if self.byg_high_share is None or self.byg_family.boundary is None:
+            return timesteps.sample_t(size, rng, **law)
+        high = coin(self.byg_config.train.seed, step, self.byg_high_share, "expert")
+        return timesteps.sample_t_beside(size, rng, self.byg_family.boundary, high, **law)
+
+    def _backward(self, accelerator: Any, loss: Tensor, *, last: bool) -> float:
+        """As the host would; it averages gradients over processes itself, after `process_batch`."""
+        accelerator.backward(loss)
+        self.byg_fields.backward_done()
+        scale = 1.0 if accelerator.scaler is None else float(accelerator.scaler.get_scale())
+        return scale / accelerator.gradient_accumulation_steps
+
+    def _stop_if_not_finite(self, accelerator: Any, metrics: Mapping[str, Tensor]) -> None:
+        values = dict(metrics)
+        if accelerator.scaler is None:  # a scaler expects infinities and skips such a step
+            gradients = [p.grad for p in self.byg_fields.network.parameters() if p.grad is not None]
+            if gradients:
+                values["gradient"] = torch.stack(torch._foreach_norm(gradients)).sum()
+        finite = torch.stack([value.float() for value in values.values()]).isfinite().tolist()
+        bad = [name for name, good in zip(values, finite, strict=True) if not good]
+        if bad:
+            raise FloatingPointError(
+                f"{', '.join(bad)} is not finite at step {self.byg_progress.step + 1}; the weights were not changed. Try a lower "
+                "musubi.learning_rate or musubi.max_grad_norm, or musubi.mixed_precision = 'bf16'"
+            )
+
+    def on_post_optimizer_step(self, args: Any, accelerator: Any, network: Any, transformer: Any, sync_gradients: bool, *_: Any) -> None:
+        """Our own step, and the EMA after it."""
+        if sync_gradients:
+            self.byg_progress.step += 1
+            self.byg_progress.micro = 0
+            self.byg_fields.ema_weights.update(self.byg_progress.step)
+
+    # --- what is written ---
+
+    def extra_metadata(self, args: Any) -> dict[str, str]:
+        """Of the live LoRA; the host adds its own, among them ss_steps."""
+        return self._metadata(args, "live")
+
+    def _metadata(self, args: Any, weights: str) -> dict[str, str]:
+        side, frames = musubi_cache.sizes(Path(args.dataset_config))
+        dataset = self.byg_config.dataset.model_copy(update={"resolution": side, "frames": frames})
+        config = self.byg_config.model_copy(update={"dataset": dataset})
+        found = lora_metadata(config, self.byg_progress.step, weights, self.byg_family, base=Path(args.dit).name)  # type: ignore[arg-type]
+        if weights == "live":
+            del found["byg.step"]  # asked for once, at the start
+        return found | {"byg.alpha": repr(args.network_alpha), "byg.host": "musubi"}
+
+    def on_post_save(
+        self, args: Any, accelerator: Any, network: Any, transformer: Any, ckpt_name: str, save_dtype: Any, metadata: Any, *_: Any
+    ) -> None:
+        """The EMA beside what the host has saved: `<name>-ema.safetensors`, in the same format."""
+        self._drop_orphans()
+        if not self.byg_config.objective.ema_decay:
+            return
+        saved = Path(args.output_dir) / ckpt_name
+        companion = saved.with_name(f"{saved.stem}-ema{saved.suffix}")
+        partial_file = companion.with_name(f".partial-{companion.name}")
+        with self.byg_fields.ema_weights.swapped_in():
+            self.byg_fields.network.save_weights(str(partial_file), save_dtype, {**metadata, **self._metadata(args, "ema")})
+        os.replace(partial_file, companion)
+        self._byg_companions.append(saved)
+
+    def _drop_orphans(self) -> None:
+        """The host removes old files of its own (save_last_n_steps) and knows nothing of their companions."""
+        for saved in [path for path in self._byg_companions if not path.exists()]:
+            saved.with_name(f"{saved.stem}-ema{saved.suffix}").unlink(missing_ok=True)
+            self._byg_companions.remove(saved)
+
+    def _save_state(self, models: Any, weights: Any, output_dir: str) -> None:
+        """Beside the host's own state, which accelerate pickles; ours is safetensors and JSON."""
+        folder = Path(output_dir)
+        tensors = {name: value.detach().cpu().contiguous().clone() for name, value in self.byg_fields.ema_weights.state().items()}
+        save_file(tensors, folder / STATE_TENSORS)
+        record = {"step": self.byg_progress.step, "config": self.byg_config.model_dump(mode="json")}
+        (folder / STATE).write_text(json.dumps(record, indent=2), encoding="utf-8")
+
+    def _load_state(self, models: Any, input_dir: str) -> None:
+        state = read_state(Path(input_dir))
+        self.byg_progress = Progress(step=state["step"], ema=_read_ema(Path(input_dir)))
+
+    # --- previews ---
+
+    def process_sample_prompts(self, args: Any, accelerator: Any, sample_prompts: str, *rest: Any) -> Any:
+        """Each prompt is an instruction and has a source: `make it snow --ci photo.jpg`, of clips `--cn clip.mp4`."""
+        for number, prompt in enumerate(self.byg_host.trainer.load_prompts(sample_prompts), 1):
+            source = _source_of(prompt)
+            if source is None or not Path(source).is_file():
+                what = "has no source" if source is None else f"has the source {source}, which is no file"
+                raise ValueError(f"musubi.sample_prompts = {sample_prompts}: prompt {number} {what}; add --ci IMAGE (of a clip --cn CLIP)")
+        return super().process_sample_prompts(args, accelerator, sample_prompts, *rest)  # type: ignore[misc]
+
+    def on_before_sample_images(self, *_: Any) -> None:
+        """The host switches its blocks itself before and after."""
+        if self.byg_fields.swap is not None:
+            self.byg_fields.swap.forget()
+
+    def on_after_sample_images(self, *_: Any) -> None:
+        """See `on_before_sample_images`."""
+        if self.byg_fields.swap is not None:
+            self.byg_fields.swap.forget()
+
+    @torch.no_grad()
+    def do_inference(
+        self,
+        accelerator: Any,
+        args: Any,
+        sample_parameter: Any,
+        vae: Any,
+        dit_dtype: Any,
+        transformer: Any,
+        discrete_flow_shift: Any,
+        sample_steps: int,
+        width: int,
+        height: int,
+        frame_count: int,
+        generator: torch.Generator,
+        do_classifier_free_guidance: bool,
+        guidance_scale: Any,
+        cfg_scale: float | None,
+        *_: Any,
+        **__: Any,
+    ) -> Tensor:
+        """An edit of the prompt's source by the EMA weights -> pixels (1, 3, F, H, W) in [0, 1].
+
+        Euler over the family's shifted schedule; `edit.py` has the published solver.
+        """
+        device = accelerator.device
+        size = (width // 16 * 16, height // 16 * 16)
+        pixels = self._source_pixels(sample_parameter, size, frame_count)
+        vae.to(device)
+        source = self._encode(vae, pixels.to(device))
+        vae.to("cpu")
+        text = self._sample_text(sample_parameter, "")
+        against = self._sample_text(sample_parameter, "negative_") if do_classifier_free_guidance and cfg_scale not in (None, 1.0) else None
+        nodes = sampling.sampling_nodes(self.byg_family, sample_steps, "shifted", tuple(source.shape))  # type: ignore[arg-type]
+        noise = torch.randn(source.shape, generator=generator, device=device)
+        with self.byg_fields.ema() as velocity:
+            latents = sampling.sample(_guided(velocity, against, cfg_scale), noise, text, source, nodes)
+        vae.to(device)
+        decoded = self._decode(vae, latents)
+        vae.to("cpu")
+        return (decoded.float().cpu() / 2 + 0.5).clamp(0, 1)
+
+    def _source_pixels(self, prompt: Any, size: tuple[int, int], frames: int) -> Tensor:
+        """(1, 3, F, H, W) in [-1, 1]."""
+        place = _source_of(prompt)
+        assert place is not None, "process_sample_prompts has looked"
+        if "control_video_path" not in prompt:
+            pictures = [load_image(Path(place))]
+        else:
+            media = self.byg_host.module("dataset.media_utils")
+            pictures = [Image.fromarray(array) for array in media.load_video(place, 0, frames)]
+            pictures = pictures[: self.byg_family.clip_frames(len(pictures))]
+        return torch.stack([to_tensor(crop_to_bucket(picture, size)) for picture in pictures], dim=1)[None]
+
+    def _encode(self, vae: Any, pixels: Tensor) -> Tensor:
+        with torch.autocast(pixels.device.type, dtype=vae.dtype, enabled=vae.dtype != torch.float32):
+            if self.byg_host.family == "wan":
+                return torch.stack(list(vae.encode(pixels))).float()
+            return vae.encode(pixels[:, :, 0].to(vae.dtype)).float().unsqueeze(2)
+
+    def _decode(self, vae: Any, latents: Tensor) -> Tensor:
+        with torch.autocast(latents.device.type, dtype=vae.dtype, enabled=vae.dtype != torch.float32):
+            if self.byg_host.family == "wan":
+                return torch.stack(list(vae.decode(latents)))
+            return vae.decode(latents[:, :, 0].to(vae.dtype)).unsqueeze(2)
+
+    def _sample_text(self, prompt: Any, kind: str) -> Text | None:
+        tokens = self.byg_config.conditioning.max_text_tokens
+        if self.byg_host.family == "flux":
+            return None if kind else {"t5": prompt["t5_vec"], "pooled": prompt["clip_l_pooler"]}
+        rows = prompt.get(f"{kind}t5_embeds")
+        if rows is None:
+            return None
+        return {"umt5": torch.cat([rows, rows.new_zeros(tokens - len(rows), rows.shape[1])])[None]}
+
+
+def _source_of(prompt: Any) -> str | None:
+    images = prompt.get("control_image_path") or [None]
+    return prompt.get("control_video_path") or images[0] or prompt.get("image_path")
+
+
+def _guided(velocity: Velocity, against: Text | None, scale: float | None) -> Velocity:
+    """Classifier-free guidance whose negative branch has the source too."""
+    if against is None or scale is None:
+        return velocity
+
+    def guided(noisy: Tensor, t: Tensor, text: Text, source: Tensor | None) -> Tensor:
+        base = velocity(noisy, t, against, source)
+        return base + scale * (velocity(noisy, t, text, source) - base)
+
+    return guided
+
+
+def make_trainer(host: Host, config: Config) -> Any:
+    """The network trainer `unpaired-cycle` of a family, a subclass of the host's."""
+    name = f"UnpairedCycle{host.trainer_class.__name__}"
+    made: type[Any] = type(name, (UnpairedCycleTrainer, host.trainer_class), {"byg_config": config, "byg_host": host})
+    return made()
+
+
+# --- states ---
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """What we know of a saved state.
+
+    Raises:
+        ValueError: there is none of ours.
+    """
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        step = state["step"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"--resume {folder}: no state of this plugin there ({STATE}: {error}); a state is saved with musubi.save_state = true"
+        ) from error
+    if not isinstance(step, int) or step < 0:
+        raise ValueError(f"--resume {folder}: {STATE} is damaged: step = {step!r}")
+    return state
+
+
+def _read_ema(folder: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(folder / STATE_TENSORS)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"--resume {folder}: {STATE_TENSORS} cannot be read: {error}") from error
+
+
+def states(output_dir: Path) -> list[Path]:
+    """Saved states, by their steps."""
+    found = [path.parent for path in output_dir.glob(f"*/{STATE}")] if output_dir.is_dir() else []
+    return sorted(found, key=lambda path: read_state(path)["step"])

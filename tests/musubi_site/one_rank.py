@@ -1,0 +1,48 @@
+"""One of several CPU processes: trains by the host and writes down what this rank drew and ended with. Arguments: TOML, folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import torch
+from torch import nn
+
+from byg_plugin.hosts import musubi
+from byg_plugin.training.config import load_config
+
+_prepare = accelerate.Accelerator.prepare_model
+trainers: list[Any] = []
+drawn: list[float] = []
+
+
+def prepare_model(self: Any, model: nn.Module, device_placement: Any = None, evaluation_mode: bool = False) -> nn.Module:
+    """On CPUs accelerate hands a frozen model to DDP too, which refuses it; on GPUs it looks whether it is frozen."""
+    frozen = not any(parameter.requires_grad for parameter in model.parameters())
+    return _prepare(self, model, device_placement=device_placement, evaluation_mode=evaluation_mode or frozen)
+
+
+def make_trainer(*args: Any) -> Any:
+    """The plugin's, remembered, and what it draws."""
+    trainer = _make(*args)
+    draw = trainer._draw_t
+
+    def remembered(*inputs: Any) -> torch.Tensor:
+        t = draw(*inputs)
+        drawn.extend(t.tolist())
+        return t
+
+    trainer._draw_t = remembered
+    trainers.append(trainer)
+    return trainer
+
+
+accelerate.Accelerator.prepare_model = prepare_model
+_make, musubi.make_trainer = musubi.make_trainer, make_trainer
+musubi.train(load_config(sys.argv[1]))
+weights = {name: value.double().sum().item() for name, value in trainers[0].byg_fields.network.named_parameters()}
+(Path(sys.argv[2]) / f"rank{os.environ['RANK']}.json").write_text(json.dumps({"t": drawn, "weights": weights}), encoding="utf-8")

@@ -1,0 +1,145 @@
+"""The text roles in the host's cache files, and what is refused before and while training: without the host."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from byg_plugin.data.tuples import TEXTS, EditTuple
+from byg_plugin.hosts import musubi_cache
+from byg_plugin.hosts.musubi_cache import Item
+
+WIDTH = 6
+ENCODER = "t5.safetensors:1|bf16|8"
+
+
+def edit_tuple(source: str, number: int = 0) -> EditTuple:
+    texts = {role: f"{role} of {source} {number}" for role in TEXTS}
+    return EditTuple(id=f"{source}{number}", source=Path(source), **texts)
+
+
+def encoding(text: str) -> dict[str, Tensor]:
+    """Rows of a number that says which text it is; texts differ in length."""
+    return {"umt5": torch.full((1 + len(text) % 4, WIDTH), float(sum(map(ord, text)) % 251), dtype=torch.bfloat16)}
+
+
+def write_dataset(folder: Path, stems: list[str], *, video: bool = False) -> Path:
+    """Latents of the host, and its dataset TOML."""
+    cache = folder / "cache"
+    cache.mkdir(exist_ok=True)
+    position = "_00000-005" if video else ""
+    for stem in stems:
+        save_file({"latents_2x4x6_bfloat16": torch.randn(16, 2, 4, 6).bfloat16()}, cache / f"{stem}{position}_0048x0032_wan.safetensors")
+    kind = "video" if video else "image"
+    extra = "target_frames = [5]\n" if video else ""
+    text = f'[general]\nresolution = [48, 32]\n[[datasets]]\n{kind}_directory = "media"\ncache_directory = "{cache.as_posix()}"\n{extra}'
+    (folder / "dataset.toml").write_text(text, encoding="utf-8")
+    return folder / "dataset.toml"
+
+
+def write_all(dataset: Path, tuples: list[EditTuple]) -> None:
+    for item, some in musubi_cache.matched(musubi_cache.cached_items(dataset, "wan"), tuples):
+        musubi_cache.write_roles(item, some, encoding, "wan", ENCODER)
+
+
+def test_the_hosts_own_tensors_stay(tmp_path: Path):
+    path = tmp_path / "a_wan_te.safetensors"
+    own = {"varlen_t5_bfloat16": torch.randn(3, WIDTH).bfloat16()}
+    save_file(own, path, metadata={"architecture": "wan", "caption1": "theirs", "format_version": "1.0.1"})
+    for dtype in (torch.float16, torch.bfloat16):  # again: ours are replaced, not doubled
+        encode = lambda text, dtype=dtype: {name: value.to(dtype) for name, value in encoding(text).items()}  # noqa: E731
+        musubi_cache.write_roles(Item(stem="a", path=path), [edit_tuple("a.png")], encode, "wan", ENCODER)
+    written = load_file(path)
+    assert torch.equal(written["varlen_t5_bfloat16"], own["varlen_t5_bfloat16"])
+    assert {name for name in written if "byg" in name} == {f"varlen_byg_{r}_{p}" for r in TEXTS for p in ("umt5_bfloat16", "lengths_int64")}
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata()["caption1"] == "theirs"
+    assert musubi_cache.is_current(path, [edit_tuple("a.png")], ENCODER)
+    assert not musubi_cache.is_current(path, [edit_tuple("a.png", 1)], ENCODER)
+    assert not musubi_cache.is_current(path, [edit_tuple("a.png")], "another encoder")
+
+
+def test_a_file_of_another_architecture_is_refused(tmp_path: Path):
+    path = tmp_path / "a_wan_te.safetensors"
+    save_file({"x": torch.zeros(1)}, path, metadata={"architecture": "qwen_image"})
+    with pytest.raises(ValueError, match="caches texts of qwen_image, model.family needs wan"):
+        musubi_cache.write_roles(Item(stem="a", path=path), [edit_tuple("a.png")], encoding, "wan", ENCODER)
+
+
+@pytest.mark.parametrize("video", [False, True])
+def test_what_is_cached_is_checked_before_training(tmp_path: Path, video: bool):
+    tuples = [edit_tuple("my_clip.mp4"), edit_tuple("other.mp4")]
+    dataset = write_dataset(tmp_path, ["my_clip", "other"], video=video)
+    with pytest.raises(ValueError, match=r"2 of 2 items have no cached texts .*cache_text_encoder_outputs"):
+        musubi_cache.check(dataset, "wan", tuples)
+    write_all(dataset, tuples)
+    assert musubi_cache.check(dataset, "wan", tuples) == 2
+    changed = [tuples[0], replace(tuples[1], instruction="something else")]
+    with pytest.raises(ValueError, match=r"1 of 2 items have texts that have changed since they were cached \(other\)"):
+        musubi_cache.check(dataset, "wan", changed)
+
+
+def test_items_and_tuples_must_match(tmp_path: Path):
+    dataset = write_dataset(tmp_path, ["a", "b"])
+    with pytest.raises(ValueError, match=r"1 of 2 items of musubi.dataset_config have no tuple .*\(b\)"):
+        musubi_cache.check(dataset, "wan", [edit_tuple("a.png")])
+    with pytest.raises(ValueError, match=r"1 of 3 sources of dataset.tuples are no items .*\(c\)"):
+        musubi_cache.check(dataset, "wan", [edit_tuple(f"{name}.png") for name in "abc"])
+    with pytest.raises(ValueError, match="have one name"):
+        musubi_cache.check(dataset, "wan", [edit_tuple("x/a.png"), edit_tuple("y/a.png"), edit_tuple("b.png")])
+    with pytest.raises(ValueError, match="no cached latents"):
+        musubi_cache.check(dataset, "flux", [edit_tuple("a.png")])
+
+
+def collated(paths: list[Path]) -> dict[str, list[Tensor]]:
+    """As the host collates text caches: a list a key, one entry for each item that has it."""
+    batch: dict[str, list[Tensor]] = {}
+    for path in paths:
+        for key, value in load_file(path).items():
+            batch.setdefault(key.replace("varlen_", "").rpartition("_")[0], []).append(value)
+    return batch
+
+
+def test_a_batch_gives_each_item_its_own_texts(tmp_path: Path):
+    tuples = [edit_tuple("a.png", 0), edit_tuple("a.png", 1), edit_tuple("b.png")]
+    dataset = write_dataset(tmp_path, ["a", "b"])
+    write_all(dataset, tuples)
+    batch = collated([tmp_path / "cache" / f"{name}_wan_te.safetensors" for name in "ab"])
+    for number, expected in ((0.1, tuples[0]), (0.9, tuples[1])):
+        texts = musubi_cache.texts_of_batch(batch, 2, "wan", [number, 0.99], 8)
+        for role in TEXTS:
+            for row, item in enumerate((expected, tuples[2])):
+                own = encoding(getattr(item, role))["umt5"]
+                assert texts[role]["umt5"].shape == (2, 8, WIDTH)
+                assert torch.equal(texts[role]["umt5"][row, : len(own)], own) and not texts[role]["umt5"][row, len(own) :].any()
+
+
+@pytest.mark.parametrize("role", TEXTS)
+@pytest.mark.parametrize("part", ["umt5_bfloat16", "lengths_int64"])
+def test_a_role_missing_on_one_item_is_refused(tmp_path: Path, role: str, part: str):
+    tuples = [edit_tuple("a.png"), edit_tuple("b.png")]
+    write_all(write_dataset(tmp_path, ["a", "b"]), tuples)
+    paths = [tmp_path / "cache" / f"{name}_wan_te.safetensors" for name in "ab"]
+    left = {name: value for name, value in load_file(paths[0]).items() if name != f"varlen_byg_{role}_{part}"}
+    save_file(left, paths[0])
+    with pytest.raises(ValueError, match=f"^{role} is not cached for 1 of 2 items of a batch: run .*cache_text_encoder_outputs"):
+        musubi_cache.texts_of_batch(collated(paths), 2, "wan", [0.0, 0.0], 8)
+
+
+def test_a_text_longer_than_the_model_takes_is_refused(tmp_path: Path):
+    write_all(write_dataset(tmp_path, ["a"]), [edit_tuple("a.png")])
+    with pytest.raises(ValueError, match="conditioning.max_text_tokens = 1,"):
+        musubi_cache.texts_of_batch(collated([tmp_path / "cache" / "a_wan_te.safetensors"]), 1, "wan", [0.0], 1)
+
+
+def test_sizes_for_the_metadata(tmp_path: Path):
+    assert musubi_cache.sizes(write_dataset(tmp_path, [], video=True)) == (39, 5)
+    (tmp_path / "dataset.toml").write_text("[general\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="not a dataset TOML"):
+        musubi_cache.sizes(tmp_path / "dataset.toml")

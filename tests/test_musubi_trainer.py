@@ -1,0 +1,146 @@
+"""The seams' own pieces, without the host: what it hands in is played."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from musubi_host import A14B, T2V, host_config
+from torch import Tensor, nn
+
+from byg_plugin.hosts import musubi_trainer
+from byg_plugin.hosts.musubi_trainer import UnpairedCycleTrainer
+from byg_plugin.training.loop import share_of_high_noise
+
+
+class Fields:
+    """What a trainer asks of `MusubiFields`."""
+
+    def __init__(self) -> None:
+        self.network = nn.Linear(2, 2, bias=False)
+        self.waiting = 0
+
+    def backward_done(self) -> None:
+        self.waiting += 1
+
+
+class Accelerator:
+    """Scales a loss as accelerate does."""
+
+    def __init__(self, accumulation: int = 1, scale: float | None = None, kind: str = "NO"):
+        self.gradient_accumulation_steps = accumulation
+        self.scaler = None if scale is None else SimpleNamespace(get_scale=lambda: scale)
+        self.distributed_type = SimpleNamespace(value=kind)
+
+    def backward(self, loss: Tensor) -> None:
+        factor = 1.0 if self.scaler is None else self.scaler.get_scale()
+        (loss * factor / self.gradient_accumulation_steps).backward()
+
+
+def trainer(folder: Path, family: str = T2V, **sections: dict[str, Any]) -> Any:
+    config = host_config(folder, family, **sections)
+    made: Any = type("Played", (UnpairedCycleTrainer,), {"byg_config": config, "byg_host": SimpleNamespace(family="wan")})()
+    made.byg_fields = Fields()
+    return made
+
+
+@pytest.mark.parametrize("scale", [None, 1024.0])
+def test_backward_gives_the_factor_that_the_gradient_has(tmp_path: Path, scale: float | None):
+    it, weight = trainer(tmp_path), torch.tensor(3.0, requires_grad=True)
+    factor = it._backward(Accelerator(4, scale), weight * 5, last=False)
+    assert weight.grad is not None and weight.grad / factor == 5 and factor == (scale or 1.0) / 4
+    assert it.byg_fields.waiting == 1
+
+
+def test_what_is_not_finite_stops_the_run_and_is_named(tmp_path: Path):
+    it = trainer(tmp_path)
+    good = {"loss": torch.ones(()), "cycle": torch.ones(())}
+    it._stop_if_not_finite(Accelerator(), good)
+    with pytest.raises(FloatingPointError, match="^cycle is not finite at step 1; the weights were not changed"):
+        it._stop_if_not_finite(Accelerator(), good | {"cycle": torch.tensor(torch.nan)})
+    it.byg_fields.network.weight.grad = torch.full((2, 2), torch.inf)
+    with pytest.raises(FloatingPointError, match="^gradient is not finite"):
+        it._stop_if_not_finite(Accelerator(), good)
+    it._stop_if_not_finite(Accelerator(scale=8.0), good)  # the scaler skips such a step itself
+
+
+def test_a_step_is_on_one_side_of_the_boundary_and_the_sides_have_their_share(tmp_path: Path):
+    it = trainer(tmp_path, A14B)
+    it.byg_family.boundary = 0.875
+    it.byg_high_share = share_of_high_noise(it.byg_config, 0.875)
+    drawn = [it._draw_t(3, torch.Generator().manual_seed(step), step) for step in range(400)]
+    high = [t >= 0.875 for t in drawn]
+    assert all(one.all() or not one.any() for one in high)
+    share = sum(bool(one[0]) for one in high) / 400
+    assert 0.55 < it.byg_high_share < 0.95, "the sides' shares must differ, or an exchange of them would not be seen"
+    assert abs(share - it.byg_high_share) < 0.07
+
+
+def test_guidance_leads_away_from_the_other_text_and_both_have_the_source():
+    seen = []
+
+    def velocity(noisy: Tensor, t: Tensor, text: Any, source: Tensor | None) -> Tensor:
+        seen.append(source)
+        return text["umt5"]
+
+    text, against, source = {"umt5": torch.tensor(3.0)}, {"umt5": torch.tensor(1.0)}, torch.ones(1)
+    for scale, expected in ((1.0, 3.0), (0.0, 1.0), (4.0, 9.0)):
+        assert musubi_trainer._guided(velocity, against, scale)(source, source, text, source) == expected
+    assert all(one is source for one in seen) and len(seen) == 6
+    assert musubi_trainer._guided(velocity, None, 4.0) is velocity
+
+
+def test_a_model_that_takes_other_texts_is_refused(tmp_path: Path):
+    it = trainer(tmp_path)
+    it.on_transformer_loaded(None, None, SimpleNamespace(text_len=8))
+    it.on_transformer_loaded(None, None, SimpleNamespace())  # FLUX has no such number
+    with pytest.raises(ValueError, match="conditioning.max_text_tokens = 8: this model takes 512"):
+        it.on_transformer_loaded(None, None, SimpleNamespace(text_len=512))
+
+
+@pytest.mark.parametrize("kind", ["DEEPSPEED", "FSDP", "MEGATRON_LM"])
+def test_engines_are_refused_once_more_where_they_show(tmp_path: Path, kind: str):
+    with pytest.raises(ValueError, match=f"asks for {kind}"):
+        trainer(tmp_path).extra_trainable_params(None, Accelerator(kind=kind), None, None, [])
+
+
+def test_companions_of_files_that_the_host_removed_are_removed(tmp_path: Path):
+    it = trainer(tmp_path)
+    kept, gone = tmp_path / "tiny-step2.safetensors", tmp_path / "tiny-step1.safetensors"
+    for path in (kept, kept.with_name("tiny-step2-ema.safetensors"), gone.with_name("tiny-step1-ema.safetensors")):
+        path.touch()
+    it._byg_companions = [gone, kept]
+    it._drop_orphans()
+    assert {path.name for path in tmp_path.iterdir()} == {"tiny-step2.safetensors", "tiny-step2-ema.safetensors"}
+    assert it._byg_companions == [kept]
+
+
+@pytest.mark.parametrize("written", [None, "{", "[]", '{"step": "2"}', '{"step": -1}', "{}"])
+def test_a_damaged_state_is_told(tmp_path: Path, written: str | None):
+    if written is not None:
+        (tmp_path / musubi_trainer.STATE).write_text(written, encoding="utf-8")
+    with pytest.raises(ValueError, match="(no state of this plugin there|is damaged)"):
+        musubi_trainer.read_state(tmp_path)
+
+
+def test_a_damaged_ema_is_told(tmp_path: Path):
+    (tmp_path / musubi_trainer.STATE_TENSORS).write_bytes(b"no tensors")
+    with pytest.raises(ValueError, match="byg_state.safetensors cannot be read"):
+        musubi_trainer._read_ema(tmp_path)
+
+
+def test_a_state_is_read_into_the_run(tmp_path: Path):
+    from safetensors.torch import save_file
+
+    it = trainer(tmp_path)
+    save_file({"a": torch.ones(2)}, tmp_path / musubi_trainer.STATE_TENSORS)
+    (tmp_path / musubi_trainer.STATE).write_text(json.dumps({"step": 7, "config": {}}), encoding="utf-8")
+    it._load_state([], str(tmp_path))
+    assert it.byg_progress.step == 7 and torch.equal(it.byg_progress.ema["a"], torch.ones(2))
+    args = SimpleNamespace(max_train_steps=10, output_name="tiny")
+    it._continue(args)
+    assert (args.max_train_steps, args.output_name) == (3, "tiny-from000007")
