@@ -62,7 +62,7 @@ VAE_CONFIG: dict[str, Any] = {
 }
 TRANSFORMER_CONFIG: dict[str, Any] = {
     "patch_size": (1, 2, 2),
-    "num_attention_heads": 3,
+    "num_attention_heads": 4,
     "attention_head_dim": 32,
     "in_channels": LATENT_CHANNELS,
     "out_channels": LATENT_CHANNELS,
@@ -98,18 +98,19 @@ VAE_STAGES = (
 class Budget:
     """How much to train: steps and clips a step, of the VAE and of the flow."""
 
-    vae_share: float = 1.0  # of the steps of VAE_STAGES
+    vae_share: float = 3.0  # of the steps of VAE_STAGES
     vae_batch: int = 8
     clips: int = 8000  # different clips the flow is trained on
-    flow_steps: int = 1200  # of the one transformer that both experts start from, with the text encoder, not guided yet
-    high_steps: int = 900  # of the high-noise expert, guided
-    low_steps: int = 1800  # of the low-noise expert, guided
+    flow_steps: int = 8000  # of the one transformer that both experts start from, not guided yet
+    text_steps: int = 2500  # of these, with the text encoder, which takes as long as the transformer; then it is frozen
+    high_steps: int = 2000  # of the high-noise expert, guided
+    low_steps: int = 4000  # of the low-noise expert, guided
     flow_batch: int = 64
     flow_rate: float = 2e-3  # of AdamW, for embeddings, norms and biases
     muon_rate: float = 4e-3  # of Muon, for matrices
 
 
-OPTIONS = ("vae_share", "clips", "flow_steps", "high_steps", "low_steps")  # what the command line can change of it
+OPTIONS = ("vae_share", "clips", "flow_steps", "text_steps", "high_steps", "low_steps")  # what the command line can change of it
 
 
 # --- what survives a kill --------------------------------------------------------------------------------------------
@@ -316,10 +317,12 @@ def _vae_pixels(rng: np.random.Generator, frames: int, batch: int) -> Tensor:
 
 
 def _vae_losses(vae: AutoencoderKLWan, pixels: Tensor, rng: torch.Generator) -> dict[str, Tensor]:
-    with torch.set_grad_enabled(next(vae.encoder.parameters()).requires_grad):
-        posterior = vae.encode(pixels.contiguous(memory_format=torch.channels_last_3d)).latent_dist
-    mean, log_variance = posterior.mean, posterior.logvar
-    decoded = _decode_unclamped(vae, mean + posterior.std * torch.randn(mean.shape, generator=rng))
+    # Clips in bfloat16: 1.7 times as fast where a CPU has it.
+    with torch.autocast("cpu", torch.bfloat16, enabled=pixels.shape[2] > 1):
+        with torch.set_grad_enabled(next(vae.encoder.parameters()).requires_grad):
+            posterior = vae.encode(pixels.contiguous(memory_format=torch.channels_last_3d)).latent_dist
+        mean, log_variance, std = posterior.mean.float(), posterior.logvar.float(), posterior.std.float()
+        decoded = _decode_unclamped(vae, mean + std * torch.randn(mean.shape, generator=rng)).float()
     kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum() / pixels.numel()
     return {"squared": F.mse_loss(decoded, pixels), "absolute": F.l1_loss(decoded, pixels), "kl": kl}
 
@@ -438,6 +441,10 @@ class Flow(nn.Module):
         self.network, self.encoder = make_transformer(), TextEncoder()
         self._read: dict[str, Tensor] = {}
 
+    def forget(self) -> None:
+        """What was read: the encoder has changed."""
+        self._read = {}
+
     def read(self, texts: list[str]) -> Tensor:
         """(N, TEXT_TOKENS, 4096); what a frozen encoder has read is remembered, it takes as long as the transformer."""
         if not self._read and next(self.encoder.parameters()).requires_grad:
@@ -499,6 +506,8 @@ def _train(
     sums = 0.0
     for step in range(first, steps):
         rng = generator(work.seed, name, step)
+        if name == "flow" and step >= budget.text_steps:
+            flow.encoder.requires_grad_(False)
         clean = pictures.latents
         pick = torch.randint(len(clean), (budget.flow_batch,), generator=rng)
         clean = clean[pick].float()
@@ -521,6 +530,7 @@ def _train(
             sums = 0.0
         training.save(step + 1, flow, optimizers, average, now=step + 1 == steps)
     average.swap()
+    flow.forget()
 
 
 @contextmanager
