@@ -1,5 +1,5 @@
 # make demo   everything from nothing: environment, tiny world, caches, training, edits, contact sheet, figures
-# make test   the whole test suite on the CPU
+# make test   the whole test suite on the CPU; the review page's tests need Chromium on the PATH or from `playwright install chromium`
 #
 # Uses the active virtual or conda environment (not conda's base) if there is one, else makes .venv. An installed torch is
 # never replaced: one that is too old stops the installation. Where none is, TORCH is installed.

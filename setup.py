@@ -1,4 +1,4 @@
-"""Package layout: the user-facing folders `configs` and `patches` live inside `byg_plugin` once installed."""
+"""Package layout: the user-facing folders `configs`, `dataset_tools` and `patches` live inside `byg_plugin` once installed."""
 
 import re
 from pathlib import Path
@@ -7,13 +7,15 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "byg_plugin/__init__.py").read_text(encoding="utf-8")).group(1)
+BESIDE = ("configs", "dataset_tools", "patches")  # at the repository's top, inside the package once installed
 
 setup(
     version=VERSION,
-    packages=[*find_packages(include=["byg_plugin", "byg_plugin.*"]), "byg_plugin.configs", "byg_plugin.patches"],
-    package_dir={"byg_plugin": "byg_plugin", "byg_plugin.configs": "configs", "byg_plugin.patches": "patches"},
+    packages=[*find_packages(include=["byg_plugin", "byg_plugin.*"]), *(f"byg_plugin.{folder}" for folder in BESIDE)],
+    package_dir={"byg_plugin": "byg_plugin", **{f"byg_plugin.{folder}": folder for folder in BESIDE}},
     package_data={
         "byg_plugin.configs": ["*.toml"],
+        "byg_plugin.dataset_tools": ["_review_page/*"],
         "byg_plugin.models": ["assets/**/*"],
         "byg_plugin.demo": ["base/**/*"],
     },

@@ -2,10 +2,12 @@
 
     python -m benchmarks.step --out benchmarks/results/step_cpu.json          on a quiet machine, else --clock process --threads 1
     python -m benchmarks.step --shape demo --out benchmarks/results/step_demo.json
+    python -m benchmarks.step --shape wan-high --out benchmarks/results/step_wan_high.json    either expert of a two-expert Wan: wan-low
     python -m benchmarks.step --shape flux.1-dev --device cuda --repeats 3 --out benchmarks/results/step_cuda.json
     python -m benchmarks.step --shape flux.1-dev --device meta --out benchmarks/results/step_flux_flops.json    FLOPs alone, no weights
+    python -m benchmarks.step --shape wan2.2-t2v-a14b --device meta --out benchmarks/results/step_wan_flops.json
     python -m benchmarks.step --table benchmarks/results/step_cpu.json        the tables, from the results alone
-    python -m benchmarks.step --write-docs                                    the documents' tables, from the results of cpu and flux.1-dev
+    python -m benchmarks.step --write-docs                                    the documents' tables, from benchmarks/results
 
 Run it from the repository's root. Network, batch and machine are the same for every row; weights are random. The rows of a
 repetition are timed one after another, with paired steps between them, and a row's ratio is taken over the paired steps of the

@@ -232,8 +232,8 @@ def headline(results: dict[str, Any]) -> str:
 
 def documents(folder: Path) -> dict[str, str]:
     """What each document shows of a results folder, by its path from the repository's root."""
-    cpu, flux = (read(folder / name) for name in ("step_cpu.json", "step_flux_flops.json"))
-    return {"README.md": headline(cpu), "docs/step_cost.md": tables(cpu) + "\n\n" + tables(flux)}
+    cpu, *others = (read(folder / f"step_{name}.json") for name in ("cpu", "flux_flops", "wan_high", "wan_low", "wan_flops"))
+    return {"README.md": headline(cpu), "docs/step_cost.md": "\n\n".join(map(tables, [cpu, *others]))}
 
 
 def write_documents(root: Path, folder: Path) -> None:

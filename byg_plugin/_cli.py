@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import NoReturn
 
 _PACKAGE = Path(__file__).resolve().parent
+# In a clone the data tools lie beside the package, installed inside it.
+_OURS = (_PACKAGE, _PACKAGE.parent / "dataset_tools")
 
 
 def common_parser(description: str, *, config_required: bool = True) -> argparse.ArgumentParser:
@@ -68,11 +70,11 @@ def _fail(message: str, error: Exception) -> NoReturn:
 
 
 def _raised_here(error: Exception) -> bool:
-    """Whether the statement that raised it is this package's."""
+    """Whether the statement that raised it is ours."""
     files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
     if str(error).startswith("Caught "):  # torch raised it again for a loader process
         files += re.findall(r'^  File "(.+)", line \d+', str(error), re.MULTILINE)
-    return bool(files) and Path(files[-1]).resolve().is_relative_to(_PACKAGE)
+    return bool(files) and any(Path(files[-1]).resolve().is_relative_to(folder) for folder in _OURS)
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -13,6 +14,9 @@ from toy_fields import ToyFields, toy_batch
 from byg_plugin.objectives.base import Batch
 
 torch.set_num_threads(1)
+# A script's background jobs are started with Ctrl-C ignored, and would hand that down to the commands that tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -259,3 +260,24 @@ def test_resuming_needs_no_state(data: CachedTuples) -> None:
     steps = [whole.micro_batch(step, 0, 0, 1, 1) for step in range(30)]
     resumed = BucketBatches(data, 2, seed=1)
     assert [resumed.micro_batch(step, 0, 0, 1, 1) for step in range(17, 30)] == steps[17:]
+
+
+def test_tuples_that_name_their_split_decide(tmp_path: Path) -> None:
+    items = [
+        EditTuple(
+            id=str(k),
+            source=tmp_path / f"{k // 2}.png",
+            src_caption="a",
+            tgt_caption="b",
+            instruction="c",
+            reverse_instruction="d",
+            split="validation" if k in (2, 3) else None,
+        )
+        for k in range(6)
+    ]
+    train, validation = split_tuples(items, 0)
+    assert [item.id for item in validation] == ["2", "3"] and len(train) == 4
+    with pytest.raises(ValueError, match="a source is held out whole"):
+        split_tuples(items[:3] + items[4:] + [replace(items[3], split=None)], 0)
+    with pytest.raises(ValueError, match="nothing is left to train on"):
+        split_tuples(items[2:4], 0)

@@ -134,7 +134,7 @@ def test_bad_line(folder: Path, line: str, said: str) -> None:
 def test_not_utf8(folder: Path) -> None:
     (folder / "t.jsonl").write_bytes(json.dumps(record("a.png", instruction="Fläche"), ensure_ascii=False).encode("latin-1"))
     said = refused(folder / "t.jsonl")
-    assert "t.jsonl: line 1 is not UTF-8" in said and "save the file as UTF-8" in said
+    assert "line 1: not UTF-8" in said and "save the file as UTF-8" in said
 
 
 def test_all_problems_at_once_the_first_20_in_words(folder: Path) -> None:
@@ -143,9 +143,9 @@ def test_all_problems_at_once_the_first_20_in_words(folder: Path) -> None:
         file.write("no json\n")
     said = refused(path)
     assert "26 problem(s)" in said and said.count("\n  - ") == 20 and "... and 6 more" in said
-    for line in ("line 26: not JSON", "line 1: reverse_instruction", "line 19: reverse_instruction"):
+    for line in ("line 1: reverse_instruction", "line 20: reverse_instruction"):
         assert line in said
-    assert "line 20:" not in said
+    assert "line 21:" not in said
 
 
 def test_empty_file_and_missing_file(folder: Path) -> None:
@@ -210,3 +210,19 @@ def test_folder_without_images(tmp_path: Path) -> None:
 def test_folder_with_an_image_root(folder: Path) -> None:
     beside(folder, "a.json", texts())
     assert "leave it out" in refused(folder, folder)
+
+
+def test_hard_rules_are_errors_and_discouraged_forms_one_warning(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    broken = record("a.png", 0, reverse_instruction="restore the sky")
+    path = write_tuples(folder / "t.jsonl", [broken, record("a.png", 1, tgt_caption="a field without trees")])
+    said = refused(path)
+    assert "line 1: reverse_instruction has 'restore'" in said and "must stand alone" in said and 'dataset.rules = "warn"' in said
+    assert "line 2" not in said
+    tuples = read_tuples(DatasetConfig(tuples=str(path), cache_dir="c", rules="warn"))
+    assert len(tuples) == 2
+    assert "1 reverse_refers_back, 1 target_negative" in caplog.text
+
+
+def test_split_is_kept_and_an_unknown_one_refused(folder: Path) -> None:
+    assert [item.split for item in read(folder, record("a.png"), record("b.png", split="validation"))] == [None, "validation"]
+    assert "split = 'test' is none of train, validation" in refused_records(folder, record("a.png", split="test"))

@@ -3,7 +3,9 @@
 import json
 
 import pytest
+import torch
 
+from byg_plugin.demo import __main__ as command
 from byg_plugin.demo.__main__ import run_demo
 
 FEW = [
@@ -61,3 +63,11 @@ def test_no_ema_is_edited_with_the_live_weights(tmp_path):
     tables = run_demo(tmp_path, [*FEW, "objective.ema_decay=0.0", "train.steps=1", "output.name=other"], train_tuples=12, eval_tuples=2)
     assert tables["edited without pairs"]["all"]["n"] == 2
     assert not (tmp_path / "training" / "other-ema.safetensors").exists()
+
+
+@pytest.mark.parametrize(("bfloat16", "told"), [(0.2, []), (1.1, ['train.mixed_precision="no"']), (30.0, ['train.mixed_precision="no"'])])
+def test_a_cpu_without_bfloat16_trains_in_float32(monkeypatch, capsys, bfloat16, told):
+    monkeypatch.setattr(command, "_seconds_of_product", {torch.bfloat16: bfloat16, torch.float32: 1.0}.__getitem__)
+    assert command._precision([]) == told
+    assert ("float32" in capsys.readouterr().out) == bool(told)
+    assert command._precision(['train.mixed_precision="bf16"']) == []

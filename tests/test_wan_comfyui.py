@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_wan import TEXT_TOKENS, TEXT_WIDTH, tiny_wan, wan_config, wan_latents, wan_texts
 from torch import Tensor
 
@@ -37,13 +38,19 @@ def comfy() -> Iterator[SimpleNamespace]:
 
         comfy.cli_args.args.cpu = True  # before model_management looks for a GPU
         import comfy.ldm.wan.model
+        import comfy.ldm.wan.vae2_2
         import comfy.lora
         import comfy.model_base
         import comfy.ops
         import comfy.supported_models
 
         yield SimpleNamespace(
-            lora=comfy.lora, bases=comfy.model_base, models=comfy.supported_models, wan=comfy.ldm.wan.model, ops=comfy.ops
+            lora=comfy.lora,
+            bases=comfy.model_base,
+            models=comfy.supported_models,
+            wan=comfy.ldm.wan.model,
+            vae_5b=comfy.ldm.wan.vae2_2,
+            ops=comfy.ops,
         )
     finally:
         sys.path.remove(str(root))
@@ -143,3 +150,20 @@ def test_every_saved_key_of_a_full_expert_is_in_the_key_map(comfy: SimpleNamespa
         patches = comfy.lora.load_lora(saved, key_map)
         assert len(patches) == 400
     assert len(comfy.lora.load_lora(tensors, key_map)) == 0
+
+
+@torch.no_grad()
+def test_the_5b_vae_is_the_same(comfy: SimpleNamespace, tmp_path: Path):
+    """One file, their autoencoder and ours: the same latents and the same pixels."""
+    torch.manual_seed(5)
+    vae = comfy.vae_5b.WanVAE(dim=8, dec_dim=8, z_dim=48, temperal_downsample=[False, True, True]).eval()
+    for parameter in vae.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    save_file(vae.state_dict(), tmp_path / "wan2.2_vae.safetensors")
+    loaded = wan_files.load_wan_vae(tmp_path / "wan2.2_vae.safetensors", dtype=torch.float32)
+    pixels = torch.rand(1, 3, 5, 32, 64) * 2 - 1
+    latents = vae.encode(pixels)
+    torch.testing.assert_close(loaded.encode(pixels).latent_dist.mode(), latents, rtol=1e-4, atol=1e-5)
+    theirs_decoded = vae.decode(latents).clamp(-1, 1)  # diffusers clamps, ComfyUI's caller does
+    torch.testing.assert_close(loaded.decode(latents).sample, theirs_decoded, rtol=1e-4, atol=1e-5)
+    assert theirs_decoded.abs().max() < 1

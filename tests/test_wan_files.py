@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -191,6 +192,46 @@ def test_vae_from_a_native_file(tmp_path: Path):
         assert torch.equal(loaded.encode(pixels).latent_dist.mode(), vae.encode(pixels).latent_dist.mode())
     assert wan_files.vae_config(tmp_path / "wan_2.1_vae.safetensors")["scale_factor_spatial"] == 8
     assert torch.tensor(loaded.config.latents_mean).sum() != 0
+
+
+FIVE_B: dict[str, Any] = wan_files.shipped_config("vae_5b") | {"base_dim": 4, "decoder_base_dim": 8}
+
+
+def native_5b_vae_state(vae: AutoencoderKLWan) -> dict[str, torch.Tensor]:
+    """The same of the 5B's VAE, whose levels hold numbered blocks: the resampler is the last one of its level."""
+    out = {}
+    for name, tensor in native_vae_state(vae).items():
+        new = re.sub(r"^(encoder\.downsamples|decoder\.up_blocks)\.(\d)\.(?:down|up)sampler\.", r"\1.\2.LAST.", name)
+        new = re.sub(r"^encoder\.downsamples\.(\d)\.(?:resnets\.)?", r"encoder.downsamples.\1.downsamples.", new)
+        new = re.sub(r"^decoder\.upsamples\.(\d+)\.", lambda m: f"decoder.upsamples.{int(m[1]) // 4}.upsamples.{int(m[1]) % 4}.", new)
+        new = new.replace("decoder.up_blocks", "decoder.upsamples").replace(".3.LAST", ".3.upsamples.3")
+        out[re.sub(r"^decoder\.upsamples\.(\d)\.LAST", r"decoder.upsamples.\1.upsamples.3", new).replace("LAST", "2")] = tensor
+    return out
+
+
+def test_the_5b_vae_from_a_native_file(tmp_path: Path):
+    torch.manual_seed(4)
+    vae = AutoencoderKLWan.from_config(FIVE_B).eval()
+    state = native_5b_vae_state(vae)
+    assert {
+        "encoder.downsamples.1.downsamples.0.shortcut.weight",
+        "encoder.downsamples.1.downsamples.2.time_conv.weight",
+        "decoder.upsamples.0.upsamples.3.resample.1.weight",
+        "decoder.upsamples.3.upsamples.2.residual.6.bias",
+    } <= state.keys()
+    save_file(state, tmp_path / "wan2.2_vae.safetensors")
+    loaded = wan_files.load_wan_vae(tmp_path / "wan2.2_vae.safetensors", dtype=F32)
+    assert loaded.config.latents_std == FIVE_B["latents_std"] and len(loaded.config.latents_mean) == 48
+    with torch.no_grad():
+        latents = vae.encode(torch.rand(1, 3, 5, 32, 64) * 2 - 1).latent_dist.mode()
+        assert torch.equal(loaded.decode(latents).sample, vae.decode(latents).sample)
+    assert wan_files.vae_config(tmp_path / "wan2.2_vae.safetensors")["scale_factor_spatial"] == 16
+
+
+def test_a_vae_of_other_channels_is_refused(tmp_path: Path):
+    save_file(native_vae_state(tiny_vae(num_res_blocks=2, z_dim=8)), tmp_path / "vae.safetensors")
+    with pytest.raises(ValueError, match=r"8 latent channels"):
+        wan_files.load_wan_vae(tmp_path / "vae.safetensors", dtype=F32)
 
 
 def test_full_size_vae_and_umt5_on_the_meta_device():

@@ -136,12 +136,16 @@ def _missing(store: Store, wanted: Mapping[str, str], what: str, command: str) -
 def split_tuples(tuples: Sequence[EditTuple], validation_items: int) -> tuple[list[EditTuple], list[EditTuple]]:
     """(training, validation): whole sources in a stable random order go to validation until it has enough tuples.
 
+    Where tuples say `split = "validation"` themselves, these are the held-out ones, whatever `validation_items` is.
+
     Raises:
-        ValueError: nothing would be left to train on.
+        ValueError: nothing would be left to train on, or a source is on both sides.
     """
     by_source: dict[str, list[EditTuple]] = defaultdict(list)
     for item in tuples:
         by_source[str(item.source)].append(item)
+    if any(item.split == "validation" for item in tuples):
+        return _marked(tuples, by_source)
     # The order hangs on each source's own name: new tuples do not reshuffle what was held out, nor does a move of the folder.
     order = sorted(by_source, key=_held_out_rank)
     held_out: set[str] = set()
@@ -157,6 +161,16 @@ def split_tuples(tuples: Sequence[EditTuple], validation_items: int) -> tuple[li
             f"dataset.validation_items = {validation_items} leaves nothing to train on: {len(tuples)} tuples of {len(by_source)} sources"
         )
     return train, [item for item in tuples if str(item.source) in held_out]
+
+
+def _marked(tuples: Sequence[EditTuple], by_source: Mapping[str, Sequence[EditTuple]]) -> tuple[list[EditTuple], list[EditTuple]]:
+    for source, items in by_source.items():
+        if len({item.split == "validation" for item in items}) > 1:
+            raise ValueError(f"{source}: some of its tuples have split = 'validation' and some not; a source is held out whole")
+    train = [item for item in tuples if item.split != "validation"]
+    if not train:
+        raise ValueError("every tuple has split = 'validation': nothing is left to train on")
+    return train, [item for item in tuples if item.split == "validation"]
 
 
 def _held_out_rank(source: str) -> tuple[str, str, str]:

@@ -8,26 +8,34 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from byg_plugin.data import clips
+from byg_plugin.data.rules import RULES, Finding, check_texts
 
 if TYPE_CHECKING:
     from byg_plugin.training.config import DatasetConfig
 
 TEXTS = ("src_caption", "tgt_caption", "instruction", "reverse_instruction")
-OPTIONAL = ("edit_type", "target", "id", "meta")
+OPTIONAL = ("edit_type", "target", "id", "split", "meta")
+SPLITS = ("train", "validation")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 MEDIA_SUFFIXES = (*IMAGE_SUFFIXES, *clips.SUFFIXES)
 _SHOWN = 20
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EditTuple:
-    """One training example. `target` is the edited image or clip; only the paired baseline looks at it."""
+    """One training example. `target` is the edited image or clip; only the paired baseline looks at it.
+
+    `split` says on which side of training and validation it is; None: dataset.validation_items chooses.
+    """
 
     id: str
     source: Path
@@ -37,6 +45,24 @@ class EditTuple:
     reverse_instruction: str
     edit_type: str | None = None
     target: Path | None = None
+    split: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspected:
+    """One place of a tuples file: a record and what there is to say of it.
+
+    Attributes:
+        where: line number or file, for messages.
+        record: as it is written; None where there is none.
+        item: the tuple, if no finding is hard.
+        findings: hard ones and discouraged forms.
+    """
+
+    where: str
+    record: Mapping[str, Any] | None = None
+    item: EditTuple | None = None
+    findings: tuple[Finding, ...] = ()
 
 
 def read_tuples(dataset: DatasetConfig) -> list[EditTuple]:
@@ -48,132 +74,167 @@ def read_tuples(dataset: DatasetConfig) -> list[EditTuple]:
     root = Path(dataset.image_root) if dataset.image_root else None
     if root is not None and not root.is_dir():
         raise ValueError(f"dataset.image_root = {root}: no such folder")
-    return read_tuples_file(Path(dataset.tuples), root)
+    return read_tuples_file(Path(dataset.tuples), root, rules=dataset.rules)
 
 
-def read_tuples_file(path: Path, root: Path | None = None) -> list[EditTuple]:
+def read_tuples_file(path: Path, root: Path | None = None, *, rules: Literal["error", "warn"] = "error") -> list[EditTuple]:
     """Tuples of a JSONL file, or of a folder whose images have a .json (one tuple, or a list) of the same name beside them.
 
     Relative paths start from `root`, by default the file's folder. Texts lose blanks at their ends. Without an `id`, a hash
-    of the contents stands for it.
+    of the contents stands for it. Texts that break a hard rule of `rules.py` are problems; with `rules = "warn"` they are
+    taken. What is taken in spite of a finding is counted in one warning.
 
     Raises:
         ValueError: see `read_tuples`.
     """
-    if path.is_dir():
-        if root is not None:
-            raise ValueError(f"dataset.image_root = {root}: leave it out, the images of the folder {path} lie beside their .json")
-        records, problems = _folder_records(path)
-        root = path
-    elif path.is_file():
-        records, problems = _jsonl_records(path)
-        root = root or path.parent
-    else:
-        raise ValueError(f"dataset.tuples = {path}: no such file or folder")
     tuples: list[EditTuple] = []
-    seen: dict[str, str] = {}
-    for where, record in records:
-        found = _problems(record, root)
-        problems += [f"{where}: {problem}" for problem in found]
-        if found:
+    problems: list[str] = []
+    discouraged: Counter[str] = Counter()
+    broken_rule = False
+    for seen in inspect_tuples(path, root):
+        wrong = [f for f in seen.findings if f.hard and (rules == "error" or f.reason not in RULES)]
+        problems += [f"{seen.where}: {f.message}" + (f"; {RULES[f.reason]}" if f.reason in RULES else "") for f in wrong]
+        if wrong or seen.item is None:
+            broken_rule |= any(f.reason in RULES for f in wrong)
             continue
-        item = _make(record, root)
-        if item.id in seen:
-            same = "has the same contents as" if "id" not in record else f"has the id {item.id!r} of"
-            problems.append(f"{where}: duplicate id: {same} {seen[item.id]}; remove one or give it another id")
-        seen.setdefault(item.id, where)
-        tuples.append(item)
+        discouraged.update(f.reason for f in seen.findings)
+        tuples.append(seen.item)
     if problems:
         more = f"\n  ... and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         listed = "\n".join(f"  - {problem}" for problem in problems[:_SHOWN])
-        raise ValueError(f"{path}: {len(problems)} problem(s), nothing was done:\n{listed}{more}")
+        remedy = '\nto train on such texts all the same: dataset.rules = "warn"' if broken_rule else ""
+        raise ValueError(f"{path}: {len(problems)} problem(s), nothing was done:\n{listed}{more}{remedy}")
     if not tuples:
         raise ValueError(f"{path}: no tuples in it; each line is a JSON object with source, {', '.join(TEXTS)}")
+    if discouraged:
+        counts = ", ".join(f"{count} {reason}" for reason, count in discouraged.most_common())
+        logger.warning("%s: texts in discouraged forms (%s); python -m dataset_tools.validate names the lines", path, counts)
     return tuples
 
 
-Records = list[tuple[str, Mapping[str, Any]]]
+def inspect_tuples(path: Path, root: Path | None = None) -> Iterator[Inspected]:
+    """Every record of a tuples file or folder with its findings, one after another; a JSONL file is never held whole.
+
+    Raises:
+        ValueError: there is no such file or folder.
+    """
+    if path.is_dir():
+        if root is not None:
+            raise ValueError(f"dataset.image_root = {root}: leave it out, the images of the folder {path} lie beside their .json")
+        records, root = _folder_records(path), path
+    elif path.is_file():
+        records, root = _jsonl_records(path), root or path.parent
+    else:
+        raise ValueError(f"dataset.tuples = {path}: no such file or folder")
+    seen: dict[str, str] = {}
+    for where, record, problems in records:
+        findings = [Finding(reason="schema", message=problem) for problem in problems]
+        if record is None:
+            yield Inspected(where=where, findings=tuple(findings))
+            continue
+        findings += _schema(record, root)
+        item = None
+        if not findings:
+            item = _make(record, root)
+            findings += check_texts({role: getattr(item, role) for role in TEXTS}, source_style=_source_style(record))
+            if item.id in seen:
+                same = "has the same contents as" if "id" not in record else f"has the id {item.id!r} of"
+                message = f"duplicate id: {same} {seen[item.id]}; remove one or give it another id"
+                findings.append(Finding(reason="duplicate", message=message))
+            seen.setdefault(item.id, where)
+        yield Inspected(where=where, record=record, item=item, findings=tuple(findings))
 
 
-def _jsonl_records(path: Path) -> tuple[Records, list[str]]:
-    records: Records = []
-    problems: list[str] = []
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        bad = error.object[: error.start].count(b"\n") + 1
-        raise ValueError(f"{path}: line {bad} is not UTF-8 text ({error.reason}); save the file as UTF-8") from error
-    # Not splitlines(): captions may hold U+2028 and the like, which it would split at.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            record = _parse(line, problems, f"line {number}")
-            if record is not None:
-                records.append((f"line {number}", record))
-    return records, problems
+Records = Iterator[tuple[str, Mapping[str, Any] | None, list[str]]]
 
 
-def _folder_records(path: Path) -> tuple[Records, list[str]]:
-    records: Records = []
-    problems: list[str] = []
+def _jsonl_records(path: Path) -> Records:
+    with path.open("rb") as file:
+        # By bytes, at line feeds alone: captions may hold U+2028 and the like, which text lines are split at.
+        for number, line in enumerate(file, start=1):
+            where = f"line {number}"
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                yield where, None, [f"not UTF-8 text ({error.reason}); save the file as UTF-8"]
+                continue
+            if text.strip():
+                yield where, *_parse(text)
+
+
+def _folder_records(path: Path) -> Records:
     images: dict[str, list[Path]] = {}
+    targets: set[Path] = set()
     for image in sorted(p for p in path.iterdir() if p.suffix.lower() in MEDIA_SUFFIXES):
         images.setdefault(image.stem, []).append(image)
     for beside in sorted(path.glob("*.json")):
         if len(found := images.get(beside.stem, [])) != 1:
             names = ", ".join(image.name for image in found) or "none"
-            problems.append(f"{beside.name}: needs one image of the same name beside it, there is {names}")
+            yield beside.name, None, [f"needs one image of the same name beside it, there is {names}"]
             continue
         try:
-            value = json.loads(beside.read_text(encoding="utf-8-sig"), object_pairs_hook=_object)
+            value = load_json(beside.read_text(encoding="utf-8-sig"))
         except ValueError as error:
-            problems.append(f"{beside.name}: not JSON: {error}")
+            yield beside.name, None, [f"not JSON: {error}"]
             continue
         for index, record in enumerate(value if isinstance(value, list) else [value]):
             where = beside.name if not isinstance(value, list) else f"{beside.name}[{index}]"
             if not isinstance(record, dict):
-                problems.append(f"{where}: expected a JSON object, got {type(record).__name__}")
+                yield where, None, [f"expected a JSON object, got {type(record).__name__}"]
             elif record.get("source", found[0].name) != found[0].name:
-                problems.append(f"{where}: source = {record['source']!r} is not {found[0].name}, which it lies beside; leave it out")
+                yield where, None, [f"source = {record['source']!r} is not {found[0].name}, which it lies beside; leave it out"]
             else:
-                records.append((where, {**record, "source": found[0].name}))
+                if isinstance(record.get("target"), str):
+                    targets.add(_resolve(record["target"], path))
+                yield where, {**record, "source": found[0].name}, []
     # A picture that some tuple names as its target needs no tuples of its own.
-    targets = {_resolve(record["target"], path) for _, record in records if isinstance(record.get("target"), str)}
     every = [image for group in images.values() for image in group]
     bare = [image.name for image in every if not image.with_suffix(".json").is_file() and image not in targets]
     if bare:
-        problems.append(
-            f"{len(bare)} image(s) have no .json of the same name beside them with {', '.join(TEXTS)}: {', '.join(bare[:_SHOWN])}"
-            + (", ..." if len(bare) > _SHOWN else "")
-        )
+        names = ", ".join(bare[:_SHOWN]) + (", ..." if len(bare) > _SHOWN else "")
+        yield path.name, None, [f"{len(bare)} image(s) have no .json of the same name beside them with {', '.join(TEXTS)}: {names}"]
     if not every:
-        problems.append(f"no image or clip in this folder ({', '.join(MEDIA_SUFFIXES)}; folders inside it are not searched)")
-    return records, problems
+        yield path.name, None, [f"no image or clip in this folder ({', '.join(MEDIA_SUFFIXES)}; folders inside it are not searched)"]
+
+
+def load_json(text: str) -> Any:
+    """A JSON value in which no object has a key twice; the reader's default keeps the last and drops the other in silence.
+
+    Raises:
+        ValueError: it is none.
+    """
+    return json.loads(text, object_pairs_hook=_object)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; the reader's default keeps the last of two equal keys and drops the other in silence."""
     names = [name for name, _ in pairs]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"{', '.join(twice)} appears twice in one object")
     return dict(pairs)
 
 
-def _parse(line: str, problems: list[str], where: str) -> Mapping[str, Any] | None:
+def _parse(line: str) -> tuple[Mapping[str, Any] | None, list[str]]:
     try:
-        record = json.loads(line, object_pairs_hook=_object)
+        record = load_json(line)
     except json.JSONDecodeError as error:
-        problems.append(f"{where}: not JSON: {error.msg} at column {error.colno}")
-        return None
-    except ValueError as error:
-        problems.append(f"{where}: {error}")
-        return None
+        return None, [f"not JSON: {error.msg} at column {error.colno}"]
+    except (ValueError, RecursionError) as error:
+        return None, [str(error)]
     if not isinstance(record, dict):
-        problems.append(f"{where}: expected a JSON object on each line, got {type(record).__name__}")
-        return None
-    return record
+        return None, [f"expected a JSON object on each line, got {type(record).__name__}"]
+    return record, []
 
 
-def _problems(record: Mapping[str, Any], root: Path) -> list[str]:
+def _schema(record: Mapping[str, Any], root: Path) -> Iterator[Finding]:
+    for problem in _field_problems(record):
+        yield Finding(reason="schema", message=problem)
+    for name in ("source", "target"):
+        value = record.get(name)
+        if isinstance(value, str) and value.strip() and not _is_file(_resolve(value, root)):
+            yield Finding(reason="file", message=f"{name}: no such file {_resolve(value, root)}")
+
+
+def _field_problems(record: Mapping[str, Any]) -> list[str]:
     known = ("source", *TEXTS, *OPTIONAL)
     problems = list(_unknown(record, known))
     for name in ("source", *TEXTS):
@@ -184,20 +245,25 @@ def _problems(record: Mapping[str, Any], root: Path) -> list[str]:
             problems.append(f"{name} = {value!r} is not a text")
         elif not value.strip():
             problems.append(f"{name} is empty")
-    for name in ("edit_type", "target", "id"):
+    for name in ("edit_type", "target", "id", "split"):
         value = record.get(name)
         if value is not None and (not isinstance(value, str) or not value.strip()):
             problems.append(f"{name} = {value!r} is not a text; leave it out if there is none")
-    # JSON can hold half a surrogate pair, which no file name and no tokenizer takes.
-    problems += [f"{name} holds a broken character: {v!r}" for name, v in record.items() if isinstance(v, str) and not _is_unicode(v)]
-    for name in ("source", "target"):
-        value = record.get(name)
-        if isinstance(value, str) and value.strip() and not _is_file(_resolve(value, root)):
-            problems.append(f"{name}: no such file {_resolve(value, root)}")
+    if isinstance(record.get("split"), str) and record["split"] not in SPLITS:
+        problems.append(f"split = {record['split']!r} is none of {', '.join(SPLITS)}; leave it out to let dataset.validation_items choose")
+    problems += [f"{name} holds a broken character: {v!r}" for name, v in record.items() if isinstance(v, str) and not is_unicode(v)]
     return problems
 
 
-def _is_unicode(text: str) -> bool:
+def _source_style(record: Mapping[str, Any]) -> str | None:
+    """What the tool that made a tuple knew of the style of its source."""
+    meta = record.get("meta")
+    style = meta.get("source_style") if isinstance(meta, dict) else None
+    return style if isinstance(style, str) else None
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written: JSON can hold half a surrogate pair, which no file name and no tokenizer takes."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -235,5 +301,6 @@ def _make(record: Mapping[str, Any], root: Path) -> EditTuple:
         source=_resolve(record["source"], root),
         edit_type=record.get("edit_type"),
         target=_resolve(target, root) if target else None,
+        split=record.get("split"),
         **texts,
     )

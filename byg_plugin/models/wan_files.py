@@ -4,13 +4,14 @@ A *place* (see `files.py`) is a diffusers folder, a hub id or one .safetensors f
 
 - transformer: Wan's own names (`blocks.0.self_attn.…`, bare or under `model.diffusion_model.`), also fp8 and scaled fp8,
   or diffusers' names. Wan2.2-A14B has one file an expert
-- VAE: `wan_2.1_vae.safetensors` (`decoder.middle.0.…`) or diffusers' names; the Wan2.2 5B VAE from a diffusers folder only
+- VAE: `wan_2.1_vae.safetensors`, the 5B's `wan2.2_vae.safetensors` (both `decoder.middle.0.…`), or diffusers' names
 - UMT5-XXL: `umt5_xxl_*.safetensors` (Hugging Face names)
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def load_wan_vae(place: str | Path, *, dtype: torch.dtype) -> AutoencoderKLWan:
         config = files.config_beside(weights) or _vae_config(weights)
         state = weights.all(dtype)
         if weights.layout == "native":
-            state = convert_wan_vae_to_diffusers(state)
+            state = _vae_names(state)
         return files.build(lambda: AutoencoderKLWan.from_config(config), state, weights).eval()
 
 
@@ -112,7 +113,7 @@ def vae_config(place: str | Path) -> Mapping[str, Any]:
 
 
 def shipped_config(name: str) -> dict[str, Any]:
-    """Wan's configuration of `transformer` (A14B), `vae` (Wan2.1's) or `umt5_xxl`."""
+    """Wan's configuration of `transformer` (A14B), `vae` (Wan2.1's), `vae_5b` or `umt5_xxl`."""
     return json.loads((files.assets() / "wan" / f"{name}.json").read_text(encoding="utf-8"))
 
 
@@ -185,10 +186,33 @@ def _refuse_other_inputs(config: Any, place: str | Path) -> None:
 def _vae_config(weights: files.Weights) -> dict[str, Any]:
     if weights.layout != "native":
         raise weights.error("diffusers' layout without its config.json beside it")
-    latent = weights.shape("conv2.weight")[0]
-    if latent != 16:
-        raise weights.error(f"a VAE of {latent} latent channels (Wan2.2 5B has 48), which is read from a diffusers folder only")
-    return shipped_config("vae") | {"base_dim": weights.shape("encoder.conv1.weight")[0]}
+    widths = {"base_dim": weights.shape("encoder.conv1.weight")[0]}
+    match weights.shape("conv2.weight")[0]:
+        case 16:
+            return shipped_config("vae") | widths
+        case 48:
+            return shipped_config("vae_5b") | widths | {"decoder_base_dim": weights.shape("decoder.head.2.weight")[1]}
+        case latent:
+            raise weights.error(f"a VAE of {latent} latent channels (Wan2.1's has 16, the Wan2.2 5B's 48)")
+
+
+# The 5B's VAE groups a level's blocks: the converter of diffusers knows Wan2.1's flat numbering alone.
+_LEVEL = re.compile(r"^(?:en|de)coder\.(down|up)samples\.(\d+)\.\1samples\.(\d+)\.(.+)\.(\w+)$")
+_RESIDUAL = {"residual.0": "norm1", "residual.2": "conv1", "residual.3": "norm2", "residual.6": "conv2", "shortcut": "conv_shortcut"}
+
+
+def _vae_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """diffusers' names of a VAE with Wan's own."""
+    levels, flat = {}, {}
+    for name, tensor in state.items():
+        if match := _LEVEL.match(name):
+            way, level, block, module, kind = match.groups()
+            coder = f"{'encoder' if way == 'down' else 'decoder'}.{way}_blocks.{level}"
+            inner = f"resnets.{block}.{_RESIDUAL[module]}" if module in _RESIDUAL else f"{way}sampler.{module}"
+            levels[f"{coder}.{inner}.{kind}"] = tensor
+        else:
+            flat[name] = tensor
+    return levels | convert_wan_vae_to_diffusers(flat)
 
 
 def _umt5_config(weights: files.Weights) -> dict[str, Any]:

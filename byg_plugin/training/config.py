@@ -107,6 +107,9 @@ class DatasetConfig(Section):
     """What is trained on, and where its encodings are cached."""
 
     tuples: str = Field(description="JSONL of edit tuples, or a folder of images with same-stem .json tuples.")
+    rules: Literal["error", "warn"] = Field(
+        "error", description="What becomes of texts that break a hard rule of Appendix D.1 (byg_plugin/data/rules.py)."
+    )
     image_root: str | None = Field(None, description="Folder that relative `source` paths start from; default: the tuples' own.")
     cache_dir: str = Field(description="Folder of cached latents and text encodings.")
     resolution: Annotated[int, Field(ge=16, le=4096)] = Field(
@@ -130,7 +133,10 @@ class DatasetConfig(Section):
     bucket_step: Annotated[int, Field(ge=8, le=512)] | None = Field(
         None, description="Bucket sides are multiples of this many pixels; default: 64, or the family's own for less than 256 px."
     )
-    validation_items: NonNegative = Field(0, description="Tuples held out for validation loss and previews (whole sources).")
+    validation_items: NonNegative = Field(
+        0,
+        description="Tuples held out for validation loss and previews (whole sources), unless tuples name a `split` of their own.",
+    )
     cache_batch_size: Positive = Field(1, description="Images or texts encoded at once while caching.")
     workers: NonNegative = Field(0, description="Loader processes a rank that read the cache (0 = in the training process).")
 
@@ -338,7 +344,7 @@ _OF_MUSUBI = {
     "output.dir": "output_dir",
     "output.name": "output_name",
 }
-_READ_ON_MUSUBI = {"model": {"family", "host", "host_path", "device"}, "dataset": {"tuples"}}
+_READ_ON_MUSUBI = {"model": {"family", "host", "host_path", "device"}, "dataset": {"tuples", "rules"}}
 
 
 # Where video differs from images; a file that names the key decides.

@@ -5,8 +5,6 @@ from __future__ import annotations
 from importlib.metadata import version
 from importlib.util import find_spec
 
-import torch
-
 from byg_plugin import families
 from byg_plugin.training.config import Config
 
@@ -42,6 +40,8 @@ def require_model_extras(config: Config) -> None:
 
 def require_training_extras(config: Config) -> None:
     """What training needs beyond the model."""
+    import torch  # not above: the data tools need `require` and no torch, whose import takes seconds
+
     train = config.train
     if train.optimizer == "adamw8bit":
         require("bitsandbytes", 'train.optimizer = "adamw8bit"', "bnb", 'set train.optimizer = "adamw"')

@@ -1,0 +1,53 @@
+"""From a review to the tuples file that training takes."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from byg_plugin.data.tuples import read_tuples_file
+
+from ._review_items import read_items
+from ._review_store import journal_path, read_decisions
+from .journal import write_records
+
+REVIEWED = ("kept", "fixed")
+
+
+def export_reviewed(tuples: Path, target: Path, root: Path) -> Counter[str]:
+    """Write the kept and fixed tuples as a tuples file that the trainer takes; of a review that goes on, what is decided so far.
+
+    Args:
+        root: what relative sources start from; the trainer needs the same as dataset.image_root, or the file in that folder.
+
+    Returns:
+        How many tuples have each status.
+
+    Raises:
+        ValueError: nothing is kept, `target` is a file of the review, or the trainer would refuse a tuple: nothing is written.
+    """
+    if target.resolve() in (tuples.resolve(), journal_path(tuples).resolve()):
+        raise ValueError(f"--export {target}: is a file of the review itself; choose another name")
+    items, _, _ = read_decisions(journal_path(tuples), read_items(tuples))
+    chosen = [item for item in items if item.status in REVIEWED]
+    if not chosen:
+        raise ValueError(f"{tuples}: nothing in it is kept or fixed so far ({journal_path(tuples)}); review it first")
+    lines = [item.line for item in chosen]
+
+    def trainer_takes(written: Path) -> None:
+        try:
+            read_tuples_file(written, root)
+        except ValueError as error:
+            raise ValueError(_about_lines(str(error), lines, written, tuples)) from error
+
+    write_records(target, (item.reviewed() for item in chosen), trainer_takes)
+    return Counter(item.status for item in items)
+
+
+def _about_lines(message: str, lines: Sequence[int], written: Path, tuples: Path) -> str:
+    """A message on the file that was to be written, with the line numbers of the file under review."""
+    named = r"(?m)(?<=^  - )line (\d+)(?=:)|(?<=of |as )line (\d+)(?=;)"
+    message = re.sub(named, lambda m: f"line {lines[int(m[1] or m[2]) - 1]}", message)
+    return message.replace(str(written), f"kept tuples of {tuples}") + "\nfix or discard them on the page, then export again"

@@ -1,0 +1,258 @@
+"""Any OpenAI-compatible server: vLLM, SGLang, `transformers serve`, hosted ones."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import sys
+import time
+from contextlib import suppress
+from typing import Any
+from urllib.parse import urlsplit
+
+from tqdm.auto import tqdm
+
+from byg_plugin.training.extras import require
+
+from .backend import Answer, Chat, Refused, redact
+from .settings import BackendSettings
+
+DEFAULT_URL = "http://127.0.0.1:8000/v1"
+_AGAIN = (408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529)
+_NEVER = {
+    401: "the key is missing or wrong: set the environment variable {key_env}",
+    403: "the key in {key_env} may not use this model",
+    404: "no such model or address: check --model and --base-url (it ends in /v1)",
+    402: "the account has no credit left",
+}
+_LONGEST_WAIT = 60.0  # seconds between two attempts
+_SHOWN = 300  # characters of a server's error
+
+
+class _Again(Exception):
+    """An attempt failed in a way that may pass; `after` is how many seconds the server asks to wait."""
+
+    def __init__(self, message: str, after: float = 0.0):
+        super().__init__(message)
+        self.after = after
+
+
+class OpenAIBackend:
+    """Chat completions over HTTP with back-off. Each request waits alone: a slow one holds no other."""
+
+    def __init__(self, settings: BackendSettings, *, proven: bool = False):
+        for package in ("httpx", "tenacity"):
+            require(package, 'backend = "openai"', "data")
+        import httpx
+
+        self.settings, self.model = settings, settings.model
+        self._key = os.environ.get(settings.key_env, "")
+        if not self._key.isascii() or any(char.isspace() for char in self._key):
+            raise ValueError(f"${settings.key_env} holds blanks or letters that no key has; set it again")
+        self._url = _checked_url(settings.base_url or os.environ.get("OPENAI_BASE_URL") or DEFAULT_URL)
+        # Its INFO lines would name every request.
+        for name in ("httpx", "httpcore"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+        self._client = httpx.AsyncClient(
+            headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
+            timeout=httpx.Timeout(settings.timeout, connect=min(30.0, settings.timeout)),
+            limits=httpx.Limits(max_connections=settings.in_flight + 4, max_keepalive_connections=settings.in_flight + 4),
+        )
+        self._last_success = 0.0
+        self._answered = asyncio.Event()
+        if proven:
+            self._answered.set()
+        self._active = self._doubtful = 0
+        self._hopeless = self._told = False
+
+    async def complete(self, chat: Chat) -> Answer:
+        """See `Backend`."""
+        import tenacity
+
+        started = time.monotonic()
+        backoff = tenacity.wait_random_exponential(multiplier=0.5, max=_LONGEST_WAIT)
+
+        def wait(state: tenacity.RetryCallState) -> float:
+            asked = getattr(state.outcome.exception() if state.outcome else None, "after", 0.0)
+            return max(backoff(state), min(asked, _LONGEST_WAIT))
+
+        self._active += 1
+        try:
+            attempts = tenacity.AsyncRetrying(
+                retry=tenacity.retry_if_exception_type(_Again),
+                wait=wait,
+                stop=tenacity.stop_after_delay(self.settings.retry_for),
+                before_sleep=self._first_trouble,
+                reraise=True,
+            )
+            answer: Answer = await attempts(self._attempt, chat)
+        except _Again as error:
+            if self._last_success > started:  # the server answers others: it is this request
+                raise Refused(f"the server failed on it for {time.monotonic() - started:.0f} s, last: {error}") from error
+            raise ValueError(
+                f"the server at {self._url} has answered nothing for {time.monotonic() - started:.0f} s, last: {error}; "
+                f"nothing is lost: run the same command again when it does"
+            ) from error
+        except Refused as error:
+            await self._if_others_are_answered(error)
+            raise
+        finally:
+            self._active -= 1
+        self._last_success = time.monotonic()
+        self._answered.set()
+        return answer
+
+    def _first_trouble(self, state: Any) -> None:
+        """Say once that nothing has been answered: with a wrong address nothing else would be seen for `retry_for` seconds."""
+        if self._answered.is_set() or self._told:
+            return
+        self._told = True
+        tqdm.write(f"{self._url}: {state.outcome.exception()}; trying again for {self.settings.retry_for:g} s (--retry-for)", sys.stderr)
+
+    def scrub(self, text: str, chat: Chat) -> str:
+        """See `Backend`."""
+        return redact(text, [self._key], chat)
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._client.aclose()
+
+    async def _attempt(self, chat: Chat) -> Answer:
+        import httpx
+
+        try:
+            read = self._streamed(chat) if self.settings.stream else self._whole(chat)
+            return await asyncio.wait_for(read, self.settings.timeout)
+        except (asyncio.TimeoutError, httpx.TimeoutException) as error:
+            raise _Again(f"no answer within {self.settings.timeout:g} s") from error
+        except httpx.TransportError as error:
+            raise _Again(f"{type(error).__name__}: {self.scrub(str(error), chat)[:_SHOWN]}") from error
+
+    async def _whole(self, chat: Chat) -> Answer:
+        response = await self._client.post(f"{self._url}/chat/completions", content=self._body(chat), headers=_JSON)
+        self._check(response.status_code, response.headers.get("retry-after"), response.text, chat)
+        try:
+            choice = response.json()["choices"][0]
+            return _answer(choice["message"].get("content"), choice.get("finish_reason"))
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+            raise _Again(f"the server's answer is no chat completion: {self.scrub(response.text, chat)[:_SHOWN]}") from error
+
+    async def _streamed(self, chat: Chat) -> Answer:
+        parts: list[str] = []
+        reason = None
+        async with self._client.stream("POST", f"{self._url}/chat/completions", content=self._body(chat), headers=_JSON) as response:
+            if response.status_code != 200:
+                text = (await response.aread()).decode(errors="replace")
+                self._check(response.status_code, response.headers.get("retry-after"), text, chat)
+            async for line in response.aiter_lines():
+                if not line.startswith("data:") or (data := line[5:].strip()) == "[DONE]":
+                    continue
+                try:
+                    event = json.loads(data)
+                    choices = event.get("choices") or []
+                    for choice in choices[:1]:
+                        parts.append((choice.get("delta") or {}).get("content") or "")
+                        reason = choice.get("finish_reason") or reason
+                except (ValueError, TypeError, AttributeError) as error:
+                    raise _Again("a line of the stream is no chat completion") from error
+                if "error" in event:
+                    raise _Again(f"the stream broke off: {self.scrub(str(event['error']), chat)[:_SHOWN]}")
+        if reason is None:
+            raise _Again("the stream ended before the answer did")
+        return _answer("".join(parts), reason)
+
+    def _body(self, chat: Chat) -> bytes:
+        content: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": picture.url()}} for picture in chat.pictures]
+        first: Any = [*content, {"type": "text", "text": chat.turns[0]}] if content else chat.turns[0]
+        turns = [{"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(chat.turns)]
+        turns[0] = {"role": "user", "content": first}
+        settings = self.settings
+        body: dict[str, Any] = {
+            "model": self.model,
+            "messages": [{"role": "system", "content": chat.system}, *turns],
+            "temperature": settings.temperature,
+            "top_p": settings.top_p,
+            "max_tokens": settings.max_tokens,
+            "seed": chat.seed,
+        }
+        if settings.stream:
+            body["stream"] = True
+        body |= settings.extra_body
+        return json.dumps({name: value for name, value in body.items() if value is not None}).encode()
+
+    def _check(self, status: int, retry_after: str | None, text: str, chat: Chat) -> None:
+        if status == 200:
+            return
+        said = f"HTTP {status}: {' '.join(self.scrub(_message(text), chat).split())[:_SHOWN]}"
+        if status in _NEVER:
+            raise ValueError(f"{self._url}: {said}; {_NEVER[status].format(key_env=self.settings.key_env)}")
+        if status in _AGAIN or status >= 500:
+            raise _Again(said, _seconds(retry_after))
+        if 300 <= status < 400:
+            raise ValueError(f"{self._url}: {said}: it sends us elsewhere; give that address as --base-url")
+        raise Refused(said)
+
+    async def _if_others_are_answered(self, error: Refused) -> None:
+        """Wait until it is known that the server takes requests like ours at all.
+
+        A server that refuses everything (an option it does not know, a model without eyes) must not turn a whole data set
+        into rejects.
+
+        Raises:
+            ValueError: nothing was ever answered and nothing is under way.
+        """
+        self._doubtful += 1
+        try:
+            while not self._answered.is_set() and not self._hopeless:
+                self._hopeless = self._doubtful >= self._active
+                with suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(self._answered.wait(), 0.1)
+        finally:
+            self._doubtful -= 1
+        if not self._answered.is_set():
+            raise ValueError(
+                f"{self._url} refuses every request, no image was rejected for it: {error}; is {self.model!r} a model for this, and "
+                f"are --max-tokens and --extra-body what this server knows?"
+            ) from error
+
+
+_JSON = {"Content-Type": "application/json"}
+
+
+def _answer(content: Any, reason: Any) -> Answer:
+    if isinstance(content, list):  # some servers answer in parts
+        content = "".join(part.get("text", "") for part in content if isinstance(part, dict))
+    return Answer(text=content or "", cut=reason == "length")
+
+
+def _message(text: str) -> str:
+    """The message inside an error's JSON, or the whole text."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    error = value.get("error", value) if isinstance(value, dict) else value
+    return str(error.get("message", error)) if isinstance(error, dict) else str(error)
+
+
+def _seconds(retry_after: str | None) -> float:
+    try:
+        return max(0.0, float(retry_after or 0))
+    except ValueError:
+        return 0.0  # a date: our own back-off will do
+
+
+def _checked_url(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        good = False
+    if not good:
+        raise ValueError(f"--base-url {url}: expected something like {DEFAULT_URL}")
+    if parts.username or parts.password or parts.query:
+        # Addresses are shown in errors.
+        raise ValueError("--base-url holds a user, password or query: give the key in the environment instead (--key-env)")
+    return url.rstrip("/")

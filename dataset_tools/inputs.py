@@ -1,0 +1,202 @@
+"""Images, captions and rows from folders and tables, one after another: nothing is held whole."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from byg_plugin.data.tuples import IMAGE_SUFFIXES
+from byg_plugin.training.extras import require
+
+from .journal import numbered_records
+
+TABLES = (".jsonl", ".csv", ".tsv", ".parquet")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageInput:
+    """One image to make a tuple of.
+
+    Attributes:
+        source: as it will stand in the tuple; also the input's name.
+        path: of the file.
+        caption: what somebody said of it.
+        style: what metadata says of how it is made.
+        problem: why it cannot be used.
+    """
+
+    source: str
+    path: Path
+    caption: str | None = None
+    style: str | None = None
+    problem: str | None = None
+
+
+def is_table(path: Path) -> bool:
+    """Whether a place is read as a table, by its name."""
+    return path.suffix.lower() in TABLES
+
+
+def source_name(path: Path, base: Path) -> str:
+    """A path as tuples in the folder `base` name it: relative below it, absolute otherwise."""
+    absolute = Path(os.path.abspath(path))
+    name = absolute.relative_to(base).as_posix() if absolute.is_relative_to(base) else absolute.as_posix()
+    return name.encode(errors="backslashreplace").decode()
+
+
+def folder_images(folder: Path, base: Path, style: str | None, others: Counter[str]) -> Iterator[ImageInput]:
+    """All images below a folder; a .txt of the same name is the caption, a .json there may hold `caption` and `style`.
+
+    Other files are counted in `others` by suffix.
+    """
+    for path in files_below(folder, IMAGE_SUFFIXES, others):
+        caption, problem, said = None, None, {}
+        try:
+            path.name.encode()
+            if (beside := path.with_suffix(".txt")).is_file():
+                caption = beside.read_text(encoding="utf-8-sig").strip() or None
+            if (beside := path.with_suffix(".json")).is_file():
+                value = json.loads(beside.read_text(encoding="utf-8-sig"))
+                said = value if isinstance(value, dict) else {}
+        except UnicodeEncodeError:
+            problem = "its name is not Unicode text, which no tuples file can hold; rename it"
+        except ValueError as error:
+            problem = f"{beside.name} beside it cannot be read: {error}"
+        yield ImageInput(
+            source=source_name(path, base),
+            path=path,
+            caption=_text(said.get("caption")) or caption,
+            style=_text(said.get("style")) or style,
+            problem=problem,
+        )
+
+
+def files_below(folder: Path, suffixes: Sequence[str], others: Counter[str]) -> Iterator[Path]:
+    """Files with these suffixes, in the file system's order: a folder of millions is not held; hidden ones are passed over."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                yield from files_below(folder / entry.name, suffixes, others)
+            elif (suffix := Path(entry.name).suffix.lower()) in suffixes:
+                yield folder / entry.name
+            else:
+                others[suffix] += 1
+
+
+def passed_over(others: Mapping[str, int]) -> str:
+    """Files that were not read for what their names say, in words; empty if there are none but captions."""
+    return ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in sorted(others.items()) if suffix not in (".txt", ".json"))
+
+
+def table_images(
+    path: Path, base: Path, *, root: Path | None, image: str, caption: str, style: str, default_style: str | None = None
+) -> Iterator[ImageInput]:
+    """The images of a table's rows.
+
+    Raises:
+        ValueError: no such column, or the table cannot be read.
+    """
+    root = root or path.parent
+    first = True
+    for number, row in table_rows(path):
+        columns = _columns(row)
+        if first and _folded(image) not in columns:
+            raise ValueError(f"{path}: no column {image!r} (--image-column); it has {', '.join(row)}")
+        first = False
+        name = _text(columns.get(_folded(image)))
+        if name is None:
+            yield ImageInput(source=f"{path.name}#{number}", path=path, problem=f"row {number} names no image")
+            continue
+        place = Path(name) if Path(name).is_absolute() else root / name.replace("\\", "/")
+        yield ImageInput(
+            source=source_name(place, base),
+            path=place,
+            caption=_text(columns.get(_folded(caption))),
+            style=_text(columns.get(_folded(style))) or default_style,
+        )
+
+
+def table_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """(number from 1, row) of a JSONL, CSV, TSV or Parquet file.
+
+    Raises:
+        ValueError: no such file, or it cannot be read.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        yield from enumerate(_parquet_rows(path), start=1)
+    elif suffix in (".csv", ".tsv"):
+        yield from enumerate(_csv_rows(path, "\t" if suffix == ".tsv" else ","), start=1)
+    elif suffix == ".jsonl":
+        yield from numbered_records(path)
+    else:
+        raise ValueError(f"{path}: no table; one of {', '.join(TABLES)}")
+
+
+def _csv_rows(path: Path, delimiter: str) -> Iterator[Mapping[str, Any]]:
+    csv.field_size_limit(1 << 24)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            yield from csv.DictReader(file, delimiter=delimiter)
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read as CSV in UTF-8: {error}") from error
+
+
+def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+    require("pyarrow", f"{path.name}: reading Parquet", "parquet", "turn the table into .jsonl or .csv")
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: cannot be read as Parquet: {error}") from error
+
+
+def column(row: Mapping[str, Any], name: str) -> Any:
+    """A row's value by column, whatever case and separators; None where there is none."""
+    return _columns(row).get(_folded(name))
+
+
+def in_shard(name: str, part: tuple[int, int]) -> bool:
+    """Whether an input belongs to a shard (number, how many)."""
+    return zlib.crc32(name.encode(errors="surrogateescape")) % part[1] == part[0]
+
+
+def shard_file(out: Path, part: tuple[int, int]) -> Path:
+    """The output file of a shard: the whole run's own, or one with the shard in its name."""
+    return out if part[1] == 1 else out.with_name(f"{out.stem}.{part[0] + 1}of{part[1]}{out.suffix}")
+
+
+def _columns(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {_folded(str(name)): value for name, value in row.items()}
+
+
+def _folded(name: str) -> str:
+    return re.sub(r"[\s_-]+", " ", name).strip().casefold()
+
+
+def _text(value: Any) -> str | None:
+    return value.strip() or None if isinstance(value, str) else None
+
+
+def first_of(items: Iterable[Any], count: int) -> Iterator[Any]:
+    """The first `count` items; 0 = all."""
+    for number, item in enumerate(items):
+        if count and number >= count:
+            return
+        yield item

@@ -1,0 +1,252 @@
+"""Appendix D.2: render each prompt with a Wan text-to-video pipeline, then write the tuples of the clips.
+
+    python dataset_tools/render_videos.py --captions data/prompts.jsonl --out data/clips
+    accelerate launch --num_processes 8 dataset_tools/render_videos.py --captions ... --out ...     one clip a GPU at a time
+
+    OUT/clips/<id>.mp4        written whole or not at all; prompt, seed and settings are in its comment
+    OUT/settings/<id>.json    the same
+    OUT/tuples.jsonl          written anew at the end of each run: captions share one text, the styles are swapped
+
+A clip that is there is not rendered again. Look at the clips (review.py) and discard what misses its style.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):  # started as a script: the repository must be importable, this folder must not
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    __package__ = "dataset_tools"
+
+import json
+import os
+import re
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from byg_plugin import _cli, families
+from byg_plugin.data import clips
+from byg_plugin.folders import make_writable
+from byg_plugin.training.extras import require
+
+from .backend import seed_of
+from .journal import numbered_records, write_records
+from .settings import RenderSettings, read_settings
+from .video import hold_out, video_tuple
+
+# What the picture depends on; a clip made with others is not taken for one of these.
+_OF_THE_PICTURE = ("model", "width", "height", "frames", "fps", "steps", "guidance", "guidance_2", "negative", "dtype")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One prompt to render."""
+
+    name: str
+    prompt: str
+    caption: str
+    style: str
+    seed: int
+    clip: Path
+    settings_file: Path
+
+    def record(self, settings: RenderSettings) -> dict[str, Any]:
+        """Prompt, seed and settings as they are written beside the clip."""
+        how = {name: getattr(settings, name) for name in _OF_THE_PICTURE}
+        return {"id": self.name, "prompt": self.prompt, "style": self.style, "seed": self.seed, **how}
+
+
+def jobs(settings: RenderSettings) -> list[Job]:
+    """All prompts in the order of the file.
+
+    Raises:
+        ValueError: no such file, or a line is no prompt.
+    """
+    path, out = Path(settings.captions), Path(settings.out)
+    if not path.is_file():
+        raise ValueError(f"captions = {path}: no such file; prepare_captions.py writes it")
+    made = []
+    for number, record in numbered_records(path):
+        texts = {}
+        for name in ("id", "prompt", "caption", "style"):
+            value = record.get(name)
+            if not isinstance(value, str) or not value.strip():
+                raise ValueError(f"{path}: line {number}: {name} = {value!r}; a line has id, prompt, caption and style, as texts")
+            texts[name] = value.strip()
+        file = _file_name(texts["id"])
+        made.append(
+            Job(
+                name=texts["id"],
+                prompt=texts["prompt"],
+                caption=texts["caption"],
+                style=texts["style"],
+                seed=seed_of(settings.seed, texts["id"]),
+                clip=out / "clips" / f"{file}.mp4",
+                settings_file=out / "settings" / f"{file}.json",
+            )
+        )
+    if not made:
+        raise ValueError(f"{path}: no prompt in it")
+    if twice := [job.name for job in made if sum(job.clip == other.clip for other in made) > 1]:
+        raise ValueError(f"{path}: the id {twice[0]!r} stands twice; each prompt needs its own")
+    return made
+
+
+def _file_name(name: str) -> str:
+    """A file's stem for an id, the same on every system and different for different ids."""
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "_", name)[:80].strip(".")
+    return plain if plain == name else f"{plain}-{zlib.crc32(name.encode()):08x}"
+
+
+def missing(every: Sequence[Job], settings: RenderSettings) -> list[Job]:
+    """Jobs whose clip is not there.
+
+    Raises:
+        ValueError: a clip was made with other settings.
+    """
+    left = []
+    for job in every:
+        if not job.clip.is_file():
+            left.append(job)
+        elif (before := _read(job.settings_file)) != job.record(settings):
+            now = job.record(settings)
+            changed = [name for name, value in now.items() if before.get(name) != value]
+            named = ", ".join(f"{name} {before.get(name)!r} -> {now[name]!r}" for name in changed)
+            raise ValueError(f"{job.clip}: was rendered with other settings ({named}); use those, remove the clip, or give another --out")
+    return left
+
+
+def render(settings: RenderSettings, mine: Sequence[Job], device: Any, show: bool) -> None:
+    """Render jobs one after another on one device.
+
+    Raises:
+        ValueError: the pipeline cannot be loaded, or makes values that are no picture.
+    """
+    import torch
+    from tqdm.auto import tqdm
+
+    if not mine:
+        return
+    pipe = load_pipeline(settings, device)
+    experts = pipe.config.get("boundary_ratio") is not None
+    negative = families.WAN_NEGATIVE if settings.negative is None else settings.negative
+    for job in tqdm(mine, desc="render", unit="clip", disable=not show):
+        frames = pipe(
+            prompt=job.prompt,
+            negative_prompt=negative,
+            width=settings.width,
+            height=settings.height,
+            num_frames=settings.frames,
+            num_inference_steps=settings.steps,
+            guidance_scale=settings.guidance,
+            guidance_scale_2=settings.guidance_2 if experts else None,
+            generator=torch.Generator("cpu").manual_seed(job.seed),  # the CPU's: the same noise on every card
+            output_type="np",
+        ).frames[0]
+        if not np.isfinite(frames).all():
+            raise ValueError(f"{job.name}: the pipeline made values that are not finite with dtype = {settings.dtype!r}; use bfloat16")
+        _write(job.settings_file, json.dumps(job.record(settings), ensure_ascii=False, indent=1))
+        # Its presence says that it is done: last, and in one step.
+        clips.write_clip(job.clip, _images(frames), settings.fps, job.record(settings))
+
+
+def load_pipeline(settings: RenderSettings, device: Any) -> Any:
+    """The pipeline with its VAE in float32.
+
+    Raises:
+        ValueError: it is not there, or no Wan text-to-video pipeline.
+    """
+    require("diffusers", "rendering", "diffusers")
+    require("av", "writing clips", "video")
+    import torch
+    from diffusers import AutoencoderKLWan, WanPipeline
+
+    try:
+        vae = AutoencoderKLWan.from_pretrained(settings.model, subfolder="vae", torch_dtype=torch.float32)
+        pipe = WanPipeline.from_pretrained(settings.model, vae=vae, torch_dtype=getattr(torch, settings.dtype))
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"model = {settings.model!r} cannot be loaded as a Wan pipeline: {reason}") from error
+    pipe.set_progress_bar_config(disable=True)
+    if settings.offload:
+        pipe.enable_model_cpu_offload(device=device)
+    else:
+        pipe.to(device)
+    return pipe
+
+
+def write_tuples(settings: RenderSettings, every: Sequence[Job]) -> tuple[Path, int]:
+    """Write OUT/tuples.jsonl of the clips that are there; returns (file, how many)."""
+    out = Path(settings.out)
+    path = out / "tuples.jsonl"
+    there = [job for job in every if job.clip.is_file()]
+
+    def records() -> Iterator[Mapping[str, Any]]:
+        for job in there:
+            meta = {"seed": job.seed, "model": settings.model}
+            yield video_tuple(job.clip.relative_to(out).as_posix(), job.name, job.caption, job.style, meta)
+
+    write_records(path, records())
+    return path, len(there)
+
+
+def _images(frames: np.ndarray) -> Iterator[Image.Image]:
+    for frame in frames:
+        yield Image.fromarray((frame.clip(0, 1) * 255).round().astype(np.uint8))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f".partial-{path.name}")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command; see the module."""
+    settings = read_settings(RenderSettings, "render", __doc__ or "", arguments)
+    every = jobs(settings)
+    left = [] if settings.tuples_only else missing(every, settings)
+    for folder in ("clips", "settings"):
+        make_writable(Path(settings.out) / folder)
+
+    first = os.environ.get("RANK", "0") == "0"
+    if left:
+        from accelerate import PartialState
+
+        from byg_plugin.training.device import resolve_device
+
+        state = PartialState(cpu=resolve_device(settings.device).type == "cpu")
+        first = state.is_main_process
+        _cli.say(f"{len(left)} of {len(every)} clips to render, {state.num_processes} at once", first)
+        try:
+            # Nobody renders before everybody has looked, or the shares would differ.
+            state.wait_for_everyone()
+            render(settings, left[state.process_index :: state.num_processes], state.device, first)
+            state.wait_for_everyone()
+        finally:
+            state.destroy_process_group()
+    if not first:
+        return
+    path, count = write_tuples(settings, every)
+    _cli.say(f"{count} clips, their tuples: {path}")
+    if settings.hold_out and count:
+        held = hold_out(path, settings.hold_out)
+        _cli.say("held out for validation: " + ", ".join(f"{number} {style}" for style, number in sorted(held.items())))
+
+
+if __name__ == "__main__":
+    _cli.run(main)

@@ -1,0 +1,121 @@
+"""Look through edit tuples in the browser: keep, fix or discard.
+
+    python dataset_tools/review.py data/tuples.jsonl
+    python dataset_tools/review.py data/tuples.jsonl --export data/reviewed.jsonl
+
+The first serves the page to this machine's browsers. Each decision and each edited text is on disk before the page says
+"saved", in FILE.review.jsonl beside the tuples file, which itself is never changed: closing the page, Ctrl-C or a crash of
+either side loses nothing, and the next start goes on. The second writes the tuples that are kept or fixed, at any time.
+
+The page serves only images and clips that a tuple names and that lie, links followed, under --root. It has no password:
+whoever can reach it can read and decide. On another machine, keep it on loopback and use a tunnel:
+ssh -L 7860:127.0.0.1:7860 machine
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):  # started as a script: the repository must be importable, this folder must not
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    __package__ = "dataset_tools"
+
+import argparse
+import ipaddress
+import socket
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from byg_plugin import _cli
+from byg_plugin.training.extras import require
+
+if TYPE_CHECKING:
+    from ._review_store import Review
+
+_PORT = 7860
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command; see the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("tuples", type=Path, metavar="FILE", help="JSONL file of tuples")
+    parser.add_argument("--root", type=Path, metavar="DIR", help="folder of the images and clips; default: the file's folder")
+    parser.add_argument("--export", type=Path, metavar="OUT", help="write the kept and fixed tuples to OUT, serve nothing")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine only)")
+    parser.add_argument("--port", type=int, default=_PORT, help=f"default {_PORT}; 0: any free one")
+    parser.add_argument(
+        "--allow-host", action="append", default=[], metavar="NAME", help="with --host: a name that browsers call it by; repeatable"
+    )
+    args = parser.parse_args(arguments)
+    for package in ("filelock", "starlette", "uvicorn"):
+        require(package, "the review page", "review")
+    root = args.root if args.root is not None else args.tuples.parent
+    if not root.is_dir():
+        raise ValueError(f"--root {root}: no such folder")
+    if args.export is not None:
+        _export(args.tuples, args.export, root)
+    else:
+        _serve(args.tuples, root, args.host, args.port, args.allow_host)
+
+
+def _export(tuples: Path, target: Path, root: Path) -> None:
+    from ._review_export import export_reviewed
+
+    counts = export_reviewed(tuples, target, root)
+    _cli.say(f"{target}: {counts['kept'] + counts['fixed']} tuples ({_counted(counts)})")
+    if target.parent.resolve() != root.resolve():
+        _cli.say(f'where sources are relative paths, train with dataset.image_root = "{root}"')
+    if counts["open"]:
+        _cli.say(f"not in it: {counts['open']} that nobody has decided on yet")
+
+
+def _serve(tuples: Path, root: Path, host: str, port: int, names: Sequence[str]) -> None:
+    import uvicorn
+
+    from ._review_app import make_app
+    from ._review_guard import LOOPBACK_NAMES
+    from ._review_store import Review
+
+    allowed = [*LOOPBACK_NAMES, host, *names]
+    with Review(tuples) as review, _listen(host, port, names) as listening:
+        app = make_app(review, root, allowed)
+        _introduce(review, root)
+        where = f"[{host}]" if ":" in host else host
+        _cli.say(f"http://{where}:{listening.getsockname()[1]}/   (Ctrl-C ends it)")
+        # "none": no websockets. Requests in flight at Ctrl-C are short.
+        config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, ws="none", timeout_graceful_shutdown=2)
+        uvicorn.Server(config).run(sockets=[listening])
+
+
+def _introduce(review: Review, root: Path) -> None:
+    _cli.say(f"{review.tuples}: {len(review.items)} tuples ({_counted(Counter(item.status for item in review.items))})")
+    _cli.say(f"files from {root}; decisions go to {review.journal}")
+    if review.strangers:
+        _cli.say(f"note: the journal knows {review.strangers} tuple(s) that the file has no longer, or otherwise; their decisions wait")
+
+
+def _counted(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{counts.get(status, 0)} {status}" for status in ("kept", "fixed", "discarded", "open"))
+
+
+def _listen(host: str, port: int, names: Sequence[str]) -> socket.socket:
+    try:
+        address = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host)
+    except ValueError as error:
+        raise ValueError(f"--host {host}: not an address such as 127.0.0.1") from error
+    if not address.is_loopback:
+        if address.is_unspecified and not names:
+            raise ValueError(f"--host {host}: say with --allow-host by which name or address browsers will call this machine")
+        _cli.say(f"warning: --host {host}: everybody who can reach this address can see and decide; there is no password")
+    if not 0 <= port < 65536:
+        raise ValueError(f"--port {port}: from 0 to 65535")
+    try:
+        return socket.create_server((str(address), port), family=socket.AF_INET6 if address.version == 6 else socket.AF_INET)
+    except OSError as error:
+        raise ValueError(f"--host {host} --port {port}: cannot listen there ({error.strerror}); choose another port, or 0") from error
+
+
+if __name__ == "__main__":
+    _cli.run(main)

@@ -1,0 +1,222 @@
+"""Settings of the tools, declared once: a TOML file (`--config`) and command-line options are both read into them."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from byg_plugin.training.config import NonNegative, Positive, Section, Seed
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+SECTIONS = ("generate", "captions", "render")
+EDIT_MODEL = "Qwen/Qwen3-VL-30B-A3B-Thinking"
+TEXT_MODEL = "Qwen/Qwen3-VL-30B-A3B-Instruct"
+Seconds = Annotated[float, Field(gt=0.0)]
+
+
+class BackendSettings(Section):
+    """Which model answers, and how it is asked."""
+
+    backend: Literal["openai", "transformers", "rules"] = Field(
+        "openai", description="openai = any OpenAI-compatible server; transformers = in this process; rules = no model, from captions."
+    )
+    model: str = Field(EDIT_MODEL, description="Model as the server calls it, or hub id or folder for transformers.")
+    base_url: str | None = Field(
+        None, description="Server's address up to /v1; default: $OPENAI_BASE_URL, then http://127.0.0.1:8000/v1 (vLLM's own)."
+    )
+    key_env: str = Field("OPENAI_API_KEY", description="Environment variable that holds the server's key; it may be unset.")
+    in_flight: Positive = Field(32, description="Requests at once.")
+    timeout: Seconds = Field(600.0, description="Seconds an answer may take, thinking included.")
+    retry_for: Seconds = Field(900.0, description="Seconds that a request is tried again on 429, 5xx, timeouts and cut connections.")
+    stream: bool = Field(False, description="Ask for streamed answers: gateways that cut silent connections keep them open.")
+    extra_body: dict[str, Any] = Field(
+        default_factory=dict,
+        description='More fields of each request, e.g. {"chat_template_kwargs": {"enable_thinking": false}}; null removes one.',
+    )
+    temperature: Annotated[float, Field(ge=0.0)] = Field(1.0, description="Sampling temperature; 0 = greedy.")
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = Field(0.95, description="Nucleus sampling.")
+    max_tokens: Positive = Field(8192, description="Tokens an answer may have, thinking included.")
+    image_side: Annotated[int, Field(ge=64)] = Field(
+        1024, description="Larger images are sent scaled down to this longest side, in pixels."
+    )
+    batch_size: Positive = Field(4, description="transformers: requests generated at once.")
+    device_map: str = Field("auto", description="transformers: where the weights go: auto, cuda:0, cpu.")
+    load_4bit: bool = Field(False, description="transformers: weights in 4 bits (bitsandbytes extra, CUDA).")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field("auto", description="transformers: dtype of the weights.")
+    seed: Seed = Field(0, description="Seed of every draw; the server gets one made of it and the input's name.")
+    limit: NonNegative = Field(0, description="Stop after so many new inputs; 0 = all.")
+    shard: str = Field("1/1", description="i/n: this machine's part of the inputs; each part has output files of its own.")
+    retry: Literal["", "all", "server", "rules", "parse", "input"] = Field(
+        "", description="First take rejects of this kind back from the rejects file and try them again."
+    )
+
+    @field_validator("shard")
+    @classmethod
+    def _check_shard(cls, text: str) -> str:
+        match = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", text)
+        if not match or int(match[1]) > int(match[2]):
+            raise ValueError(f"shard = {text!r}: i/n with i from 1 to n, e.g. 1/4")
+        return text
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """(number of this shard from 0, how many there are)."""
+        number, of = self.shard.split("/")
+        return int(number) - 1, int(of)
+
+
+class GenerateSettings(BackendSettings):
+    """Images to edit tuples."""
+
+    images: str = Field(description="Folder of images (searched whole; same-stem .txt = caption), or a .jsonl, .csv or .parquet table.")
+    out: str = Field(description="JSONL of tuples; rejects, summary and plot lie beside it.")
+    image_root: str | None = Field(None, description="What relative paths of a table start from; default: its folder.")
+    image_column: str = Field("image", description="Table: column of the image's path.")
+    caption_column: str = Field("caption", description="Table: column of the caption; may be missing.")
+    style_column: str = Field("style", description="Table: column that says how an image is made (photo, anime, ...); may be missing.")
+    style: str | None = Field(None, description="How images are made that say nothing of it themselves.")
+    k: Annotated[int, Field(ge=1, le=10)] = Field(3, description="Edit types offered an image; the model takes one.")
+    style_conversion: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+        0.15, description="Chance that an image known to be no photograph is turned into one."
+    )
+
+
+class CaptionsSettings(BackendSettings):
+    """Captions of a table to prompts for video, or clips to tuples."""
+
+    model: str = Field(TEXT_MODEL, description="Model that cleans captions (text alone) or describes clips.")
+    table: str | None = Field(None, description="Table of captions (.csv, .parquet, .jsonl), e.g. VideoUFO's.")
+    clips: str | None = Field(None, description="Instead: a folder of clips that exist already; the model describes their frames.")
+    out: str = Field(description="JSONL of prompts, or, with clips, of tuples.")
+    caption_column: str = Field("Detailed Caption", description="Column of the caption (case and _ do not matter).")
+    id_column: str = Field("ID", description="Column that names a row; rows without it are named by their number.")
+    count: NonNegative = Field(400, description="Rows drawn from the table at random; 0 = all.")
+    frames: Annotated[int, Field(ge=1, le=64)] = Field(6, description="Clips: frames shown to the model.")
+    hold_out: NonNegative = Field(4, description="Clips: clips a style marked for validation.")
+
+    @model_validator(mode="after")
+    def _check(self) -> CaptionsSettings:
+        if (self.table is None) == (self.clips is None):
+            raise ValueError("give table = FILE (captions to render) or clips = FOLDER (clips that exist), one of the two")
+        if self.backend == "rules":
+            raise ValueError("backend = 'rules' cannot clean captions: use openai or transformers")
+        return self
+
+
+class RenderSettings(Section):
+    """Prompts to clips with a Wan text-to-video pipeline."""
+
+    captions: str = Field(description="JSONL of prompts, as prepare_captions.py writes it.")
+    out: str = Field(description="Folder of the clips; tuples.jsonl is written into it.")
+    model: str = Field("Wan-AI/Wan2.2-T2V-A14B-Diffusers", description="Diffusers folder or hub id of a Wan text-to-video pipeline.")
+    width: Positive = Field(832, description="Pixels.")
+    height: Positive = Field(480, description="Pixels.")
+    frames: Positive = Field(81, description="Frames a clip, 4n + 1.")
+    fps: Annotated[float, Field(gt=0.0)] = Field(16.0, description="Frames a second of the files (Wan: 16, the 5B 24).")
+    steps: Positive = Field(40, description="Sampling steps.")
+    guidance: Annotated[float, Field(ge=1.0)] = Field(4.0, description="Classifier-free guidance (of the high-noise expert).")
+    guidance_2: Annotated[float, Field(ge=1.0)] | None = Field(3.0, description="The same of the low-noise expert; ignored without one.")
+    negative: str | None = Field(None, description="Text that guidance leads away from; default: Wan's own.")
+    dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="Dtype of transformers and text encoder.")
+    offload: bool = Field(False, description="Keep parts that are not in use in main memory.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto = CUDA where there is one, else CPU.")
+    seed: Seed = Field(0, description="Seed; each prompt's own is made of it and the prompt's id.")
+    hold_out: NonNegative = Field(4, description="Clips a style marked for validation (paper: 4).")
+    tuples_only: bool = Field(False, description="Render nothing; write tuples.jsonl of the clips that are there.")
+
+    @model_validator(mode="after")
+    def _check(self) -> RenderSettings:
+        if (self.frames - 1) % 4:
+            raise ValueError(f"frames = {self.frames}: Wan makes 4n + 1 frames, e.g. {max(1, (self.frames - 1) // 4 * 4 + 1)}")
+        for name in ("width", "height"):
+            if getattr(self, name) % 16:
+                raise ValueError(f"{name} = {getattr(self, name)}: must be a multiple of 16")
+        return self
+
+
+S = TypeVar("S", bound=Section)
+
+
+def read_settings(model: type[S], section: str, description: str, arguments: Sequence[str] | None = None) -> S:
+    """Settings from `--config FILE` (its `[section]`) and options, which win.
+
+    Raises:
+        ValueError: a key is unknown, missing or wrong; it names key, value and remedy.
+    """
+    parser = argparse.ArgumentParser(
+        prog=Path(sys.argv[0]).name, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help=f"TOML file whose [{section}] has the same keys")
+    for name, option in model.model_fields.items():
+        default = "required" if option.is_required() else f"default: {_shown(option.get_default(call_default_factory=True))}"
+        text = f"{option.description} ({default})".replace("%", "%%")
+        flag = f"--{name.replace('_', '-')}"
+        if option.annotation is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+        else:
+            parser.add_argument(flag, metavar="VALUE", help=text)
+    given = vars(parser.parse_args(arguments))
+    config = given.pop("config")
+    raw = _section(config, section) if config else {}
+    raw |= {name: _value(model, name, text) for name, text in given.items() if text is not None}
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        where = f"{config} [{section}] and options" if config else "options"
+        lines = [f"  - {_explain(model, item)}" for item in error.errors(include_url=False)]
+        raise ValueError(f"{where}:\n" + "\n".join(lines)) from error
+
+
+def _section(path: Path, section: str) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"--config {path}: no such file")
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config {path}: not valid TOML: {error}") from error
+    if unknown := [name for name in raw if name not in SECTIONS]:
+        raise ValueError(f"--config {path}: unknown section or key {unknown[0]!r}; sections are {', '.join(SECTIONS)}")
+    table = raw.get(section, {})
+    if not isinstance(table, dict):
+        raise ValueError(f"--config {path}: {section} = {table!r} is no section; write [{section}]")
+    return dict(table)
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None or value == "" else str(value)
+
+
+def _value(model: type[Section], name: str, text: Any) -> Any:
+    """An option's text as the type its field has; what does not parse stays text, and validation refuses it."""
+    annotation = model.model_fields[name].annotation
+    kinds = {annotation, get_origin(annotation), *get_args(annotation)}
+    if not isinstance(text, str) or (kinds & {str, Literal} and dict not in kinds):
+        return text
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def _explain(model: type[Section], item: Any) -> str:
+    location = ".".join(map(str, item["loc"]))
+    if item["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(location, model.model_fields, n=1)
+        return f"unknown key {location} = {item['input']!r}" + (f"; did you mean {close[0]}?" if close else "")
+    described = model.model_fields[location].description if location in model.model_fields else ""
+    if item["type"] == "missing":
+        return f"{location} is missing: {described}"
+    message = item["msg"].removeprefix("Value error, ")
+    return message if item["type"] == "value_error" else f"{location} = {item['input']!r}: {message} ({described})"
