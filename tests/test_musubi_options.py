@@ -264,6 +264,20 @@ def test_the_patch_of_imports_is_guarded_and_undone(monkeypatch: pytest.MonkeyPa
     assert torch.cuda.current_device is asked
 
 
+def test_held_out_tuples_are_not_trained_on(folder: Path):
+    from PIL import Image
+
+    from byg_plugin.hosts import musubi
+
+    lines = []
+    for name, more in (("a", {}), ("b", {"split": "validation"})):
+        Image.new("RGB", (8, 8)).save(folder / f"{name}.png")
+        texts = {"src_caption": "a red car", "tgt_caption": "a blue car", "instruction": "make the car blue"}
+        lines.append(json.dumps({"source": f"{name}.png", **texts, "reverse_instruction": "make the car red", **more}))
+    (folder / "tuples.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    assert [item.source.stem for item in musubi.training_tuples(host_config(folder, T2V))] == ["a"]
+
+
 def test_a_latent_cache_is_the_hosts(folder: Path):
     from byg_plugin.data import run_cache
 

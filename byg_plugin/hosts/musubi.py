@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from byg_plugin import families
-from byg_plugin.data.tuples import TEXTS, read_tuples
+from byg_plugin.data.dataset import split_tuples
+from byg_plugin.data.tuples import TEXTS, EditTuple, read_tuples
 from byg_plugin.hosts import musubi_cache, musubi_options
 from byg_plugin.hosts.musubi_trainer import make_trainer, read_state, states
 from byg_plugin.training.config import Config
@@ -187,6 +188,11 @@ def _resume_from(config: Config, resume: str | None, args: Any) -> None:
 # --- commands ---
 
 
+def training_tuples(config: Config) -> list[EditTuple]:
+    """The tuples without those that say `split = "validation"`; the host validates nothing, so none is held out beyond them."""
+    return split_tuples(read_tuples(config.dataset), 0)[0]
+
+
 def prepare(config: Config, resume: str | None = None) -> tuple[Host, argparse.Namespace, int]:
     """Everything that can be checked before a model is loaded: host, options, caches, state.
 
@@ -210,7 +216,7 @@ def prepare(config: Config, resume: str | None = None) -> tuple[Host, argparse.N
     host = open_host(config)
     args = musubi_options.arguments(config, host.parser())
     share_of_high_noise(config, families.WAN[config.model.family].boundary if config.model.family in families.WAN else None)
-    items = musubi_cache.check(Path(args.dataset_config), host.family, read_tuples(config.dataset))
+    items = musubi_cache.check(Path(args.dataset_config), host.family, training_tuples(config))
     _resume_from(config, resume, args)
     return host, args, items
 
@@ -230,7 +236,7 @@ def train(config: Config, resume: str | None = None) -> Path:
 def dry_run(config: Config) -> None:
     """Print what would be trained."""
     host, args, items = prepare(config)
-    tuples = read_tuples(config.dataset)
+    tuples = training_tuples(config)
     print(f"host: {Path(inspect.getfile(host.trainer)).parent}, {host.trainer_class.__name__}")
     print(f"items with latents and texts: {items}, tuples: {len(tuples)}")
     print(f"LoRA: {args.network_module}, rank {args.network_dim}, alpha {args.network_alpha}")
@@ -246,7 +252,7 @@ def cache_texts(config: Config, *, prune: bool = False) -> None:
     if prune:
         raise ValueError("--prune: the host's own caching scripts remove files of items that are gone; leave it out")
     host = open_host(config)
-    tuples = read_tuples(config.dataset)
+    tuples = training_tuples(config)
     place = config.musubi.get("dataset_config")
     if not isinstance(place, str) or not Path(place).is_file():
         raise ValueError(f"musubi.dataset_config = {place!r}: no such file; give the host's dataset TOML")
