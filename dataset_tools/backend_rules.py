@@ -47,9 +47,9 @@ _STOP = frozenset(
 _NO_OBJECT = frozenset(
     re.findall(
         r"\w+",
-        "light lighting photo photograph picture image tones color colors colour colours background sky hair skin eyes one ones house friday "
-        "man men woman women person persons people boy boys girl girls guy guys lady ladies gentleman gentlemen child children kid kids baby "
-        "babies toddler teenager teenagers couple family male males female females american americans folks crowd",
+        "light lighting photo photograph picture image tones color colors colour colours background sky hair skin eyes one ones house "
+        "friday man men woman women person persons people boy boys girl girls guy guys lady ladies gentleman gentlemen child children kid "
+        "kids baby babies toddler teenager teenagers couple family male males female females american americans folks crowd",
     )
 )
 _COLOR = re.compile(
