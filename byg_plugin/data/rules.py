@@ -54,7 +54,8 @@ RULES = {
 # Also capitalized words after "says" and the like, of captions that leave the marks out. 6" is no mark.
 _QUOTED = re.compile(
     r"(?<!\d)\"[^\"]*\"|“[^”]*”|«[^»]*»|(?<!\w)['‘](?:[^'’]|['’](?=\w))*['’](?!\w)|"
-    r"\b(?:says?|saying|reads?|reading|spells?|spelling|labell?ed|titled|words?|text|(?:text|words?|letters|sign)\b[^.;]{0,40}? to):?(?:\s+[A-Z0-9][\w'’&!-]*)+"
+    r"\b(?:says?|saying|reads?|reading|spells?|spelling|labell?ed|titled|words?|text|(?:text|words?|letters|sign)\b[^.;]{0,40}? to):?"
+    r"(?:\s+[A-Z0-9][\w'’&!-]*)+"
 )
 
 
