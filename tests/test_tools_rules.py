@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from byg_plugin.data.rules import RULES, check_texts, is_photorealistic
@@ -183,6 +185,13 @@ def test_discouraged_forms() -> None:
         assert reasons(reverse_instruction=reverse) == {"back_to": False}
     assert reasons(instruction="a blue car on a wet street") == {"instruction_is_caption": False}
     assert reasons(instruction="recolor") == {"short": False}
+
+
+@pytest.mark.parametrize("words", ["change the ", "put the a-b-c ", "'a ", "says NOW "])
+def test_a_model_that_repeats_itself_for_pages_is_checked_in_no_time(words: str) -> None:
+    text, start = words * 1000, time.process_time()
+    reasons(tgt_caption=text, reverse_instruction=text)
+    assert time.process_time() - start < 5  # as it should: a tenth of a second
 
 
 def test_every_reason_has_its_sentence() -> None:

@@ -52,8 +52,9 @@ RULES = {
 }
 
 # Also capitalized words after "says" and the like, of captions that leave the marks out. 6" is no mark.
+# Lengths are bounded: a model that repeats itself for pages must not cost minutes.
 _QUOTED = re.compile(
-    r"(?<!\d)\"[^\"]*\"|“[^”]*”|«[^»]*»|(?<!\w)['‘](?:[^'’]|['’](?=\w))*['’](?!\w)|"
+    r"(?<!\d)\"[^\"]{0,200}\"|“[^”]{0,200}”|«[^»]{0,200}»|(?<!\w)['‘](?:[^'’]|['’](?=\w)){0,200}['’](?!\w)|"
     r"\b(?:says?|saying|reads?|reading|spells?|spelling|labell?ed|titled|words?|text|(?:text|words?|letters|sign)\b[^.;]{0,40}? to):?"
     r"(?:\s+[A-Z0-9][\w'’&!-]*)+"
 )
@@ -99,7 +100,7 @@ _REFERS_BACK = _words(
 # Between the command and "back", words after which it tells where somebody looks or what is behind.
 _BACK = re.compile(
     r"\b(?:change|changes|turn|switch|set|make|convert|transform|return|put|place|add|move|go)\b"
-    r"(?:(?!\b(?:look|looks|looking|lean|leans|leaning|run|runs|running|walk|walks|walking|pulled|swept|combed|slicked|tied|brushed)\b)[^.;])*?"
+    r"(?:(?!\b(?:look|looks|looking|lean|leans|leaning|run|runs|running|walk|walks|walking|pulled|swept|combed|slicked|tied|brushed)\b)[^.;]){0,60}?"
     r"(?<!'s )(?<!\bits )(?<!\bhis )(?<!\bher )(?<!\btheir )(?<!\bthe )\bback (?:to|into|in|on|onto|at)\b|"
     r"\bagain\b|\bonce more\b|\bthe (?:(?:newly|recently|just) )?(?:added|removed|changed|edited)\b",
     re.IGNORECASE,
