@@ -114,9 +114,10 @@ def test_command_says_what_it_cannot_serve_and_why(tmp_path: Path) -> None:
     folder = photos(tmp_path / "photos", 6)
     (folder / "p0000.txt").unlink()
     (folder / "p0001.txt").write_text("a cat")
+    (folder / "p0002.jpg").write_bytes((folder / "p0003.jpg").read_bytes()[:200])
     done = run("generate_edits", "--images", folder, "--out", tmp_path / "t.jsonl", "--backend", "rules", OPENAI_API_KEY="")
     assert done.returncode == 0, done.stderr
-    assert "4 accepted" in done.stdout and "1 no_caption" in done.stdout and "1 no_rule" in done.stdout
+    assert "3 accepted" in done.stdout and "1 input" in done.stdout and "1 no_caption" in done.stdout and "1 no_rule" in done.stdout
     rejects = {record["source"]: record["message"] for record in records(tmp_path / "t.rejects.jsonl")}
     assert "give a .txt of the same name" in rejects["photos/p0000.jpg"] and "'a cat'" in rejects["photos/p0001.jpg"]
     done = run("generate_edits", "--images", folder, "--out", tmp_path / "t.jsonl", "--backend", "rules")
