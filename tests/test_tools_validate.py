@@ -116,6 +116,10 @@ def test_several_files_and_a_root(folder: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
         (lists / f"{name}.jsonl").write_text(json.dumps(good("a.png", instruction=f"paint it {name}", reverse_instruction="undo")))
     report = validate([lists / "one.jsonl", lists / "two.jsonl"], folder)
+    assert not report.by_reason["same_edit"]
+    shutil.copy(lists / "one.jsonl", lists / "three.jsonl")
+    twice = validate([lists / "one.jsonl", lists / "three.jsonl"], folder)
+    assert [where for where, _ in twice.by_reason["same_edit"]] == ["three.jsonl line 1"]
     assert [where for where, _ in report.by_reason["reverse_refers_back"]] == ["one.jsonl line 1", "two.jsonl line 1"]
 
 
