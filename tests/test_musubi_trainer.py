@@ -12,7 +12,7 @@ import torch
 from musubi_host import A14B, T2V, host_config
 from torch import Tensor, nn
 
-from byg_plugin.hosts import musubi_trainer
+from byg_plugin.hosts import musubi, musubi_trainer
 from byg_plugin.hosts.musubi_trainer import UnpairedCycleTrainer
 from byg_plugin.training.loop import share_of_high_noise
 
@@ -119,12 +119,33 @@ def test_companions_of_files_that_the_host_removed_are_removed(tmp_path: Path):
     assert it._byg_companions == [kept]
 
 
-@pytest.mark.parametrize("written", [None, "{", "[]", '{"step": "2"}', '{"step": -1}', "{}"])
+@pytest.mark.parametrize("written", [None, "{", "[]", '{"step": 2}', '{"step": "2", "config": {}}', '{"step": -1}', "{}"])
 def test_a_damaged_state_is_told(tmp_path: Path, written: str | None):
     if written is not None:
         (tmp_path / musubi_trainer.STATE).write_text(written, encoding="utf-8")
     with pytest.raises(ValueError, match="(no state of this plugin there|is damaged)"):
         musubi_trainer.read_state(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tiny.safetensors", "tiny-step00000500.safetensors", "tiny-from000500.safetensors"])
+def test_what_an_earlier_run_has_written_is_not_written_over(tmp_path: Path, name: str):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "tiny_other.safetensors").touch()
+    config, args = host_config(tmp_path, T2V), SimpleNamespace(output_dir=str(tmp_path / "out"), output_name="tiny", resume=None)
+    musubi._resume_from(config, None, args)
+    (tmp_path / "out" / name).touch()
+    with pytest.raises(ValueError, match=f"already has {name}: go on with --resume"):
+        musubi._resume_from(config, None, args)
+
+
+def test_what_a_state_holds_cannot_change_with_it(tmp_path: Path):
+    config, args = host_config(tmp_path, T2V), SimpleNamespace(output_dir=str(tmp_path / "out"), output_name="tiny", resume=None)
+    (tmp_path / musubi_trainer.STATE).write_text(json.dumps({"step": 2, "config": config.model_dump(mode="json")}), encoding="utf-8")
+    musubi._resume_from(config, str(tmp_path), args)
+    assert args.resume == str(tmp_path)
+    for key, value in (("network_dim", 8), ("network_alpha", 1), ("network_module", "networks.loha"), ("optimizer_type", "Muon")):
+        with pytest.raises(ValueError, match=rf"trained with musubi\.{key} = .*, now it is {value!r}"):
+            musubi._resume_from(host_config(tmp_path, T2V, musubi={key: value}), str(tmp_path), args)
 
 
 def test_a_damaged_ema_is_told(tmp_path: Path):
