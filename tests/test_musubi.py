@@ -856,7 +856,13 @@ def test_previews_in_the_hosts_loop(tmp_path: Path, family: str, monkeypatch: py
         return []
 
     monkeypatch.setattr(base, "save_images_grid", save)
-    options = {"sample_prompts": str(tmp_path / "prompts.txt"), "sample_every_n_steps": 2, "sample_at_first": True}
+    files = ("vae", *musubi_options.ENCODERS["flux" if family == "flux" else "wan"])
+    options = {
+        **dict.fromkeys(files, str(tmp_path / "dit.safetensors")),
+        "sample_prompts": str(tmp_path / "prompts.txt"),
+        "sample_every_n_steps": 2,
+        "sample_at_first": True,
+    }
     run_here(write_config(tmp_path, family, max_train_steps=2, **options))
     assert len(saved) >= 2 and all(video.shape == (1, 3, 1, 32, 48) for video in saved)
     assert not torch.equal(saved[0], saved[-1]), "the weights have changed in between"

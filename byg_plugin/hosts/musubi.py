@@ -7,6 +7,7 @@ that overrides its seams only (`musubi_trainer.py`). The only module beside `pat
 from __future__ import annotations
 
 import argparse
+import glob
 import importlib
 import importlib.util
 import inspect
@@ -158,27 +159,32 @@ def _lacking(family: str) -> list[str]:
     return lacking
 
 
+_FIXED_ON_RESUME = (
+    ("model", "family"),
+    ("conditioning", "position"),
+    *(("musubi", name) for name in ("network_module", "network_dim", "network_alpha", "network_args", "optimizer_type")),
+)
+
+
 def _resume_from(config: Config, resume: str | None, args: Any) -> None:
     folder = Path(args.output_dir)
     there = states(folder)
     if resume is None:
-        last = Path(f"{folder / args.output_name}.safetensors")
-        if last.exists() or there:
-            shown = there[-1] if there else last
-            raise ValueError(f"musubi.output_dir = {folder} already has {shown.name}: go on with --resume FOLDER, or choose another")
+        name = glob.escape(args.output_name)
+        if written := [*there, *sorted(folder.glob(f"{name}.safetensors")), *sorted(folder.glob(f"{name}-*.safetensors"))]:
+            raise ValueError(f"musubi.output_dir = {folder} already has {written[0].name}: go on with --resume FOLDER, or choose another")
         return
     if resume == "latest":
         newest = f"--resume {there[-1]}" if there else "none is there yet"
         raise ValueError(f"--resume latest: the host unpickles the state it reads, which can run code, so name the folder: {newest}")
     saved = read_state(Path(resume))["config"]
     now = config.model_dump(mode="json")
-    for section, key in (("model", "family"), ("conditioning", "position"), ("lora", "rank")):
-        if saved[section][key] != now[section][key]:
-            raise ValueError(
-                f"--resume: the state was trained with {section}.{key} = {saved[section][key]!r}, now it is {now[section][key]!r}"
-            )
+    for section, key in _FIXED_ON_RESUME:
+        before, after = (each.get(section, {}).get(key) for each in (saved, now))
+        if before != after:
+            raise ValueError(f"--resume: the state was trained with {section}.{key} = {before!r}, now it is {after!r}: set it back")
     for key in ("objective", "conditioning"):
-        changed = [name for name, value in now[key].items() if saved[key].get(name) != value]
+        changed = [name for name, value in now[key].items() if saved.get(key, {}).get(name) != value]
         if changed:
             logger.warning("--resume: %s differ from the state's; the curve will differ from an uninterrupted run", ", ".join(changed))
     logger.warning("--resume %s: the host reads optimizer and random states with pickle; only resume from a folder you trust", resume)
@@ -215,6 +221,8 @@ def prepare(config: Config, resume: str | None = None) -> tuple[Host, argparse.N
         raise ValueError("accelerate launch asks for dynamo, inside which the LoRA cannot be taken off: answer NO, and set musubi.compile")
     host = open_host(config)
     args = musubi_options.arguments(config, host.parser())
+    if host.family == "wan":
+        musubi_options.check_precision(config.musubi)
     share_of_high_noise(config, families.WAN[config.model.family].boundary if config.model.family in families.WAN else None)
     items = musubi_cache.check(Path(args.dataset_config), host.family, training_tuples(config))
     _resume_from(config, resume, args)
@@ -267,12 +275,9 @@ def cache_texts(config: Config, *, prune: bool = False) -> None:
     print(f"{len(todo)} items' texts cached, {len(every) - len(todo)} were current", flush=True)
 
 
-_ENCODER_OPTIONS = {"wan": ("t5",), "flux": ("text_encoder1", "text_encoder2")}
-
-
 def _encoder_identity(config: Config, family: str) -> str:
     parts = []
-    for name in _ENCODER_OPTIONS[family]:
+    for name in musubi_options.ENCODERS[family]:
         place = config.musubi.get(name)
         if not isinstance(place, str) or not Path(place).is_file():
             raise ValueError(f"musubi.{name} = {place!r}: no such file; give the text encoder that the host's own caching takes")

@@ -309,7 +309,7 @@ class UnpairedCycleTrainer:
         return found | {"byg.alpha": repr(args.network_alpha), "byg.host": "musubi"}
 
     def on_post_save(
-        self, args: Any, accelerator: Any, network: Any, transformer: Any, ckpt_name: str, save_dtype: Any, metadata: Any, *_: Any
+        self, args: Any, accelerator: Any, network: Any, transformer: Any, ckpt_name: str, save_dtype: Any, metadata: Any, *rest: Any
     ) -> None:
         """The EMA beside what the host has saved: `<name>-ema.safetensors`, in the same format."""
         self._drop_orphans()
@@ -321,6 +321,9 @@ class UnpairedCycleTrainer:
         with self.byg_fields.ema_weights.swapped_in():
             self.byg_fields.network.save_weights(str(partial_file), save_dtype, {**metadata, **self._metadata(args, "ema")})
         os.replace(partial_file, companion)
+        if args.huggingface_repo_id is not None:
+            upload = self.byg_host.module("utils.huggingface_utils").upload
+            upload(args, str(companion), f"/{companion.name}", force_sync_upload=bool(rest and rest[0]))
         self._byg_companions.append(saved)
 
     def _drop_orphans(self) -> None:
@@ -478,8 +481,10 @@ def read_state(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"--resume {folder}: no state of this plugin there ({STATE}: {error}); a state is saved with musubi.save_state = true"
         ) from error
-    if not isinstance(step, int) or step < 0:
-        raise ValueError(f"--resume {folder}: {STATE} is damaged: step = {step!r}")
+    if not isinstance(step, int) or step < 0 or not isinstance(state.get("config"), dict):
+        raise ValueError(
+            f"--resume {folder}: {STATE} is damaged: step = {step!r}, config = {state.get('config')!r:.40}; take another state"
+        )
     return state
 
 
