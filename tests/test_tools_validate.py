@@ -95,6 +95,12 @@ def test_each_reason_names_its_line(folder: Path) -> None:
     }
 
 
+def test_the_style_that_side_data_knows_must_be_in_the_source_caption(folder: Path) -> None:
+    style = {"meta": {"source_style": "anime"}}
+    path = write(folder, good("a.png", **style), good("b.png", 1, src_caption="an anime drawing of a red car", **style))
+    assert places(path) == {"source_style": ["line 1"]}
+
+
 def test_only_tuples_that_the_trainer_takes_are_usable(folder: Path) -> None:
     path = write(folder, good("a.png"), good("b.png", 1, reverse_instruction="undo it"), good("b.png", 2, tgt_caption="a car, not red"))
     report = validate([path])
