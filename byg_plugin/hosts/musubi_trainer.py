@@ -33,8 +33,8 @@ from byg_plugin.objectives.base import Batch, Text, Velocity
 from byg_plugin.training.checkpoint import save_file
 from byg_plugin.training.config import Config
 from byg_plugin.training.ema import EmaWeights
-from byg_plugin.training.loop import law_of_t, lora_metadata, share_of_high_noise
-from byg_plugin.training.randomness import coin, generator
+from byg_plugin.training.loop import draw_t, is_identity_step, lora_metadata, not_finite, share_of_high_noise, side_of
+from byg_plugin.training.randomness import generator
 
 if TYPE_CHECKING:
     from byg_plugin.hosts.musubi import Host
@@ -246,7 +246,7 @@ class UnpairedCycleTrainer:
             noise=noise.to(source.device),
             t=t.to(source.device),
             nodes=nodes.to(source.device),
-            identity_step=step < objective.identity_warmup_steps or coin(seed, step, objective.identity_probability),
+            identity_step=is_identity_step(self.byg_config, step),
             **{role: {name: value.to(source.device) for name, value in text.items()} for role, text in texts.items()},
         )
         if not self._byg_proved:
@@ -259,11 +259,8 @@ class UnpairedCycleTrainer:
         return metrics["loss"].detach().clone().requires_grad_(), told | {"identity_step": float(step_batch.identity_step)}
 
     def _draw_t(self, size: int, rng: torch.Generator, step: int) -> Tensor:
-        law = law_of_t(self.byg_config.objective)
-        if self.byg_high_share is None or self.byg_family.boundary is None:
-            return timesteps.sample_t(size, rng, **law)
-        high = coin(self.byg_config.train.seed, step, self.byg_high_share, "expert")
-        return timesteps.sample_t_beside(size, rng, self.byg_family.boundary, high, **law)
+        high = side_of(self.byg_config, self.byg_high_share, step)
+        return draw_t(self.byg_config.objective, size, rng, self.byg_family.boundary, high)
 
     def _backward(self, accelerator: Any, loss: Tensor, *, last: bool) -> float:
         """As the host would; it averages gradients over processes itself, after `process_batch`."""
@@ -278,9 +275,7 @@ class UnpairedCycleTrainer:
             gradients = [p.grad for p in self.byg_fields.network.parameters() if p.grad is not None]
             if gradients:
                 values["gradient"] = torch.stack(torch._foreach_norm(gradients)).sum()
-        finite = torch.stack([value.float() for value in values.values()]).isfinite().tolist()
-        bad = [name for name, good in zip(values, finite, strict=True) if not good]
-        if bad:
+        if bad := not_finite(values):
             raise FloatingPointError(
                 f"{', '.join(bad)} is not finite at step {self.byg_progress.step + 1}; the weights were not changed. Try a lower "
                 "musubi.learning_rate or musubi.max_grad_norm, or musubi.mixed_precision = 'bf16'"
