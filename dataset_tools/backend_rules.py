@@ -43,16 +43,27 @@ _STOP = frozenset(
         "has have that which who while as next between around along its their his her",
     )
 )
-# After a color word these are no objects of that color.
+# After a color word these are no objects of that color; of people it says no color at all.
 _NO_OBJECT = frozenset(
-    re.findall(r"\w+", "light lighting photo photograph picture image tones color colors colour colours background sky hair skin eyes")
+    re.findall(
+        r"\w+",
+        "light lighting photo photograph picture image tones color colors colour colours background sky hair skin eyes one ones house "
+        "friday man men woman women person persons people boy boys girl girls guy guys lady ladies gentleman gentlemen child children kid "
+        "kids baby babies toddler teenager teenagers couple family male males female females american americans folks crowd",
+    )
 )
-_COLOR = re.compile(rf"\b({'|'.join(_COLOR_WORDS)})\b((?:\s+[a-z][a-z'-]*)+)", re.IGNORECASE)
+_COLOR = re.compile(
+    rf"\b((?:(?:dark|light|bright|pale|deep|hot|pastel|navy|sky)[ -])?(?:{'|'.join(_COLOR_WORDS)}))\b((?:\s+[a-z][a-z'-]*)+)", re.IGNORECASE
+)
 _ANY_COLOR = re.compile(rf"\b(?:{'|'.join(_COLOR_WORDS)})\b", re.IGNORECASE)
 _PLACE = re.compile(
-    rf"\b(?:in|on|at|by|near|along|across)\s+(?:(a|an|the)\s+)((?:(?!of\b|the\b|an?\b|and\b)[a-z-]+\s+){{0,2}}(?:{_PLACE_WORDS}))\b",
+    rf"\b(?:in|on|at|by|near|along|across)\s+(?:(a|an|the)\s+)((?:(?!of\b|the\b|an?\b|and\b)[a-z-]+\s+){{0,2}}(?:{_PLACE_WORDS}))"
+    # A noun that follows makes another thing of it: a street sign.
+    rf"(?=\s*(?:[.,;:]|$)|\s+(?:{'|'.join(sorted(_STOP))})\b)",
     re.IGNORECASE,
 )
+# What a caption may begin with that is no name.
+_NO_NAME = frozenset(re.findall(r"\w+", "a an the one two three four five six some several many people this there")) | set(_COLOR_WORDS)
 # At the beginning alone: a photo that somebody in a painting holds says nothing of the painting.
 _MEDIUM = re.compile(
     r"(?:(?:an?|the)\s+)?((?:(?:black[- ]and[- ]white|monochrome|sepia|colou?r|close-?up|aerial|macro|old|vintage|blurry|grainy)\s+)*)"
@@ -106,7 +117,9 @@ def _color(caption: str, rng: random.Random) -> Texts | None:
         color, noun = match[1], _noun(match[2])
         before = caption[: match.start()].rstrip()
         mixed = re.search(rf"(?:\b(?:{'|'.join(_COLOR_WORDS)})\s*(?:,|and|or|-)|-)$", before, re.IGNORECASE)
-        if noun and not mixed and len(re.findall(rf"\b{re.escape(noun)}\b", caption, re.IGNORECASE)) == 1:
+        # A woman in black holding a bag.
+        worn = re.search(r"\bin$", before, re.IGNORECASE) and noun and noun.casefold().split()[0].endswith(("ing", "ed"))
+        if noun and not mixed and not worn and len(re.findall(rf"\b{re.escape(noun)}\b", caption, re.IGNORECASE)) == 1:
             candidates.append((match.start(1), color, noun))
     if not candidates:
         return None
@@ -122,6 +135,8 @@ def _noun(after: str) -> str | None:
     """The noun phrase at the beginning of what follows a color word."""
     words: list[str] = []
     for word in after.split()[:3]:
+        if word.casefold().endswith(("'s", "s'")):
+            return None
         if word.casefold() in _STOP or (words and word.casefold().endswith(("ing", "ed"))):
             break
         words.append(word)
@@ -147,7 +162,7 @@ def _style(caption: str, style: str | None, rng: random.Random) -> Texts | None:
     """A photograph to a style, or a picture of a known style to a photograph."""
     medium = _MEDIUM.match(caption)
     content = caption[medium.end() :] if medium else caption
-    content = content[0].lower() + content[1:] if content[:2].istitle() else content
+    content = content[0].lower() + content[1:] if content.split()[0].casefold() in _NO_NAME else content
     if style and not is_photorealistic(style):
         drawn = f"{content}, {style} style"
         return drawn, "turn the image into a photograph", f"a photo of {content}", f"turn the image into {style} style"

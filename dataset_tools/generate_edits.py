@@ -24,6 +24,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from byg_plugin import _cli
+from byg_plugin.data import media
 from byg_plugin.data.rules import Finding, check_texts, is_photorealistic
 from byg_plugin.data.tuples import IMAGE_SUFFIXES, TEXTS
 from byg_plugin.training.extras import require
@@ -82,7 +83,8 @@ class Editor:
         self.balance.reserve(attempt.offered)
         chosen = None
         try:
-            outcome = await attempt.by_model(self.backend, self.settings.image_side) if self.backend else attempt.by_rules()
+            made = attempt.by_model(self.backend, self.settings.image_side) if self.backend else attempt.by_rules()
+            outcome = await made
             chosen = outcome.label if outcome.accepted else None
             return outcome
         finally:
@@ -120,10 +122,12 @@ class _Attempt(Attempt):
         chat = Chat(system=prompts.SYSTEM, turns=(asked,), pictures=(picture,), seed=self.seed)
         return await self.ask(backend, chat, prompts.FIELDS, self._check, self._tuple)
 
-    def by_rules(self) -> Outcome:
+    async def by_rules(self) -> Outcome:
         item = self.item
-        if not item.path.is_file():
-            return self.rejected("input", "input", f"{item.path}: no such file")
+        try:
+            await asyncio.to_thread(media.load_image, item.path)
+        except (ValueError, OSError) as error:
+            return self.rejected("input", "input", str(error))
         try:
             texts = backend_rules.propose(item.caption, item.style, self.offered, self.rng)
         except backend_rules.NotServed as error:
@@ -164,6 +168,7 @@ class Done:
     new: int
     reasons: dict[str, int] = field(default_factory=dict)
     passed_over: str = ""
+    known: int = 0
 
 
 def generate(settings: GenerateSettings) -> Done:
@@ -193,6 +198,7 @@ def generate(settings: GenerateSettings) -> Done:
             new=feed.given,
             reasons=dict(tally.reasons),
             passed_over=passed_over(others),
+            known=feed.passed_over,
         )
     finally:
         results.close()
@@ -211,6 +217,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = read_settings(GenerateSettings, "generate", __doc__ or "", arguments)
     done = generate(settings)
     _cli.say(f"{done.new} images done in this run; in all {done.summary}: {done.out}")
+    if done.known:
+        _cli.say(f"passed over: {done.known} that were done before or are named more than once")
     if done.reasons:
         listed = ", ".join(f"{count} {reason}" for reason, count in sorted(done.reasons.items(), key=lambda item: -item[1]))
         _cli.say(f"rejected because: {listed}; {done.rejects} has each with its reason")

@@ -85,8 +85,10 @@ def files_below(folder: Path, suffixes: Sequence[str], others: Counter[str]) -> 
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            if entry.is_dir():
-                yield from files_below(folder / entry.name, suffixes, others)
+            if os.path.isdir(entry.path):
+                # A link to a folder that it lies in would be followed forever.
+                if not (entry.is_symlink() and folder.resolve().is_relative_to(os.path.realpath(entry.path))):
+                    yield from files_below(folder / entry.name, suffixes, others)
             elif (suffix := Path(entry.name).suffix.lower()) in suffixes:
                 yield folder / entry.name
             else:
@@ -149,7 +151,13 @@ def _csv_rows(path: Path, delimiter: str) -> Iterator[Mapping[str, Any]]:
     csv.field_size_limit(1 << 24)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            yield from csv.DictReader(file, delimiter=delimiter)
+            rows = csv.DictReader(file, delimiter=delimiter)
+            for row in rows:
+                if None in row:
+                    raise ValueError(
+                        f"{path}: line {rows.line_num} has more fields than the first line: put texts with {delimiter!r} in double quotes"
+                    )
+                yield row
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read as CSV in UTF-8: {error}") from error
 

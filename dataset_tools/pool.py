@@ -144,12 +144,12 @@ class Feed(Generic[T]):
 
 
 async def run_pool(feed: Feed[T], work: Callable[[T], Awaitable[Outcome]], results: Results, in_flight: int, *, what: str) -> None:
-    """Work on up to `in_flight` inputs at once; each result is on the disk before it is counted.
+    """Work on up to `in_flight` inputs at once; each result is on the disk before it is counted, and before its place is taken.
 
     An error of `work` ends the run: results that have come in are written, what is in flight is given up and done again
     by the next run.
     """
-    finished: asyncio.Queue[Outcome] = asyncio.Queue(maxsize=2 * in_flight)
+    finished: asyncio.Queue[tuple[Outcome, asyncio.Future[None]]] = asyncio.Queue()
     waiting: list[T] = []
     reading = asyncio.Lock()
 
@@ -161,16 +161,21 @@ async def run_pool(feed: Feed[T], work: Callable[[T], Awaitable[Outcome]], resul
                 if not waiting:
                     return
                 item = waiting.pop()
-            await finished.put(await work(item))
+            outcome, written = await work(item), asyncio.get_running_loop().create_future()
+            finished.put_nowait((outcome, written))
+            await written
 
     async def writer(bar: Any) -> None:
         while True:
-            outcomes = [await finished.get()]
+            batch = [await finished.get()]
             while not finished.empty():
-                outcomes.append(finished.get_nowait())
+                batch.append(finished.get_nowait())
+            outcomes = [outcome for outcome, _ in batch]
             # Not to be interrupted: a line that is half written would be a defect of the file.
             await asyncio.shield(asyncio.to_thread(results.write, outcomes))
-            for _ in outcomes:
+            for _, written in batch:
+                if not written.done():  # its worker was given up
+                    written.set_result(None)
                 finished.task_done()
             bar.update(len(outcomes))
             bar.set_postfix_str(_progress(results.tally), refresh=False)

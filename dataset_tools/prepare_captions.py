@@ -172,7 +172,8 @@ def prepare(settings: CaptionsSettings) -> tuple[Path, str]:
         feed: Feed[Row] = Feed(mine, lambda row: row.name, results, settings.limit)
         asyncio.run(_run(feed, captioner.make, backend, results, settings.in_flight))
         unread = f" (not read: {left})" if (left := passed_over(others)) else ""
-        return out, f"{feed.given} done in this run{unread}; in all {results.tally}"
+        known = f", {feed.passed_over} done before or named more than once" if feed.passed_over else ""
+        return out, f"{feed.given} done in this run{known}{unread}; in all {results.tally}"
     finally:
         results.close()
 

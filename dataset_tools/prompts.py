@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from byg_plugin.data.rules import EDIT_TYPES, RULES, Finding
 
-VERSION = "1"
+VERSION = "2"
 FIELDS = ("edit_type", "src_caption", "instruction", "tgt_caption", "reverse_instruction")
 PHOTOREALISTIC = "photorealistic"
 
@@ -70,6 +70,7 @@ Rules:
 - tgt_caption describes the final image alone: no "now", "no longer", "changed to", "turned into" or "replaced by". Say what is there; do
   not say what is absent ("without", "no")
 - src_caption says nothing of the edit. If the image is not a photograph (painting, drawing, render), it names the style
+- words that stand in the image are quoted in single marks: a sign that says 'OPEN'
 - instruction and reverse_instruction, and the two captions, must differ"""
 
 

@@ -109,13 +109,14 @@ def validate(
             work = _inspected(pool, path, root, decode, thorough, jobs)
             for seen, files in work:
                 report.records += 1
-                findings = [*seen.findings, *memory.across(seen, files)]
+                where = prefix + seen.where
+                findings = [*seen.findings, *memory.across(where, seen.item, files)]
                 if seen.item is not None:
                     findings += [Finding(reason="decode", message=problem) for problem in files.problems]
                     findings += _edit_type(seen.item.edit_type)
                     findings += too_long.findings(seen.item)
                 for finding in findings:
-                    report.by_reason[finding.reason].append((prefix + seen.where, finding.message))
+                    report.by_reason[finding.reason].append((where, finding.message))
                     if finding.hard:
                         report.hard.add(finding.reason)
                 if seen.item is not None and not any(finding.hard for finding in findings):
@@ -183,14 +184,13 @@ class _Memory:
         self._pictures: dict[str, str] = {}
         self._split: dict[str, bool] = {}
 
-    def across(self, seen: Inspected, files: _Files) -> Iterator[Finding]:
-        """Findings of this record beside the earlier ones."""
-        item = seen.item
+    def across(self, where: str, item: EditTuple | None, files: _Files) -> Iterator[Finding]:
+        """Findings of this record beside the earlier ones, of all files."""
         if item is None:
             return
         source = str(item.source)
-        first = self._edits.setdefault((source, item.instruction.casefold()), seen.where)
-        if first != seen.where:
+        first = self._edits.setdefault((source, item.instruction.casefold()), where)
+        if first != where:
             yield Finding(reason="same_edit", message=f"{item.instruction!r} as in {first}", hard=False)
         held_out = item.split == "validation"
         if self._split.setdefault(source, held_out) != held_out:

@@ -716,14 +716,19 @@ def test_preview_is_an_edit_of_its_source(tmp_path: Path):
             return x[:, :3].repeat_interleave(8, 2).repeat_interleave(8, 3)
 
     pictures = []
-    for shade in (0, 255):
+    for shade, live in ((0, True), (255, True), (255, False)):
+        if not live:
+            for parameter in it.network.parameters():
+                parameter.data.zero_()
         Image.new("RGB", (60, 40), (shade, 30, 30)).save(tmp_path / "a.png")
         one = texts("flux", 1, 1)
         prompt = {"t5_vec": one["t5"], "clip_l_pooler": one["pooled"], "control_image_path": [str(tmp_path / "a.png")]}
         generator = torch.Generator().manual_seed(1)
         args = (it.accelerator, it.args, prompt, Vae(), None, it.transformer, 1.0, 2, 48, 32, 1, generator, False, 1.0, None)
         pictures.append(it.trainer.do_inference(*args, image_path=None, control_video_path=None))
-    assert pictures[0].shape == (1, 3, 1, 32, 48) and not torch.equal(*pictures)
+    it.wake()
+    assert pictures[0].shape == (1, 3, 1, 32, 48) and not torch.equal(*pictures[:2])
+    assert torch.equal(*pictures[1:]), "the average edits, not the current weights"
     (tmp_path / "prompts.txt").write_text("make it snow\n", encoding="utf-8")
     with pytest.raises(ValueError, match="prompt 1 has no source; add --ci IMAGE"):
         it.trainer.process_sample_prompts(it.args, it.accelerator, str(tmp_path / "prompts.txt"))
@@ -777,7 +782,7 @@ def test_the_cache_step_adds_roles_to_the_hosts_items(tmp_path: Path, family: st
     monkeypatch.setattr(musubi, "encode_texts", encode)
     musubi.cache_texts(config)
     assert len(asked) == 12 and "3 items' texts cached, 0 were current" in capsys.readouterr().out
-    assert musubi_cache.check(tmp_path / "dataset.toml", "flux" if family == "flux" else "wan", musubi.read_tuples(config.dataset)) == 3
+    assert musubi_cache.check(tmp_path / "dataset.toml", "flux" if family == "flux" else "wan", musubi.training_tuples(config)) == 3
 
     # The host's own caching, before or after, and ours leave each other's tensors.
     from musubi_tuner.dataset import cache_io
@@ -856,7 +861,13 @@ def test_previews_in_the_hosts_loop(tmp_path: Path, family: str, monkeypatch: py
         return []
 
     monkeypatch.setattr(base, "save_images_grid", save)
-    options = {"sample_prompts": str(tmp_path / "prompts.txt"), "sample_every_n_steps": 2, "sample_at_first": True}
+    files = ("vae", *musubi_options.ENCODERS["flux" if family == "flux" else "wan"])
+    options = {
+        **dict.fromkeys(files, str(tmp_path / "dit.safetensors")),
+        "sample_prompts": str(tmp_path / "prompts.txt"),
+        "sample_every_n_steps": 2,
+        "sample_at_first": True,
+    }
     run_here(write_config(tmp_path, family, max_train_steps=2, **options))
     assert len(saved) >= 2 and all(video.shape == (1, 3, 1, 32, 48) for video in saved)
     assert not torch.equal(saved[0], saved[-1]), "the weights have changed in between"

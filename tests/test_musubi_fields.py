@@ -186,8 +186,13 @@ def test_a_base_that_keeps_the_lora_is_noticed():
     toy, batch = Toy(), toy_batch()
     before = [p.detach().clone() for p in toy.network.parameters()]
     toy.fields.prove_base(batch.source, batch.t, batch.instruction)
-    toy.fields._adapted = toy.fields._adapted[1:]  # as if one block had been compiled with its LoRA
-    with pytest.raises(ValueError, match="leave out musubi.compile"):
+    every, toy.fields._adapted = toy.fields._adapted, toy.fields._adapted[1:]  # as if one block had been compiled with its LoRA
+    with pytest.raises(ValueError, match="the frozen base changes with the LoRA"):
+        toy.fields.prove_base(batch.source, batch.t, batch.instruction)
+    toy.fields._adapted = every
+    for module, own in every:  # as if all had been compiled without it
+        module.forward = own  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="the LoRA changes nothing"):
         toy.fields.prove_base(batch.source, batch.t, batch.instruction)
     assert all(torch.equal(p, kept) for p, kept in zip(toy.network.parameters(), before, strict=True))
 

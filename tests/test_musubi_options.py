@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from musubi_host import A14B, T2V, host_config
+from safetensors.torch import save_file
 
 from byg_plugin.hosts import musubi_options
 from byg_plugin.hosts.musubi_options import REFUSED, Surface
@@ -65,6 +67,13 @@ def test_a_good_configuration_has_no_problems(folder: Path, family: str):
         ("blocks_to_swap", -1, "must not be negative"),
         ("optimizer_type", "AdmW", "did you mean 'AdamW'?"),
         ("lr_scheduler", "cosin", "did you mean 'cosine'?"),
+        ("save_every_n_steps", 0, "the host divides by it"),
+        ("sample_every_n_epochs", 0, "the host divides by it"),
+        ("blocks_to_swap", 30, "has no more than 29 to swap"),
+        ("learning_rate", float("nan"), "must be finite"),
+        ("persistent_data_loader_workers", True, "set musubi.max_data_loader_n_workers above 0"),
+        ("sample_prompts", "prompts.txt", "needs musubi.vae = None"),
+        ("sample_prompts", "prompts.txt", "needs musubi.t5 = None"),
         ("lr_warmup_steps", 5, "set musubi.lr_scheduler = 'constant_with_warmup'"),
     ],
 )
@@ -125,9 +134,36 @@ def test_streamed_blocks_exclude_two_experts(folder: Path):
 
 
 def test_an_8_bit_t5_excludes_previews_of_flux(folder: Path):
-    options = {"fp8_t5": True, "sample_prompts": str(folder / "dataset.toml")}
+    place = str(folder / "dataset.toml")
+    options = {"fp8_t5": True, **dict.fromkeys(("sample_prompts", "vae", "t5", "text_encoder1", "text_encoder2"), place)}
+    wan = {name: value for name, value in options.items() if not name.startswith("text_encoder")}
     assert any("musubi.fp8_t5 stops" in line for line in found(host_config(folder, "flux", musubi=options)))
-    assert found(host_config(folder, T2V, musubi=options)) == [] == found(host_config(folder, "flux", musubi={"fp8_t5": True}))
+    assert found(host_config(folder, T2V, musubi=wan)) == [] == found(host_config(folder, "flux", musubi={"fp8_t5": True}))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options", "says"),
+    [
+        (torch.float16, {"mixed_precision": "bf16"}, "is in fp16, and the host needs the same: set 'fp16'"),
+        (torch.bfloat16, {}, "musubi.mixed_precision = None: .* set 'bf16'"),
+        (torch.float8_e4m3fn, {"mixed_precision": "bf16", "fp8_scaled": True}, "is in 8 bit already"),
+    ],
+)
+def test_the_precision_is_that_of_the_file(folder: Path, dtype: torch.dtype, options: dict[str, Any], says: str):
+    place = folder / "dit.safetensors"
+    given = {"dit": str(place), **options}
+    with pytest.raises(ValueError, match="not a readable safetensors file"):
+        musubi_options.check_precision(given)
+    save_file({"x": torch.zeros(1)}, place)
+    with pytest.raises(ValueError, match="no Wan DiT"):
+        musubi_options.check_precision(given)
+    key = "model.diffusion_model.blocks.0.cross_attn.k.weight"
+    save_file({key: torch.zeros(2, 2).to(dtype)}, place)
+    with pytest.raises(ValueError, match=says):
+        musubi_options.check_precision(given)
+    musubi_options.check_precision(given | {"mixed_precision": "fp16" if dtype == torch.float16 else "bf16", "fp8_scaled": False})
+    save_file({key: torch.zeros(2, 2)}, place)
+    musubi_options.check_precision(given)
 
 
 def test_every_problem_is_in_one_message(folder: Path):
@@ -262,6 +298,20 @@ def test_the_patch_of_imports_is_guarded_and_undone(monkeypatch: pytest.MonkeyPa
         assert torch.cuda.current_device() == 0
         raise RuntimeError("inside")
     assert torch.cuda.current_device is asked
+
+
+def test_held_out_tuples_are_not_trained_on(folder: Path):
+    from PIL import Image
+
+    from byg_plugin.hosts import musubi
+
+    lines = []
+    for name, more in (("a", {}), ("b", {"split": "validation"})):
+        Image.new("RGB", (8, 8)).save(folder / f"{name}.png")
+        texts = {"src_caption": "a red car", "tgt_caption": "a blue car", "instruction": "make the car blue"}
+        lines.append(json.dumps({"source": f"{name}.png", **texts, "reverse_instruction": "make the car red", **more}))
+    (folder / "tuples.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    assert [item.source.stem for item in musubi.training_tuples(host_config(folder, T2V))] == ["a"]
 
 
 def test_a_latent_cache_is_the_hosts(folder: Path):

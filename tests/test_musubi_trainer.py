@@ -12,8 +12,10 @@ import torch
 from musubi_host import A14B, T2V, host_config
 from torch import Tensor, nn
 
-from byg_plugin.hosts import musubi_trainer
+from byg_plugin.data.tuples import TEXTS
+from byg_plugin.hosts import musubi, musubi_trainer
 from byg_plugin.hosts.musubi_trainer import UnpairedCycleTrainer
+from byg_plugin.training.ema import EmaWeights
 from byg_plugin.training.loop import share_of_high_noise
 
 
@@ -80,6 +82,55 @@ def test_a_step_is_on_one_side_of_the_boundary_and_the_sides_have_their_share(tm
     assert abs(share - it.byg_high_share) < 0.07
 
 
+def drawn(it: Any, steps: int, accumulation: int, ranks: int) -> list[list[Any]]:
+    """What each batch of a run is given, by steps: ranks beside each other."""
+    rows = {f"byg_{role}_{part}": [value] for role in TEXTS for part, value in (("umt5", torch.ones(3, 2)), ("lengths", torch.tensor([3])))}
+    found: list[list[Any]] = []
+    it.byg_objective = SimpleNamespace(step=lambda fields, batch, backward: found[-1].append(batch) or {"loss": torch.ones(())})
+    it.byg_high_share, it._byg_proved = None, True
+    it.byg_fields.ema_weights = EmaWeights({}, 0.0)
+    args = SimpleNamespace(gradient_accumulation_steps=accumulation)
+    for _ in range(steps):
+        found.append([])
+        for micro in range(accumulation):
+            for rank in range(ranks):
+                it.byg_progress.micro = micro
+                accelerator = SimpleNamespace(device=torch.device("cpu"), num_processes=ranks, process_index=rank, scaler=None)
+                it.process_batch(args, accelerator, None, None, rows, torch.zeros(1, 4, 1, 2, 2))
+            assert it.byg_progress.micro == micro + 1
+            it.on_post_optimizer_step(args, None, None, None, micro == accumulation - 1, 0)
+        assert it.byg_progress.micro == 0
+    return found
+
+
+def test_every_batch_of_every_rank_draws_its_own(tmp_path: Path):
+    objective = {"identity_probability": 0.5}
+    accumulated = drawn(trainer(tmp_path, objective=objective), 12, 4, 1)
+    noises = {tuple(batch.noise.flatten().tolist()) for step in accumulated for batch in step}
+    assert len(noises) == len({batch.t.item() for step in accumulated for batch in step}) == 48
+    for ranks in (2, 4):  # N ranks draw together what one draws with N times the accumulation
+        beside = drawn(trainer(tmp_path, objective=objective), 12, 4 // ranks, ranks)
+        assert all(
+            torch.equal(a.noise, b.noise) and a.t == b.t and a.identity_step == b.identity_step
+            for one, other in zip(accumulated, beside, strict=True)
+            for a, b in zip(one, other, strict=True)
+        )
+    coins = [{batch.identity_step for batch in step} for step in accumulated]
+    assert all(len(coin) == 1 for coin in coins) and {True} in coins and {False} in coins
+
+
+def test_step_and_ema_follow_optimizer_steps_alone(tmp_path: Path):
+    it, weight = trainer(tmp_path), nn.Parameter(torch.zeros(2))
+    it.byg_fields.ema_weights = ema = EmaWeights({"a": weight}, 0.9)
+    weight.data += 1
+    it.byg_progress.micro = 1
+    it.on_post_optimizer_step(None, None, None, None, False, 0)
+    assert (it.byg_progress.step, it.byg_progress.micro) == (0, 1) and not ema.state()["a"].any()
+    it.on_post_optimizer_step(None, None, None, None, True, 0)
+    assert (it.byg_progress.step, it.byg_progress.micro) == (1, 0)
+    assert torch.allclose(ema.state()["a"], torch.full((2,), 1 - ema.decay_at(1)))
+
+
 def test_guidance_leads_away_from_the_other_text_and_both_have_the_source():
     seen = []
 
@@ -119,12 +170,47 @@ def test_companions_of_files_that_the_host_removed_are_removed(tmp_path: Path):
     assert it._byg_companions == [kept]
 
 
-@pytest.mark.parametrize("written", [None, "{", "[]", '{"step": "2"}', '{"step": -1}', "{}"])
+def test_the_average_is_uploaded_where_the_host_uploads(tmp_path: Path):
+    it, sent = trainer(tmp_path, musubi={"output_dir": str(tmp_path)}), []
+    (tmp_path / "dataset.toml").write_text("[[datasets]]\n", encoding="utf-8")
+    upload = lambda args, place, name, force_sync_upload: sent.append((Path(place).is_file(), name, force_sync_upload))  # noqa: E731
+    it.byg_host.module = lambda name: SimpleNamespace(upload=upload)
+    it.byg_fields.ema_weights = EmaWeights({}, 0.9)
+    it.byg_fields.network.save_weights = lambda place, dtype, metadata: Path(place).touch()
+    args = SimpleNamespace(output_dir=str(tmp_path), dataset_config=tmp_path / "dataset.toml", dit="dit", network_alpha=4)
+    for repository in (None, "someone/somewhere"):
+        args.huggingface_repo_id = repository
+        it.on_post_save(args, None, None, None, "tiny.safetensors", None, {}, True)
+    assert sent == [(True, "/tiny-ema.safetensors", True)]
+
+
+@pytest.mark.parametrize("written", [None, "{", "[]", '{"step": 2}', '{"step": "2", "config": {}}', '{"step": -1}', "{}"])
 def test_a_damaged_state_is_told(tmp_path: Path, written: str | None):
     if written is not None:
         (tmp_path / musubi_trainer.STATE).write_text(written, encoding="utf-8")
     with pytest.raises(ValueError, match="(no state of this plugin there|is damaged)"):
         musubi_trainer.read_state(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tiny.safetensors", "tiny-step00000500.safetensors", "tiny-from000500.safetensors"])
+def test_what_an_earlier_run_has_written_is_not_written_over(tmp_path: Path, name: str):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "tiny_other.safetensors").touch()
+    config, args = host_config(tmp_path, T2V), SimpleNamespace(output_dir=str(tmp_path / "out"), output_name="tiny", resume=None)
+    musubi._resume_from(config, None, args)
+    (tmp_path / "out" / name).touch()
+    with pytest.raises(ValueError, match=f"already has {name}: go on with --resume"):
+        musubi._resume_from(config, None, args)
+
+
+def test_what_a_state_holds_cannot_change_with_it(tmp_path: Path):
+    config, args = host_config(tmp_path, T2V), SimpleNamespace(output_dir=str(tmp_path / "out"), output_name="tiny", resume=None)
+    (tmp_path / musubi_trainer.STATE).write_text(json.dumps({"step": 2, "config": config.model_dump(mode="json")}), encoding="utf-8")
+    musubi._resume_from(config, str(tmp_path), args)
+    assert args.resume == str(tmp_path)
+    for key, value in (("network_dim", 8), ("network_alpha", 1), ("network_module", "networks.loha"), ("optimizer_type", "Muon")):
+        with pytest.raises(ValueError, match=rf"trained with musubi\.{key} = .*, now it is {value!r}"):
+            musubi._resume_from(host_config(tmp_path, T2V, musubi={key: value}), str(tmp_path), args)
 
 
 def test_a_damaged_ema_is_told(tmp_path: Path):

@@ -27,12 +27,15 @@ def one(caption: str | None, edit_type: str, style: str | None = None, seed: int
         ("an orange cat sleeping on a sofa", "cat", "orange"),
         ("two green wooden chairs near a wall", "wooden chairs", "green"),
         ("A man with a black hat.", "hat", "black"),
+        ("a dark blue car in a garage", "car", "dark blue"),
+        ("a cat on a white bed", "bed", "white"),
+        ("a brown building", "building", "brown"),
     ],
 )
 def test_color(caption: str, noun: str, old: str) -> None:
     made = one(caption, "color_change")
     assert made and made["reverse_instruction"] == f"change the color of the {noun} to {old}"
-    new = made["instruction"].rsplit(" ", 1)[1]
+    new = made["instruction"].removeprefix(f"change the color of the {noun} to ")
     assert new != old and f"{new} {noun}" in made["tgt_caption"].lower() and old not in made["tgt_caption"].lower().split()
     assert made["tgt_caption"].lower().replace(new, old).replace("an ", "a ") == made["src_caption"].lower().replace("an ", "a ")
 
@@ -46,6 +49,10 @@ def test_color(caption: str, noun: str, old: str) -> None:
         "a red car and a blue car",
         "red light over a city",
         "a cat",
+        "a black man and a white woman",  # of people it is no color
+        "the White House",
+        "a brown dog's collar",
+        "a woman in black holding a bag",
     ],
 )
 def test_color_that_is_not_certain_is_left_alone(caption: str) -> None:
@@ -64,6 +71,8 @@ def test_background() -> None:
     assert made["instruction"].removeprefix("change the background to ").split(" ", 1)[1] in made["tgt_caption"]
     assert one("a dog", "background_change") is None
     assert one("a dog on a beach in a city", "background_change") is None  # which of the two?
+    for caption in ("a man in an office chair", "a car near the city hall", "a bird on a street sign"):  # no place at all
+        assert one(caption, "background_change") is None
 
 
 def test_style_of_a_photograph_and_back() -> None:
@@ -83,6 +92,7 @@ def test_style_of_a_photograph_and_back() -> None:
     assert old and old["src_caption"] == "a black and white photo of a man" and old["tgt_caption"].startswith("a man, ")
     assert old["reverse_instruction"] == "turn the image into a black and white photograph"
     assert one("an aerial photo of a town", "style_change")["reverse_instruction"] == "turn the image into an aerial photograph"  # type: ignore[index]
+    assert one("A photo of Paris", "style_change")["src_caption"] == "a photo of Paris"  # type: ignore[index]
     for caption in ("a dog on a beach", "a picture of a dog", "a painting of a man with a photo of a dog"):  # nobody knows what it is
         assert one(caption, "style_change") is None
 
@@ -104,9 +114,10 @@ def test_command_says_what_it_cannot_serve_and_why(tmp_path: Path) -> None:
     folder = photos(tmp_path / "photos", 6)
     (folder / "p0000.txt").unlink()
     (folder / "p0001.txt").write_text("a cat")
+    (folder / "p0002.jpg").write_bytes((folder / "p0003.jpg").read_bytes()[:200])
     done = run("generate_edits", "--images", folder, "--out", tmp_path / "t.jsonl", "--backend", "rules", OPENAI_API_KEY="")
     assert done.returncode == 0, done.stderr
-    assert "4 accepted" in done.stdout and "1 no_caption" in done.stdout and "1 no_rule" in done.stdout
+    assert "3 accepted" in done.stdout and "1 input" in done.stdout and "1 no_caption" in done.stdout and "1 no_rule" in done.stdout
     rejects = {record["source"]: record["message"] for record in records(tmp_path / "t.rejects.jsonl")}
     assert "give a .txt of the same name" in rejects["photos/p0000.jpg"] and "'a cat'" in rejects["photos/p0001.jpg"]
     done = run("generate_edits", "--images", folder, "--out", tmp_path / "t.jsonl", "--backend", "rules")

@@ -6,16 +6,18 @@ always), and its last assertion shows that it would notice another law.
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections import Counter
 from itertools import permutations
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from scipy.stats import binomtest, chisquare
 
 from byg_plugin.data.rules import EDIT_TYPES
-from dataset_tools import prompts
+from dataset_tools import backend_rules, prompts
 from dataset_tools.balance import PRIORITY, Balance
 from dataset_tools.generate_edits import Editor, _Attempt
 from dataset_tools.inputs import ImageInput
@@ -129,6 +131,27 @@ def test_style_conversion_comes_with_its_chance_and_only_for_what_is_no_photogra
     assert all(len(one.offered) == 3 for one in tries if not one.to_photo)
     for style in (None, "photo", "photorealistic"):
         assert not any(attempt(number, style, 1.0).to_photo for number in range(50))
+
+
+def test_a_conversion_that_leads_to_no_photograph_is_refused() -> None:
+    texts = {
+        "edit_type": "style_change",
+        "src_caption": "an anime drawing of a car",
+        "instruction": "turn the image into a photograph",
+        "tgt_caption": "a watercolor of a car",
+        "reverse_instruction": "turn the image into an anime drawing",
+    }
+    reasons = {chance: [f.reason for f in attempt(1, "anime", chance)._check(texts) if f.hard] for chance in (0.0, 1.0)}
+    assert "target_style" in reasons[1.0] and "target_style" not in reasons[0.0]
+
+
+def test_what_is_accepted_counts_at_once_and_what_is_rejected_does_not(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    balance = Balance(dict.fromkeys(backend_rules.TYPES, 1.0))
+    editor = Editor(settings=GenerateSettings(images="x", out="y", backend="rules"), balance=balance, backend=None)
+    for number, caption in enumerate(("a red car", "a thing")):
+        asyncio.run(editor.make(ImageInput(source=str(number), path=tmp_path / "a.png", caption=caption)))
+    assert balance.accepted == {"color_change": 1} and sum(map(balance.use, backend_rules.TYPES)) == 1
 
 
 def test_the_same_input_draws_the_same_whatever_came_before() -> None:

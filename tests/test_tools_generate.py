@@ -333,6 +333,7 @@ def test_tables_and_what_they_say_of_style(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         asked = [entry for entry in server.requests if entry["turns"] == 2]
     assert len(asked) == 40  # the one that stands twice is done once
+    assert "passed over: 1 that" in done.stdout
     for entry in asked:
         forced = "The style to reach is photorealistic" in entry["text"]
         assert forced == bool(entry["number"] % 2)

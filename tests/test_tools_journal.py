@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from dataset_tools.journal import Journal, read_records, write_records
+from dataset_tools.pool import Results
 
 RECORD = {"source": "a.png", "caption": "ü 'quoted' {braces} \u2028 end"}
 
@@ -22,6 +24,26 @@ def test_a_line_torn_anywhere_is_cut_off_and_a_whole_one_is_kept(tmp_path: Path)
         journal.append([{"n": 2}])
         journal.close()
         assert list(read_records(path)) == [{"n": 1}, *([RECORD] if end == len(line) else []), {"n": 2}], end
+
+
+def test_lines_are_whole_and_synced_however_little_the_disk_takes_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, done = os.write, []
+    monkeypatch.setattr(os, "write", lambda file, data: (done.append("write"), write(file, data[:7]))[1])
+    monkeypatch.setattr(os, "fsync", lambda file: done.append("sync"))
+    journal = Journal(tmp_path / "t.jsonl")
+    journal.append([RECORD, RECORD])
+    assert done.count("write") > 5 and done[-1] == "sync"
+    journal.close()
+    assert list(read_records(tmp_path / "t.jsonl")) == [RECORD, RECORD]
+    write_records(tmp_path / "w.jsonl", [RECORD])
+    assert done.count("sync") == 2
+
+
+def test_rejects_are_taken_back_from_a_file_with_a_torn_line(tmp_path: Path) -> None:
+    rejects = tmp_path / "t.rejects.jsonl"
+    rejects.write_text('{"source": "a", "kind": "server"}\n{"source": "b", "kind": "rules"}\n{"source": "c", "ki')
+    Results(tmp_path / "t.jsonl", name="source", label=str, retry="server").close()
+    assert list(read_records(rejects)) == [{"source": "b", "kind": "rules"}]
 
 
 def test_a_torn_line_longer_than_a_block(tmp_path: Path) -> None:

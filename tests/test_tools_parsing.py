@@ -69,6 +69,11 @@ def test_a_repair_that_would_lose_words_is_refused() -> None:
             continue
         assert "wet" in said and "street" in said and "x" in said
 
+    for old, new in (('"a red car on a wet street"', '"a red car" on a wet street'), ('"}', '", // the comment says blue\n}')):
+        with pytest.raises(Unparsable) as caught:
+            parse_answer(json.dumps(GOOD).replace(old, new, 1), FIELDS)
+        assert caught.value.reason == "ambiguous"
+
 
 def test_thinking_without_an_end() -> None:
     assert without_thinking("a </think> b") == " b"

@@ -6,12 +6,15 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from data_fakes import picture, record
 
+from byg_plugin.data import clips
 from byg_plugin.data.tuples import read_tuples_file
 from dataset_tools.validate import validate
 
@@ -92,6 +95,39 @@ def test_each_reason_names_its_line(folder: Path) -> None:
     }
 
 
+def test_the_style_that_side_data_knows_must_be_in_the_source_caption(folder: Path) -> None:
+    style = {"meta": {"source_style": "anime"}}
+    path = write(folder, good("a.png", **style), good("b.png", 1, src_caption="an anime drawing of a red car", **style))
+    assert places(path) == {"source_style": ["line 1"]}
+
+
+def test_only_tuples_that_the_trainer_takes_are_usable(folder: Path) -> None:
+    path = write(folder, good("a.png"), good("b.png", 1, reverse_instruction="undo it"), good("b.png", 2, tgt_caption="a car, not red"))
+    report = validate([path])
+    assert (report.records, report.usable, report.edit_types) == (3, 2, {"color_change": 2})
+
+
+def test_where_broken_rules_are_taken_other_problems_are_not(folder: Path) -> None:
+    undo = good("b.png", 1, reverse_instruction="undo it")
+    assert len(read_tuples_file(write(folder, good("a.png"), undo), rules="warn")) == 2
+    for problem in ("{no json", good("nowhere.png", 2), good("a.png")):
+        with pytest.raises(ValueError, match="1 problem.*\n.*line 3"):
+            read_tuples_file(write(folder, good("a.png"), undo, problem), rules="warn")
+
+
+def test_thorough_means_every_frame_of_a_clip(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def frames(path: Path, count: int) -> Iterator[int]:
+        yield from range(count - 1)
+        raise ValueError(f"{path}: frame {count - 1} cannot be read")
+
+    monkeypatch.setattr(clips, "clip_info", lambda path: SimpleNamespace(frames=5))
+    monkeypatch.setattr(clips, "read_clip", frames)
+    (folder / "v.mp4").write_bytes(b"film")
+    path = write(folder, good("v.mp4"))
+    assert not validate([path]).hard
+    assert "frame 4" in validate([path], thorough=True).by_reason["decode"][0][1]
+
+
 def test_command_prints_the_table_and_the_exit_code_says_what_the_trainer_will_do(folder: Path) -> None:
     done = command(write(folder, good("a.png"), good("b.png", 1)))
     assert done.returncode == 0 and "2 records, 2 usable tuples" in done.stdout and "color_change 2" in done.stdout
@@ -116,6 +152,10 @@ def test_several_files_and_a_root(folder: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
         (lists / f"{name}.jsonl").write_text(json.dumps(good("a.png", instruction=f"paint it {name}", reverse_instruction="undo")))
     report = validate([lists / "one.jsonl", lists / "two.jsonl"], folder)
+    assert not report.by_reason["same_edit"]
+    shutil.copy(lists / "one.jsonl", lists / "three.jsonl")
+    twice = validate([lists / "one.jsonl", lists / "three.jsonl"], folder)
+    assert [where for where, _ in twice.by_reason["same_edit"]] == ["three.jsonl line 1"]
     assert [where for where, _ in report.by_reason["reverse_refers_back"]] == ["one.jsonl line 1", "two.jsonl line 1"]
 
 

@@ -7,6 +7,7 @@ that overrides its seams only (`musubi_trainer.py`). The only module beside `pat
 from __future__ import annotations
 
 import argparse
+import glob
 import importlib
 import importlib.util
 import inspect
@@ -22,7 +23,8 @@ import torch
 from torch import Tensor
 
 from byg_plugin import families
-from byg_plugin.data.tuples import TEXTS, read_tuples
+from byg_plugin.data.dataset import split_tuples
+from byg_plugin.data.tuples import TEXTS, EditTuple, read_tuples
 from byg_plugin.hosts import musubi_cache, musubi_options
 from byg_plugin.hosts.musubi_trainer import make_trainer, read_state, states
 from byg_plugin.training.config import Config
@@ -157,27 +159,32 @@ def _lacking(family: str) -> list[str]:
     return lacking
 
 
+_FIXED_ON_RESUME = (
+    ("model", "family"),
+    ("conditioning", "position"),
+    *(("musubi", name) for name in ("network_module", "network_dim", "network_alpha", "network_args", "optimizer_type")),
+)
+
+
 def _resume_from(config: Config, resume: str | None, args: Any) -> None:
     folder = Path(args.output_dir)
     there = states(folder)
     if resume is None:
-        last = Path(f"{folder / args.output_name}.safetensors")
-        if last.exists() or there:
-            shown = there[-1] if there else last
-            raise ValueError(f"musubi.output_dir = {folder} already has {shown.name}: go on with --resume FOLDER, or choose another")
+        name = glob.escape(args.output_name)
+        if written := [*there, *sorted(folder.glob(f"{name}.safetensors")), *sorted(folder.glob(f"{name}-*.safetensors"))]:
+            raise ValueError(f"musubi.output_dir = {folder} already has {written[0].name}: go on with --resume FOLDER, or choose another")
         return
     if resume == "latest":
         newest = f"--resume {there[-1]}" if there else "none is there yet"
         raise ValueError(f"--resume latest: the host unpickles the state it reads, which can run code, so name the folder: {newest}")
     saved = read_state(Path(resume))["config"]
     now = config.model_dump(mode="json")
-    for section, key in (("model", "family"), ("conditioning", "position"), ("lora", "rank")):
-        if saved[section][key] != now[section][key]:
-            raise ValueError(
-                f"--resume: the state was trained with {section}.{key} = {saved[section][key]!r}, now it is {now[section][key]!r}"
-            )
+    for section, key in _FIXED_ON_RESUME:
+        before, after = (each.get(section, {}).get(key) for each in (saved, now))
+        if before != after:
+            raise ValueError(f"--resume: the state was trained with {section}.{key} = {before!r}, now it is {after!r}: set it back")
     for key in ("objective", "conditioning"):
-        changed = [name for name, value in now[key].items() if saved[key].get(name) != value]
+        changed = [name for name, value in now[key].items() if saved.get(key, {}).get(name) != value]
         if changed:
             logger.warning("--resume: %s differ from the state's; the curve will differ from an uninterrupted run", ", ".join(changed))
     logger.warning("--resume %s: the host reads optimizer and random states with pickle; only resume from a folder you trust", resume)
@@ -185,6 +192,11 @@ def _resume_from(config: Config, resume: str | None, args: Any) -> None:
 
 
 # --- commands ---
+
+
+def training_tuples(config: Config) -> list[EditTuple]:
+    """The tuples without those that say `split = "validation"`; the host validates nothing, so none is held out beyond them."""
+    return split_tuples(read_tuples(config.dataset), 0)[0]
 
 
 def prepare(config: Config, resume: str | None = None) -> tuple[Host, argparse.Namespace, int]:
@@ -209,8 +221,10 @@ def prepare(config: Config, resume: str | None = None) -> tuple[Host, argparse.N
         raise ValueError("accelerate launch asks for dynamo, inside which the LoRA cannot be taken off: answer NO, and set musubi.compile")
     host = open_host(config)
     args = musubi_options.arguments(config, host.parser())
+    if host.family == "wan":
+        musubi_options.check_precision(config.musubi)
     share_of_high_noise(config, families.WAN[config.model.family].boundary if config.model.family in families.WAN else None)
-    items = musubi_cache.check(Path(args.dataset_config), host.family, read_tuples(config.dataset))
+    items = musubi_cache.check(Path(args.dataset_config), host.family, training_tuples(config))
     _resume_from(config, resume, args)
     return host, args, items
 
@@ -230,7 +244,7 @@ def train(config: Config, resume: str | None = None) -> Path:
 def dry_run(config: Config) -> None:
     """Print what would be trained."""
     host, args, items = prepare(config)
-    tuples = read_tuples(config.dataset)
+    tuples = training_tuples(config)
     print(f"host: {Path(inspect.getfile(host.trainer)).parent}, {host.trainer_class.__name__}")
     print(f"items with latents and texts: {items}, tuples: {len(tuples)}")
     print(f"LoRA: {args.network_module}, rank {args.network_dim}, alpha {args.network_alpha}")
@@ -246,7 +260,7 @@ def cache_texts(config: Config, *, prune: bool = False) -> None:
     if prune:
         raise ValueError("--prune: the host's own caching scripts remove files of items that are gone; leave it out")
     host = open_host(config)
-    tuples = read_tuples(config.dataset)
+    tuples = training_tuples(config)
     place = config.musubi.get("dataset_config")
     if not isinstance(place, str) or not Path(place).is_file():
         raise ValueError(f"musubi.dataset_config = {place!r}: no such file; give the host's dataset TOML")
@@ -261,12 +275,9 @@ def cache_texts(config: Config, *, prune: bool = False) -> None:
     print(f"{len(todo)} items' texts cached, {len(every) - len(todo)} were current", flush=True)
 
 
-_ENCODER_OPTIONS = {"wan": ("t5",), "flux": ("text_encoder1", "text_encoder2")}
-
-
 def _encoder_identity(config: Config, family: str) -> str:
     parts = []
-    for name in _ENCODER_OPTIONS[family]:
+    for name in musubi_options.ENCODERS[family]:
         place = config.musubi.get(name)
         if not isinstance(place, str) or not Path(place).is_file():
             raise ValueError(f"musubi.{name} = {place!r}: no such file; give the text encoder that the host's own caching takes")

@@ -78,7 +78,7 @@ def matched(items: Sequence[Item], tuples: Sequence[EditTuple]) -> list[tuple[It
     if without:
         raise ValueError(
             f"{len(without)} of {len(items)} items of musubi.dataset_config have no tuple in dataset.tuples with a source of their name "
-            f"({', '.join(without[:_SHOWN])}): add tuples, or take them out of the host's dataset"
+            f"({', '.join(without[:_SHOWN])}): add tuples (held-out ones do not count), or take them out of the host's dataset"
         )
     there = {item.stem for item in items}
     lost = [stem for stem in by_stem if stem not in there]

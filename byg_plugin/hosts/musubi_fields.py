@@ -171,12 +171,20 @@ class MusubiFields:
         try:
             for parameter in parameters:
                 parameter.data = torch.full_like(parameter, 0.1)
+            with self.live() as velocity:
+                adapted = velocity(noisy, t, text, None)  # compiles what the base must not take for its own
             with self.base() as velocity:
                 after = velocity(noisy, t, text, None)
         finally:
             for parameter, data in zip(parameters, kept, strict=True):
                 parameter.data = data
-        if not torch.allclose(before, after, rtol=1e-3, atol=1e-3 * before.abs().max().item()):
+        margin = {"rtol": 1e-3, "atol": 1e-3 * before.abs().max().item()}
+        if torch.equal(before, adapted):
+            raise ValueError(
+                "the LoRA changes nothing where musubi-tuner runs the network, and could not be trained: leave out musubi.compile, or use "
+                "another musubi.network_module"
+            )
+        if not torch.allclose(before, after, **margin):
             raise ValueError(
                 "the frozen base changes with the LoRA, which is therefore not taken off where musubi-tuner runs it: leave out "
                 "musubi.compile, or use another musubi.network_module"

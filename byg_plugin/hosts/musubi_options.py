@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 import pathlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -15,6 +16,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from byg_plugin.training.config import Config
 
@@ -97,6 +99,7 @@ REFUSED = {
     "scale_weight_norms": "it changes the LoRA after the EMA has followed it: leave it out and lower musubi.learning_rate",
     "base_weights": "what is merged into the base is unknown to every tool that edits with the LoRA: merge it into the DiT's file first",
     "base_weights_multiplier": "see musubi.base_weights: leave it out",
+    "dim_from_weights": "the host opens a file of the name True: set musubi.network_dim to the rank of musubi.network_weights",
     "dynamo_backend": "it wraps the whole network, inside which the LoRA cannot be taken off: set musubi.compile",
     "dynamo_mode": "see musubi.dynamo_backend: leave it out",
     "dynamo_fullgraph": "see musubi.dynamo_backend: leave it out",
@@ -104,7 +107,10 @@ REFUSED = {
     "force_v2_1_time_embedding": "edit.py and other tools have Wan2.2's own time embedding: leave it out",
 }
 _ATTENTION = ("sdpa", "flash_attn", "xformers", "flash3")
+# All blocks but the one that computes (Wan); of FLUX's 19 + 38 the host swaps n // 2 and twice the rest + 1, and keeps two of each.
+_MOST_SWAPPED = {"flux": 34, "wan2.2-t2v-a14b": 39, "wan2.1-t2v-14b": 39, "wan2.1-t2v-1.3b": 29}
 TASKS = {"wan2.2-t2v-a14b": "t2v-A14B", "wan2.1-t2v-14b": "t2v-14B", "wan2.1-t2v-1.3b": "t2v-1.3B"}
+ENCODERS = {"wan": ("t5",), "flux": ("text_encoder1", "text_encoder2")}
 _NEEDED = {
     "dit": "the DiT's .safetensors file (Wan2.2: the low-noise expert's)",
     "dataset_config": "the host's dataset TOML",
@@ -162,6 +168,8 @@ def _wrong_scalar(value: Any, option: Option) -> str | None:
     wanted = {"flag": "true or false", "str": "a text", "path": "a path", "int": "a whole number", "float": "a number"}
     if not fits[option.kind]:
         return f"must be {wanted.get(option.kind, 'a text or a number')}"
+    if is_number and not math.isfinite(value):
+        return "must be finite"
     if is_number and value < 0:
         return "must not be negative"
     if option.choices is not None and value not in option.choices:
@@ -174,8 +182,6 @@ def _wrong_scalar(value: Any, option: Option) -> str | None:
 def _needed(config: Config) -> list[str]:
     given = config.musubi
     found = [f"musubi.{name} is missing: {what}" for name, what in _NEEDED.items() if given.get(name) in (None, "")]
-    if "network_dim" not in given and given.get("dim_from_weights"):
-        found = [line for line in found if not line.startswith("musubi.network_dim ")]
     chosen = [name for name in _ATTENTION if given.get(name)]
     if len(chosen) != 1:
         what = f"{' and '.join(chosen)} are set" if chosen else "none is set"
@@ -197,6 +203,12 @@ def _named(config: Config) -> list[str]:
     for name in ("network_dim", "learning_rate", "max_train_steps", "max_train_epochs", "gradient_accumulation_steps"):
         if given.get(name) == 0:
             found.append(f"musubi.{name} = 0: must be above 0")
+    for name in ("save_every_n_steps", "save_every_n_epochs", "sample_every_n_steps", "sample_every_n_epochs"):
+        if given.get(name) == 0:
+            found.append(f"musubi.{name} = 0: the host divides by it; leave it out for never")
+    swapped, most = given.get("blocks_to_swap"), _MOST_SWAPPED[config.model.family]
+    if isinstance(swapped, int) and swapped > most:
+        found.append(f"musubi.blocks_to_swap = {swapped}: {config.model.family} has no more than {most} to swap")
     optimizer, scheduler = given.get("optimizer_type"), given.get("lr_scheduler")
     if isinstance(optimizer, str) and "." not in optimizer and optimizer.lower() not in ("adamw", "adamw8bit", "adafactor"):
         of_torch = [name for name, kind in vars(torch.optim).items() if isinstance(kind, type)]
@@ -245,9 +257,38 @@ def _together(config: Config) -> list[str]:
         found.append(
             f"musubi.{samples[0]} needs musubi.sample_prompts, a file of instructions, each with its source: make it snow --ci photo.jpg"
         )
+    if given.get("sample_prompts"):
+        for name in ("vae", *ENCODERS["flux" if config.model.family == "flux" else "wan"]):
+            place = given.get(name)
+            if not isinstance(place, str) or not pathlib.Path(place).is_file():
+                found.append(f"musubi.sample_prompts needs musubi.{name} = {place!r}: no such file")
+    if given.get("persistent_data_loader_workers") and given.get("max_data_loader_n_workers") == 0:
+        found.append("musubi.persistent_data_loader_workers needs workers: set musubi.max_data_loader_n_workers above 0, or leave it out")
     if given.get("fp8_t5") and given.get("sample_prompts") and config.model.family == "flux":
         found.append("musubi.fp8_t5 stops the host's previews of FLUX (it names a dtype that torch has not): leave it out")
     return found
+
+
+def check_precision(given: Mapping[str, Any]) -> None:
+    """The host's Wan computes in its DiT file's 16 bit type, and asserts in its own words that `mixed_precision` is that one.
+
+    Raises:
+        ValueError: the two do not fit, or the file is no DiT of Wan.
+    """
+    place, key = given["dit"], "blocks.0.cross_attn.k.weight"
+    try:
+        with safe_open(place, framework="pt") as file:
+            names = {key, f"model.diffusion_model.{key}"}.intersection(file.keys())
+            stored = file.get_slice(names.pop()).get_dtype() if names else None
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"musubi.dit = {place!r}: not a readable safetensors file ({error}); download it again") from error
+    if stored is None:
+        raise ValueError(f"musubi.dit = {place!r}: no Wan DiT in the original layout (it has no {key})")
+    if stored.startswith("F8") and given.get("fp8_scaled"):
+        raise ValueError(f"musubi.fp8_scaled: {place} is in 8 bit already; leave it out, or give the file in 16 bit")
+    wanted, asked = {"F16": "fp16", "BF16": "bf16"}.get(stored), given.get("mixed_precision")
+    if wanted is not None and asked not in (wanted, "no"):
+        raise ValueError(f"musubi.mixed_precision = {asked!r}: {place} is in {wanted}, and the host needs the same: set {wanted!r}")
 
 
 def arguments(config: Config, parser: argparse.ArgumentParser) -> argparse.Namespace:

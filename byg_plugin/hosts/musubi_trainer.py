@@ -33,8 +33,8 @@ from byg_plugin.objectives.base import Batch, Text, Velocity
 from byg_plugin.training.checkpoint import save_file
 from byg_plugin.training.config import Config
 from byg_plugin.training.ema import EmaWeights
-from byg_plugin.training.loop import law_of_t, lora_metadata, share_of_high_noise
-from byg_plugin.training.randomness import coin, generator
+from byg_plugin.training.loop import draw_t, is_identity_step, lora_metadata, not_finite, share_of_high_noise, side_of
+from byg_plugin.training.randomness import generator
 
 if TYPE_CHECKING:
     from byg_plugin.hosts.musubi import Host
@@ -246,7 +246,7 @@ class UnpairedCycleTrainer:
             noise=noise.to(source.device),
             t=t.to(source.device),
             nodes=nodes.to(source.device),
-            identity_step=step < objective.identity_warmup_steps or coin(seed, step, objective.identity_probability),
+            identity_step=is_identity_step(self.byg_config, step),
             **{role: {name: value.to(source.device) for name, value in text.items()} for role, text in texts.items()},
         )
         if not self._byg_proved:
@@ -259,11 +259,8 @@ class UnpairedCycleTrainer:
         return metrics["loss"].detach().clone().requires_grad_(), told | {"identity_step": float(step_batch.identity_step)}
 
     def _draw_t(self, size: int, rng: torch.Generator, step: int) -> Tensor:
-        law = law_of_t(self.byg_config.objective)
-        if self.byg_high_share is None or self.byg_family.boundary is None:
-            return timesteps.sample_t(size, rng, **law)
-        high = coin(self.byg_config.train.seed, step, self.byg_high_share, "expert")
-        return timesteps.sample_t_beside(size, rng, self.byg_family.boundary, high, **law)
+        high = side_of(self.byg_config, self.byg_high_share, step)
+        return draw_t(self.byg_config.objective, size, rng, self.byg_family.boundary, high)
 
     def _backward(self, accelerator: Any, loss: Tensor, *, last: bool) -> float:
         """As the host would; it averages gradients over processes itself, after `process_batch`."""
@@ -278,9 +275,7 @@ class UnpairedCycleTrainer:
             gradients = [p.grad for p in self.byg_fields.network.parameters() if p.grad is not None]
             if gradients:
                 values["gradient"] = torch.stack(torch._foreach_norm(gradients)).sum()
-        finite = torch.stack([value.float() for value in values.values()]).isfinite().tolist()
-        bad = [name for name, good in zip(values, finite, strict=True) if not good]
-        if bad:
+        if bad := not_finite(values):
             raise FloatingPointError(
                 f"{', '.join(bad)} is not finite at step {self.byg_progress.step + 1}; the weights were not changed. Try a lower "
                 "musubi.learning_rate or musubi.max_grad_norm, or musubi.mixed_precision = 'bf16'"
@@ -309,7 +304,7 @@ class UnpairedCycleTrainer:
         return found | {"byg.alpha": repr(args.network_alpha), "byg.host": "musubi"}
 
     def on_post_save(
-        self, args: Any, accelerator: Any, network: Any, transformer: Any, ckpt_name: str, save_dtype: Any, metadata: Any, *_: Any
+        self, args: Any, accelerator: Any, network: Any, transformer: Any, ckpt_name: str, save_dtype: Any, metadata: Any, *rest: Any
     ) -> None:
         """The EMA beside what the host has saved: `<name>-ema.safetensors`, in the same format."""
         self._drop_orphans()
@@ -321,6 +316,9 @@ class UnpairedCycleTrainer:
         with self.byg_fields.ema_weights.swapped_in():
             self.byg_fields.network.save_weights(str(partial_file), save_dtype, {**metadata, **self._metadata(args, "ema")})
         os.replace(partial_file, companion)
+        if args.huggingface_repo_id is not None:
+            upload = self.byg_host.module("utils.huggingface_utils").upload
+            upload(args, str(companion), f"/{companion.name}", force_sync_upload=bool(rest and rest[0]))
         self._byg_companions.append(saved)
 
     def _drop_orphans(self) -> None:
@@ -478,8 +476,10 @@ def read_state(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"--resume {folder}: no state of this plugin there ({STATE}: {error}); a state is saved with musubi.save_state = true"
         ) from error
-    if not isinstance(step, int) or step < 0:
-        raise ValueError(f"--resume {folder}: {STATE} is damaged: step = {step!r}")
+    if not isinstance(step, int) or step < 0 or not isinstance(state.get("config"), dict):
+        raise ValueError(
+            f"--resume {folder}: {STATE} is damaged: step = {step!r}, config = {state.get('config')!r:.40}; take another state"
+        )
     return state
 
 

@@ -344,7 +344,7 @@ _OF_MUSUBI = {
     "output.dir": "output_dir",
     "output.name": "output_name",
 }
-_READ_ON_MUSUBI = {"model": {"family", "host", "host_path", "device"}, "dataset": {"tuples"}}
+_READ_ON_MUSUBI = {"model": {"family", "host", "host_path", "device"}, "dataset": {"tuples", "rules"}}
 
 
 # Where video differs from images; a file that names the key decides.

@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -274,7 +274,7 @@ class Trainer:
 
     def _side(self, step: int) -> bool | None:
         """Whether an optimizer step trains the high-noise expert: one toss, the same on every rank; None without experts."""
-        return None if self.high_share is None else coin(self.config.train.seed, step, self.high_share, "expert")
+        return side_of(self.config, self.high_share, step)
 
     def _update_ema(self, high: bool | None) -> None:
         """Of what this step has trained. An expert's average counts that expert's own steps: it starts as fast as a lone one's."""
@@ -298,10 +298,7 @@ class Trainer:
         return scale
 
     def _is_identity_step(self) -> bool:
-        objective = self.config.objective
-        if objective.name != "unpaired_cycle":
-            return False
-        return self.step < objective.identity_warmup_steps or coin(self.config.train.seed, self.step, objective.identity_probability)
+        return is_identity_step(self.config, self.step)
 
     def _batch(
         self, examples: dict[str, Any], rng: torch.Generator, identity_step: bool, t: Tensor | None = None, high: bool | None = None
@@ -313,11 +310,8 @@ class Trainer:
         objective, device = self.config.objective, self.accelerator.device
         source = examples["source"]
         noise = torch.randn(source.shape, generator=rng)
-        if t is None and high is None:
-            t = timesteps.sample_t(len(source), rng, **law_of_t(objective))
-        elif t is None:
-            assert self.family.boundary is not None and high is not None
-            t = timesteps.sample_t_beside(len(source), rng, self.family.boundary, high, **law_of_t(objective))
+        if t is None:
+            t = draw_t(objective, len(source), rng, self.family.boundary, high)
         nodes = sampling.sampling_nodes(self.family, objective.rollout_steps, objective.rollout_schedule, tuple(source.shape))
         target = examples.get("target")
         return Batch(
@@ -331,9 +325,7 @@ class Trainer:
         )
 
     def _stop_if_not_finite(self, metrics: Metrics) -> None:
-        # One transfer for all: a read of each would wait for the device that many times a step.
-        finite = torch.stack([value.float() for value in metrics.values()]).isfinite().tolist()
-        bad = [name for name, good in zip(metrics, finite, strict=True) if not good]
+        bad = not_finite(metrics)
         if any_rank(bool(bad), self.accelerator.device):
             self.optimizer.zero_grad(set_to_none=True)
             kept = checkpoint.checkpoints(self.folder / "checkpoints")
@@ -476,6 +468,34 @@ def share_of_high_noise(config: Config, boundary: float | None) -> float | None:
                 f"t = {boundary}: the {expert.replace('_', '-')} expert would never be trained; widen them"
             )
     return {"high_noise": 1.0, "low_noise": 0.0}.get(config.lora.experts, share)
+
+
+def is_identity_step(config: Config, step: int) -> bool:
+    """Whether an optimizer step (from 0) has the identity loss alone: in the warm-up, then by a toss, the same on every rank."""
+    objective = config.objective
+    if objective.name != "unpaired_cycle":
+        return False
+    return step < objective.identity_warmup_steps or coin(config.train.seed, step, objective.identity_probability)
+
+
+def side_of(config: Config, high_share: float | None, step: int) -> bool | None:
+    """Whether an optimizer step trains the high-noise expert: one toss, the same on every rank; None without experts."""
+    return None if high_share is None else coin(config.train.seed, step, high_share, "expert")
+
+
+def draw_t(objective: ObjectiveConfig, size: int, rng: torch.Generator, boundary: float | None, high: bool | None) -> Tensor:
+    """(size,) times of the configured law; `high` (of `side_of`): on that side of the experts' boundary."""
+    law = law_of_t(objective)
+    if high is None:
+        return timesteps.sample_t(size, rng, **law)
+    assert boundary is not None
+    return timesteps.sample_t_beside(size, rng, boundary, high, **law)
+
+
+def not_finite(metrics: Mapping[str, Tensor]) -> list[str]:
+    """Names of what is infinite or nan. One transfer for all: a read of each would wait for the device that many times a step."""
+    finite = torch.stack([value.float() for value in metrics.values()]).isfinite().tolist()
+    return [name for name, good in zip(metrics, finite, strict=True) if not good]
 
 
 def lora_metadata(
