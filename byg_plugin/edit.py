@@ -157,9 +157,12 @@ class EditPipeline:
         steps: int | None = None,
         schedule: str | None = None,
         seeds: Sequence[int],
+        guided: bool = True,
         on_step: Any = None,
     ) -> list[tuple[Image.Image, Image.Image]]:
         """(source as the model saw it, edit) of each; sources of one batch must fall into one bucket.
+
+        `guided=False` edits at guidance scale 1 whatever the configured scales are.
 
         Raises:
             ValueError: they do not, an instruction is empty, a seed is out of range, or the numbers of sources, instructions
@@ -174,7 +177,7 @@ class EditPipeline:
         if len({picture.size for picture in pictures}) > 1:
             raise ValueError(f"images of one batch need one size, got {sorted({p.size for p in pictures})}; use a batch of 1")
         pixels = torch.stack([to_tensor(picture) for picture in pictures]).unsqueeze(2)
-        decoded = self._edit(pixels, instructions, steps=steps, schedule=schedule, seeds=seeds, on_step=on_step)
+        decoded = self._edit(pixels, instructions, steps=steps, schedule=schedule, seeds=seeds, guided=guided, on_step=on_step)
         return [(picture, to_pil(edit[:, 0])) for picture, edit in zip(pictures, decoded, strict=True)]
 
     @torch.no_grad()
@@ -187,6 +190,7 @@ class EditPipeline:
         steps: int | None = None,
         schedule: str | None = None,
         seed: int = 0,
+        guided: bool = True,
         on_step: Any = None,
     ) -> tuple[list[Image.Image], list[Image.Image], float]:
         """A clip's frames as the model saw them, their edits, and the frames a second of both, which are the source's.
@@ -195,7 +199,7 @@ class EditPipeline:
             source: the clip.
             instruction: what to change.
             frames: how many from its beginning, rounded down to 4n + 1; default: the most up to 81.
-            steps, schedule, seed, on_step: as in `batch`.
+            steps, schedule, seed, guided, on_step: as in `batch`.
 
         Raises:
             ValueError: the family edits images alone, or the clip is unreadable or shorter than `frames`.
@@ -204,14 +208,22 @@ class EditPipeline:
             raise ValueError(f"seed = {seed} is out of range: 0 to {_MAX_SEED}")
         pictures, fps = self._prepare_clip(Path(source), frames)
         pixels = torch.stack([to_tensor(picture) for picture in pictures], dim=1)[None]
-        decoded = self._edit(pixels, [instruction], steps=steps, schedule=schedule, seeds=[seed], on_step=on_step)
+        decoded = self._edit(pixels, [instruction], steps=steps, schedule=schedule, seeds=[seed], guided=guided, on_step=on_step)
         return pictures, frames_of(decoded[0]), fps
 
     def _edit(
-        self, pixels: Tensor, instructions: Sequence[str], *, steps: int | None, schedule: str | None, seeds: Sequence[int], on_step: Any
+        self,
+        pixels: Tensor,
+        instructions: Sequence[str],
+        *,
+        steps: int | None,
+        schedule: str | None,
+        seeds: Sequence[int],
+        guided: bool,
+        on_step: Any,
     ) -> Tensor:
         """Pixels (B, 3, F, H, W) in [-1, 1] -> their edits."""
-        negative = self.config.negative
+        negative = self.config.negative if guided else None
         self.encode(instructions)
         if negative is not None and negative not in self._texts:
             self._encode_apart([negative])  # an empty one is allowed
@@ -443,6 +455,9 @@ def _parser() -> argparse.ArgumentParser:
         "--cfg-high", type=finite_number, help="Wan: guidance scale of the (high-noise) expert, 1 = none (default: published)"
     )
     parser.add_argument("--cfg-low", type=finite_number, help="Wan: guidance scale of the low-noise expert (default: published)")
+    parser.add_argument(
+        "--show-unguided", action="store_true", help="Wan: also the edit at guidance scale 1, third in the side-by-side; half as long again"
+    )
     parser.add_argument("--negative", help="Wan: text that guidance leads away from (default: published)")
     parser.add_argument("--guidance", type=finite_number, help="guidance embedding (default: the LoRA's)")
     parser.add_argument("--strength", type=finite_number, default=1.0, help="scale of the LoRA (default 1 = as trained)")
@@ -518,6 +533,11 @@ def main() -> None:
         cfg_low_noise=args.cfg_low,
         negative=args.negative,
     )
+    if args.show_unguided and pipe.config.negative is None:
+        raise ValueError(
+            "--show-unguided: nothing is guided here (FLUX takes guidance as an input; for Wan drop --cfg-high, --cfg-low)"
+        )
+    passes = [True, False] if args.show_unguided else [True]
     # All texts first: then the encoders leave for good. Sizes too: an unreadable image stops before the long work.
     sized = [(pipe.prepare_size(job.source), index, job) for index, job in enumerate(jobs)]
     for bucket, _, job in sized:
@@ -533,48 +553,36 @@ def main() -> None:
     }
     if pipe.config.model.family in families.WAN:
         settings |= {"cfg_high_noise": pipe.config.cfg_at(True), "cfg_low_noise": pipe.config.cfg_at(False)}
-    with tqdm(total=len(jobs) * settings["steps"], desc="edit", unit="step") as bar:
+    with tqdm(total=len(jobs) * len(passes) * settings["steps"], desc="edit", unit="step") as bar:
         for bucket, index, job in (item for item in sized if is_clip(item[2].source)):
-            steps = partial(bar.update, 1)
-            frames, edited, fps = pipe.clip(
-                job.source,
-                job.instruction,
-                frames=args.frames,
-                steps=args.steps,
-                schedule=args.schedule,
-                seed=args.seed + index,
-                on_step=steps,
-            )
-            mine = settings | {"instruction": job.instruction, "seed": args.seed + index, "size": [*bucket, len(edited)]}
-            _save_clip(out, job, frames, edited, fps, mine)
+            make = partial(pipe.clip, job.source, job.instruction, frames=args.frames, steps=args.steps, schedule=args.schedule)
+            made = [make(seed=args.seed + index, guided=guided, on_step=partial(bar.update, 1)) for guided in passes]
+            columns = [made[0][0], *(edit for _, edit, _ in made)]
+            mine = settings | {"instruction": job.instruction, "seed": args.seed + index, "size": [*bucket, len(columns[0])]}
+            _save(out, job, columns, made[0][2], mine)
         images = [item for item in sized if not is_clip(item[2].source)]
         for group in _batches(sorted(images, key=lambda item: item[:2]), args.batch_size):
-            pairs = pipe.batch(
-                [job.source for _, _, job in group],
-                [job.instruction for _, _, job in group],
-                steps=args.steps,
-                schedule=args.schedule,
-                seeds=[args.seed + index for _, index, _ in group],
-                on_step=partial(bar.update, len(group)),
-            )
-            for (_, index, job), (source, edit) in zip(group, pairs, strict=True):
-                mine = settings | {"instruction": job.instruction, "seed": args.seed + index, "size": list(edit.size)}
-                edit_file, pair_file = _files(out, job)
-                try:
-                    save_png(edit, edit_file, mine)
-                    save_png(side_by_side(source, edit), pair_file, mine)
-                except OSError as error:
-                    raise ValueError(f"--out {out}: cannot write {job.name}: {error.strerror}; earlier edits are there") from error
+            sources, texts = [job.source for _, _, job in group], [job.instruction for _, _, job in group]
+            seeds = [args.seed + index for _, index, _ in group]
+            edit_all = partial(pipe.batch, sources, texts, seeds=seeds, steps=args.steps, schedule=args.schedule)
+            edited = [edit_all(guided=guided, on_step=partial(bar.update, len(group))) for guided in passes]
+            for (bucket, index, job), *pairs in zip(group, *edited, strict=True):
+                columns = [[pairs[0][0]], *([edit] for _, edit in pairs)]
+                mine = settings | {"instruction": job.instruction, "seed": args.seed + index, "size": list(bucket)}
+                _save(out, job, columns, None, mine)
     print(f"{len(jobs)} edits in {out}")
 
 
-def _save_clip(
-    out: Path, job: Job, source: Sequence[Image.Image], edit: Sequence[Image.Image], fps: float, settings: Mapping[str, Any]
-) -> None:
+def _save(out: Path, job: Job, columns: Sequence[Sequence[Image.Image]], fps: float | None, settings: Mapping[str, Any]) -> None:
+    """Write the edit and all columns beside each other: frames of source, edit and, where it was asked for, edit at scale 1."""
     edit_file, pair_file = _files(out, job)
+    beside = [side_by_side(*frames) for frames in zip(*columns, strict=True)]
     try:
-        write_clip(edit_file, edit, fps, settings)
-        write_clip(pair_file, [side_by_side(*pair) for pair in zip(source, edit, strict=True)], fps, settings)
+        for file, frames in ((edit_file, columns[1]), (pair_file, beside)):
+            if fps is None:
+                save_png(frames[0], file, settings)
+            else:
+                write_clip(file, frames, fps, settings)
     except OSError as error:
         raise ValueError(f"--out {out}: cannot write {job.name}: {error.strerror}; earlier edits are there") from error
 

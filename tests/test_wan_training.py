@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -278,6 +279,37 @@ def test_the_command_writes_the_edit_and_both_beside_each_other(lora: Path, tmp_
     with av.open(str(tmp_path / "out/clip0.mp4")) as container:
         settings = json.loads(container.metadata["comment"])
     assert settings["size"] == [48, 32, 5] and settings["cfg_high_noise"] == 1.0 and settings["instruction"] == "make the dog blue"
+
+
+def test_the_edit_at_scale_1_is_the_third_column_on_request(lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    Image.effect_noise((48, 32), 90).convert("RGB").save(tmp_path / "still.png")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.png").write_bytes((tmp_path / "still.png").read_bytes())
+    (tmp_path / "in/b.mp4").write_bytes((workspace() / "clip0.mp4").read_bytes())
+    options = ["--model", str(wan_folder()), "--dtype", "float32", "--device", "cpu", "--lora", str(lora), "--source", str(tmp_path / "in")]
+    options += ["--instruction", "make the dog blue", "--steps", "2", "--resolution", "40", "--frames", "5"]
+
+    def made(name: str, *more: str) -> dict[str, np.ndarray]:
+        monkeypatch.setattr(sys, "argv", ["edit.py", *options, "--out", str(tmp_path / name), *more])
+        edit.main()
+        clip = next(iter(clips.read_clip(tmp_path / name / "b_side_by_side.mp4", 5)))
+        pictures = {"a": Image.open(tmp_path / name / "a_side_by_side.png"), "b": clip}
+        return {key: np.asarray(picture.convert("RGB")).astype(int) for key, picture in pictures.items()}
+
+    both = made("both", "--show-unguided")
+    plain = made("plain", "--cfg-high", "1", "--cfg-low", "1")
+    guided = made("guided")
+    for key in ("a", "b"):
+        width = guided[key].shape[1]
+        one = (width - 4) // 2
+        assert both[key].shape[1] == width + 4 + one
+        # Of a clip the codec's own error, of a picture none.
+        near = 0 if key == "a" else 12
+        assert np.abs(both[key][:, :width] - guided[key]).mean() <= near
+        assert np.abs(both[key][:, -one:] - plain[key][:, -one:]).mean() <= near
+    assert np.abs(both["a"][:, 52:100] - both["a"][:, -48:]).mean() > 0  # guidance changes it
+    with pytest.raises(ValueError, match="--show-unguided: nothing is guided here"):
+        made("refused", "--cfg-high", "1", "--cfg-low", "1", "--show-unguided")
 
 
 def test_a_wan_lora_on_flux_and_a_clip_for_flux_are_refused(lora: Path, tmp_path: Path):
