@@ -101,16 +101,16 @@ class Budget:
     vae_share: float = 3.0  # of the steps of VAE_STAGES
     vae_batch: int = 8
     clips: int = 8000  # different clips the flow is trained on
-    flow_steps: int = 8000  # of the one transformer that both experts start from, not guided yet
-    text_steps: int = 2500  # of these, with the text encoder, which takes as long as the transformer; then it is frozen
-    high_steps: int = 2000  # of the high-noise expert, guided
-    low_steps: int = 4000  # of the low-noise expert, guided
+    flow_steps: int = 4000  # of the one transformer that both experts start from, not guided yet
+    high_steps: int = 1500  # of the high-noise expert, guided
+    low_steps: int = 3000  # of the low-noise expert, guided
     flow_batch: int = 64
     flow_rate: float = 2e-3  # of AdamW, for embeddings, norms and biases
     muon_rate: float = 4e-3  # of Muon, for matrices
+    text_rate: float = 2.5e-4  # of Muon, for the matrix that reads the text: a step of it moves what 4096 inputs say at once
 
 
-OPTIONS = ("vae_share", "clips", "flow_steps", "text_steps", "high_steps", "low_steps")  # what the command line can change of it
+OPTIONS = ("vae_share", "clips", "flow_steps", "high_steps", "low_steps")  # what the command line can change of it
 
 
 # --- what survives a kill --------------------------------------------------------------------------------------------
@@ -370,8 +370,15 @@ def decode(vae: AutoencoderKLWan, latents: Tensor) -> np.ndarray:
 # --- text ------------------------------------------------------------------------------------------------------------
 
 
+_BUCKETS = 16  # of the encoder's relative positions; the upper half is of words that follow
+
+
 class TextEncoder(nn.Module):
-    """A tiny UMT5 of full width with its tokenizer, trained jointly with the transformer."""
+    """A tiny UMT5 of full width with its tokenizer, frozen as Wan's own.
+
+    Its words are random directions, each with a share of the word before and of the word after it: "red" of "a red circle" is not
+    that of "a red background".
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -382,10 +389,15 @@ class TextEncoder(nn.Module):
         self.umt5 = UMT5EncoderModel(
             UMT5Config(
                 vocab_size=len(self.tokenizer), d_model=TEXT_WIDTH, d_kv=16, d_ff=16, num_layers=1, num_heads=2, dropout_rate=0.0,
-                feed_forward_proj="gated-gelu", relative_attention_num_buckets=16, relative_attention_max_distance=16,
+                feed_forward_proj="gated-gelu", relative_attention_num_buckets=_BUCKETS, relative_attention_max_distance=16,
                 pad_token_id=0, eos_token_id=1, is_encoder_decoder=False, use_cache=False,
             )
         )  # fmt: skip
+        bias = self.umt5.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
+        with torch.no_grad():
+            bias.zero_()
+            bias[1, 0] = bias[_BUCKETS // 2 + 1, 1] = 10.0  # one head reads the word before, the other the word after
+        self.requires_grad_(False)
 
     def forward(self, texts: list[str]) -> Tensor:
         """(N, TEXT_TOKENS, 4096), zeros after a text's end as Wan's pipelines make them."""
@@ -441,14 +453,8 @@ class Flow(nn.Module):
         self.network, self.encoder = make_transformer(), TextEncoder()
         self._read: dict[str, Tensor] = {}
 
-    def forget(self) -> None:
-        """What was read: the encoder has changed."""
-        self._read = {}
-
     def read(self, texts: list[str]) -> Tensor:
-        """(N, TEXT_TOKENS, 4096); what a frozen encoder has read is remembered, it takes as long as the transformer."""
-        if not self._read and next(self.encoder.parameters()).requires_grad:
-            return self.encoder(texts)
+        """(N, TEXT_TOKENS, 4096); what was read is remembered, it takes as long as the transformer."""
         new = sorted({*texts} - self._read.keys())
         if new:
             self._read |= zip(new, self.encoder(new).float(), strict=True)
@@ -473,13 +479,11 @@ def train_flow(vae: AutoencoderKLWan, work: Work) -> tuple[dict[str, WanTransfor
     pictures, budget = make_pictures(vae, work), work.budget
     torch.manual_seed(work.seed + 1)
     flow = Flow()
-    _train(work, "flow", flow, [*flow.parameters()], pictures, build_base.sample_times, budget.flow_steps, guided=0.0)
+    _train(work, "flow", flow, pictures, build_base.sample_times, budget.flow_steps, guided=0.0)
     experts = {}
     for name, times, steps in (("transformer", _high_times, budget.high_steps), ("transformer_2", _low_times, budget.low_steps)):
         expert = copy.deepcopy(flow)
-        expert.encoder.requires_grad_(False)  # both read the same texts
-        mine = [*expert.network.parameters()]
-        _train(work, name, expert, mine, pictures, times, steps, guided=build_base.GUIDED_SHARE)
+        _train(work, name, expert, pictures, times, steps, guided=build_base.GUIDED_SHARE)
         experts[name] = expert.network.eval()
     return experts, flow.encoder.eval()
 
@@ -488,16 +492,15 @@ def _train(
     work: Work,
     name: str,
     flow: Flow,
-    parameters: list[nn.Parameter],
     pictures: build_base.Pictures,
     times: Times,
     steps: int,
     *,
     guided: float,
 ) -> None:
-    """Train some parameters for `steps` and leave their averages in them; goes on where it stopped."""
-    budget = work.budget
-    optimizers = _optimizers(flow, parameters, budget)
+    """Train the network for `steps` and leave the averages of its weights in it; goes on where it stopped."""
+    budget, parameters = work.budget, [*flow.network.parameters()]
+    optimizers = _optimizers(flow.network, budget)
     average = build_base.Average(parameters, 0.999)
     others = {"flow": ("high_steps", "low_steps"), "transformer": ("low_steps",), "transformer_2": ("high_steps",)}[name]
     sizes = {key: value for key, value in asdict(budget).items() if key not in others}
@@ -506,8 +509,6 @@ def _train(
     sums = 0.0
     for step in range(first, steps):
         rng = generator(work.seed, name, step)
-        if name == "flow" and step >= budget.text_steps:
-            flow.encoder.requires_grad_(False)
         clean = pictures.latents
         pick = torch.randint(len(clean), (budget.flow_batch,), generator=rng)
         clean = clean[pick].float()
@@ -530,7 +531,6 @@ def _train(
             sums = 0.0
         training.save(step + 1, flow, optimizers, average, now=step + 1 == steps)
     average.swap()
-    flow.forget()
 
 
 @contextmanager
@@ -540,13 +540,15 @@ def _fast() -> Iterator[None]:
         yield
 
 
-def _optimizers(flow: Flow, parameters: list[nn.Parameter], budget: Budget) -> list[torch.optim.Optimizer]:
-    """Muon for every matrix but the words' embedding: AdamW's steps are too long for rows of 4096."""
-    embedding = flow.encoder.umt5.get_input_embeddings().weight
-    matrices = [p for p in parameters if p.ndim == 2 and min(p.shape) > 16 and p is not embedding]
-    taken = {id(p) for p in matrices}
+def _optimizers(network: WanTransformer3DModel, budget: Budget) -> list[torch.optim.Optimizer]:
+    """Muon for matrices, AdamW for embeddings, norms and biases."""
+    parameters, wide = [*network.parameters()], network.condition_embedder.text_embedder.linear_1.weight
+    matrices = [p for p in parameters if p.ndim == 2 and min(p.shape) > 16 and p is not wide]
+    taken = {id(p) for p in (*matrices, wide)}
     rest = [p for p in parameters if id(p) not in taken]
-    return build_base.optimizers(matrices, rest, budget.muon_rate, budget.flow_rate)
+    optimizers = build_base.optimizers(matrices, rest, budget.muon_rate, budget.flow_rate)
+    optimizers[0].add_param_group({"params": [wide], "lr": budget.text_rate})
+    return optimizers
 
 
 def _flow_loss(flow: Flow, noisy: Tensor, t: Tensor, texts: list[str], target: Tensor, guided: float) -> Tensor:
