@@ -91,12 +91,11 @@ def test_states_of_other_settings_are_refused(tmp_path):
         build_video_base.train_vae(work(tmp_path, replace(LITTLE, vae_batch=2)))
 
 
-def test_experts_part_from_one_network_and_share_the_text_encoder(built, tmp_path):
-    vae, experts, encoder = built
+def test_experts_part_from_one_network(built):
+    _, experts, _ = built
     high, low = (experts[name].state_dict() for name in ("transformer", "transformer_2"))
     assert any(not torch.equal(high[name], low[name]) for name in high)
     assert all(torch.isfinite(value).all() for value in tensors(built).values())
-    assert not torch.equal(encoder.umt5.shared.weight, build_video_base.TextEncoder().umt5.shared.weight)
 
 
 def test_each_side_is_trained_on_its_own_times():
@@ -126,16 +125,35 @@ def test_guided_targets_lean_away_from_no_caption():
     assert torch.equal(seen[1][0], seen[0][1]) and not torch.equal(seen[1][0], seen[0][0])
 
 
-def test_a_frozen_encoder_reads_each_text_once():
+def test_each_text_is_read_once_by_a_frozen_encoder():
     flow = build_video_base.Flow()
     texts = ["make the circle red", "", "make the circle red"]
-    with torch.no_grad():
-        wanted = flow.encoder(texts)
-    assert flow.read(texts).requires_grad and not flow._read
-    flow.encoder.requires_grad_(False)
+    wanted = flow.encoder(texts)
+    assert not any(parameter.requires_grad for parameter in flow.encoder.parameters())
     assert torch.allclose(flow.read(texts), wanted, atol=1e-5)
     flow.encoder = None  # never asked again
     assert torch.allclose(flow.read(texts[1:]), wanted[1:], atol=1e-5)
+
+
+def test_a_word_tells_its_neighbours_and_nothing_of_what_is_further_away():
+    encoder = build_video_base.TextEncoder()
+
+    def word(text: str, number: int) -> torch.Tensor:
+        return encoder([text])[0, number]
+
+    red = word("a red circle on a blue background", 1)
+    for other in ("a red square on a blue background", "the red circle on a blue background"):
+        assert (word(other, 1) - red).norm() > 0.1 * red.norm(), other
+    assert (word("a red circle on a green background", 1) - red).norm() < 1e-3 * red.norm()
+
+
+def test_the_matrix_that_reads_the_text_has_a_rate_of_its_own():
+    network = build_video_base.make_transformer()
+    groups = [group for each in build_video_base._optimizers(network, LITTLE) for group in each.param_groups]
+    wide = network.condition_embedder.text_embedder.linear_1.weight
+    assert [group["lr"] for group in groups if any(p is wide for p in group["params"])] == [LITTLE.text_rate]
+    # Every weight in exactly one.
+    assert sorted(id(p) for group in groups for p in group["params"]) == sorted(map(id, network.parameters()))
 
 
 def test_every_sentence_fits_and_ends_in_zeros():
