@@ -1,7 +1,7 @@
 """What one unpaired step costs over one paired step: seconds, FLOPs and peak memory, phase by phase.
 
     python -m benchmarks.step --out benchmarks/results/step_cpu.json          on a quiet machine, else --clock process --threads 1
-    python -m benchmarks.step --shape demo --out benchmarks/results/step_demo.json
+    python -m benchmarks.step --shape demo                                     the demo's own network and recipe
     python -m benchmarks.step --shape wan-high --out benchmarks/results/step_wan_high.json    either expert of a two-expert Wan: wan-low
     python -m benchmarks.step --shape flux.1-dev --device cuda --repeats 3 --out benchmarks/results/step_cuda.json
     python -m benchmarks.step --shape flux.1-dev --device meta --out benchmarks/results/step_flux_flops.json    FLOPs alone, no weights
@@ -21,7 +21,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -32,8 +31,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks import provenance
 from benchmarks import step_meters as meters
 from benchmarks import step_report as report
+from benchmarks.provenance import ROOT
 from byg_plugin import timesteps
 from byg_plugin.hosts.diffusers import DiffusersHost
 from byg_plugin.models import flux_files, wan, wan_files
@@ -43,9 +44,6 @@ from byg_plugin.objectives import make_objective
 from byg_plugin.objectives.base import Batch, Velocity
 from byg_plugin.training.config import Config, ObjectiveConfig, load_config, parse_config
 from byg_plugin.training.loop import TEXT_ROLES
-
-ROOT = Path(__file__).resolve().parents[1]
-
 
 # --- what is measured ---
 
@@ -551,13 +549,9 @@ def _cpu_name() -> str:
 
 
 def commit() -> dict[str, Any]:
-    """The commit, and whether the package or this benchmark differed from it."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", "byg_plugin/hosts", "byg_plugin/objectives", "byg_plugin/models")
-    return {"hash": git("rev-parse", "HEAD"), "modified": bool(changed or git("status", "--porcelain", "--", "benchmarks/step*.py"))}
+    """The commit, and whether the code that a step runs differed from it."""
+    head, changed = provenance.commit("byg_plugin/hosts", "byg_plugin/objectives", "byg_plugin/models", "benchmarks/step*.py")
+    return {"hash": head, "modified": changed}
 
 
 def _described(row: Row, checkpointing: bool) -> dict[str, Any]:
@@ -587,12 +581,13 @@ def _shape_record(name: str, shape: Shape) -> dict[str, Any]:
 
 def measure(name: str, device: torch.device, repeats: int, clock: str) -> dict[str, Any]:
     """The whole results file of a shape."""
+    made_by = commit()
     bench = Bench(shape_named(name), device, clock)
     rows = bench.measure(repeats)
     shape = bench.shape
     return {
         "machine": machine(device),
-        "commit": commit(),
+        "commit": made_by,
         "shape": _shape_record(name, shape),
         "matmul_share": bench.matmul_share(),
         "resident_bytes": bench.resident_bytes(),
@@ -607,6 +602,7 @@ COUNTED = ("paired", "printed", "frozen 2", "merged", "default, fewer", "merged,
 
 def count(name: str) -> dict[str, Any]:
     """FLOPs of a shape's steps on the meta device: the same code, no weights and no arithmetic. Activations kept and recomputed."""
+    made_by = commit()
     # Neither 16-bit weights nor autocast change what is multiplied, and the meta device knows neither.
     shape = replace(shape_named(name), checkpointing=(False, True), dtype="float32", mixed_precision="no")
     with _meta_without_autocast():
@@ -615,7 +611,7 @@ def count(name: str) -> dict[str, Any]:
         rows = [_described(row, setting) | {"flops": bench.flops(row, setting)} for row, setting in bench.plan if row.name in COUNTED]
     return {
         "machine": {"torch": torch.__version__, "device": "meta"},
-        "commit": commit(),
+        "commit": made_by,
         "shape": _shape_record(name, shape),
         "rows": rows,
     }

@@ -33,7 +33,8 @@ from tqdm.auto import tqdm
 
 from benchmarks import tiny_world_report as report
 from benchmarks import tiny_world_run as runs
-from benchmarks.tiny_world_run import ROOT, Plan
+from benchmarks.provenance import ROOT
+from benchmarks.tiny_world_run import Plan
 from byg_plugin import _cli
 from byg_plugin.demo import world
 from byg_plugin.training.config import Config, load_config
