@@ -86,6 +86,8 @@ RUNS: dict[str, Run] = {
     "six_copy": Run(title="copy the source", kind="copy", world="six"),
     "six_base": Run(title="base, target caption", kind="base", world="six"),
     "six_full": Run(title="full method", world="six"),
+    "six_paired_steps": Run(title="paired, equal steps", overrides=PAIRED, world="six"),
+    "six_paired_time": Run(title="paired, equal time", overrides=PAIRED, world="six", as_long_as=("six_full", "six_paired_steps")),
 }
 
 
