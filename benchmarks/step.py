@@ -35,7 +35,7 @@ from benchmarks import provenance
 from benchmarks import step_meters as meters
 from benchmarks import step_report as report
 from benchmarks.provenance import ROOT
-from byg_plugin import timesteps
+from byg_plugin import _cli, timesteps
 from byg_plugin.hosts.diffusers import DiffusersHost
 from byg_plugin.models import flux_files, wan, wan_files
 from byg_plugin.models.flux import FluxFamily
@@ -629,10 +629,15 @@ def _meta_without_autocast() -> Iterator[None]:
         torch.is_autocast_enabled, wan._exact_time = original, exact_time
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.step",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--shape", choices=SHAPES, default="cpu")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, or meta (counts FLOPs, measures nothing)")
+    parser.add_argument("--device", choices=("cpu", "cuda", "meta"), default="cpu", help="meta counts FLOPs and measures nothing")
     parser.add_argument("--repeats", type=int, default=7, help="times each row is timed")
     parser.add_argument(
         "--clock", choices=("wall", "process"), default="wall", help="process = CPU time, for a machine with other work; with --threads 1"
@@ -645,17 +650,43 @@ def main(arguments: Sequence[str] | None = None) -> None:
         action="store_true",
         help="put the tables of the CPU's results into README.md and docs/step_cost.md and measure nothing",
     )
-    options = parser.parse_args(arguments)
-    if options.write_docs:
-        report.write_documents(ROOT, ROOT / "benchmarks/results")
-        return
-    if options.table:
-        print(report.tables(report.read(options.table)))
-        return
+    return parser
+
+
+def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """End with a message where options cannot be honoured, before anything is measured."""
+    if options.repeats < 1:
+        parser.error(f"--repeats {options.repeats}: at least 1")
+    if options.threads is not None and options.threads < 1:
+        parser.error(f"--threads {options.threads}: at least 1, or leave it out for PyTorch's own choice")
     if options.clock == "process" and (options.device != "cpu" or options.threads != 1):
         parser.error("--clock process counts the time in which threads wait for each other: give --device cpu and --threads 1")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch sees no CUDA device here; leave --device out")
+    if options.out and options.out.is_dir():
+        parser.error(f"--out {options.out}: a folder; name the file, e.g. {options.out / 'step.json'}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command; see the module."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    _check(parser, options)
+    try:
+        if options.write_docs:
+            report.write_documents(ROOT, ROOT / "benchmarks/results")
+            return
+        if options.table:
+            print(report.tables(report.read(options.table)))
+            return
+    except ValueError as error:
+        parser.error(f"{'--write-docs' if options.write_docs else '--table'}: {error}")
+    _measure_as_asked(options)
+
+
+def _measure_as_asked(options: argparse.Namespace) -> None:
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.device == "meta":
@@ -663,10 +694,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         results = measure(options.shape, torch.device(options.device), options.repeats, options.clock)
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(report.as_json(results), encoding="utf-8")
     print(report.tables(results))
 
 
 if __name__ == "__main__":
-    main()
+    _cli.run(main)
