@@ -620,13 +620,13 @@ def count(name: str) -> dict[str, Any]:
 @contextmanager
 def _meta_without_autocast() -> Iterator[None]:
     """torch.is_autocast_enabled and torch.autocast raise for the meta device, which has none."""
-    original, exact_time = torch.is_autocast_enabled, wan._exact_time
+    original, exact_time = torch.is_autocast_enabled, wan.exact_time
     torch.is_autocast_enabled = lambda *device: False if device == ("meta",) else original(*device)  # type: ignore[assignment]
-    wan._exact_time = lambda network: nullcontext()
+    wan.exact_time = lambda network: nullcontext()
     try:
         yield
     finally:
-        torch.is_autocast_enabled, wan._exact_time = original, exact_time
+        torch.is_autocast_enabled, wan.exact_time = original, exact_time
 
 
 def _parser() -> argparse.ArgumentParser:
