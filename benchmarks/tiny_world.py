@@ -33,7 +33,8 @@ from tqdm.auto import tqdm
 
 from benchmarks import tiny_world_report as report
 from benchmarks import tiny_world_run as runs
-from benchmarks.tiny_world_run import ROOT, Plan
+from benchmarks.provenance import ROOT
+from benchmarks.tiny_world_run import Plan
 from byg_plugin import _cli
 from byg_plugin.demo import world
 from byg_plugin.training.config import Config, load_config
@@ -85,6 +86,8 @@ RUNS: dict[str, Run] = {
     "six_copy": Run(title="copy the source", kind="copy", world="six"),
     "six_base": Run(title="base, target caption", kind="base", world="six"),
     "six_full": Run(title="full method", world="six"),
+    "six_paired_steps": Run(title="paired, equal steps", overrides=PAIRED, world="six"),
+    "six_paired_time": Run(title="paired, equal time", overrides=PAIRED, world="six", as_long_as=("six_full", "six_paired_steps")),
 }
 
 

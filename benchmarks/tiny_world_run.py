@@ -11,7 +11,6 @@ import json
 import math
 import os
 import shutil
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -25,6 +24,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
+from benchmarks import provenance
 from byg_plugin import sampling
 from byg_plugin.data import cache
 from byg_plugin.data.buckets import to_tensor
@@ -37,7 +37,6 @@ from byg_plugin.objectives.base import Velocity
 from byg_plugin.training.config import Config
 from byg_plugin.training.loop import Trainer, versions
 
-ROOT = Path(__file__).resolve().parents[1]
 FORMAT = 1  # raise when results change in a way that neither configuration nor data nor base shows
 CURVE_POINTS = 6  # evaluations between the end of the identity warm-up and the end of training
 BATCH = 32  # edits sampled at once
@@ -199,13 +198,8 @@ def base_digest(folder: Path) -> str:
 
 def commit() -> str:
     """The commit that is checked out, `-changed` when the code differs from it, `unknown` outside a clone."""
-    code = ["byg_plugin", "configs", "benchmarks/*.py"]
-    try:
-        head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
-        changed = subprocess.run(["git", "status", "--porcelain", "--", *code], cwd=ROOT, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head.stdout.strip() + ("-changed" if changed.stdout.strip() else "")
+    head, changed = provenance.commit("byg_plugin", "configs", "benchmarks/*.py")
+    return head[:12] + ("-changed" if changed else "")
 
 
 # --- files ---

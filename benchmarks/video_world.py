@@ -13,8 +13,8 @@ from __future__ import annotations
 from benchmarks import tiny_world
 from benchmarks import tiny_world_report as report
 from benchmarks import tiny_world_run as runs
+from benchmarks.provenance import ROOT
 from benchmarks.tiny_world import Stage, Subject
-from benchmarks.tiny_world_run import ROOT
 from byg_plugin import _cli
 from byg_plugin.demo import video_world
 
