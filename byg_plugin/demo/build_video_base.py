@@ -3,9 +3,8 @@
     python -m byg_plugin.demo.build_video_base --out byg_plugin/demo/video_base --work video_base_work
 
 Every part is of the real class in a tiny size, with the sizes that other programs take for granted: patch (1, 2, 2), 16
-latent channels, text of width 4096, boundary 0.875. First the VAE is trained (about ten
-minutes of one core), then one transformer together with the text encoder for all t, then a copy of it for each side of the
-boundary (about twenty).
+latent channels, text of width 4096, boundary 0.875. First the VAE is trained (half an hour of one core), then one transformer
+for all t (a quarter), then a copy of it for each side of the boundary (half an hour). The text encoder is not trained.
 
 Everything that is done lies in `--work`, written every `--save-minutes`: the same command goes on after a kill, and gives
 the same base. Its `figures.json` says how good it is, its `history.json` how its losses fell.
@@ -393,7 +392,7 @@ class TextEncoder(nn.Module):
                 pad_token_id=0, eos_token_id=1, is_encoder_decoder=False, use_cache=False,
             )
         )  # fmt: skip
-        bias = self.umt5.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
+        bias = self.umt5.get_parameter("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight")
         with torch.no_grad():
             bias.zero_()
             bias[1, 0] = bias[_BUCKETS // 2 + 1, 1] = 10.0  # one head reads the word before, the other the word after
