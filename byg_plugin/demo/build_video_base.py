@@ -3,8 +3,8 @@
     python -m byg_plugin.demo.build_video_base --out byg_plugin/demo/video_base --work video_base_work
 
 Every part is of the real class in a tiny size, with the sizes that other programs take for granted: patch (1, 2, 2), 16
-latent channels, text of width 4096, boundary 0.875. First the VAE is trained (half an hour of one core), then one transformer
-for all t (a quarter), then a copy of it for each side of the boundary (half an hour). The text encoder is not trained.
+latent channels, text of width 4096, boundary 0.875. First the VAE is trained (23 minutes of one core), then one transformer
+for all t (15), then a copy of it for each side of the boundary (25). The text encoder is not trained.
 
 Everything that is done lies in `--work`, written every `--save-minutes`: the same command goes on after a kill, and gives
 the same base. Its `figures.json` says how good it is, its `history.json` how its losses fell.
