@@ -13,6 +13,7 @@ from tiny import wake
 from tiny_wan import A14B, T2V, tiny_wan, wan_config, wan_latents, wan_texts
 
 from byg_plugin import lora_formats
+from byg_plugin.hosts import residency
 from byg_plugin.hosts.diffusers import DiffusersHost, lora_shapes
 from byg_plugin.hosts.residency import OneExpertOnDevice
 from byg_plugin.models import make_family, wan_files
@@ -174,6 +175,24 @@ def test_a_step_uses_no_absent_expert_and_moves_between_passes_only(tmp_path: Pa
     assert_close(gradients(other, other.config, times), expected)
     # The rollout goes from noise to data once; the frozen base and what has gradients stay on the side of t.
     assert came == ([HIGH, LOW, HIGH] if t[0] > 0.875 else [HIGH, LOW])
+
+
+def test_what_is_pinned_replaces_its_first_copy_at_once(monkeypatch: pytest.MonkeyPatch):
+    """Two copies of one tensor at a time, not of both experts."""
+    networks = {HIGH: plain(HIGH), LOW: plain(LOW)}
+    every = [tensor for network in networks.values() for tensor in (*network.parameters(), *network.buffers())]
+    before = [tensor.clone() for tensor in every]
+    pinned: list[torch.Tensor] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        assert {copy.data_ptr() for copy in pinned} <= {tensor.data_ptr() for tensor in every}
+        pinned.append(tensor.clone())
+        return pinned[-1]
+
+    monkeypatch.setattr(residency, "_pinned", pin)
+    OneExpertOnDevice(networks, [], torch.device("cuda"))
+    assert [tensor.data_ptr() for tensor in every] == [copy.data_ptr() for copy in pinned]
+    assert all(torch.equal(a, b) for a, b in zip(every, before, strict=True))
 
 
 def test_an_expert_cannot_leave_before_its_backward_pass(tmp_path: Path):
