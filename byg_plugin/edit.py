@@ -534,9 +534,7 @@ def main() -> None:
         negative=args.negative,
     )
     if args.show_unguided and pipe.config.negative is None:
-        raise ValueError(
-            "--show-unguided: nothing is guided here (FLUX takes guidance as an input; for Wan drop --cfg-high, --cfg-low)"
-        )
+        raise ValueError("--show-unguided: nothing is guided here (FLUX takes guidance as an input; for Wan drop --cfg-high, --cfg-low)")
     passes = [True, False] if args.show_unguided else [True]
     # All texts first: then the encoders leave for good. Sizes too: an unreadable image stops before the long work.
     sized = [(pipe.prepare_size(job.source), index, job) for index, job in enumerate(jobs)]
