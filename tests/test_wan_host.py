@@ -309,6 +309,17 @@ def test_one_expert_alone_beside_the_others_lora(tmp_path: Path):
         host_of(tmp_path, lora={"experts": "low_noise", "other_expert": str(paths["_low_noise"])})
 
 
+def test_the_other_experts_lora_must_be_of_this_family_and_position(tmp_path: Path):
+    path = saved(host_of(tmp_path), tmp_path)["_high_noise"]
+    lora = {"experts": "low_noise", "other_expert": str(path)}
+    with pytest.raises(ValueError, match=r"other_expert = .*high_noise.* with conditioning.position = 'same', here it is 'bernini'"):
+        host_of(tmp_path, lora=lora, conditioning={"position": "bernini"})
+    tensors, metadata = lora_formats.read_lora(path)
+    lora_formats.write_lora(path, tensors, metadata | {"byg.family": "wan2.1-t2v-14b"})
+    with pytest.raises(ValueError, match=f"other_expert = .* was trained for 'wan2.1-t2v-14b', model.family is '{A14B}'"):
+        host_of(tmp_path, lora=lora)
+
+
 def test_quantised_experts_run_and_have_gradients(tmp_path: Path):
     host = host_of(tmp_path, model={"quantization": "fp8", "offload_inactive_expert": True, "dtype": "bfloat16"})
     with host.edit() as velocity:

@@ -22,6 +22,7 @@ from byg_plugin.data import cache, clips
 from byg_plugin.data.tuples import read_tuples
 from byg_plugin.models import make_family
 from byg_plugin.models.wan import HIGH, LOW
+from byg_plugin.train_network import dry_run
 from byg_plugin.training import checkpoint, loop
 from byg_plugin.training.config import Config
 from byg_plugin.training.loop import Trainer
@@ -199,7 +200,74 @@ def test_shared_and_lone_experts_train(tmp_path: Path, experts: str):
     assert metadata["byg.expert"] == ("both" if experts == "shared" else "high_noise")
 
 
-def test_the_paired_baseline_and_ablations_run_on_clips(tmp_path: Path):
+@pytest.mark.parametrize("key", ["init_from", "other_expert"])
+def test_a_lora_to_start_from_is_read_before_the_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str):
+    def loaded(*args: Any, **options: Any) -> None:
+        raise AssertionError("models were loaded first")
+
+    monkeypatch.setattr(loop, "make_host", loaded)
+    alone = {"experts": "low_noise"} if key == "other_expert" else {}
+    with pytest.raises(ValueError, match="nowhere.safetensors: no such file"):
+        make_trainer(run_config(tmp_path, lora={**alone, key: str(tmp_path / "nowhere.safetensors")}))
+
+
+def test_the_share_of_steps_of_each_expert_is_told_at_the_start(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    with caplog.at_level("INFO"):
+        make_trainer(run_config(tmp_path))
+    assert "boundary t = 0.875: the high-noise expert trains 70.5 % of the steps, the low-noise expert 29.5 %" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("lora", "modules"),
+    [
+        ({}, 40),
+        ({"experts": "shared"}, 20),
+        ({"experts": "low_noise", "other_expert": "unread.safetensors"}, 20),
+    ],
+    ids=["separate", "shared", "alone"],
+)
+def test_dry_run_counts_what_is_trained_at_the_largest_bucket(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], lora: dict[str, Any], modules: int
+):
+    config = run_config(tmp_path, lora=lora)
+    dry_run(config, make_family(config), CPU)
+    said = capsys.readouterr().out
+    assert f"rank 4, {modules} modules" in said
+    # 2 latent frames of 3 x 2 tokens, noisy and source; dataset.resolution alone would say 40 x 40.
+    assert "longest sequence, at 48 x 32, 5 frames: 24 tokens (noisy + source)" in said
+
+
+def test_the_paired_objective_trains_both_experts_on_clips(tmp_path: Path):
+    """A pair of clips: the second is the first one's edit."""
+    clip = workspace() / "clip0.mp4"
+    lines = [
+        {
+            "source": str(clip),
+            "target": str(workspace() / "clip1.mp4"),
+            "src_caption": "photo of a dog",
+            "tgt_caption": "photo of a blue",
+            "instruction": "make the dog blue",
+            "reverse_instruction": "make the blue dog",
+        }
+    ]
+    write_tuples(tmp_path / "pairs.jsonl", lines)
+    sections: dict[str, Any] = {
+        "dataset": {"resolution": 40, "bucket_step": 16, "tuples": str(tmp_path / "pairs.jsonl"), "cache_dir": str(tmp_path / "cache")},
+        "objective": {"name": "paired"},
+        "train": {"steps": 6, "global_batch_size": 1},
+    }
+    config = run_config(tmp_path / "out", **sections)
+    cache.cache_latents(config, make_family(config), read_tuples(config.dataset), CPU)
+    cache.cache_texts(config, make_family(config), read_tuples(config.dataset), CPU)
+    trainer = make_trainer(config)
+    before = {name: value.detach().clone() for name, value in trainer.host.parameters.items()}
+    trainer.run()
+    assert set(sides(trainer, 6)) == {True, False} and all(line["loss"] > 0 for line in curve(tmp_path / "out"))
+    moved = {name for name, value in trainer.host.parameters.items() if not torch.equal(value, before[name])}
+    assert {name.partition(".")[0] for name in moved} == {HIGH, LOW}
+
+
+def test_the_ablations_run_on_clips(tmp_path: Path):
     for switch in ({"routing": False}, {"bootstrap": False}, {"cycle": False}, {"directional": False}, {"prior": False}):
         folder = tmp_path / next(iter(switch))
         make_trainer(run_config(folder, T2V, objective=switch, train={"steps": 1, "global_batch_size": 1})).run()
