@@ -23,7 +23,7 @@ from byg_plugin.data.tuples import read_tuples
 from byg_plugin.models import make_family
 from byg_plugin.models.wan import HIGH, LOW
 from byg_plugin.train_network import dry_run
-from byg_plugin.training import checkpoint, loop
+from byg_plugin.training import checkpoint, loop, preview
 from byg_plugin.training.config import Config
 from byg_plugin.training.loop import Trainer
 from byg_plugin.training.randomness import coin
@@ -299,6 +299,19 @@ def test_previews_of_clips_and_images(tmp_path: Path):
         assert strip.size == (5 * width + 16, 3 * height + 8) and still.size == (3 * width + 8, height)
 
 
+def test_the_guided_edit_of_a_preview_comes_before_the_edit_at_scale_1(tmp_path: Path):
+    def columns(name: str, **scales: float) -> list[np.ndarray]:
+        config = run_config(tmp_path / name, sample={"every": 1, "items": 3, "steps": 2, **scales})
+        trainer = make_trainer(config)
+        wake(trainer.host)
+        rendered, _ = preview._render(config, trainer.family, trainer.host, trainer.data)[2]  # the still image: no codec
+        return [np.asarray(frames[0]).astype(int) for frames in rendered]
+
+    source, guided, plain = columns("guided")
+    other_source, unguided = columns("plain", cfg_high_noise=1.0, cfg_low_noise=1.0)
+    assert np.array_equal(source, other_source) and np.array_equal(plain, unguided) and not np.array_equal(guided, unguided)
+
+
 @pytest.fixture(scope="module")
 def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     trainer = make_trainer(run_config(tmp_path_factory.mktemp("lora") / "out", train={"steps": 1}, conditioning={"position": "bernini"}))
@@ -347,6 +360,30 @@ def test_the_command_writes_the_edit_and_both_beside_each_other(lora: Path, tmp_
     with av.open(str(tmp_path / "out/clip0.mp4")) as container:
         settings = json.loads(container.metadata["comment"])
     assert settings["size"] == [48, 32, 5] and settings["cfg_high_noise"] == 1.0 and settings["instruction"] == "make the dog blue"
+
+
+def test_frames_are_checked_before_the_first_edit_and_rounding_is_told(
+    lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "in").mkdir()
+    for name, count in (("a.mp4", 11), ("b.mp4", 7)):
+        clips.write_clip(tmp_path / "in" / name, [Image.new("RGB", (48, 32), (9 * k, 90, 100)) for k in range(count)], 16)
+    options = ["--model", str(wan_folder()), "--dtype", "float32", "--device", "cpu", "--lora", str(lora), "--source", str(tmp_path / "in")]
+    options += ["--instruction", "make the dog blue", "--steps", "1", "--resolution", "40", "--cfg-high", "1", "--cfg-low", "1"]
+
+    def call(name: str, *more: str) -> list[str]:
+        monkeypatch.setattr(sys, "argv", ["edit.py", *options, "--out", str(tmp_path / name), *more])
+        edit.main()
+        return sorted(path.name for path in (tmp_path / name).iterdir())
+
+    with pytest.raises(ValueError, match=r"b.mp4: has 7 frames, 9 are asked for"):
+        call("refused", "--frames", "9")
+    assert list((tmp_path / "refused").iterdir()) == []
+    assert call("all") == ["a.mp4", "a_side_by_side.mp4", "b.mp4", "b_side_by_side.mp4"]
+    said = capsys.readouterr().err
+    assert "a.mp4: 9 of 11 frames are edited, Wan takes 4n + 1" in said and "b.mp4: 5 of 7 frames are edited" in said
+    call("five", "--frames", "5")
+    assert "frames are edited" not in capsys.readouterr().err
 
 
 def test_the_edit_at_scale_1_is_the_third_column_on_request(lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
