@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from functools import lru_cache
 from pathlib import Path
@@ -27,6 +29,8 @@ from byg_plugin.training import checkpoint, loop, preview
 from byg_plugin.training.config import Config
 from byg_plugin.training.loop import Trainer
 from byg_plugin.training.randomness import coin
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @lru_cache(maxsize=1)
@@ -143,6 +147,38 @@ def test_t_of_a_run_has_the_configured_law_whatever_the_processes(tmp_path: Path
     grid = [0.5, 0.7, 0.8, 0.9, 0.95, 0.98]
     for point in grid:
         assert (alone >= point).float().mean().item() == pytest.approx(timesteps.probability_above(point, **law), abs=0.07)
+
+
+def write_toml(path: Path, config: Config) -> Path:
+    """A configuration as a file: JSON's values are TOML's too."""
+    sections = config.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
+    lines = [
+        f"[{name}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()) for name, values in sections.items()
+    ]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def test_two_processes_draw_one_side_and_train_what_one_process_trains(tmp_path: Path):
+    # A small rate: Adam's first steps turn a rounding difference in a tiny gradient into one of the rate's size.
+    sections: dict[str, Any] = {"objective": {"ema_decay": 0.9}, "train": {"steps": 3, "lr": 3e-4, "save_every": 0}, "sample": {"every": 0}}
+    alone = make_trainer(run_config(tmp_path / "one", **sections))
+    assert set(sides(alone, 3)) == {True, False}
+    alone.run()
+    toml = write_toml(tmp_path / "run.toml", run_config(tmp_path / "two", **sections))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(27000 + os.getpid() % 2000)]
+    command = [*launch, str(ROOT / "byg_plugin/train_network.py"), "--config", str(toml)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=280)
+    assert done.returncode == 0, done.stderr
+    names = sorted(path.name for path in (tmp_path / "one").glob("*.safetensors"))
+    assert len(names) == 4 and names == sorted(path.name for path in (tmp_path / "two").glob("*.safetensors"))
+    for name in names:
+        (one, _), (two, _) = (lora_formats.read_lora(tmp_path / folder / name) for folder in ("one", "two"))
+        assert max((one[key] - two[key]).abs().max().item() for key in one) <= 1e-5, name
+        assert max(value.abs().max().item() for key, value in one.items() if "lora_B" in key) > 1e-4, name
+    first, second = curve(tmp_path / "one"), curve(tmp_path / "two")
+    assert [line["high_noise_step"] for line in first] == [line["high_noise_step"] for line in second]
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path):
