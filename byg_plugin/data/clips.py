@@ -19,7 +19,10 @@ from byg_plugin.data.media import MAX_SIDE
 from byg_plugin.training.extras import require
 
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
-_TICK = 1e-4  # seconds: time stamps are rounded to a file's own clock, often thousandths
+# Seconds. Time stamps are rounded to a file's own clock: .mkv and .webm have thousandths, so a difference of two can be wrong by
+# one. The price: a frame may be shown so much before its time.
+_TICK = 1e-3
+READER = "2"  # raise when `read_clip` gives other frames of a file
 
 
 def is_clip(path: Path) -> bool:
