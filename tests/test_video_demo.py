@@ -79,7 +79,8 @@ def test_a_second_run_trains_nothing_and_other_settings_are_refused(demo, base):
     assert lora.stat().st_mtime_ns == before
     for method, table in tables.items():
         for kind, row in table.items():
-            assert again[method][kind] == pytest.approx(row, nan_ok=True)
+            # Edits are made again: threads add in another order when the machine is busy, and an mp4 makes levels of it.
+            assert again[method][kind] == pytest.approx(row, nan_ok=True, rel=0.01, abs=0.005)
     with pytest.raises(ValueError, match="was trained with other settings"):
         run_demo(out, [*FEW, "train.lr=0.01"], train_tuples=10, eval_tuples=3, base=base)
 
