@@ -1,4 +1,5 @@
 # make demo   everything from nothing: environment, tiny world, caches, training, edits, contact sheet, figures
+# make demo-video   the same with clips, and both experts of a tiny Wan2.2: also mp4s
 # make test   the whole test suite on the CPU; the review page's tests need Chromium on the PATH or from `playwright install chromium`
 #
 # Uses the active virtual or conda environment (not conda's base) if there is one, else makes .venv. An installed torch is
@@ -14,11 +15,15 @@ STAMP := $(VENV)/.byg-installed
 TORCH_THERE := $(VENV)/torch-constraint.txt
 TORCH_LINE := from importlib.metadata import version; print('torch==' + version('torch'))
 DEMO_OUT ?= demo_out
+DEMO_VIDEO_OUT ?= demo_video_out
 
-.PHONY: demo test lint install clean
+.PHONY: demo demo-video test lint install clean
 
 demo: $(STAMP)
 	$(BIN)/python -m byg_plugin.demo --out $(DEMO_OUT)
+
+demo-video: $(STAMP)
+	$(BIN)/python -m byg_plugin.demo.video --out $(DEMO_VIDEO_OUT)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
@@ -40,4 +45,4 @@ $(STAMP): pyproject.toml setup.py constraints.txt | $(BIN)/python
 	touch $@
 
 clean:
-	rm -rf $(DEMO_OUT) .pytest_cache .ruff_cache .mypy_cache build *.egg-info
+	rm -rf $(DEMO_OUT) $(DEMO_VIDEO_OUT) .pytest_cache .ruff_cache .mypy_cache build *.egg-info

@@ -17,6 +17,6 @@ setup(
         "byg_plugin.configs": ["*.toml"],
         "byg_plugin.dataset_tools": ["_review_page/*"],
         "byg_plugin.models": ["assets/**/*"],
-        "byg_plugin.demo": ["base/**/*"],
+        "byg_plugin.demo": ["base/**/*", "video_base/**/*"],
     },
 )

@@ -22,8 +22,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-RESULTS = REPOSITORY / "benchmarks" / "results" / "data_client.json"
+from benchmarks import provenance
+from benchmarks.provenance import ROOT
+
+RESULTS = ROOT / "benchmarks" / "results" / "data_client.json"
 SIDE = 512
 
 
@@ -41,7 +43,7 @@ def write_images(folder: Path, count: int, suffix: str) -> None:
 def one_run(work: Path, images: Path, limit: int, in_flight: int, url: str) -> dict[str, float]:
     """Wall and CPU seconds of the client over `limit` images."""
     out = work / f"{limit}.jsonl"
-    command = [sys.executable, str(REPOSITORY / "dataset_tools" / "generate_edits.py"), "--images", str(images), "--out", str(out)]
+    command = [sys.executable, str(ROOT / "dataset_tools" / "generate_edits.py"), "--images", str(images), "--out", str(out)]
     started = time.monotonic()
     process = subprocess.Popen(
         [*command, "--limit", str(limit), "--base-url", url, "--in-flight", str(in_flight)],
@@ -60,7 +62,7 @@ def measure_memory(counts: tuple[int, int]) -> dict[str, float]:
         for count in counts:
             table, out = Path(name) / f"{count}.csv", Path(name) / f"{count}.jsonl"
             table.write_text("image,caption\n" + "".join(f"p{number}.jpg,a red car number {number}\n" for number in range(count)))
-            command = [str(REPOSITORY / "dataset_tools" / "generate_edits.py"), "--images", str(table), "--out", str(out)]
+            command = [str(ROOT / "dataset_tools" / "generate_edits.py"), "--images", str(table), "--out", str(out)]
             process = subprocess.Popen(
                 [sys.executable, *command, "--backend", "rules"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
             )
@@ -78,7 +80,7 @@ def measure(suffix: str, images: int, in_flight: int) -> dict[str, Any]:
         write_images(work / "images", images, suffix)
         (work / "plan.json").write_text(json.dumps({"mode": "good"}))
         stub = subprocess.Popen(
-            [sys.executable, str(REPOSITORY / "tests" / "stub_server.py"), str(work / "plan.json")], stdout=subprocess.PIPE, text=True
+            [sys.executable, str(ROOT / "tests" / "stub_server.py"), str(work / "plan.json")], stdout=subprocess.PIPE, text=True
         )
         try:
             assert stub.stdout
@@ -106,12 +108,10 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=400)
     parser.add_argument("--in-flight", type=int, default=32)
     args = parser.parse_args()
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short=10", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=False
-    ).stdout.strip()
+    head, changed = provenance.commit("dataset_tools", "byg_plugin/data", "benchmarks/data_client.py")
     result = {
         "what": "generate_edits.py against a local stub server that answers at once",
-        "commit": commit,
+        "commit": head[:10] + ("-changed" if changed else ""),
         "python": platform.python_version(),
         "cores": os.cpu_count(),
         "load_before": [round(value, 1) for value in os.getloadavg()],

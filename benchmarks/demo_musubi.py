@@ -29,7 +29,8 @@ from byg_plugin import _cli
 from byg_plugin.data import run_cache
 from byg_plugin.data.dataset import CachedTuples
 from byg_plugin.demo import metrics, sheet, world
-from byg_plugin.demo.__main__ import EVAL_TUPLES, TRAIN_TUPLES, _run
+from byg_plugin.demo.__main__ import EVAL_TUPLES, TRAIN_TUPLES
+from byg_plugin.demo.commands import run as run_command
 from byg_plugin.hosts import musubi, musubi_cache
 from byg_plugin.models import flux_files, make_family
 from byg_plugin.training.config import Config, load_config, parse_config
@@ -154,7 +155,7 @@ def run(out: Path, host_path: str | None, overrides: list[str]) -> dict[str, Any
 
     words = [word for setting in settings for word in ("--set", setting)]
     tuples = ["--tuples", str(out / "eval" / "tuples.jsonl"), "--schedule", "uniform", "--batch-size", "16"]
-    _run("-m", "byg_plugin.edit", "--config", toml, *words, "--lora", lora, *tuples, "--out", out / "edits")
+    run_command("-m", "byg_plugin.edit", "--config", toml, *words, "--lora", lora, *tuples, "--out", out / "edits")
     truths = world.load_scenes(out / "eval")
     pictures = sorted(path for path in (out / "edits").glob("*.png") if not path.stem.endswith("_side_by_side"))
     images = {edit.id: np.asarray(Image.open(path).convert("RGB")) for edit, path in zip(truths, pictures, strict=True)}

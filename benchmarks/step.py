@@ -1,7 +1,7 @@
 """What one unpaired step costs over one paired step: seconds, FLOPs and peak memory, phase by phase.
 
     python -m benchmarks.step --out benchmarks/results/step_cpu.json          on a quiet machine, else --clock process --threads 1
-    python -m benchmarks.step --shape demo --out benchmarks/results/step_demo.json
+    python -m benchmarks.step --shape demo                                     the demo's own network and recipe
     python -m benchmarks.step --shape wan-high --out benchmarks/results/step_wan_high.json    either expert of a two-expert Wan: wan-low
     python -m benchmarks.step --shape flux.1-dev --device cuda --repeats 3 --out benchmarks/results/step_cuda.json
     python -m benchmarks.step --shape flux.1-dev --device meta --out benchmarks/results/step_flux_flops.json    FLOPs alone, no weights
@@ -21,7 +21,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -32,9 +31,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks import provenance
 from benchmarks import step_meters as meters
 from benchmarks import step_report as report
-from byg_plugin import timesteps
+from benchmarks.provenance import ROOT
+from byg_plugin import _cli, timesteps
 from byg_plugin.hosts.diffusers import DiffusersHost
 from byg_plugin.models import flux_files, wan, wan_files
 from byg_plugin.models.flux import FluxFamily
@@ -43,9 +44,6 @@ from byg_plugin.objectives import make_objective
 from byg_plugin.objectives.base import Batch, Velocity
 from byg_plugin.training.config import Config, ObjectiveConfig, load_config, parse_config
 from byg_plugin.training.loop import TEXT_ROLES
-
-ROOT = Path(__file__).resolve().parents[1]
-
 
 # --- what is measured ---
 
@@ -551,13 +549,9 @@ def _cpu_name() -> str:
 
 
 def commit() -> dict[str, Any]:
-    """The commit, and whether the package or this benchmark differed from it."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", "byg_plugin/hosts", "byg_plugin/objectives", "byg_plugin/models")
-    return {"hash": git("rev-parse", "HEAD"), "modified": bool(changed or git("status", "--porcelain", "--", "benchmarks/step*.py"))}
+    """The commit, and whether the code that a step runs differed from it."""
+    head, changed = provenance.commit("byg_plugin/hosts", "byg_plugin/objectives", "byg_plugin/models", "benchmarks/step*.py")
+    return {"hash": head, "modified": changed}
 
 
 def _described(row: Row, checkpointing: bool) -> dict[str, Any]:
@@ -587,12 +581,13 @@ def _shape_record(name: str, shape: Shape) -> dict[str, Any]:
 
 def measure(name: str, device: torch.device, repeats: int, clock: str) -> dict[str, Any]:
     """The whole results file of a shape."""
+    made_by = commit()
     bench = Bench(shape_named(name), device, clock)
     rows = bench.measure(repeats)
     shape = bench.shape
     return {
         "machine": machine(device),
-        "commit": commit(),
+        "commit": made_by,
         "shape": _shape_record(name, shape),
         "matmul_share": bench.matmul_share(),
         "resident_bytes": bench.resident_bytes(),
@@ -607,6 +602,7 @@ COUNTED = ("paired", "printed", "frozen 2", "merged", "default, fewer", "merged,
 
 def count(name: str) -> dict[str, Any]:
     """FLOPs of a shape's steps on the meta device: the same code, no weights and no arithmetic. Activations kept and recomputed."""
+    made_by = commit()
     # Neither 16-bit weights nor autocast change what is multiplied, and the meta device knows neither.
     shape = replace(shape_named(name), checkpointing=(False, True), dtype="float32", mixed_precision="no")
     with _meta_without_autocast():
@@ -615,7 +611,7 @@ def count(name: str) -> dict[str, Any]:
         rows = [_described(row, setting) | {"flops": bench.flops(row, setting)} for row, setting in bench.plan if row.name in COUNTED]
     return {
         "machine": {"torch": torch.__version__, "device": "meta"},
-        "commit": commit(),
+        "commit": made_by,
         "shape": _shape_record(name, shape),
         "rows": rows,
     }
@@ -624,19 +620,24 @@ def count(name: str) -> dict[str, Any]:
 @contextmanager
 def _meta_without_autocast() -> Iterator[None]:
     """torch.is_autocast_enabled and torch.autocast raise for the meta device, which has none."""
-    original, exact_time = torch.is_autocast_enabled, wan._exact_time
+    original, exact_time = torch.is_autocast_enabled, wan.exact_time
     torch.is_autocast_enabled = lambda *device: False if device == ("meta",) else original(*device)  # type: ignore[assignment]
-    wan._exact_time = lambda network: nullcontext()
+    wan.exact_time = lambda network: nullcontext()
     try:
         yield
     finally:
-        torch.is_autocast_enabled, wan._exact_time = original, exact_time
+        torch.is_autocast_enabled, wan.exact_time = original, exact_time
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.step",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--shape", choices=SHAPES, default="cpu")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, or meta (counts FLOPs, measures nothing)")
+    parser.add_argument("--device", choices=("cpu", "cuda", "meta"), default="cpu", help="meta counts FLOPs and measures nothing")
     parser.add_argument("--repeats", type=int, default=7, help="times each row is timed")
     parser.add_argument(
         "--clock", choices=("wall", "process"), default="wall", help="process = CPU time, for a machine with other work; with --threads 1"
@@ -649,17 +650,43 @@ def main(arguments: Sequence[str] | None = None) -> None:
         action="store_true",
         help="put the tables of the CPU's results into README.md and docs/step_cost.md and measure nothing",
     )
-    options = parser.parse_args(arguments)
-    if options.write_docs:
-        report.write_documents(ROOT, ROOT / "benchmarks/results")
-        return
-    if options.table:
-        print(report.tables(report.read(options.table)))
-        return
+    return parser
+
+
+def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """End with a message where options cannot be honoured, before anything is measured."""
+    if options.repeats < 1:
+        parser.error(f"--repeats {options.repeats}: at least 1")
+    if options.threads is not None and options.threads < 1:
+        parser.error(f"--threads {options.threads}: at least 1, or leave it out for PyTorch's own choice")
     if options.clock == "process" and (options.device != "cpu" or options.threads != 1):
         parser.error("--clock process counts the time in which threads wait for each other: give --device cpu and --threads 1")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch sees no CUDA device here; leave --device out")
+    if options.out and options.out.is_dir():
+        parser.error(f"--out {options.out}: a folder; name the file, e.g. {options.out / 'step.json'}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command; see the module."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    _check(parser, options)
+    try:
+        if options.write_docs:
+            report.write_documents(ROOT, ROOT / "benchmarks/results")
+            return
+        if options.table:
+            print(report.tables(report.read(options.table)))
+            return
+    except ValueError as error:
+        parser.error(f"{'--write-docs' if options.write_docs else '--table'}: {error}")
+    _measure_as_asked(options)
+
+
+def _measure_as_asked(options: argparse.Namespace) -> None:
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.device == "meta":
@@ -667,10 +694,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         results = measure(options.shape, torch.device(options.device), options.repeats, options.clock)
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(report.as_json(results), encoding="utf-8")
     print(report.tables(results))
 
 
 if __name__ == "__main__":
-    main()
+    _cli.run(main)

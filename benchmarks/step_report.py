@@ -15,7 +15,19 @@ Record = dict[str, Any]
 
 
 def read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
+    """A results file.
+
+    Raises:
+        ValueError: it is no file that `benchmarks.step` wrote.
+    """
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # of JSON, or of UTF-8
+        raise ValueError(f"{path} is not JSON ({error}); give a file that python -m benchmarks.step --out wrote") from error
+    lacking = [key for key in ("machine", "commit", "shape", "rows") if not isinstance(results, dict) or key not in results]
+    if lacking:
+        raise ValueError(f"{path} has no {', '.join(lacking)}; give a file that python -m benchmarks.step --out wrote")
+    return results
 
 
 def as_json(results: dict[str, Any]) -> str:
@@ -90,7 +102,7 @@ def tables(results: dict[str, Any]) -> str:
 
 
 def _heading(results: dict[str, Any]) -> str:
-    shape, host, commit = results["shape"], results["machine"], results["commit"]
+    shape, host = results["shape"], results["machine"]
     transformer = shape["transformer"]
     width = transformer["attention_head_dim"] * transformer["num_attention_heads"]
     device = host.get("gpu") or f"{host['cpu']}, {host['threads']} of {host['cores']} cores, {host['ram_gib']} GiB"
@@ -99,10 +111,14 @@ def _heading(results: dict[str, Any]) -> str:
     return (
         f"`{shape['name']}`: {_blocks(transformer)} of width {width}, "
         f"{shape['noisy_tokens']} noisy + {shape['noisy_tokens']} source + {shape['text_tokens']} text tokens, batch {shape['batch']}, "
-        f"LoRA rank {shape['rank']}, {shape['dtype']}; {device}; PyTorch {host['torch']}; commit {commit['hash'][:10]}"
-        f"{' with changes' if commit['modified'] else ''}{share}. "
+        f"LoRA rank {shape['rank']}, {shape['dtype']}; {device}; PyTorch {host['torch']}; {_commit(results)}{share}. "
         f"{clock}: medians of {results['repeats']} repetitions, ranges in brackets."
     )
+
+
+def _commit(results: dict[str, Any]) -> str:
+    commit = results["commit"]
+    return f"commit {commit['hash'][:10]}{' with changes' if commit['modified'] else ''}"
 
 
 def _blocks(transformer: dict[str, Any]) -> str:
@@ -114,7 +130,7 @@ def _blocks(transformer: dict[str, Any]) -> str:
 def _counted(results: dict[str, Any], settings: list[bool]) -> str:
     """FLOPs alone."""
     shape = results["shape"]
-    head = f"`{shape['name']}`, {shape['noisy_tokens']} noisy tokens, rank {shape['rank']}: FLOPs over paired"
+    head = f"`{shape['name']}`, {shape['noisy_tokens']} noisy tokens, rank {shape['rank']}; {_commit(results)}: FLOPs over paired"
     lines = [f"| {head} | rollout steps | rollout | frozen passes | three differentiated passes | sum |", "|---|---|---|---|---|---|"]
     for setting in settings:
         paired = find(results, "paired", setting)
@@ -195,7 +211,7 @@ def _memory(results: dict[str, Any], settings: list[bool]) -> str:
     titles = {
         "printed": "`joint` (as printed), over paired",
         "frozen 2": "`sequential` (the defaults)",
-        "merged": "with all four frozen passes at once, and merged",
+        "merged": "with all four frozen passes at once, and merged (beside the copy)",
         "beside": "with identity beside the reverse pass, too",
     }
     for name, title in titles.items():
@@ -204,7 +220,17 @@ def _memory(results: dict[str, Any], settings: list[bool]) -> str:
             row = find(results, name, setting)
             cells.append(f"{peak(row, kind) / peak(paired[setting], kind):.3f}" if row else "")  # type: ignore[arg-type]
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", _resident(results["resident_bytes"])])
+
+
+def _resident(sizes: dict[str, int]) -> str:
+    """What lives anyway, and is in no peak."""
+    frozen, lora, copy = (sizes[part] for part in ("frozen weights", "LoRA", "merged weights"))
+    return (
+        f"Not in these peaks, because it lives whether a step runs or not: frozen weights {frozen / 2**20:.1f} MiB, the LoRA "
+        f"{lora / 2**20:.1f} MiB (its gradients, moments and average come on top), and for the merged rows alone the merged copy of the "
+        f"matrices that the LoRA adapts, {copy / 2**20:.1f} MiB: {copy / frozen:.0%} of the frozen weights once more."
+    )
 
 
 def headline(results: dict[str, Any]) -> str:

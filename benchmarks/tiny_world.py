@@ -21,10 +21,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -34,7 +33,8 @@ from tqdm.auto import tqdm
 
 from benchmarks import tiny_world_report as report
 from benchmarks import tiny_world_run as runs
-from benchmarks.tiny_world_run import ROOT, Plan
+from benchmarks.provenance import ROOT
+from benchmarks.tiny_world_run import Plan
 from byg_plugin import _cli
 from byg_plugin.demo import world
 from byg_plugin.training.config import Config, load_config
@@ -52,7 +52,7 @@ class Run:
     kind: str = "train"
     """Or a row without training: `truth`, `copy`, `base`."""
     world: str = "recolour"
-    """Key of WORLDS."""
+    """Key of `Subject.worlds`."""
     as_long_as: tuple[str, str] | None = None
     """(run whose CPU seconds it gets, run whose seconds a step say how many steps those are)."""
 
@@ -86,7 +86,30 @@ RUNS: dict[str, Run] = {
     "six_copy": Run(title="copy the source", kind="copy", world="six"),
     "six_base": Run(title="base, target caption", kind="base", world="six"),
     "six_full": Run(title="full method", world="six"),
+    "six_paired_steps": Run(title="paired, equal steps", overrides=PAIRED, world="six"),
+    "six_paired_time": Run(title="paired, equal time", overrides=PAIRED, world="six", as_long_as=("six_full", "six_paired_steps")),
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What a study is about; everything else is the same for all of them."""
+
+    name: str
+    """Of its module in benchmarks/, and of its folders of results and of work."""
+    world: runs.World
+    worlds: Mapping[str, tuple[str, ...]]
+    """Types of edits by the key of `Run.world`."""
+    stages: Mapping[str, Stage]
+    edits_per_type: int
+    """Of the training data."""
+    config: Path
+    base: Path
+    page: report.Page
+
+    @property
+    def out(self) -> Path:
+        return ROOT / "benchmarks" / "results" / self.name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,12 +142,26 @@ SETTINGS = (
 )
 
 
+def pictures() -> Subject:
+    """The study of the image world."""
+    return Subject(
+        name="tiny_world",
+        world=runs.PICTURES,
+        worlds=WORLDS,
+        stages=STAGES,
+        edits_per_type=TRAIN_EDITS_PER_TYPE,
+        config=ROOT / "configs" / "demo.toml",
+        base=ROOT / "byg_plugin" / "demo" / "base",
+        page=report.PICTURES,
+    )
+
+
 class Study:
     """The options of one command line, and what they make of RUNS."""
 
-    def __init__(self, options: argparse.Namespace):
-        self.options = options
-        self.stage = STAGES[options.stage]
+    def __init__(self, options: argparse.Namespace, subject: Subject | None = None):
+        self.options, self.subject = options, subject or pictures()
+        self.stage = self.subject.stages[options.stage]
         self.results = options.out / options.stage
 
     def names(self) -> list[str]:
@@ -153,10 +190,13 @@ class Study:
         run = RUNS[name]
         steps = self._equal_steps(run, seed) if run.as_long_as else None
         recipe = self._train_recipe(run)
-        train_edits = tuple(world.sample_split(recipe["n"], recipe["seed"], recipe["split"], recipe["edit_types"]))
+        of = self.subject.world
+        train_edits = tuple(of.sample_split(recipe["n"], recipe["seed"], recipe["split"], recipe["edit_types"]))
         overrides = (*run.overrides, *([f"train.steps={steps}"] if steps else []), *self.options.set)
         label = self.label(name)
+        eval_types = self.subject.worlds[run.world]
         return Plan(
+            world=of,
             name=label,
             title=run.title + (f", {self.options.attempt}" if self.options.attempt else ""),
             kind=run.kind,
@@ -166,14 +206,14 @@ class Study:
             config=self._config(run, label, seed, overrides),
             train_edits=train_edits,
             train_recipe=recipe,
-            eval_edits=runs.eval_edits(self.stage.eval_edits, self.stage.data_seed, self.stage.split, WORLDS[run.world]),
+            eval_edits=runs.eval_edits(self.stage.eval_edits, self.stage.data_seed, self.stage.split, eval_types, of),
             curve_edits=self.stage.curve_edits,
             result=self.result(label, seed),
         )
 
     def _train_recipe(self, run: Run) -> dict[str, Any]:
-        types = WORLDS[run.world]
-        n = TRAIN_EDITS_PER_TYPE * len(types)
+        types = self.subject.worlds[run.world]
+        n = self.subject.edits_per_type * len(types)
         return {"n": n, "seed": self.stage.data_seed, "split": "train", "edit_types": types, "with_targets": run.targets}
 
     def _equal_steps(self, run: Run, seed: int) -> int:
@@ -184,7 +224,7 @@ class Study:
 
     def _config(self, run: Run, label: str, seed: int, overrides: tuple[str, ...]) -> Config:
         work = self.options.work
-        data = work / "data" / f"{self.options.stage}-{run.world}{'-targets' if run.targets else ''}-{_world_digest()}"
+        data = work / "data" / f"{self.options.stage}-{run.world}{'-targets' if run.targets else ''}-{self._world_digest()}"
         places = {
             "model.path": self.options.base,
             "dataset.tuples": data / "tuples.jsonl",
@@ -205,6 +245,11 @@ class Study:
         rhythm = [f"train.save_every={max(1, steps // 10)}", f"train.log_every={max(1, min(10, steps // 50))}"]
         return load_config(self.options.config, [*wanted, *rhythm])
 
+    def _world_digest(self) -> str:
+        """Names the data folders: a world that is drawn otherwise gets other ones."""
+        of = self.subject.world
+        return runs.digest_edits(tuple(of.sample_split(64, 0, "digest", tuple(world.EDIT_TYPES))), 64, of)[:8]
+
     def state(self, plan: Plan) -> str:
         """`done`, `todo`, or `stale (what changed)`."""
         record = runs.read_json(plan.result)
@@ -212,12 +257,6 @@ class Study:
             return "todo"
         changed = runs.changes(record, plan)
         return f"stale ({'; '.join(changed)})" if changed else "done"
-
-
-@lru_cache(maxsize=1)
-def _world_digest() -> str:
-    """Names the data folders: a world that is drawn otherwise gets other ones."""
-    return runs.digest_edits(tuple(world.sample_split(64, 0, "digest", tuple(world.EDIT_TYPES))), 64)[:8]
 
 
 def _toml(value: str | Path) -> str:
@@ -237,7 +276,7 @@ class _Child:
         self.log = self.plan.folder.with_name(f"{self.plan.folder.name}.log")
         self.log.parent.mkdir(parents=True, exist_ok=True)
         environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_MININTERVAL": "30", "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, "-m", "benchmarks.tiny_world", *_arguments(study.options), "--one", f"{name}:{seed}"]
+        command = [sys.executable, "-m", f"benchmarks.{study.subject.name}", *_arguments(study.options), "--one", f"{name}:{seed}"]
         with open(self.log, "wb") as log:
             # A session of its own: Ctrl-C reaches this process alone, which passes it on once.
             self.process = subprocess.Popen(
@@ -368,22 +407,22 @@ def _stop(running: list[_Child]) -> None:
 # --- the command ---
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(subject: Subject, about: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.tiny_world",
-        description=__doc__,
+        prog=f"python -m benchmarks.{subject.name}",
+        description=about,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--stage", choices=list(STAGES), default="report", help="which data, length and limit (default: report)")
+    parser.add_argument("--stage", choices=list(subject.stages), default="report", help="which data, length and limit (default: report)")
     parser.add_argument("--only", help="names of runs, comma-separated (default: all; see --list)")
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated (default: 0,1,2)")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each (default: 2)")
     parser.add_argument("--steps", type=float, default=1.0, help="factor on every run's steps, for a look at the machinery (default: 1)")
-    parser.add_argument("--out", type=Path, default=OUT, help="folder of results, table and plot")
-    parser.add_argument("--work", type=Path, default=ROOT / "out" / "tiny_world", help="folder of data, caches and checkpoints")
-    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "demo.toml", help="the recipe")
-    parser.add_argument("--base", type=Path, default=ROOT / "byg_plugin" / "demo" / "base", help="the frozen base")
+    parser.add_argument("--out", type=Path, default=subject.out, help="folder of results, table and plot")
+    parser.add_argument("--work", type=Path, default=ROOT / "out" / subject.name, help="folder of data, caches and checkpoints")
+    parser.add_argument("--config", type=Path, default=subject.config, help="the recipe")
+    parser.add_argument("--base", type=Path, default=subject.base, help="the frozen base")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="with --try: change a key; repeatable")
     parser.add_argument("--try", dest="attempt", metavar="NAME", help="make the runs of --only with --set, as rows of their own")
     parser.add_argument("--list", action="store_true", help="show the runs and what is done, and stop")
@@ -393,12 +432,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-OUT = ROOT / "benchmarks" / "results" / "tiny_world"
-
-
-def parse(words: list[str] | None = None) -> argparse.Namespace:
+def parse(words: list[str] | None = None, subject: Subject | None = None, about: str | None = __doc__) -> argparse.Namespace:
     """Options, checked."""
-    parser = _parser()
+    subject = subject or pictures()
+    parser = _parser(subject, about or "")
     options = parser.parse_args(words)
     options.only = options.only.split(",") if options.only else ["full"] if options.attempt else list(RUNS)
     unknown = [name for name in options.only if name not in RUNS]
@@ -417,7 +454,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     for name in ("config", "base"):
         if not getattr(options, name).exists():
             parser.error(f"--{name} {getattr(options, name)}: no such file or folder")
-    if options.steps != 1 and options.out == OUT:
+    if options.steps != 1 and options.out == subject.out:
         parser.error("--steps other than 1 makes no result of the study: give another --out")
     if bool(options.set) != bool(options.attempt):
         parser.error("--try NAME and --set KEY=VALUE belong together: a changed run is a row of its own")
@@ -449,11 +486,11 @@ def write_reports(study: Study, *, table: bool, plot: bool) -> None:
     prefix = "" if study.options.stage == "report" else f"{study.options.stage}_"
     if table:
         path = study.options.out / f"{prefix}table.md"
-        path.write_text(report.table(results, study.stage.minutes), encoding="utf-8")
+        path.write_text(report.table(results, study.stage.minutes, study.subject.page), encoding="utf-8")
         print(path)
     if plot:
         path = study.options.out / f"{prefix}tradeoff.png"
-        if report.plot(results, path):
+        if report.plot(results, path, study.subject.page):
             print(path)
         else:
             print("no run has a curve yet: nothing to plot")
@@ -474,10 +511,10 @@ def _interruptible() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def main(words: list[str] | None = None) -> None:
-    """The command; see the module."""
-    options = parse(words)
-    study = Study(options)
+def main(words: list[str] | None = None, subject: Subject | None = None, about: str | None = __doc__) -> None:
+    """The command of a study; see the module."""
+    options = parse(words, subject, about)
+    study = Study(options, subject)
     if options.one:
         name, _, seed = options.one.partition(":")
         torch.set_num_threads(1)

@@ -1,9 +1,10 @@
-"""Table and plot of the tiny-world study, from the runs' JSONs alone."""
+"""Table and plot of a tiny-world study, of pictures or of clips, from the runs' JSONs alone."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,42 @@ PAPER = {
     "no_bootstrap": (5.517, 7.050), "no_prior": (0.633, 9.767), "no_identity": (8.413, 7.450),
 }  # fmt: skip
 ORDER = ("truth", "copy", "base", *PAPER, "paired_steps", "paired_time")
+SIX = "six_"  # begins the names of runs on all six edit types: their own data, a table of their own
+SIX_ORDER = tuple(SIX + name for name in ("truth", "copy", "base", "full", "paired_steps", "paired_time"))
 OBJECT, BACKGROUND = "recolour_object", "recolour_background"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Page:
+    """What differs between the studies' pages."""
+
+    title: str
+    command: str
+    metrics: str
+    """Where they are defined."""
+    base: str
+    """Where the base is made."""
+    columns: tuple[tuple[str, str, str], ...] = ()
+    """(title, key, `percent` or `number`) of the columns that the main table has beside the common ones."""
+
+
+PICTURES = Page(
+    title="The tiny world",
+    command="python -m benchmarks.tiny_world",
+    metrics="byg_plugin/demo/metrics.py",
+    base="byg_plugin/demo/build_base.py",
+)
+CLIPS = Page(
+    title="The moving tiny world",
+    command="python -m benchmarks.video_world",
+    metrics="byg_plugin/demo/video_metrics.py",
+    base="byg_plugin/demo/build_video_base.py",
+    columns=(
+        ("shape in every frame", "tracked", "percent"),
+        ("trajectory error (px)", "trajectory_error", "number"),
+        ("flicker", "flicker", "number"),
+    ),
+)
 
 
 def read_results(folder: Path) -> Results:
@@ -38,7 +74,13 @@ def read_results(folder: Path) -> Results:
 def names(results: Results) -> list[str]:
     """Runs of the main table: the study's in its order, then what was tried."""
     known = [name for name in ORDER if name in results]
-    return known + [name for name in results if name not in ORDER and not name.startswith("six_")]
+    return known + [name for name in results if name not in ORDER and not name.startswith(SIX)]
+
+
+def six_names(results: Results) -> list[str]:
+    """Runs of the table of all six edit types, likewise."""
+    known = [name for name in SIX_ORDER if name in results]
+    return known + [name for name in results if name not in SIX_ORDER and name.startswith(SIX)]
 
 
 # --- at matched edit rate ---
@@ -151,29 +193,29 @@ def _minutes(records: Mapping[int, Record], limit: float) -> str:
 # --- the tables ---
 
 
-def table(results: Results, limit: float) -> str:
+def table(results: Results, limit: float, page: Page = PICTURES) -> str:
     """The whole page; `limit` is the stage's in minutes."""
-    parts = [_heading(results), _main_table(results, limit)]
+    parts = [_heading(results, page), _main_table(results, limit, page)]
     if "full" in results:
         parts += [_against_paper(results), _targets(results)]
-    if any(name.startswith("six_") for name in results):
+    if six_names(results):
         parts.append(_by_type(results))
-    parts.append(_notes(results))
+    parts.append(_notes(results, page))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _heading(results: Results) -> str:
+def _heading(results: Results, page: Page) -> str:
     records = [record for seeds in results.values() for record in seeds.values()]
     stages = sorted({record["stage"] for record in records})
     seeds = sorted({record["seed"] for record in records if record["kind"] == "train"})
-    main = next((seeds for name, seeds in results.items() if not name.startswith("six_")), {})
+    main = next((seeds for name, seeds in results.items() if not name.startswith(SIX)), {})
     edits = max((record["edits"] for record in main.values()), default=0)
     lines = [
-        f"# The tiny world, stage {', '.join(stages)}",
+        f"# {page.title}, stage {', '.join(stages)}",
         "",
-        f"Made by `python -m benchmarks.tiny_world`. Training seeds {', '.join(map(str, seeds)) or 'none'}; {edits} held-out edits, half "
+        f"Made by `{page.command}`. Training seeds {', '.join(map(str, seeds)) or 'none'}; {edits} held-out edits, half "
         "recolour the object, half the background, the same for every run. Cells are the mean over seeds, and in brackets the lowest "
-        "and the highest seed; percentages without their sign. Metrics are exact and read from pixels: `byg_plugin/demo/metrics.py`.",
+        f"and the highest seed; percentages without their sign. Metrics are exact and read from pixels: `{page.metrics}`.",
     ]
     warnings = _mixtures(results)
     return "\n".join(lines + ([""] + warnings if warnings else []))
@@ -183,7 +225,7 @@ def _mixtures(results: Results) -> list[str]:
     """Whether all rows were measured on one base and one set of data."""
     lines = []
     records = [record for seeds in results.values() for record in seeds.values()]
-    trained = [record for record in records if record["kind"] == "train" and not record["name"].startswith("six_")]
+    trained = [record for record in records if record["kind"] == "train" and not record["name"].startswith(SIX)]
     for what, group in (("base", [record for record in records if "base" in record["identity"]]), ("data", trained)):
         found: dict[str, list[str]] = {}
         for record in group:
@@ -196,11 +238,12 @@ def _mixtures(results: Results) -> list[str]:
     return lines
 
 
-def _main_table(results: Results, limit: float) -> str:
+def _main_table(results: Results, limit: float, page: Page) -> str:
     lines = _header(
         [
             "run", "**joint**", "edit made", "... object", "... background", "source preserved", "... object edits",
-            "... background edits", "pebble kept", "error outside", "steps", f"minutes on {CORES} cores",
+            "... background edits", "pebble kept", "error outside", *(title for title, _, _ in page.columns), "steps",
+            f"minutes on {CORES} cores",
         ]
     )  # fmt: skip
     for name in names(results):
@@ -209,6 +252,7 @@ def _main_table(results: Results, limit: float) -> str:
         cells += [_cell(records, "edit", kind) for kind in ("all", OBJECT, BACKGROUND)]
         cells += [_cell(records, "preserved", kind) for kind in ("all", OBJECT, BACKGROUND)]
         cells += [_cell(records, "pebble"), _cell(records, "outside_error", show=_error)]
+        cells += [_cell(records, key, show=_percent if kind == "percent" else _error) for _, key, kind in page.columns]
         steps = [record["steps"] for record in records.values() if "steps" in record]
         cells += [_spread(steps, lambda value: f"{value:.0f}") if steps else "-", _minutes(records, limit)]
         lines.append(_line(cells))
@@ -232,6 +276,11 @@ def direction(changes: Sequence[float]) -> str:
     return "down" if changes and max(changes) < 0 else "unclear"
 
 
+def _curve_edits(results: Results) -> int:
+    """Edits that the points of curves are measured on."""
+    return max(int(point["n"]) for seeds in results.values() for record in seeds.values() for point in curve(record))
+
+
 def _against_paper(results: Results) -> str:
     lines = [
         "## Against Table 4 of the paper, and at equal edit rate",
@@ -239,7 +288,8 @@ def _against_paper(results: Results) -> str:
         "Changes against the full method of the same seed, in percentage points. *At equal edit rate*: both runs' curves over training, "
         "read at the lower of the two final edit rates (where a curve last passes it, straight lines between evaluations). *Over the "
         "shared range*: the mean over all edit rates that both curves pass. A run that only edits more, and therefore preserves less, "
-        "changes the columns of the end and not those of equal edit rate.",
+        f"changes the columns of the end and not those of equal edit rate. Curves are measured on {_curve_edits(results)} of the "
+        "held-out edits, the columns of the end on all.",
         "",
         *_header(
             [
@@ -273,8 +323,13 @@ def _matched_cell(results: Results, name: str, key: str, show: Callable[[float],
     known = [pair for pair in found if pair is not None]
     if not known:
         return "curves do not overlap"
-    lacking = f"; {len(found) - len(known)} of {len(found)} seeds do not overlap" if len(known) < len(found) else ""
+    lacking = _lacking(len(known), len(found))
     return f"{_spread([pair[1] for pair in known], show)} at {_spread([pair[0] for pair in known], _percent)} % edits{lacking}"
+
+
+def _lacking(known: int, seeds: int) -> str:
+    """What a mean over fewer than all seeds says of it."""
+    return f"; {seeds - known} of {seeds} seeds do not overlap" if known < seeds else ""
 
 
 def _range_cell(results: Results, name: str) -> str:
@@ -283,7 +338,8 @@ def _range_cell(results: Results, name: str) -> str:
     if not known:
         return "curves do not overlap"
     low, high = (float(np.mean([triple[i] for triple in known])) for i in (0, 1))
-    return f"{_spread([triple[2] for triple in known], _points)} over {_percent(low)} to {_percent(high)} % edits"
+    lacking = _lacking(len(known), len(found))
+    return f"{_spread([triple[2] for triple in known], _points)} over {_percent(low)} to {_percent(high)} % edits{lacking}"
 
 
 def _targets(results: Results) -> str:
@@ -317,21 +373,36 @@ def _targets(results: Results) -> str:
 
 
 def _by_type(results: Results) -> str:
-    kinds = sorted({kind for name, seeds in results.items() if name.startswith("six_") for r in seeds.values() for kind in r["table"]})
+    kinds = sorted({kind for name in six_names(results) for record in results[name].values() for kind in record["table"]})
     kinds = [kind for kind in kinds if kind != "all"] + ["all"]
     lines = ["## All six edit types", "", "Their own training and evaluation edits, as many of each type.", ""]
     lines += _header(["run", "edits", "**joint**", "edit made", "source preserved", "pebble kept", "error outside", "mask IoU"])
-    for name in ("six_truth", "six_copy", "six_base", "six_full"):
-        records = results.get(name, {})
-        for kind in kinds if records else ():
+    for name in six_names(results):
+        records = results[name]
+        for kind in kinds:
             cells = [_title(records), kind, f"**{_cell(records, 'joint', kind)}**", _cell(records, "edit", kind)]
             cells += [_cell(records, "preserved", kind), _cell(records, "pebble", kind)]
             cells += [_cell(records, "outside_error", kind, _error), _cell(records, "iou", kind, lambda value: f"{value:.2f}")]
             lines.append(_line(cells))
-    return "\n".join(lines)
+    lacking = six_lacking(results)
+    return "\n".join([*lines, "", f"**Not measured yet: {'; '.join(lacking)}.**"] if lacking else lines)
 
 
-def _notes(results: Results) -> str:
+def six_lacking(results: Results) -> list[str]:
+    """The study's rows that the table of all six edit types has not, or not in all seeds of its full method."""
+    seeds = results.get(SIX + "full", {}).keys()
+    found = []
+    for name in SIX_ORDER:
+        records = results.get(name, {})
+        missing = sorted(seeds - records.keys())
+        if not records:
+            found.append(_title(results.get(name.removeprefix(SIX), {0: {"title": name}})))
+        elif missing and all("steps" in record for record in records.values()):
+            found.append(f"{_title(records)} (seed {', '.join(map(str, missing))})")
+    return found
+
+
+def _notes(results: Results, page: Page) -> str:
     records = [record for seeds in results.values() for record in seeds.values()]
     trained = [record for record in records if record["kind"] == "train"]
     lines = [
@@ -343,7 +414,10 @@ def _notes(results: Results) -> str:
         "other steps instead. *Without directional term* keeps alpha. The paired baseline has no identity steps at all.",
         "- Curves are evaluated with the averaged weights. A curve that is read before its end is read at a higher learning rate than "
         "that of a run that ends there.",
-        "- A preserved source needs a small error outside the edit and every bystander's colour: a run that edits nothing preserves all.",
+        "- A preserved source needs a small error outside the edit and every bystander's colour: a run that edits nothing preserves all. "
+        "The mask's IoU of at least 0.8 is asked for joint success alone, which is the same wherever it is asked.",
+        "- The base has read instructions too: a share of its pictures (`INSTRUCTED`) came with an instruction that would have led to "
+        f"them in place of their caption (`{page.base}`); benchmarks/README.md says what that was worth.",
     ]
     if trained:
         bases = sorted({record["identity"]["base"] for record in trained})
@@ -373,19 +447,21 @@ STYLES: dict[str, dict[str, Any]] = {
 
 
 def styles(results: Results) -> dict[str, dict[str, Any]]:
-    """How each run is drawn; what was tried beside the study is grey, with a letter as its marker."""
-    tried = [name for name in names(results) if "+" in name]
-    return STYLES | {name: {"color": "#8c8c8c", "marker": f"${chr(97 + index % 26)}$"} for index, name in enumerate(tried)}
+    """How each run that has a curve is drawn; one that STYLES does not know is grey, with a letter as its marker."""
+    drawn = [name for name in names(results) if any(curve(record) for record in results[name].values())]
+    others = [name for name in drawn if name not in STYLES]
+    letters = {name: {"color": "#8c8c8c", "marker": f"${chr(97 + index % 26)}$"} for index, name in enumerate(others)}
+    return {name: (STYLES | letters)[name] for name in drawn}
 
 
-def plot(results: Results, path: Path) -> bool:
+def plot(results: Results, path: Path, page: Page = PICTURES) -> bool:
     """Edits against preservation over training, one line a run; False when no run has a curve."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    drawn = [name for name in styles(results) if any(curve(record) for record in results.get(name, {}).values())]
+    drawn = styles(results)
     if not drawn:
         return False
     figure, axes = plt.subplots(1, 2, figsize=(15, 6.4), constrained_layout=True)
@@ -395,10 +471,10 @@ def plot(results: Results, path: Path) -> bool:
     ):
         _panel(axis, results, drawn, key, label)
     axes[1].invert_yaxis()  # better is up in both
-    edits = max(int(record["curve"][-1]["table"]["all"]["n"]) for name in drawn for record in results[name].values() if curve(record))
     figure.suptitle(
-        "The tiny world: what each part of the method is worth, over training\n"
-        f"thick: mean over seeds, thin: each seed; {edits} held-out edits a point; from the end of the warm-up to the large marker",
+        f"{page.title}: what each part of the method is worth, over training\n"
+        f"thick: mean over seeds, thin: each seed; {_curve_edits(results)} held-out edits a point; "
+        "from the first evaluation (the end of the identity warm-up, where there is one) to the large marker",
         fontsize=12,
     )
     for axis in axes:
@@ -413,7 +489,7 @@ def _scale(key: str) -> float:
     return 1.0 if key == "outside_error" else 100.0
 
 
-def _panel(axis: Any, results: Results, drawn: Sequence[str], key: str, label: str) -> None:
+def _panel(axis: Any, results: Results, drawn: Mapping[str, Mapping[str, Any]], key: str, label: str) -> None:
     axis.set_xlabel("edit made (% of edits)")
     axis.set_ylabel(label)
     axis.set_xlim(-4, 104)
@@ -422,14 +498,16 @@ def _panel(axis: Any, results: Results, drawn: Sequence[str], key: str, label: s
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
     axis.ends = []
-    for name in drawn:
-        style = {"linewidth": 2.0, **styles(results)[name]}
+    for name, own in drawn.items():
+        style = {"linewidth": 2.0, **own}
         paths = [curve(record) for record in results[name].values() if curve(record)]
         for path in paths if len(paths) > 1 else []:
             axis.plot(*_xy(path, key), color=style["color"], linewidth=0.7, alpha=0.35)
         x, y = _xy(mean_curve(paths), key)
         axis.plot(x, y, markersize=4.5, **style)
-        axis.plot(x[-1], y[-1], marker=style["marker"], color=style["color"], markersize=13, markeredgecolor="white", markeredgewidth=1.2)
+        # The reference lies on top of the ends that it is compared with, and lets them be seen behind it.
+        end = {"markersize": 9, "zorder": 4} if name == "full" else {"markersize": 13, "zorder": 3}
+        axis.plot(x[-1], y[-1], marker=style["marker"], color=style["color"], markeredgecolor="white", markeredgewidth=1.2, **end)
         axis.ends.append((x[-1], y[-1], _title(results[name]), style["color"]))
     for name in ("truth", "copy", "base"):
         if name in results:
@@ -449,13 +527,13 @@ def mean_curve(paths: Sequence[Sequence[Point]]) -> list[Point]:
 
 
 def _label(axis: Any) -> None:
-    """Names beside the frame, those of ends at the left below them; each with a line to its end."""
+    """Names beside the frame, those of ends at the left beside these, where no curve passes; each with a line to its end."""
     axis.figure.canvas.draw()
     to_axes = axis.transData + axis.transAxes.inverted()
     ends = sorted(((*to_axes.transform(end[:2]), *end) for end in axis.ends), key=lambda end: -end[1])
-    for left, column, lower in ((True, 0.07, 0.2), (False, 1.05, 0.0)):
+    for left, column in ((True, 0.2), (False, 1.05)):
         mine = [end for end in ends if (end[0] < 0.3) == left]
-        heights = spread_out([end[1] - lower for end in mine], min(0.06, 1 / max(1, len(mine))))
+        heights = spread_out([end[1] for end in mine], min(0.06, 1 / max(1, len(mine))))
         for (_, _, x, y, text, colour), height in zip(mine, heights, strict=True):
             line = {"arrowstyle": "-", "color": colour, "linewidth": 0.8, "alpha": 0.7, "shrinkA": 1, "shrinkB": 6, "relpos": (0, 0.5)}
             look = {"color": colour, "va": "center", "fontsize": 10.5, "arrowprops": line}

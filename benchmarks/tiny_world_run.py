@@ -1,4 +1,4 @@
-"""One run of the tiny-world study: its data, its training, its evaluation, its JSON.
+"""One run of a tiny-world study, of pictures or of clips: its data, its training, its evaluation, its JSON.
 
 A run goes through the project's own configuration and `Trainer`; what is added is a clock and an evaluation every so many
 steps. A run that was killed goes on from its last checkpoint: same losses, same curve, and only time that counted is counted.
@@ -11,9 +11,8 @@ import json
 import math
 import os
 import shutil
-import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -25,28 +24,69 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
+from benchmarks import provenance
 from byg_plugin import sampling
 from byg_plugin.data import cache
 from byg_plugin.data.buckets import to_tensor
 from byg_plugin.data.tuples import read_tuples
-from byg_plugin.demo import metrics, sheet, world
+from byg_plugin.demo import metrics, sheet, video_metrics, video_world, world
 from byg_plugin.hosts import make_host
-from byg_plugin.images import to_pil
+from byg_plugin.images import frames_of
 from byg_plugin.models import make_family
 from byg_plugin.objectives.base import Velocity
 from byg_plugin.training.config import Config
 from byg_plugin.training.loop import Trainer, versions
 
-ROOT = Path(__file__).resolve().parents[1]
 FORMAT = 1  # raise when results change in a way that neither configuration nor data nor base shows
 CURVE_POINTS = 6  # evaluations between the end of the identity warm-up and the end of training
 BATCH = 32  # edits sampled at once
 CPU = torch.device("cpu")
 
 
+Edit = Any
+"""One edit of a world: `world.Edit` or `video_world.ClipEdit`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """What a study needs of a world."""
+
+    sample_split: Callable[..., list[Any]]
+    write_dataset: Callable[..., Path]
+    before: Callable[[Edit], np.ndarray]
+    """The source: uint8 (SIZE, SIZE, 3) of a picture, (FRAMES, SIZE, SIZE, 3) of a clip."""
+    after: Callable[[Edit], np.ndarray]
+    evaluate: Callable[[Mapping[str, np.ndarray], Sequence[Edit]], metrics.Table]
+    contact_sheet: Callable[[Path, Sequence[Edit], Mapping[str, np.ndarray]], Path]
+
+
+def _picture_sheet(path: Path, edits: Sequence[Edit], images: Mapping[str, np.ndarray]) -> Path:
+    return sheet.contact_sheet(path, edits, images, columns=8, rows=2)
+
+
+PICTURES = World(
+    sample_split=world.sample_split,
+    write_dataset=world.write_dataset,
+    before=lambda edit: world.render(edit.before),
+    after=lambda edit: world.render(edit.after),
+    evaluate=metrics.evaluate,
+    contact_sheet=_picture_sheet,
+)
+CLIPS = World(
+    sample_split=video_world.sample_split,
+    write_dataset=video_world.write_dataset,
+    before=lambda edit: video_world.render(edit.before, edit.motion),
+    after=lambda edit: video_world.render(edit.after, edit.motion),
+    evaluate=video_metrics.evaluate,
+    contact_sheet=sheet.clip_contact_sheet,
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """Everything that one run is."""
+
+    world: World = PICTURES
 
     name: str
     title: str
@@ -57,10 +97,10 @@ class Plan:
     overrides: tuple[str, ...]
     """What makes it differ from the recipe, as `section.key=value`."""
     config: Config
-    train_edits: tuple[world.Edit, ...]
+    train_edits: tuple[Edit, ...]
     train_recipe: Mapping[str, Any]
-    """Arguments of `world.write_dataset` that write `train_edits`."""
-    eval_edits: tuple[world.Edit, ...]
+    """Arguments of the world's `write_dataset` that write `train_edits`."""
+    eval_edits: tuple[Edit, ...]
     curve_edits: int
     """How many of `eval_edits` the curve is measured on; the end is measured on all."""
     result: Path
@@ -75,18 +115,18 @@ class Plan:
 # --- what a result depends on ---
 
 
-def eval_edits(n: int, seed: int, split: str, edit_types: Sequence[str]) -> tuple[world.Edit, ...]:
+def eval_edits(n: int, seed: int, split: str, edit_types: Sequence[str], of: World = PICTURES) -> tuple[Edit, ...]:
     """At least `n` edits, as many of each type, types in turn: any first few are balanced too."""
     each = -(-n // len(edit_types))
-    by_type = [world.sample_split(each, seed, f"{split}-{edit_type}", (edit_type,)) for edit_type in edit_types]
+    by_type = [of.sample_split(each, seed, f"{split}-{edit_type}", (edit_type,)) for edit_type in edit_types]
     return tuple(edit for group in zip(*by_type, strict=True) for edit in group)
 
 
 def identity(plan: Plan) -> dict[str, str]:
     """Digests of what the result is a function of: settings (no paths), data and base."""
-    data = digest_edits(plan.eval_edits, len(plan.eval_edits))
+    data = digest_edits(plan.eval_edits, len(plan.eval_edits), plan.world)
     if plan.kind == "train":
-        data += digest_edits(plan.train_edits, 16) + f"/{plan.curve_edits}/{CURVE_POINTS}"
+        data += digest_edits(plan.train_edits, 16, plan.world) + f"/{plan.curve_edits}/{CURVE_POINTS}"
     found = {"config": _sha(json.dumps(settings(plan), sort_keys=True)), "data": _sha(data)}
     if plan.kind in ("base", "train"):
         found["base"] = base_digest(Path(plan.config.model.part("transformer")))
@@ -135,12 +175,12 @@ def _sha(text: str) -> str:
 
 
 @lru_cache(maxsize=16)
-def digest_edits(edits: tuple[world.Edit, ...], rendered: int) -> str:
+def digest_edits(edits: tuple[Edit, ...], rendered: int, of: World = PICTURES) -> str:
     """Of the exact scenes, and of the pixels of the first of them: a world that is drawn otherwise is another one."""
     digest = hashlib.sha256(json.dumps([asdict(edit) for edit in edits]).encode())
     for edit in edits[:rendered]:
-        digest.update(world.render(edit.before).tobytes())
-        digest.update(world.render(edit.after).tobytes())
+        digest.update(of.before(edit).tobytes())
+        digest.update(of.after(edit).tobytes())
     return digest.hexdigest()
 
 
@@ -149,7 +189,7 @@ def base_digest(folder: Path) -> str:
     told = ("figures.json", "model_index.json")  # they compute nothing
     files = sorted(path for path in folder.rglob("*") if path.suffix in (".safetensors", ".json") and path.name not in told)
     if not files:
-        raise ValueError(f"--base {folder}: no such base; make one with python -m byg_plugin.demo.build_base")
+        raise ValueError(f"--base {folder}: no such base; make one with python -m byg_plugin.demo.build_base (clips: build_video_base)")
     digest = hashlib.sha256()
     for path in files:
         digest.update(str(path.relative_to(folder).as_posix()).encode() + path.read_bytes())
@@ -158,13 +198,8 @@ def base_digest(folder: Path) -> str:
 
 def commit() -> str:
     """The commit that is checked out, `-changed` when the code differs from it, `unknown` outside a clone."""
-    code = ["byg_plugin", "configs", "benchmarks/*.py"]
-    try:
-        head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
-        changed = subprocess.run(["git", "status", "--porcelain", "--", *code], cwd=ROOT, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head.stdout.strip() + ("-changed" if changed.stdout.strip() else "")
+    head, changed = provenance.commit("byg_plugin", "configs", "benchmarks/*.py")
+    return head[:12] + ("-changed" if changed else "")
 
 
 # --- files ---
@@ -210,7 +245,7 @@ def prepare(plan: Plan) -> None:
     """Write and cache the training tuples that are not there yet."""
     tuples = Path(plan.config.dataset.tuples)
     if not tuples.is_file():
-        world.write_dataset(tuples.parent, **plan.train_recipe)
+        plan.world.write_dataset(tuples.parent, **plan.train_recipe)
     family, items = make_family(plan.config), read_tuples(plan.config.dataset)
     cache.cache_latents(plan.config, family, items, CPU)
     cache.cache_texts(plan.config, family, items, CPU)
@@ -225,45 +260,50 @@ class Evaluator:
     Args:
         config: the run's configuration: `[sample]` steps and schedule.
         edits: what is edited; edit i starts from the noise of seed i.
+        of: the edits' world.
     """
 
-    def __init__(self, config: Config, edits: Sequence[world.Edit]):
-        self.edits = edits
+    def __init__(self, config: Config, edits: Sequence[Edit], of: World = PICTURES):
+        self.edits, self._world = edits, of
         self._config, self._family = config, make_family(config)
         self._vae = self._family.load_vae(CPU)
-        pictures = [to_tensor(Image.fromarray(world.render(edit.before))) for edit in edits]
-        batches = [torch.stack(pictures[i : i + BATCH]).unsqueeze(2) for i in range(0, len(pictures), BATCH)]
-        self._sources = torch.cat([self._family.encode_pixels(self._vae, pixels) for pixels in batches])
+        sources = [of.before(edit) for edit in edits]
+        self._moving = sources[0].ndim == 4
+        frames = [source if self._moving else source[None] for source in sources]
+        pixels = [torch.stack([to_tensor(Image.fromarray(frame)) for frame in clip], dim=1) for clip in frames]
+        batches = [torch.stack(pixels[i : i + BATCH]) for i in range(0, len(pixels), BATCH)]
+        self._sources = torch.cat([self._family.encode_pixels(self._vae, batch) for batch in batches])
         encoders = self._family.load_text_encoders(CPU)
         texts = dict.fromkeys(text for edit in edits for text in (edit.instruction, edit.tgt_caption))
         self._texts = {text: self._family.encode_texts(encoders, [text]) for text in texts}
 
     def edit(self, velocity: Velocity, n: int) -> dict[str, np.ndarray]:
-        """The first `n` edits, (SIZE, SIZE, 3) uint8 by id."""
+        """The first `n` edits by id, like their sources."""
         return self._make(velocity, [edit.instruction for edit in self.edits[:n]], with_source=True, first_seed=0)
 
     def imagine(self, velocity: Velocity, first_seed: int) -> dict[str, np.ndarray]:
-        """Every target caption as text-to-image, from the base: no source."""
+        """Every target caption as text-to-image (or text-to-video), from the base: no source."""
         return self._make(velocity, [edit.tgt_caption for edit in self.edits], with_source=False, first_seed=first_seed)
 
     @torch.no_grad()
     def _make(self, velocity: Velocity, texts: Sequence[str], *, with_source: bool, first_seed: int) -> dict[str, np.ndarray]:
         sample, shape = self._config.sample, tuple(self._sources[:1].shape)
-        nodes = sampling.sampling_nodes(self._family, sample.steps, sample.schedule, shape)
         images: dict[str, np.ndarray] = {}
         for start in range(0, len(texts), BATCH):
             mine = range(start, min(start + BATCH, len(texts)))
             noise = torch.cat([sampling.seeded_noise(shape, first_seed + i, CPU) for i in mine])
             text = {name: torch.cat([self._texts[texts[i]][name] for i in mine]) for name in self._texts[texts[start]]}
             source = self._sources[mine.start : mine.stop] if with_source else None
-            latents = sampling.sample(velocity, noise, text, source, nodes)
-            decoded = self._family.decode_latents(self._vae, latents)
-            images |= {self.edits[i].id: np.asarray(to_pil(pixels[:, 0])) for i, pixels in zip(mine, decoded, strict=True)}
+            options = {"steps": sample.steps, "schedule": sample.schedule}
+            latents = sampling.sample_as_configured(self._config, self._family, velocity, noise, text, source, **options)
+            for i, pixels in zip(mine, self._family.decode_latents(self._vae, latents), strict=True):
+                made = np.stack([np.asarray(frame) for frame in frames_of(pixels)])
+                images[self.edits[i].id] = made if self._moving else made[0]
         return images
 
     def score(self, images: Mapping[str, np.ndarray]) -> metrics.Table:
         """The metrics of the edits that are there."""
-        return metrics.evaluate(images, [edit for edit in self.edits if edit.id in images])
+        return self._world.evaluate(images, [edit for edit in self.edits if edit.id in images])
 
 
 # --- training ---
@@ -318,7 +358,7 @@ class _Watch:
             images = self.evaluator.edit(velocity, len(self.plan.eval_edits) if last else some)
         if last:
             self.curve["table"] = self.evaluator.score(images)
-            sheet.contact_sheet(self.plan.folder / "contact_sheet.png", self.plan.eval_edits, images, columns=8, rows=2)
+            self.plan.world.contact_sheet(self.plan.folder / "contact_sheet.png", self.plan.eval_edits, images)
         subset = {edit.id: images[edit.id] for edit in self.plan.eval_edits[:some]}
         cpu = self.clock[-1]["cpu"] if self.clock else 0.0
         self.curve["points"].append({"step": trainer.step, "cpu_seconds": cpu, "table": self.evaluator.score(subset)})
@@ -368,11 +408,11 @@ def run(plan: Plan) -> dict[str, Any]:
 def _row_without_training(plan: Plan) -> metrics.Table:
     edits = plan.eval_edits
     if plan.kind == "truth":
-        return metrics.evaluate({edit.id: world.render(edit.after) for edit in edits}, edits)
+        return plan.world.evaluate({edit.id: plan.world.after(edit) for edit in edits}, edits)
     if plan.kind == "copy":
-        return metrics.evaluate({edit.id: world.render(edit.before) for edit in edits}, edits)
+        return plan.world.evaluate({edit.id: plan.world.before(edit) for edit in edits}, edits)
     assert plan.kind == "base", plan.kind
-    evaluator = Evaluator(plan.config, edits)
+    evaluator = Evaluator(plan.config, edits, plan.world)
     with make_host(plan.config, make_family(plan.config), CPU).base() as velocity:
         return evaluator.score(evaluator.imagine(velocity, first_seed=plan.seed * 100_000))
 
@@ -384,7 +424,7 @@ def _train(plan: Plan, now: Mapping[str, str]) -> dict[str, Any]:
     write_json(mark, now)
     prepare(plan)
     resume = "latest" if any((plan.folder / "checkpoints").glob("step-*")) else None
-    watch = _Watch(plan, Evaluator(plan.config, plan.eval_edits))
+    watch = _Watch(plan, Evaluator(plan.config, plan.eval_edits, plan.world))
     trainer = Trainer(plan.config, make_family(plan.config), Accelerator(cpu=True), resume, on_step=watch)
     watch.start(trainer)
     trainer.run()

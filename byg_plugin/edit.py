@@ -42,7 +42,7 @@ from tqdm.auto import tqdm
 from byg_plugin import _cli, families, sampling
 from byg_plugin.data.buckets import Size, bucket_for, crop_to_bucket, to_tensor
 from byg_plugin.data.clips import SUFFIXES as CLIP_SUFFIXES
-from byg_plugin.data.clips import clip_info, is_clip, read_clip, write_clip
+from byg_plugin.data.clips import Clip, clip_info, is_clip, read_clip, write_clip
 from byg_plugin.data.media import image_size, load_image, to_rgb
 from byg_plugin.folders import make_writable
 from byg_plugin.images import frames_of, save_png, side_by_side, to_pil
@@ -276,13 +276,21 @@ class EditPipeline:
             return bucket_for(clip_info(Path(source)).size, self.config.dataset, self.family.pixel_multiple())
         return self._prepare(source).size
 
-    def _prepare_clip(self, source: Path, frames: int | None) -> tuple[list[Image.Image], float]:
+    def clip_length(self, source: Path, clip: Clip, frames: int | None) -> int:
+        """How many frames of a clip are edited where `frames` are asked for (None: the most up to 81), rounded down to 4n + 1.
+
+        Raises:
+            ValueError: the family edits images alone, or the clip is shorter than `frames`.
+        """
         if self.family.clip_frames(_MOST_FRAMES) == 1:
             raise ValueError(f"{source}: a clip, and {self.family.name} edits images")
-        clip = clip_info(source)
         if frames is not None and frames > clip.frames:
             raise ValueError(f"{source}: has {clip.frames} frames, {frames} are asked for")
-        count = self.family.clip_frames(min(clip.frames, _MOST_FRAMES) if frames is None else frames)
+        return self.family.clip_frames(min(clip.frames, _MOST_FRAMES) if frames is None else frames)
+
+    def _prepare_clip(self, source: Path, frames: int | None) -> tuple[list[Image.Image], float]:
+        clip = clip_info(source)
+        count = self.clip_length(source, clip, frames)
         bucket = bucket_for(clip.size, self.config.dataset, self.family.pixel_multiple())
         return [crop_to_bucket(frame, bucket) for frame in read_clip(source, count)], clip.fps
 
@@ -509,6 +517,13 @@ def _tell_cut(source: Path, size: Size, bucket: Size, dataset: DatasetConfig) ->
         tqdm.write(f"{text}; pad it, or {remedy} in --config", file=sys.stderr)
 
 
+def _tell_shortened(source: Path, there: int, edited: int, asked: int | None) -> None:
+    """Say on stderr that fewer frames are edited than the clip has, or than `asked` for, because Wan takes 4n + 1 alone."""
+    wanted = min(there, _MOST_FRAMES) if asked is None else asked
+    if edited < wanted:
+        tqdm.write(f"{source}: {edited} of {wanted} frames are edited, Wan takes 4n + 1", file=sys.stderr)
+
+
 def main() -> None:
     """The command; see the module."""
     args = _parser().parse_args()
@@ -534,14 +549,17 @@ def main() -> None:
         negative=args.negative,
     )
     if args.show_unguided and pipe.config.negative is None:
-        raise ValueError(
-            "--show-unguided: nothing is guided here (FLUX takes guidance as an input; for Wan drop --cfg-high, --cfg-low)"
-        )
+        raise ValueError("--show-unguided: nothing is guided here (FLUX takes guidance as an input; for Wan drop --cfg-high, --cfg-low)")
     passes = [True, False] if args.show_unguided else [True]
     # All texts first: then the encoders leave for good. Sizes too: an unreadable image stops before the long work.
     sized = [(pipe.prepare_size(job.source), index, job) for index, job in enumerate(jobs)]
     for bucket, _, job in sized:
-        size = clip_info(job.source).size if is_clip(job.source) else image_size(job.source)
+        if is_clip(job.source):
+            clip = clip_info(job.source)
+            size = clip.size
+            _tell_shortened(job.source, clip.frames, pipe.clip_length(job.source, clip, args.frames), args.frames)
+        else:
+            size = image_size(job.source)
         _tell_cut(job.source, size, bucket, pipe.config.dataset)
     pipe.encode([job.instruction for job in jobs])
     settings = {

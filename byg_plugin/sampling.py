@@ -57,7 +57,7 @@ def sample_as_configured(
     velocity: Velocity,
     noise: Tensor,
     text: Text,
-    source: Tensor,
+    source: Tensor | None,
     *,
     steps: int,
     schedule: str,
@@ -72,7 +72,7 @@ def sample_as_configured(
         velocity: the field without guidance.
         noise: (B, C, F, H, W), the starting point.
         text: encoded instructions of B.
-        source: source latents like noise.
+        source: source latents like noise, or None for the base model.
         steps: of the sampler.
         schedule: `uniform` or `shifted`.
         negative: the encoded negative text (one or B); None: no guidance.

@@ -105,26 +105,18 @@ def train(config: Config, family: Family, device: Any, resume: str | None) -> Pa
 def dry_run(config: Config, family: Family, device: Any) -> None:
     """Print what would be trained. Loads the VAE for one decoded sample, never the network."""
     from byg_plugin.data.dataset import CachedTuples
-    from byg_plugin.hosts.diffusers import lora_shapes
     from byg_plugin.images import save_png, to_pil
-    from byg_plugin.training.memory import memory_sum, report, sizes
 
-    networks = family.meta_transformers()
-    shapes = [s for network in networks.values() for s in lora_shapes(network, config, family)]
-    width, blocks = sizes(next(iter(networks.values())))
-    side, frames = config.dataset.resolution, family.clip_frames(config.dataset.frames)
-    tokens = family.sequence_tokens(side, side, frames)
-    print(
-        f"model: {config.model.family}, {sum(p.numel() for n in networks.values() for p in n.parameters()):,} parameters, {blocks} blocks"
-    )
-    print(f"LoRA: rank {config.lora.rank}, {len(shapes) // 2} modules, {sum(a * b for a, b in shapes):,} parameters")
-    length = f", {frames} frames" if frames > 1 else ""
-    parts = "noisy + source" if config.model.family in families.WAN else "noisy + source + text"
-    print(f"sequence at {side} x {side}{length}: {tokens} tokens ({parts})")
-    print("device memory of a step:\n" + report(memory_sum(config, networks, shapes, tokens, width, blocks)))
-
-    data = CachedTuples(config, family, "train")
-    buckets = Counter(data.bucket(i) for i in range(len(data)))
+    try:
+        data = CachedTuples(config, family, "train")
+    except ValueError:
+        side, frames = config.dataset.resolution, family.clip_frames(config.dataset.frames)
+        _print_memory(config, family, (side, side, frames))  # needs no caches
+        raise
+    sizes = [data.bucket(i) for i in range(len(data))]
+    whole = [(width, height, *(frames or (1,))) for width, height, *frames in sizes]
+    _print_memory(config, family, max(whole, key=lambda size: family.sequence_tokens(size[1], size[0], size[2])))
+    buckets = Counter(sizes)
     print(f"tuples: {len(data)} to train, {config.dataset.validation_items} held out")
     for bucket, count in buckets.most_common():
         print(f"  {count:6d} in bucket {bucket}")
@@ -140,6 +132,27 @@ def dry_run(config: Config, family: Family, device: Any) -> None:
     print(f"first tuple, decoded from its cached latents: {path}")
     for role, text in texts.items():
         print(f"  {role}: {text}")
+
+
+def _print_memory(config: Config, family: Family, size: tuple[int, ...]) -> None:
+    """The model, its LoRA and the memory sum of a step at (width, height, frames)."""
+    from byg_plugin.hosts.diffusers import lora_shapes
+    from byg_plugin.training import memory
+
+    networks = family.meta_transformers()
+    shapes = lora_shapes(next(iter(networks.values())), config, family)
+    _, trained = memory.lora_copies(config, len(networks))
+    width, blocks = memory.sizes(next(iter(networks.values())))
+    tokens = family.sequence_tokens(size[1], size[0], size[2])
+    print(
+        f"model: {config.model.family}, {sum(p.numel() for n in networks.values() for p in n.parameters()):,} parameters, {blocks} blocks"
+    )
+    modules, parameters = trained * len(shapes) // 2, trained * sum(a * b for a, b in shapes)
+    print(f"LoRA: rank {config.lora.rank}, {modules} modules, {parameters:,} parameters")
+    length = f", {size[2]} frames" if size[2] > 1 else ""
+    parts = "noisy + source" if config.model.family in families.WAN else "noisy + source + text"
+    print(f"longest sequence, at {size[0]} x {size[1]}{length}: {tokens} tokens ({parts})")
+    print("device memory of a step:\n" + memory.report(memory.memory_sum(config, networks, shapes, tokens, width, blocks)))
 
 
 def _check_launch(accelerator: Any, config: Config) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,24 @@ def number_of(image: Image.Image) -> int:
 
 def write(path: Path, frames: int = 20, fps: float = 16, size: tuple[int, int] = (64, 48)) -> Path:
     clips.write_clip(path, (shade(index, size) for index in range(frames)), fps)
+    return path
+
+
+def write_as(path: Path, frames: int, fps: int) -> Path:
+    """In the container that the suffix names: .mkv and .webm store whole thousandths of a second."""
+    codec = {".mp4": "libx264", ".mkv": "ffv1", ".webm": "libvpx"}[path.suffix]
+    try:
+        av.codec.Codec(codec, "w")
+    except av.codec.codec.UnknownCodecError:
+        pytest.skip(f"this PyAV has no {codec}")
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=fps)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        if codec == "libvpx":
+            stream.options = {"deadline": "realtime", "cpu-used": "8"}
+        for index in range(frames):
+            container.mux(stream.encode(av.VideoFrame.from_image(shade(index))))
+        container.mux(stream.encode())
     return path
 
 
@@ -69,12 +88,57 @@ def test_at_another_rate_each_moment_shows_the_frame_of_its_time(tmp_path: Path,
     assert shown == [int(k * 30 / fps + 1e-6) for k in range(count)]
 
 
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".webm"])
+@pytest.mark.parametrize(("stored", "fps"), [(16, 16), (24, 24), (30, 30), (30, 15), (32, 16), (24, 48)])
+def test_rates_are_exact_in_every_container(tmp_path: Path, suffix: str, stored: int, fps: int):
+    path = write_as(tmp_path / f"a{suffix}", 28, stored)
+    count = clips.clip_info(path).frames_at(fps)
+    assert count == 28 * fps // stored
+    assert [number_of(image) for image in clips.read_clip(path, count, fps)] == [k * stored // fps for k in range(count)]
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".webm"])
+@pytest.mark.parametrize("fps", [16, 24, 30])
+def test_81_frames_are_81_in_every_container(tmp_path: Path, suffix: str, fps: int):
+    clip = clips.clip_info(write_as(tmp_path / f"a{suffix}", 81, fps))
+    assert clip.frames == clip.frames_at(fps) == 81
+
+
 def test_variable_frame_rate_goes_by_time(tmp_path: Path):
     path = write_uneven(tmp_path / "uneven.mkv", [0, 40, 50, 60, 300, 500, 510, 900])
     clip = clips.clip_info(path)
     assert clip.frames == 8 and clip.seconds == pytest.approx(0.9 * 8 / 7, abs=2e-3)
     shown = [number_of(image) for image in clips.read_clip(path, clip.frames_at(10), 10)]
     assert shown == [0, 3, 3, 4, 4, 5, 6, 6, 6, 7]
+
+
+@pytest.mark.parametrize("fps", [None, 16.0, 8.0])
+def test_frames_are_decoded_as_they_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fps: float | None):
+    """Whoever reads two frames of a long clip pays for a few: a whole clip is never in memory."""
+    path = write(tmp_path / "long.mp4", 200)
+    decoded = 0
+    opened = clips._opened
+
+    class Counted:
+        def __init__(self, container: Any):
+            self.container = container
+
+        def decode(self, stream: Any) -> Any:
+            nonlocal decoded
+            for frame in self.container.decode(stream):
+                decoded += 1
+                yield frame
+
+    @contextmanager
+    def counting(path: Path) -> Any:
+        with opened(path) as (container, stream):
+            yield Counted(container), stream
+
+    monkeypatch.setattr(clips, "_opened", counting)
+    shown = clips.read_clip(path, 90, fps)
+    next(shown), next(shown)
+    assert 0 < decoded <= 5
+    shown.close()
 
 
 def test_a_turned_clip_is_read_upright(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -190,7 +254,7 @@ def test_clips_and_images_in_one_run(tmp_path: Path):
     assert means.tolist() == pytest.approx(expected, abs=2)
 
 
-def test_latents_of_another_rate_length_or_content_are_other_entries(tmp_path: Path):
+def test_latents_of_another_rate_length_content_or_reader_are_other_entries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     config = video_set(tmp_path, frames=5)
     family = ClipFamily()
     cached(config, family)
@@ -205,6 +269,20 @@ def test_latents_of_another_rate_length_or_content_are_other_entries(tmp_path: P
     write(tmp_path / "long.mp4", 24)
     cached(config, family)
     assert family.images == done + 1 and entries(config).items() >= before.items()
+    monkeypatch.setattr(clips, "READER", "other")
+    cached(config, family)
+    assert family.images == done + 3  # both clips, not the image
+
+
+def test_a_target_is_as_long_as_its_source_is_read(tmp_path: Path):
+    config = video_set(tmp_path, frames=17)
+    tuples = [record("long.mp4", target="short.mp4"), record("long.mp4", target="same.mp4")]
+    write(tmp_path / "same.mp4", 17)
+    write_tuples(tmp_path / "tuples.jsonl", tuples)
+    with pytest.raises(cache.UnusableImages) as error:
+        cached(config, ClipFamily())
+    assert "1 image(s) or clip(s)" in str(error.value)
+    assert "short.mp4: 12 frames, its source is read with 17; a target is as long as its source" in str(error.value)
 
 
 def test_short_and_broken_clips_are_listed_and_stop_the_run_after_the_others_are_cached(tmp_path: Path):

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from byg_plugin.demo import __main__ as command
+from byg_plugin.demo import commands
 from byg_plugin.demo.__main__ import run_demo
 
 FEW = [
@@ -67,7 +67,7 @@ def test_no_ema_is_edited_with_the_live_weights(tmp_path):
 
 @pytest.mark.parametrize(("bfloat16", "told"), [(0.2, []), (1.1, ['train.mixed_precision="no"']), (30.0, ['train.mixed_precision="no"'])])
 def test_a_cpu_without_bfloat16_trains_in_float32(monkeypatch, capsys, bfloat16, told):
-    monkeypatch.setattr(command, "_seconds_of_product", {torch.bfloat16: bfloat16, torch.float32: 1.0}.__getitem__)
-    assert command._precision([]) == told
+    monkeypatch.setattr(commands, "_seconds_of_product", {torch.bfloat16: bfloat16, torch.float32: 1.0}.__getitem__)
+    assert commands._precision([]) == told
     assert ("float32" in capsys.readouterr().out) == bool(told)
-    assert command._precision(['train.mixed_precision="bf16"']) == []
+    assert commands._precision(['train.mixed_precision="bf16"']) == []

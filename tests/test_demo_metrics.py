@@ -82,6 +82,23 @@ def test_the_rules_fixed_first_give_the_numbers_they_gave(kind):
         assert found[3:] == expected[3:]
 
 
+def test_thresholds_are_those_that_were_fixed():
+    assert (metrics.EDIT_SHARE, metrics.KEEP_ERROR, metrics.MASK_IOU, metrics.PEBBLE_ERROR) == (0.8, 0.06, 0.8, 0.15)
+
+
+def test_an_exact_edit_that_spills_over_is_no_joint_success():
+    """A third of the mask's size beside it: an intersection over union of 0.75."""
+    edit = edit_of("recolour_object")
+    image = world.render(edit.after)
+    must, keep = world.true_mask(edit.before, edit.after)
+    background = np.argwhere((world.regions(edit.before) == world.BACKGROUND) & keep)
+    y, x = background[: must.sum() // 3].T
+    image[y, x] = np.round(255 * world.PALETTE[world.LABELS.index("cyan")]).astype(np.uint8)
+    result = metrics.score(image, edit)
+    assert result.iou == pytest.approx(0.75, abs=0.01)
+    assert result.edit and result.preserved and not result.joint
+
+
 # --- an added object ---
 
 

@@ -15,8 +15,9 @@ from PIL import Image
 from byg_plugin.demo import build_base, metrics, sheet, world
 
 BASE = Path(world.__file__).parent / "base"
-# What the shipped base has to reach: share of samples that follow their caption, in colours and in shapes.
-BASE_SAMPLES, BASE_COLOURS, BASE_SHAPES = 64, 0.95, 0.95
+# What the shipped base has to reach: share of samples that follow their caption in colours and in shapes at once. One of 64
+# may fail: another machine rounds otherwise.
+BASE_SAMPLES, BASE_FOLLOWS = 64, 0.98
 VAE_ERROR = 0.02  # mean absolute error of the shipped VAE's pictures, colours in 0..1
 
 
@@ -442,8 +443,7 @@ def samples(pipeline):
 
 def test_shipped_base_follows_captions_through_the_stock_pipeline(samples):
     seen = np.array([metrics.follows_caption(image, scene) for scene, image in samples])
-    colours, shapes = seen.mean(0)
-    assert colours >= BASE_COLOURS and shapes >= BASE_SHAPES, (colours, shapes)
+    assert seen.all(1).mean() >= BASE_FOLLOWS, seen.mean(0)
 
 
 def test_shipped_base_knows_every_word(pipeline):

@@ -8,6 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import tiny
+import torch
+from diffusers import WanTransformer3DModel
+from tiny_wan import tiny_wan, wan_config
 
 from byg_plugin.train_network import _check_launch
 from byg_plugin.training import checkpoint
@@ -112,3 +115,29 @@ def test_lora_files_can_be_read_by_others(tmp_path: Path):
     inside = checkpoint.find(tmp_path / "out" / "checkpoints", "latest") / lora.name
     (tmp_path / "plain").write_bytes(b"")
     assert lora.stat().st_mode == inside.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_the_memory_sum_counts_a_lora_for_each_expert_that_has_one(tmp_path: Path):
+    networks = {"transformer": tiny_wan(), "transformer_2": tiny_wan()}
+
+    def parts(**lora: object) -> dict[str, float]:
+        config = wan_config(tmp_path, lora=lora, objective={"ema_decay": 0.9, "rollout_weights": "merged"})
+        found = memory_sum(config, networks, [(4, 24), (32, 4)], tokens=100, width=24, blocks=2)
+        return {part.name.partition(" (")[0]: part.bytes for part in found}
+
+    one, merged = 4.0 * 4 * (24 + 32), 2 * 4.0 * 24 * 32
+    two, shared, alone = parts(), parts(experts="shared"), parts(experts="low_noise", other_expert="other.safetensors")
+    names = ("LoRA weights", "LoRA gradients", "optimizer moments", "EMA weights", "merged weights of the rollout")
+    assert [two[name] for name in names] == [2 * one, one, 4 * one, 2 * one, merged]
+    assert [shared[name] for name in names] == [one, one, 2 * one, one, merged]
+    assert [alone[name] for name in names] == [2 * one, one, 2 * one, one, merged]
+
+
+def test_the_memory_sum_of_a_published_wan_block(tmp_path: Path):
+    """What the recipes' headers say of 320 x 576, 81 frames."""
+    shape = {"num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824, "num_layers": 1}
+    with torch.device("meta"):
+        network = WanTransformer3DModel(**shape)
+    config = wan_config(tmp_path, model={"gradient_checkpointing": True}, train={"mixed_precision": "bf16"})
+    last = memory_sum(config, {"transformer": network}, [(4, 24), (32, 4)], tokens=30240, width=5120, blocks=40)[-1]
+    assert last.bytes / 2**30 == pytest.approx(11.5 + 12.1, abs=0.15) and not last.exact

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import platform
+import re
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks/ is no part of the package
 
+from benchmarks import provenance  # noqa: E402
 from benchmarks import step as bench  # noqa: E402
 from benchmarks import step_meters as meters  # noqa: E402
 from benchmarks import step_report as report  # noqa: E402
@@ -229,7 +232,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_a_results_file_has_all_and_names_no_machine(results: dict[str, Any]):
     text = json.dumps(results)
     assert platform.node() not in text and str(Path.home()) not in text and str(ROOT) not in text
-    assert results["machine"]["torch"] == torch.__version__ and len(results["commit"]["hash"]) == 40
+    assert results["machine"]["torch"] == torch.__version__ and re.fullmatch("[0-9a-f]{40}|unknown", results["commit"]["hash"])
     assert 0 < results["matmul_share"] < 1
     assert results["resident_bytes"]["merged weights"] > 0
     for row in results["rows"]:
@@ -292,10 +295,71 @@ def test_flops_counted_without_weights_are_those_of_a_real_step():
     assert torch.is_autocast_enabled.__module__ != bench.__name__
 
 
-@pytest.mark.parametrize("words", [["--device", "cuda"], ["--clock", "process"], ["--clock", "process", "--threads", "2"]])
-def test_what_cannot_be_measured_is_refused(words: list[str], capsys: pytest.CaptureFixture[str]):
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--device", "cuda"], "--device cuda: PyTorch sees no CUDA"),
+        (["--device", "mps"], "--device: invalid choice: 'mps'"),
+        (["--clock", "process"], "--clock process counts"),
+        (["--clock", "process", "--threads", "2"], "--clock process counts"),
+        (["--repeats", "0"], "--repeats 0: at least 1"),
+        (["--repeats", "-3"], "--repeats -3: at least 1"),
+        (["--threads", "0"], "--threads 0: at least 1"),
+        (["--threads", "-1"], "--threads -1: at least 1"),
+        (["--out", "FOLDER"], "name the file"),
+        (["--table", "FOLDER/words.json"], "words.json is not JSON"),
+        (["--table", "FOLDER/other.json"], "other.json has no machine, shape, rows; give a file that"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_any_work(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
     if torch.cuda.is_available() and "cuda" in words:
         pytest.skip("there is a GPU")
-    with pytest.raises(SystemExit):
-        bench.main(["--shape", "tiny", *words])
-    assert words[0] in capsys.readouterr().err
+    (tmp_path / "words.json").write_text("not JSON", encoding="utf-8")
+    (tmp_path / "other.json").write_text('{"commit": "abc"}', encoding="utf-8")
+    monkeypatch.setattr(bench, "measure", lambda *rest: pytest.fail("measured"))
+    with pytest.raises(SystemExit) as stop:
+        bench.main(["--shape", "tiny", *(word.replace("FOLDER", str(tmp_path)) for word in words)])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and message in said and words[0] in said and "python -m benchmarks.step" in said
+
+
+def test_a_missing_results_file_is_one_line():
+    command = [sys.executable, "-m", "benchmarks.step", "--table", "nosuch.json"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2 and "nosuch.json: No such file" in ended.stderr and "Traceback" not in ended.stderr
+
+
+def test_the_merged_copy_is_named_beside_the_peaks(results: dict[str, Any]):
+    made = results | {"resident_bytes": {"frozen weights": 40 * 2**20, "LoRA": 2**20, "merged weights": 30 * 2**20}}
+    assert "30.0 MiB: 75% of the frozen weights once more" in report.tables(made)
+
+
+def test_no_measurement_is_lost_outside_a_clone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert provenance.commit("benchmarks") == ("unknown", False)
+    assert bench.commit() == {"hash": "unknown", "modified": False}
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert provenance.commit() == ("unknown", False)
+
+
+def test_a_commit_says_whether_the_code_differs_from_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    (tmp_path / "code.py").write_text("one", encoding="utf-8")
+    identity = ["-c", "user.name=n", "-c", "user.email=e@example.org"]
+    for words in (["init", "-q"], ["add", "."], [*identity, "commit", "-qm", "first"]):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True)
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    head, changed = provenance.commit("*.py")
+    assert re.fullmatch("[0-9a-f]{40}", head) and not changed
+    (tmp_path / "code.py").write_text("two", encoding="utf-8")
+    assert provenance.commit("*.py") == (head, True) and provenance.commit("docs") == (head, False)
+
+
+def test_the_commit_is_asked_for_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch):
+    order: list[str] = []
+    monkeypatch.setattr(bench, "commit", lambda: order.append("commit") or {"hash": "h", "modified": False})
+    monkeypatch.setattr(bench.Bench, "measure", lambda self, repeats: order.append("measure") or [])
+    monkeypatch.setattr(bench.Bench, "matmul_share", lambda self: None)
+    assert bench.measure("tiny", CPU, 1, "wall")["commit"]["hash"] == "h" and order == ["commit", "measure"]

@@ -157,6 +157,16 @@ def test_side_first_and_then_t_has_the_same_law(law: dict):
     assert distance < 1.63 * (2 / count) ** 0.5  # the 1 % level
 
 
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize(("high", "drawn"), [(False, 1 - 2**-53), (True, 0.0)], ids=["low", "high"])
+def test_rounding_carries_no_t_over_the_boundary(monkeypatch: pytest.MonkeyPatch, law: dict, high: bool, drawn: float):
+    """The draw nearest to the boundary: in float32 it would be the boundary itself, which the other expert serves."""
+    monkeypatch.setattr(torch, "rand", lambda size, **options: torch.full((size,), drawn, dtype=torch.float64))
+    for boundary in (0.875, 0.9, 0.4):
+        t = timesteps.sample_t_beside(4, torch.Generator(), boundary, high, **law)
+        assert (timesteps.is_high(t, boundary) == high).all() and t[0].item() == pytest.approx(boundary, abs=1e-6)
+
+
 def test_the_boundary_itself_is_high_in_every_precision():
     for boundary in (0.875, 0.9, 1 / 3):
         t = torch.tensor([boundary], dtype=torch.float32)

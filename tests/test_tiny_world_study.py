@@ -30,6 +30,7 @@ from byg_plugin.training.checkpoint import save_file  # noqa: E402
 from byg_plugin.training.config import Config  # noqa: E402
 from byg_plugin.training.loop import Interrupted, lora_metadata  # noqa: E402
 
+EVAL_EDITS = max(stage.eval_edits for stage in study.STAGES.values())  # before `little_data`
 FEW = [
     'train.mixed_precision="no"',  # bfloat16 rounds merged weights otherwise than a LoRA, visibly
     "train.steps=20",
@@ -82,6 +83,7 @@ def differences(whole: study.Study, name: str) -> dict[str, object]:
         ("no_identity", {"objective.identity_probability": 0.0}),
         ("paired_steps", {"objective.name": "paired"}),
         ("six_full", {}),
+        ("six_paired_steps", {"objective.name": "paired"}),
     ],
 )
 def test_a_row_changes_what_its_name_says_and_nothing_else(whole, name, changed):
@@ -124,6 +126,14 @@ def test_equal_time_is_the_full_methods_cpu_seconds_at_the_baselines_pace(whole)
     runs.write_json(whole.result("paired_steps", 1), {"seconds_per_step": 0.07})
     assert not whole.lacks("paired_time", 1)
     assert whole.plan("paired_time", 1).config.train.steps == 7143
+
+
+def test_equal_time_on_all_edit_types_is_that_of_the_full_method_on_them(whole):
+    runs.write_json(whole.result("six_full", 0), {"cpu_seconds": 600.0})
+    runs.write_json(whole.result("six_paired_steps", 0), {"seconds_per_step": 0.2})
+    plan = whole.plan("six_paired_time", 0)
+    assert plan.config.train.steps == 3000 and plan.train_recipe["with_targets"]
+    assert plan.eval_edits == whole.plan("six_full", 0).eval_edits
 
 
 def test_only_the_baseline_has_targets(whole):
@@ -206,7 +216,7 @@ def row(edit: float, preserved: float) -> dict[str, float]:
 
 
 def result(name: str, seed: int, ends: tuple[float, float], base: str = "b") -> dict:
-    run = study.RUNS[name]
+    run = study.RUNS[name.partition("+")[0]]
     kinds = {kind: row(*ends) for kind in ("all", report.OBJECT, report.BACKGROUND)}
     record = {
         "name": name, "title": run.title, "kind": run.kind, "stage": "report", "seed": seed, "overrides": list(run.overrides),
@@ -261,6 +271,92 @@ def test_the_table_compares_at_equal_edit_rate_and_names_what_was_reached(result
     assert any("without cycle" in line and line.endswith("| **no** |") for line in text.splitlines())
 
 
+def verdict(folder: Path, target: str) -> str:
+    """`yes` or `**no**` of the target that begins so."""
+    text = report.table(report.read_results(folder), limit=5)
+    lines = text.partition("## What was to be shown")[2].splitlines()
+    return next(line for line in lines if line.startswith(f"| {target}")).strip("| ").split(" | ")[-1]
+
+
+def test_the_targets_are_those_that_were_set(results):
+    """Each a little beyond its threshold, on one seed where every seed has to reach it."""
+    for seed in range(3):
+        runs.write_json(results / f"full-{seed}.json", result("full", seed, (0.92, 0.95)))
+        runs.write_json(results / f"no_identity-{seed}.json", result("no_identity", seed, (0.95, 0.9)))
+    assert verdict(results, "full method") == "**no**"  # joint 87 %
+    assert verdict(results, "without prior") == "yes"
+    runs.write_json(results / "no_prior-1.json", result("no_prior", 1, (0.06, 1.0)))
+    assert verdict(results, "without prior") == "**no**"
+    assert verdict(results, "without identity steps") == "yes"
+    runs.write_json(results / "no_identity-1.json", result("no_identity", 1, (0.9, 0.9)))
+    assert verdict(results, "without identity steps") == "**no**"
+    assert verdict(results, "without bootstrapping") == "**no**"  # one seed edits more
+    runs.write_json(results / "no_bootstrap-1.json", result("no_bootstrap", 1, (0.9, 0.9)))
+    assert verdict(results, "without bootstrapping") == "yes"
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ([0.1, 0.2], "up"),
+        ([-0.1, -0.2], "down"),
+        ([-0.1, 0.2], "unclear"),
+        ([0.0, 0.2], "unclear"),
+        ([-0.1, 0.0], "unclear"),
+        ([], "unclear"),
+    ],
+)
+def test_a_direction_is_what_every_seed_says(changes, word):
+    assert report.direction(changes) == word
+
+
+def test_a_mean_over_the_shared_range_names_the_seeds_it_lacks(results):
+    low = result("no_cycle", 2, (0.04, 1.0))
+    runs.write_json(results / "no_cycle-2.json", low)
+    text = report.table(report.read_results(results), limit=5)
+    assert cells(text, "w/o cycle", 6)[1].endswith("; 1 of 3 seeds do not overlap")
+
+
+def test_the_page_says_on_how_many_edits_curves_are_measured(results):
+    record = result("full", 0, (0.9, 1.0))
+    for point in record["curve"]:
+        point["table"]["all"]["n"] = 4
+    assert "measured on 4 of the held-out edits" in report.table({"full": {0: record}}, limit=5)
+
+
+def test_all_runs_on_six_types_have_their_table_and_what_lacks_is_named(results):
+    kept = report.read_results(results)
+    assert "six_full" in kept and report.six_names(kept) == ["six_full"]
+    lacking = "**Not measured yet: six_truth; copy the source; six_base; six_paired_steps; six_paired_time.**"
+    assert lacking in report.table(kept, limit=5)
+    tried = result("six_full+alpha2", 0, (0.7, 0.5)) | {"title": "full method, alpha2"}
+    runs.write_json(results / "six_full+alpha2-0.json", tried)
+    for name in ("six_truth", "six_base", "six_copy", "six_paired_steps", "six_paired_time"):
+        runs.write_json(results / f"{name}-0.json", result(name, 0, (0.7, 0.5)))
+    text = report.table(report.read_results(results), limit=5)
+    assert cells(text, "full method, alpha2", 3) == ["70"] * 3  # all, and both kinds; in no other table
+    assert "**Not measured yet: paired, equal steps (seed 1, 2); paired, equal time (seed 1, 2).**" in text
+
+
+def test_every_row_of_the_study_has_a_look_of_its_own():
+    assert (
+        set(report.STYLES)
+        == set(report.ORDER) - {"truth", "copy", "base"}
+        == set(report.ORDER) & {name for name, run in study.RUNS.items() if run.kind == "train"}
+    )
+    assert len({style["marker"] for style in report.STYLES.values()}) == len(report.STYLES)
+
+
+def test_every_run_that_has_a_curve_is_drawn(results):
+    for name in ("full+lr2", "no_cycle+lr2"):
+        runs.write_json(results / f"{name}-0.json", result(name, 0, (0.5, 0.5)))
+    kept = report.read_results(results)
+    kept["new_row"] = kept["full+lr2"]
+    drawn = report.styles(kept)
+    assert set(drawn) == {"full", "no_cycle", "no_prior", "no_bootstrap", "full+lr2", "no_cycle+lr2", "new_row"}
+    assert len({style["marker"] for style in drawn.values()}) == len(drawn)
+
+
 def test_rows_of_another_base_are_not_passed_off_as_comparable(results):
     runs.write_json(results / "no_cycle-1.json", result("no_cycle", 1, (0.9, 0.4), base="other"))
     assert "differ in the base" in report.table(report.read_results(results), limit=5)
@@ -307,6 +403,25 @@ def test_the_base_sees_captions_and_no_source(tmp_path):
     encoders = family.load_text_encoders(runs.CPU)
     wanted = torch.cat([family.encode_texts(encoders, [edit.tgt_caption])["t5"] for edit in plan.eval_edits])
     assert all(source is None and torch.equal(text, wanted) for text, source in seen)
+
+
+def test_rows_without_training_are_of_the_exact_edit_and_of_the_source(tmp_path):
+    truth, copy = (runs.run(small(tmp_path).plan(name, 0))["table"]["all"] for name in ("truth", "copy"))
+    assert (truth["joint"], truth["edit"], truth["preserved"]) == (1, 1, 1)
+    assert (copy["joint"], copy["edit"], copy["preserved"]) == (0, 0, 1)
+
+
+def test_seeds_of_the_base_share_no_noise(tmp_path, monkeypatch):
+    firsts = []
+
+    def imagine(self, velocity, first_seed):
+        firsts.append(first_seed)
+        return {edit.id: world.render(edit.after) for edit in self.edits}
+
+    monkeypatch.setattr(runs.Evaluator, "imagine", imagine)
+    for seed in range(3):
+        runs.run(small(tmp_path).plan("base", seed))
+    assert all(b - a >= EVAL_EDITS for a, b in zip(firsts, firsts[1:], strict=False))
 
 
 def timeless(record: dict) -> dict:

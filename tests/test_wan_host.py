@@ -13,6 +13,7 @@ from tiny import wake
 from tiny_wan import A14B, T2V, tiny_wan, wan_config, wan_latents, wan_texts
 
 from byg_plugin import lora_formats
+from byg_plugin.hosts import residency
 from byg_plugin.hosts.diffusers import DiffusersHost, lora_shapes
 from byg_plugin.hosts.residency import OneExpertOnDevice
 from byg_plugin.models import make_family, wan_files
@@ -176,6 +177,24 @@ def test_a_step_uses_no_absent_expert_and_moves_between_passes_only(tmp_path: Pa
     assert came == ([HIGH, LOW, HIGH] if t[0] > 0.875 else [HIGH, LOW])
 
 
+def test_what_is_pinned_replaces_its_first_copy_at_once(monkeypatch: pytest.MonkeyPatch):
+    """Two copies of one tensor at a time, not of both experts."""
+    networks = {HIGH: plain(HIGH), LOW: plain(LOW)}
+    every = [tensor for network in networks.values() for tensor in (*network.parameters(), *network.buffers())]
+    before = [tensor.clone() for tensor in every]
+    pinned: list[torch.Tensor] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        assert {copy.data_ptr() for copy in pinned} <= {tensor.data_ptr() for tensor in every}
+        pinned.append(tensor.clone())
+        return pinned[-1]
+
+    monkeypatch.setattr(residency, "_pinned", pin)
+    OneExpertOnDevice(networks, [], torch.device("cuda"))
+    assert [tensor.data_ptr() for tensor in every] == [copy.data_ptr() for copy in pinned]
+    assert all(torch.equal(a, b) for a, b in zip(every, before, strict=True))
+
+
 def test_an_expert_cannot_leave_before_its_backward_pass(tmp_path: Path):
     host = host_of(tmp_path, model={"offload_inactive_expert": True})
     high, low = torch.full((3,), 0.9), torch.full((3,), 0.2)
@@ -288,6 +307,17 @@ def test_one_expert_alone_beside_the_others_lora(tmp_path: Path):
     assert not torch.equal(files["_low_noise"][key], load_file(paths["_low_noise"])[key])
     with pytest.raises(ValueError, match="is for the low_noise expert, which is the one that is trained"):
         host_of(tmp_path, lora={"experts": "low_noise", "other_expert": str(paths["_low_noise"])})
+
+
+def test_the_other_experts_lora_must_be_of_this_family_and_position(tmp_path: Path):
+    path = saved(host_of(tmp_path), tmp_path)["_high_noise"]
+    lora = {"experts": "low_noise", "other_expert": str(path)}
+    with pytest.raises(ValueError, match=r"other_expert = .*high_noise.* with conditioning.position = 'same', here it is 'bernini'"):
+        host_of(tmp_path, lora=lora, conditioning={"position": "bernini"})
+    tensors, metadata = lora_formats.read_lora(path)
+    lora_formats.write_lora(path, tensors, metadata | {"byg.family": "wan2.1-t2v-14b"})
+    with pytest.raises(ValueError, match=f"other_expert = .* was trained for 'wan2.1-t2v-14b', model.family is '{A14B}'"):
+        host_of(tmp_path, lora=lora)
 
 
 def test_quantised_experts_run_and_have_gradients(tmp_path: Path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from functools import lru_cache
 from pathlib import Path
@@ -22,10 +24,13 @@ from byg_plugin.data import cache, clips
 from byg_plugin.data.tuples import read_tuples
 from byg_plugin.models import make_family
 from byg_plugin.models.wan import HIGH, LOW
-from byg_plugin.training import checkpoint, loop
+from byg_plugin.train_network import dry_run
+from byg_plugin.training import checkpoint, loop, preview
 from byg_plugin.training.config import Config
 from byg_plugin.training.loop import Trainer
 from byg_plugin.training.randomness import coin
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @lru_cache(maxsize=1)
@@ -144,6 +149,38 @@ def test_t_of_a_run_has_the_configured_law_whatever_the_processes(tmp_path: Path
         assert (alone >= point).float().mean().item() == pytest.approx(timesteps.probability_above(point, **law), abs=0.07)
 
 
+def write_toml(path: Path, config: Config) -> Path:
+    """A configuration as a file: JSON's values are TOML's too."""
+    sections = config.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
+    lines = [
+        f"[{name}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()) for name, values in sections.items()
+    ]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def test_two_processes_draw_one_side_and_train_what_one_process_trains(tmp_path: Path):
+    # A small rate: Adam's first steps turn a rounding difference in a tiny gradient into one of the rate's size.
+    sections: dict[str, Any] = {"objective": {"ema_decay": 0.9}, "train": {"steps": 3, "lr": 3e-4, "save_every": 0}, "sample": {"every": 0}}
+    alone = make_trainer(run_config(tmp_path / "one", **sections))
+    assert set(sides(alone, 3)) == {True, False}
+    alone.run()
+    toml = write_toml(tmp_path / "run.toml", run_config(tmp_path / "two", **sections))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(27000 + os.getpid() % 2000)]
+    command = [*launch, str(ROOT / "byg_plugin/train_network.py"), "--config", str(toml)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=280)
+    assert done.returncode == 0, done.stderr
+    names = sorted(path.name for path in (tmp_path / "one").glob("*.safetensors"))
+    assert len(names) == 4 and names == sorted(path.name for path in (tmp_path / "two").glob("*.safetensors"))
+    for name in names:
+        (one, _), (two, _) = (lora_formats.read_lora(tmp_path / folder / name) for folder in ("one", "two"))
+        assert max((one[key] - two[key]).abs().max().item() for key in one) <= 1e-5, name
+        assert max(value.abs().max().item() for key, value in one.items() if "lora_B" in key) > 1e-4, name
+    first, second = curve(tmp_path / "one"), curve(tmp_path / "two")
+    assert [line["high_noise_step"] for line in first] == [line["high_noise_step"] for line in second]
+
+
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path):
     options: dict[str, Any] = {"objective": {"ema_decay": 0.9}}
     whole = make_trainer(run_config(tmp_path / "whole", **options)).run()
@@ -199,7 +236,74 @@ def test_shared_and_lone_experts_train(tmp_path: Path, experts: str):
     assert metadata["byg.expert"] == ("both" if experts == "shared" else "high_noise")
 
 
-def test_the_paired_baseline_and_ablations_run_on_clips(tmp_path: Path):
+@pytest.mark.parametrize("key", ["init_from", "other_expert"])
+def test_a_lora_to_start_from_is_read_before_the_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str):
+    def loaded(*args: Any, **options: Any) -> None:
+        raise AssertionError("models were loaded first")
+
+    monkeypatch.setattr(loop, "make_host", loaded)
+    alone = {"experts": "low_noise"} if key == "other_expert" else {}
+    with pytest.raises(ValueError, match="nowhere.safetensors: no such file"):
+        make_trainer(run_config(tmp_path, lora={**alone, key: str(tmp_path / "nowhere.safetensors")}))
+
+
+def test_the_share_of_steps_of_each_expert_is_told_at_the_start(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    with caplog.at_level("INFO"):
+        make_trainer(run_config(tmp_path))
+    assert "boundary t = 0.875: the high-noise expert trains 70.5 % of the steps, the low-noise expert 29.5 %" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("lora", "modules"),
+    [
+        ({}, 40),
+        ({"experts": "shared"}, 20),
+        ({"experts": "low_noise", "other_expert": "unread.safetensors"}, 20),
+    ],
+    ids=["separate", "shared", "alone"],
+)
+def test_dry_run_counts_what_is_trained_at_the_largest_bucket(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], lora: dict[str, Any], modules: int
+):
+    config = run_config(tmp_path, lora=lora)
+    dry_run(config, make_family(config), CPU)
+    said = capsys.readouterr().out
+    assert f"rank 4, {modules} modules" in said
+    # 2 latent frames of 3 x 2 tokens, noisy and source; dataset.resolution alone would say 40 x 40.
+    assert "longest sequence, at 48 x 32, 5 frames: 24 tokens (noisy + source)" in said
+
+
+def test_the_paired_objective_trains_both_experts_on_clips(tmp_path: Path):
+    """A pair of clips: the second is the first one's edit."""
+    clip = workspace() / "clip0.mp4"
+    lines = [
+        {
+            "source": str(clip),
+            "target": str(workspace() / "clip1.mp4"),
+            "src_caption": "photo of a dog",
+            "tgt_caption": "photo of a blue",
+            "instruction": "make the dog blue",
+            "reverse_instruction": "make the blue dog",
+        }
+    ]
+    write_tuples(tmp_path / "pairs.jsonl", lines)
+    sections: dict[str, Any] = {
+        "dataset": {"resolution": 40, "bucket_step": 16, "tuples": str(tmp_path / "pairs.jsonl"), "cache_dir": str(tmp_path / "cache")},
+        "objective": {"name": "paired"},
+        "train": {"steps": 6, "global_batch_size": 1},
+    }
+    config = run_config(tmp_path / "out", **sections)
+    cache.cache_latents(config, make_family(config), read_tuples(config.dataset), CPU)
+    cache.cache_texts(config, make_family(config), read_tuples(config.dataset), CPU)
+    trainer = make_trainer(config)
+    before = {name: value.detach().clone() for name, value in trainer.host.parameters.items()}
+    trainer.run()
+    assert set(sides(trainer, 6)) == {True, False} and all(line["loss"] > 0 for line in curve(tmp_path / "out"))
+    moved = {name for name, value in trainer.host.parameters.items() if not torch.equal(value, before[name])}
+    assert {name.partition(".")[0] for name in moved} == {HIGH, LOW}
+
+
+def test_the_ablations_run_on_clips(tmp_path: Path):
     for switch in ({"routing": False}, {"bootstrap": False}, {"cycle": False}, {"directional": False}, {"prior": False}):
         folder = tmp_path / next(iter(switch))
         make_trainer(run_config(folder, T2V, objective=switch, train={"steps": 1, "global_batch_size": 1})).run()
@@ -229,6 +333,19 @@ def test_previews_of_clips_and_images(tmp_path: Path):
     assert clip.frames == 5 and clip.fps == pytest.approx(16) and clip.size == (3 * width + 8, height)
     with Image.open(folder / "000.png") as strip, Image.open(folder / "002.png") as still:
         assert strip.size == (5 * width + 16, 3 * height + 8) and still.size == (3 * width + 8, height)
+
+
+def test_the_guided_edit_of_a_preview_comes_before_the_edit_at_scale_1(tmp_path: Path):
+    def columns(name: str, **scales: float) -> list[np.ndarray]:
+        config = run_config(tmp_path / name, sample={"every": 1, "items": 3, "steps": 2, **scales})
+        trainer = make_trainer(config)
+        wake(trainer.host)
+        rendered, _ = preview._render(config, trainer.family, trainer.host, trainer.data)[2]  # the still image: no codec
+        return [np.asarray(frames[0]).astype(int) for frames in rendered]
+
+    source, guided, plain = columns("guided")
+    other_source, unguided = columns("plain", cfg_high_noise=1.0, cfg_low_noise=1.0)
+    assert np.array_equal(source, other_source) and np.array_equal(plain, unguided) and not np.array_equal(guided, unguided)
 
 
 @pytest.fixture(scope="module")
@@ -279,6 +396,30 @@ def test_the_command_writes_the_edit_and_both_beside_each_other(lora: Path, tmp_
     with av.open(str(tmp_path / "out/clip0.mp4")) as container:
         settings = json.loads(container.metadata["comment"])
     assert settings["size"] == [48, 32, 5] and settings["cfg_high_noise"] == 1.0 and settings["instruction"] == "make the dog blue"
+
+
+def test_frames_are_checked_before_the_first_edit_and_rounding_is_told(
+    lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "in").mkdir()
+    for name, count in (("a.mp4", 11), ("b.mp4", 7)):
+        clips.write_clip(tmp_path / "in" / name, [Image.new("RGB", (48, 32), (9 * k, 90, 100)) for k in range(count)], 16)
+    options = ["--model", str(wan_folder()), "--dtype", "float32", "--device", "cpu", "--lora", str(lora), "--source", str(tmp_path / "in")]
+    options += ["--instruction", "make the dog blue", "--steps", "1", "--resolution", "40", "--cfg-high", "1", "--cfg-low", "1"]
+
+    def call(name: str, *more: str) -> list[str]:
+        monkeypatch.setattr(sys, "argv", ["edit.py", *options, "--out", str(tmp_path / name), *more])
+        edit.main()
+        return sorted(path.name for path in (tmp_path / name).iterdir())
+
+    with pytest.raises(ValueError, match=r"b.mp4: has 7 frames, 9 are asked for"):
+        call("refused", "--frames", "9")
+    assert list((tmp_path / "refused").iterdir()) == []
+    assert call("all") == ["a.mp4", "a_side_by_side.mp4", "b.mp4", "b_side_by_side.mp4"]
+    said = capsys.readouterr().err
+    assert "a.mp4: 9 of 11 frames are edited, Wan takes 4n + 1" in said and "b.mp4: 5 of 7 frames are edited" in said
+    call("five", "--frames", "5")
+    assert "frames are edited" not in capsys.readouterr().err
 
 
 def test_the_edit_at_scale_1_is_the_third_column_on_request(lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -323,7 +323,7 @@ class Keys:
 
 def _timing(frames: int, fps: float | None) -> list[str]:
     """What a clip's key has beyond an image's. A clip of one frame is its first frame, whatever the rate."""
-    return [f"{frames} frames at {fps}"] if frames > 1 else []
+    return [f"{frames} frames at {fps}, reader {clips.READER}"] if frames > 1 else []
 
 
 def _sha(*parts: str) -> str:

@@ -19,7 +19,10 @@ from byg_plugin.data.media import MAX_SIDE
 from byg_plugin.training.extras import require
 
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
-_TICK = 1e-4  # seconds: time stamps are rounded to a file's own clock, often thousandths
+# Seconds. Time stamps are rounded to a file's own clock: .mkv and .webm have thousandths, so a difference of two can be wrong by
+# one. The price: a frame may be shown so much before its time.
+_TICK = 1e-3
+READER = "2"  # raise when `read_clip` gives other frames of a file
 
 
 def is_clip(path: Path) -> bool:
@@ -93,24 +96,29 @@ def read_clip(path: Path, frames: int, fps: float | None = None) -> Iterator[Ima
             raise ValueError(f"{path}: only {count} of {frames} frames can be decoded, it is damaged or cut off; replace it")
 
 
-def write_clip(path: Path, frames: Iterable[Image.Image], fps: float, settings: Mapping[str, Any] | None = None) -> None:
-    """Write RGB images of one size as H.264 in an .mp4, atomically, with `settings` as JSON in its comment.
+def write_clip(
+    path: Path, frames: Iterable[Image.Image], fps: float, settings: Mapping[str, Any] | None = None, *, lossless: bool = False
+) -> None:
+    """Write RGB images of one size, atomically, with `settings` as JSON in the comment.
+
+    H.264 in an .mp4; `lossless`, FFV1 of the very pixels in an .mkv.
 
     Raises:
         OSError: it cannot be written.
     """
     av = _av()
     partial = path.with_name(f".partial-{path.name}")
+    container_format, codec = ("matroska", "ffv1") if lossless else ("mp4", "libx264")
     try:
-        with av.open(str(partial), "w", format="mp4") as container:
+        with av.open(str(partial), "w", format=container_format) as container:
             container.metadata["comment"] = json.dumps(settings or {}, ensure_ascii=True)
             stream: Any = None
             for image in frames:
                 if stream is None:
-                    stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+                    stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001))
                     # H.264 stores colours of 2 x 2 pixels together.
                     stream.width, stream.height = image.width + image.width % 2, image.height + image.height % 2
-                    stream.pix_fmt, stream.options = "yuv420p", {"crf": "16"}
+                    stream.pix_fmt, stream.options = ("bgr0", {}) if lossless else ("yuv420p", {"crf": "16"})
                 if image.size != (stream.width, stream.height):
                     whole = Image.new("RGB", (stream.width, stream.height), "white")
                     whole.paste(image, (0, 0))

@@ -14,7 +14,7 @@ import copy
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -111,9 +111,11 @@ class Budget:
 # --- text ----------------------------------------------------------------------------------------------------------
 
 
-def _word_tokenizer(specials: list[str], unknown: str, template: str, **names: str) -> PreTrainedTokenizerFast:
-    """A word-level tokenizer of the world's vocabulary; `specials` get the first ids, in order."""
-    vocabulary = {word: i for i, word in enumerate([*specials, *world.vocabulary()])}
+def word_tokenizer(
+    specials: list[str], unknown: str, template: str, words: Sequence[str] | None = None, **names: str | int
+) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer of the world's vocabulary, or of other words; `specials` get the first ids, in order."""
+    vocabulary = {word: i for i, word in enumerate([*specials, *(world.vocabulary() if words is None else words)])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=unknown))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     used = [(name, vocabulary[name]) for name in specials if name in template.split()]
@@ -124,11 +126,11 @@ def _word_tokenizer(specials: list[str], unknown: str, template: str, **names: s
 def make_tokenizers() -> tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast]:
     """The CLIP-like tokenizer (start, words, end; padded with the end token) and the T5-like one (words, end, pad)."""
     start, end = "<|startoftext|>", "<|endoftext|>"
-    clip = _word_tokenizer(
+    clip = word_tokenizer(
         [start, end, "<unk>"], "<unk>", f"{start} $A {end}",
         bos_token=start, eos_token=end, pad_token=end, model_max_length=CLIP_TOKENS,
     )  # fmt: skip
-    t5 = _word_tokenizer(
+    t5 = word_tokenizer(
         ["<pad>", "</s>", "<unk>", "<mask>"], "<unk>", "$A </s>",
         eos_token="</s>", pad_token="<pad>", mask_token="<mask>", model_max_length=TEXT_TOKENS,
     )  # fmt: skip
@@ -221,13 +223,13 @@ def _scenes(rng: np.random.Generator, n: int) -> list[world.Scene]:
     return [world.sample_scene(rng, int(rng.choice(3, p=(0.1, 0.4, 0.5)))) for _ in range(n)]
 
 
+def rate_factor(step: int, steps: int, warmup: int) -> float:
+    """Of the learning rate: linear warm-up, then a cosine down to 1 %."""
+    return min(1.0, (step + 1) / warmup) * (0.01 + 0.99 * (1 + math.cos(math.pi * min(1.0, step / steps))) / 2)
+
+
 def _schedule(optimizer: torch.optim.Optimizer, steps: int, warmup: int) -> torch.optim.lr_scheduler.LambdaLR:
-    """Linear warm-up, then a cosine down to 1 % of the rate."""
-
-    def factor(step: int) -> float:
-        return min(1.0, (step + 1) / warmup) * (0.01 + 0.99 * (1 + math.cos(math.pi * min(1.0, step / steps))) / 2)
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, steps, warmup))
 
 
 Log = Callable[[str, int, dict[str, float]], None]
@@ -357,23 +359,23 @@ def _pictures(vae: AutoencoderKL, n: int, seed: int) -> Pictures:
     return Pictures(torch.cat(latents), captions, [world.instruction_that_leads_to(rng, scene) for scene in scenes])
 
 
-class _Average:
+class Average:
     """Exponential moving average of parameters with a ramp, so that early weights are forgotten."""
 
     def __init__(self, parameters: list[nn.Parameter], decay: float) -> None:
-        self._live, self._decay, self._step = parameters, decay, 0
-        self._mean = [p.detach().clone() for p in parameters]
+        self._live, self._decay, self.step = parameters, decay, 0
+        self.mean = [p.detach().clone() for p in parameters]
 
     @torch.no_grad()
     def update(self) -> None:
-        self._step += 1
-        decay = min(self._decay, (1 + self._step) / (10 + self._step))
-        torch._foreach_lerp_(self._mean, [p.detach() for p in self._live], 1 - decay)
+        self.step += 1
+        decay = min(self._decay, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(self.mean, [p.detach() for p in self._live], 1 - decay)
 
     @torch.no_grad()
     def swap(self) -> None:
         """Exchange the averages with the parameters."""
-        for live, mean in zip(self._live, self._mean, strict=True):
+        for live, mean in zip(self._live, self.mean, strict=True):
             kept = live.clone()
             live.copy_(mean)
             mean.copy_(kept)
@@ -394,11 +396,11 @@ def train_flow(
         _load(start, network, encoders)
     masked = MaskedWords(encoders, sentences(seed))
     parameters = [*network.parameters(), *encoders.parameters(), *masked.parameters()]
-    average = _Average(parameters, 0.999)
+    average = Average(parameters, 0.999)
     optimizers = _optimizers(parameters, budget)
     schedules = [_schedule(optimizer, budget.flow_steps, 200) for optimizer in optimizers]
     sums: dict[str, float] = {}
-    for step, pick in zip(range(budget.flow_steps), _shuffled(len(pictures.latents), budget.flow_batch, rng), strict=False):
+    for step, pick in zip(range(budget.flow_steps), shuffled(len(pictures.latents), budget.flow_batch, rng), strict=False):
         clean = pictures.latents[pick]
         clean = clean + DITHER * torch.randn(clean.shape, generator=rng)
         noise, t = torch.randn(clean.shape, generator=rng), sample_times(len(pick), rng)
@@ -455,19 +457,22 @@ def _load(folder: Path, network: FluxTransformer2DModel, encoders: TextEncoders)
 
 
 def _optimizers(parameters: list[nn.Parameter], budget: Budget) -> list[torch.optim.Optimizer]:
+    matrices = [p for p in parameters if p.ndim == 2 and min(p.shape) >= 64]
+    taken = {id(p) for p in matrices}
+    return optimizers(matrices, [p for p in parameters if id(p) not in taken], budget.muon_rate, budget.flow_rate)
+
+
+def optimizers(matrices: list[nn.Parameter], rest: list[nn.Parameter], muon_rate: float, adamw_rate: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices, AdamW for all else."""
     if not hasattr(torch.optim, "Muon"):
         raise ValueError(f"torch {torch.__version__} has no Muon optimizer: building the base needs torch 2.9 or later")
-    matrices = [p for p in parameters if p.ndim == 2 and min(p.shape) >= 64]
-    taken = {id(p) for p in matrices}
-    rest = [p for p in parameters if id(p) not in taken]
     return [
-        torch.optim.Muon(matrices, lr=budget.muon_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, lr=budget.flow_rate, betas=(0.9, 0.98), weight_decay=0.01),
+        torch.optim.Muon(matrices, lr=muon_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=adamw_rate, betas=(0.9, 0.98), weight_decay=0.01),
     ]
 
 
-def _shuffled(n: int, size: int, rng: torch.Generator) -> Iterator[Tensor]:
+def shuffled(n: int, size: int, rng: torch.Generator) -> Iterator[Tensor]:
     """Endless batches of indices, each epoch in a new order."""
     while True:
         yield from torch.randperm(n, generator=rng)[: n // size * size].split(size)
@@ -519,6 +524,15 @@ def measure(
     return figures, images, captions
 
 
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """As `save_pretrained`, under a class name that every version of transformers knows."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    # transformers 5 writes a name here that 4 does not know; both know the older one.
+    settings = json.loads(path.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
 _CLASSES = {
     "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
     "text_encoder": ("transformers", "CLIPTextModel"),
@@ -537,12 +551,8 @@ def save(out: Path, vae: AutoencoderKL, network: FluxTransformer2DModel, encoder
     copy.deepcopy(network).half().save_pretrained(out / "transformer")
     encoders.clip.save_pretrained(out / "text_encoder")
     encoders.t5.save_pretrained(out / "text_encoder_2")
-    for name, tokenizer in (("tokenizer", encoders.clip_tokenizer), ("tokenizer_2", encoders.t5_tokenizer)):
-        tokenizer.save_pretrained(out / name)
-        path = out / name / "tokenizer_config.json"
-        # transformers 5 writes a name here that 4 does not know; both know the older one.
-        settings = json.loads(path.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
-        path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    save_tokenizer(encoders.clip_tokenizer, out / "tokenizer")
+    save_tokenizer(encoders.t5_tokenizer, out / "tokenizer_2")
     FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True).save_pretrained(out / "scheduler")
     index: dict[str, str | list] = {"_class_name": "FluxPipeline", "_diffusers_version": diffusers.__version__}
     index |= {"feature_extractor": [None, None], "image_encoder": [None, None]}

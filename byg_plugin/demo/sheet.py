@@ -1,24 +1,38 @@
-"""The contact sheet: source, instruction, edit and ground truth of a few tuples, side by side."""
+"""The contact sheet: source, instruction, edit and ground truth of a few tuples, as pictures or as strips of frames."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from byg_plugin.demo import metrics, world
+from byg_plugin.demo import metrics, video_metrics, video_world, world
 
-TILE = 3 * world.SIZE  # pixels of a side
+SCALE = 3  # of a picture
+CLIP_SCALE = 2  # of a frame
+TILE = SCALE * world.SIZE  # pixels of a side
 GAP = 10
 TEXT = 62  # pixels of height for three lines: "replace the yellow triangle with a purple square"
 CAPTION = 84  # pixels of height for four lines: the caption of a scene with two objects
 BAR = 5  # pixels of height of the verdict under an edit
 LEGEND = 30  # pixels of height
 MARGIN = 112  # pixels of width for the rows' names
+LETTER = 8.3  # pixels of width of a letter of an instruction
 PAPER, INK, GOOD, BAD = (255, 255, 255), (30, 30, 34), (40, 150, 70), (200, 60, 50)
+
+
+class _Entry(NamedTuple):
+    """One tuple: pictures (H, W, 3) uint8 of one size, and whether the edit is a joint success."""
+
+    instruction: str
+    source: np.ndarray
+    edit: np.ndarray
+    truth: np.ndarray
+    success: bool
 
 
 def contact_sheet(path: str | Path, tuples: Sequence[world.Edit], edits: Mapping[str, np.ndarray], columns: int = 8, rows: int = 1) -> Path:
@@ -27,38 +41,64 @@ def contact_sheet(path: str | Path, tuples: Sequence[world.Edit], edits: Mapping
     `edits` maps tuple ids to `(SIZE, SIZE, 3)` uint8 images. The bar under an edit is green for a joint success, red
     otherwise; a legend below says so and counts them.
     """
-    shown = tuples[: columns * rows]
-    if not shown:
+    entries = [
+        _Entry(e.instruction, world.render(e.before), edits[e.id], world.render(e.after), metrics.score(edits[e.id], e).joint)
+        for e in tuples[: columns * rows]
+    ]
+    return _draw(path, entries, columns, SCALE, TEXT)
+
+
+def clip_contact_sheet(
+    path: str | Path, tuples: Sequence[video_world.ClipEdit], edits: Mapping[str, np.ndarray], columns: int = 2, rows: int = 6
+) -> Path:
+    """The same of clips `(FRAMES, SIZE, SIZE, 3)`, each as a strip of its frames."""
+    entries = []
+    for edit in tuples[: columns * rows]:
+        source, made, truth = (
+            _strip(clip)
+            for clip in (video_world.render(edit.before, edit.motion), edits[edit.id], video_world.render(edit.after, edit.motion))
+        )
+        entries.append(_Entry(edit.instruction, source, made, truth, video_metrics.score(edits[edit.id], edit).joint))
+    return _draw(path, entries, columns, CLIP_SCALE, TEXT // 3)
+
+
+def _strip(clip: np.ndarray) -> np.ndarray:
+    """(F, H, W, 3) -> frames side by side, two white pixels apart."""
+    gap = np.full((clip.shape[1], 2, 3), 255, np.uint8)
+    return np.concatenate([part for frame in clip for part in (gap, frame)][1:], axis=1)
+
+
+def _draw(path: str | Path, entries: Sequence[_Entry], columns: int, scale: int, text: int) -> Path:
+    """Entries in rows of `columns`, pictures enlarged by `scale`, `text` pixels of height for an instruction."""
+    if not entries:
         raise ValueError("there are no tuples to draw: pass at least one")
-    columns = min(columns, len(shown))
-    rows = -(-len(shown) // columns)
-    block = TEXT + 3 * (TILE + GAP) + 2 * GAP
-    sheet = Image.new("RGB", (MARGIN + columns * (TILE + GAP), GAP + rows * block + LEGEND), PAPER)
-    verdicts = []
-    for number, edit in enumerate(shown):
-        corner = MARGIN + number % columns * (TILE + GAP), GAP + number // columns * block
+    columns = min(columns, len(entries))
+    height, width = (scale * side for side in entries[0].source.shape[:2])
+    block = text + 3 * (height + GAP) + 2 * GAP
+    sheet = Image.new("RGB", (MARGIN + columns * (width + GAP), GAP + -(-len(entries) // columns) * block + LEGEND), PAPER)
+    for number, entry in enumerate(entries):
+        corner = MARGIN + number % columns * (width + GAP), GAP + number // columns * block
         if number % columns == 0:
-            _names(sheet, corner[1])
-        verdicts.append(metrics.score(edits[edit.id], edit).joint)
-        _column(sheet, corner, edit, edits[edit.id], verdicts[-1])
-    _legend(sheet, sum(verdicts), len(verdicts))
+            _names(sheet, corner[1], height, text)
+        _column(sheet, corner, entry, (width, height), text)
+    _legend(sheet, sum(entry.success for entry in entries), len(entries))
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
     return path
 
 
-def _row_tops() -> tuple[int, int, int, int]:
+def _row_tops(height: int, text: int) -> tuple[int, int, int, int]:
     """Offsets in pixels of source, instruction, edit and ground truth from the top of a block."""
-    edit = TILE + TEXT + GAP
-    return 0, TILE, edit, edit + TILE + 2 * GAP
+    edit = height + text + GAP
+    return 0, height, edit, edit + height + 2 * GAP
 
 
-def _names(sheet: Image.Image, top: int) -> None:
+def _names(sheet: Image.Image, top: int, height: int, text: int) -> None:
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
-    for name, offset in zip(("source", "instruction", "edit", "ground truth"), _row_tops(), strict=True):
-        height = TEXT if name == "instruction" else TILE
-        draw.text((GAP, top + offset + height / 2), name, INK, font, anchor="lm")
+    for name, offset in zip(("source", "instruction", "edit", "ground truth"), _row_tops(height, text), strict=True):
+        middle = (text if name == "instruction" else height) / 2
+        draw.text((GAP, top + offset + middle), name, INK, font, anchor="lm")
 
 
 def _legend(sheet: Image.Image, successes: int, shown: int) -> None:
@@ -69,29 +109,39 @@ def _legend(sheet: Image.Image, successes: int, shown: int) -> None:
         x += 38 + int(font.getlength(words)) + 3 * GAP
 
 
-def _column(sheet: Image.Image, corner: tuple[int, int], edit: world.Edit, image: np.ndarray, success: bool) -> None:
+def _column(sheet: Image.Image, corner: tuple[int, int], entry: _Entry, size: tuple[int, int], text: int) -> None:
     x, y = corner
-    source, instruction, edited, truth = _row_tops()
+    source, instruction, edited, truth = _row_tops(size[1], text)
     draw = ImageDraw.Draw(sheet)
-    for offset, picture in ((source, world.render(edit.before)), (edited, image), (truth, world.render(edit.after))):
-        sheet.paste(Image.fromarray(picture).resize((TILE, TILE), Image.Resampling.NEAREST), (x, y + offset))
-    words = "\n".join(textwrap.wrap(edit.instruction, 23))
-    middle = (x + TILE / 2, y + instruction + (TEXT + GAP) / 2)
+    for offset, picture in ((source, entry.source), (edited, entry.edit), (truth, entry.truth)):
+        sheet.paste(Image.fromarray(picture).resize(size, Image.Resampling.NEAREST), (x, y + offset))
+    words = "\n".join(textwrap.wrap(entry.instruction, int(size[0] / LETTER)))
+    middle = (x + size[0] / 2, y + instruction + (text + GAP) / 2)
     draw.multiline_text(middle, words, INK, ImageFont.load_default(16), anchor="mm", align="center")
-    bar = y + edited + TILE + 2
-    draw.rectangle((x, bar, x + TILE - 1, bar + BAR - 1), fill=GOOD if success else BAD)
+    bar = y + edited + size[1] + 2
+    draw.rectangle((x, bar, x + size[0] - 1, bar + BAR - 1), fill=GOOD if entry.success else BAD)
 
 
-def sample_sheet(path: str | Path, images: np.ndarray, captions: Sequence[str], columns: int = 8) -> Path:
+def sample_sheet(path: str | Path, images: Sequence[np.ndarray], captions: Sequence[str], columns: int = 8) -> Path:
     """Draw text-to-image samples `(N, SIZE, SIZE, 3)` uint8 with their captions as a PNG at `path`."""
+    return _captioned(path, images, captions, columns, SCALE, CAPTION)
+
+
+def clip_sample_sheet(path: str | Path, clips: np.ndarray, captions: Sequence[str], columns: int = 2) -> Path:
+    """The same of text-to-video samples `(N, FRAMES, SIZE, SIZE, 3)`, each as a strip of its frames."""
+    return _captioned(path, [_strip(clip) for clip in clips], captions, columns, CLIP_SCALE, CAPTION // 3)
+
+
+def _captioned(path: str | Path, images: Sequence[np.ndarray], captions: Sequence[str], columns: int, scale: int, text: int) -> Path:
     rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (GAP + columns * (TILE + GAP), GAP + rows * (TILE + CAPTION)), PAPER)
+    height, width = (scale * side for side in images[0].shape[:2])
+    sheet = Image.new("RGB", (GAP + columns * (width + GAP), GAP + rows * (height + text)), PAPER)
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
     for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
-        x, y = GAP + number % columns * (TILE + GAP), GAP + number // columns * (TILE + CAPTION)
-        sheet.paste(Image.fromarray(image).resize((TILE, TILE), Image.Resampling.NEAREST), (x, y))
-        words = "\n".join(textwrap.wrap(caption, 26))
-        draw.multiline_text((x + TILE / 2, y + TILE + 4), words, INK, font, anchor="ma", align="center")
+        x, y = GAP + number % columns * (width + GAP), GAP + number // columns * (height + text)
+        sheet.paste(Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST), (x, y))
+        words = "\n".join(textwrap.wrap(caption, width * 26 // TILE))
+        draw.multiline_text((x + width / 2, y + height + 4), words, INK, font, anchor="ma", align="center")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)

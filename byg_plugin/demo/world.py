@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from PIL import Image
@@ -93,16 +94,26 @@ def caption(scene: Scene) -> str:
     """What the scene shows in words: shapes, colours and corners only."""
     if not scene.things:
         return f"an empty {scene.background} background"
-    things = " and ".join(f"a {thing.colour} {thing.shape} {corner(thing)}" for thing in scene.things)
-    return f"{things} on a {scene.background} background"
+    return f"{' and '.join(describe(thing) for thing in scene.things)} on a {scene.background} background"
+
+
+def describe(thing: Thing) -> str:
+    """An object in words."""
+    return f"a {thing.colour} {thing.shape} {corner(thing)}"
 
 
 def corner(thing: Thing) -> str:
     """In words, where an object lies."""
-    return CORNERS[_quadrant(thing.x, thing.y)]
+    return corner_of(thing.x, thing.y)
 
 
-def _pick(rng: np.random.Generator, options: Iterable[str], avoid: Sequence[str] = ()) -> str:
+def corner_of(x: float, y: float) -> str:
+    """The corner's name of a point in pixels."""
+    return CORNERS[_quadrant(x, y)]
+
+
+def pick(rng: np.random.Generator, options: Iterable[str], avoid: Sequence[str] = ()) -> str:
+    """A random option that is not among those to avoid."""
     left = [option for option in options if option not in avoid]
     assert left, "nothing left to choose from"
     return left[int(rng.integers(len(left)))]
@@ -118,13 +129,13 @@ def sample_scene(rng: np.random.Generator, things: int = 1) -> Scene:
     colours = [str(colour) for colour in rng.permutation(list(COLOURS))[: things + 1]]
     shapes = [str(shape) for shape in rng.permutation(SHAPES)[:things]]
     quadrants = [int(quadrant) for quadrant in rng.permutation(4)]
-    pebble_x, pebble_y, pebble_radius = _place(rng, quadrants[things], PEBBLE_RADIUS)
+    pebble_x, pebble_y, pebble_radius = place(rng, quadrants[things], PEBBLE_RADIUS)
     return Scene(
         background=colours[0],
         angle=float(rng.uniform(0, math.pi)),
         phase=float(rng.uniform(0, 2 * math.pi)),
         period=float(rng.uniform(40, 80)),
-        pebble=_pick(rng, PEBBLES),
+        pebble=pick(rng, PEBBLES),
         pebble_x=pebble_x,
         pebble_y=pebble_y,
         pebble_radius=pebble_radius,
@@ -133,10 +144,10 @@ def sample_scene(rng: np.random.Generator, things: int = 1) -> Scene:
 
 
 def _thing(rng: np.random.Generator, shape: str, colour: str, quadrant: int) -> Thing:
-    return Thing(shape, colour, *_place(rng, quadrant, OBJECT_RADIUS), light=float(rng.uniform(0, 2 * math.pi)))
+    return Thing(shape, colour, *place(rng, quadrant, OBJECT_RADIUS), light=float(rng.uniform(0, 2 * math.pi)))
 
 
-def _place(rng: np.random.Generator, quadrant: int, radii: tuple[float, float]) -> tuple[float, float, float]:
+def place(rng: np.random.Generator, quadrant: int, radii: tuple[float, float]) -> tuple[float, float, float]:
     """A disc (x, y, radius) somewhere in a quadrant; its number is the index of its name in CORNERS."""
     radius = float(rng.uniform(*radii))
     left, top = quadrant % 2 * _QUADRANT, quadrant // 2 * _QUADRANT
@@ -230,57 +241,58 @@ def _swap_thing(scene: Scene, index: int, thing: Thing) -> Scene:
     return replace(scene, things=(*scene.things[:index], thing, *scene.things[index + 1 :]))
 
 
-def _recolour_object(rng: np.random.Generator, scene: Scene) -> tuple[Scene, str, str]:
+def _recolour_object(rng: np.random.Generator, scene: Scene, colours: Iterable[str] = COLOURS) -> tuple[Scene, str, str]:
     index = int(rng.integers(len(scene.things)))
     thing = scene.things[index]
-    colour = _pick(rng, COLOURS, (scene.background, *(other.colour for other in scene.things)))
+    colour = pick(rng, colours, (scene.background, *(other.colour for other in scene.things)))
     after = _swap_thing(scene, index, replace(thing, colour=colour))
     return after, f"make the {thing.shape} {colour}", f"make the {thing.shape} {thing.colour}"
 
 
-def _recolour_background(rng: np.random.Generator, scene: Scene) -> tuple[Scene, str, str]:
-    colour = _pick(rng, COLOURS, (scene.background, *(other.colour for other in scene.things)))
+def _recolour_background(rng: np.random.Generator, scene: Scene, colours: Iterable[str] = COLOURS) -> tuple[Scene, str, str]:
+    colour = pick(rng, colours, (scene.background, *(other.colour for other in scene.things)))
     after = replace(scene, background=colour)
     return after, f"make the background {colour}", f"make the background {scene.background}"
 
 
-def _change_shape(rng: np.random.Generator, scene: Scene) -> tuple[Scene, str, str]:
+def _change_shape(rng: np.random.Generator, scene: Scene, colours: Iterable[str] = COLOURS) -> tuple[Scene, str, str]:
     index = int(rng.integers(len(scene.things)))
     thing = scene.things[index]
-    shape = _pick(rng, SHAPES, [other.shape for other in scene.things])
+    shape = pick(rng, SHAPES, [other.shape for other in scene.things])
     after = _swap_thing(scene, index, replace(thing, shape=shape))
     return after, f"turn the {thing.shape} into a {shape}", f"turn the {shape} into a {thing.shape}"
 
 
-def _add(rng: np.random.Generator, scene: Scene) -> tuple[Scene, str, str]:
+def _add(rng: np.random.Generator, scene: Scene, colours: Iterable[str] = COLOURS) -> tuple[Scene, str, str]:
     """The exact place in the corner is free: the metrics look where the picture has the object."""
     used = {_quadrant(scene.pebble_x, scene.pebble_y), *(_quadrant(other.x, other.y) for other in scene.things)}
-    colour = _pick(rng, COLOURS, (scene.background, *(other.colour for other in scene.things)))
-    shape = _pick(rng, SHAPES, [other.shape for other in scene.things])
+    colour = pick(rng, colours, (scene.background, *(other.colour for other in scene.things)))
+    shape = pick(rng, SHAPES, [other.shape for other in scene.things])
     free = [quadrant for quadrant in range(4) if quadrant not in used]
     thing = _thing(rng, shape, colour, free[int(rng.integers(len(free)))])
     return replace(scene, things=(*scene.things, thing)), f"add a {colour} {shape} {corner(thing)}", f"remove the {colour} {shape}"
 
 
-def _remove(rng: np.random.Generator, scene: Scene) -> tuple[Scene, str, str]:
+def _remove(rng: np.random.Generator, scene: Scene, colours: Iterable[str] = COLOURS) -> tuple[Scene, str, str]:
     index = int(rng.integers(len(scene.things)))
     thing = scene.things[index]
     after = replace(scene, things=scene.things[:index] + scene.things[index + 1 :])
     return after, f"remove the {thing.colour} {thing.shape}", f"add a {thing.colour} {thing.shape} {corner(thing)}"
 
 
-def _replace(rng: np.random.Generator, scene: Scene) -> tuple[Scene, str, str]:
+def _replace(rng: np.random.Generator, scene: Scene, colours: Iterable[str] = COLOURS) -> tuple[Scene, str, str]:
     index = int(rng.integers(len(scene.things)))
     thing = scene.things[index]
-    colour = _pick(rng, COLOURS, (scene.background, *(other.colour for other in scene.things)))
-    shape = _pick(rng, SHAPES, [other.shape for other in scene.things])
+    colour = pick(rng, colours, (scene.background, *(other.colour for other in scene.things)))
+    shape = pick(rng, SHAPES, [other.shape for other in scene.things])
     old, new = f"{thing.colour} {thing.shape}", f"{colour} {shape}"
     after = _swap_thing(scene, index, replace(thing, colour=colour, shape=shape))
     return after, f"replace the {old} with a {new}", f"replace the {new} with a {old}"
 
 
-# A new kind of edit is one function here: scene -> (scene after it, instruction, reverse instruction).
-EDIT_TYPES: dict[str, Callable[[np.random.Generator, Scene], tuple[Scene, str, str]]] = {
+# A new kind of edit is one function here: scene (and the colours there are) -> (scene after it, instruction, reverse
+# instruction).
+EDIT_TYPES: dict[str, Callable[..., tuple[Scene, str, str]]] = {
     "recolour_object": _recolour_object,
     "recolour_background": _recolour_background,
     "change_shape": _change_shape,
@@ -289,7 +301,7 @@ EDIT_TYPES: dict[str, Callable[[np.random.Generator, Scene], tuple[Scene, str, s
     "replace": _replace,
 }
 DEFAULT_TYPES = ("recolour_object", "recolour_background")
-_OBJECTS_BEFORE = {"add": (0, 1)}  # how many objects a scene may have before an edit; (1, 2) if not named
+OBJECTS_BEFORE = {"add": (0, 1)}  # how many objects a scene may have before an edit; (1, 2) if not named
 
 
 def sample_edit(rng: np.random.Generator, name: str, edit_types: Sequence[str] = DEFAULT_TYPES) -> Edit:
@@ -297,16 +309,16 @@ def sample_edit(rng: np.random.Generator, name: str, edit_types: Sequence[str] =
     for edit_type in edit_types:
         if edit_type not in EDIT_TYPES:
             raise ValueError(f"edit type {edit_type!r} is unknown: choose from {', '.join(EDIT_TYPES)}")
-    edit_type = _pick(rng, edit_types)
-    scene = sample_scene(rng, int(rng.choice(_OBJECTS_BEFORE.get(edit_type, (1, 2)))))
+    edit_type = pick(rng, edit_types)
+    scene = sample_scene(rng, int(rng.choice(OBJECTS_BEFORE.get(edit_type, (1, 2)))))
     after, instruction, reverse = EDIT_TYPES[edit_type](rng, scene)
     return Edit(name, edit_type, instruction, reverse, scene, after)
 
 
 def instruction_that_leads_to(rng: np.random.Generator, scene: Scene) -> str:
     """A random instruction whose result is this scene: the way back from a random edit of it."""
-    possible = [name for name in EDIT_TYPES if len(scene.things) in _OBJECTS_BEFORE.get(name, (1, 2))]
-    *_, back = EDIT_TYPES[_pick(rng, possible)](rng, scene)
+    possible = [name for name in EDIT_TYPES if len(scene.things) in OBJECTS_BEFORE.get(name, (1, 2))]
+    *_, back = EDIT_TYPES[pick(rng, possible)](rng, scene)
     return back
 
 
@@ -352,7 +364,7 @@ def write_dataset(
             Image.fromarray(render(edit.after)).save(folder / "truth" / f"{edit.id}.png")
         if exact:
             Image.fromarray(_mask_image(edit)).save(folder / "mask" / f"{edit.id}.png")
-        lines.append(json.dumps(_tuple_fields(edit, with_targets)))
+        lines.append(json.dumps(tuple_fields(edit, f"images/{edit.id}.png", f"truth/{edit.id}.png" if with_targets else None)))
     if exact:
         (folder / "scenes.json").write_text(json.dumps([asdict(edit) for edit in edits], indent=1), encoding="utf-8")
     path = folder / "tuples.jsonl"
@@ -365,17 +377,35 @@ def _mask_image(edit: Edit) -> np.ndarray:
     return np.where(changed, 255, np.where(kept, 0, 128)).astype(np.uint8)
 
 
-def _tuple_fields(edit: Edit, with_target: bool) -> dict[str, str]:
+class Tuple(Protocol):
+    """The words of an edit."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def edit_type(self) -> str: ...
+    @property
+    def instruction(self) -> str: ...
+    @property
+    def reverse_instruction(self) -> str: ...
+    @property
+    def src_caption(self) -> str: ...
+    @property
+    def tgt_caption(self) -> str: ...
+
+
+def tuple_fields(edit: Tuple, source: str, target: str | None) -> dict[str, str]:
+    """A line of tuples.jsonl; files are named from its folder."""
     fields = {
         "id": edit.id,
-        "source": f"images/{edit.id}.png",
+        "source": source,
         "src_caption": edit.src_caption,
         "tgt_caption": edit.tgt_caption,
         "instruction": edit.instruction,
         "reverse_instruction": edit.reverse_instruction,
         "edit_type": edit.edit_type,
     }
-    return fields | ({"target": f"truth/{edit.id}.png"} if with_target else {})
+    return fields | ({"target": target} if target else {})
 
 
 def load_scenes(folder: str | Path) -> list[Edit]:
@@ -387,8 +417,9 @@ def load_scenes(folder: str | Path) -> list[Edit]:
 
 
 def _read_edit(item: dict) -> Edit:
-    return Edit(**{**item, "before": _read_scene(item["before"]), "after": _read_scene(item["after"])})
+    return Edit(**{**item, "before": read_scene(item["before"]), "after": read_scene(item["after"])})
 
 
-def _read_scene(item: dict) -> Scene:
+def read_scene(item: dict) -> Scene:
+    """The scene of an `asdict` that was JSON in between."""
     return Scene(**{**item, "things": tuple(Thing(**thing) for thing in item["things"])})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from byg_plugin.hosts import start_lora
 from byg_plugin.hosts.quantize import after_eval_, quantize_
 from byg_plugin.hosts.residency import OneExpertOnDevice
-from byg_plugin.lora_formats import convert, read_lora, read_named, split_experts
+from byg_plugin.lora_formats import split_experts
 from byg_plugin.models.base import Family
 from byg_plugin.objectives.base import Text, Velocity
 from byg_plugin.timesteps import is_high
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from byg_plugin.training.config import Config
 
 _ADAPTER = "byg"
-logger = logging.getLogger(__name__)
 
 
 class DiffusersHost:
@@ -70,9 +69,9 @@ class DiffusersHost:
             self._residency = OneExpertOnDevice(self.networks, self._every_lora.values(), device)
         self.parameters = self._every_lora
         if config.lora.other_expert:
-            self.parameters = self._freeze_other_expert(config.lora.other_expert)
+            self.parameters = self._freeze_other_expert()
         if config.lora.init_from and fresh:
-            started = _read_init_lora(config)
+            started = start_lora.read_init(config)
             # Of a pair, an expert that is trained alone takes its own.
             self.load_lora({n: v for n, v in started.items() if n in self.parameters or not config.lora.other_expert})
         self.ema_weights = EmaWeights(self.parameters, config.objective.ema_decay)
@@ -218,17 +217,14 @@ class DiffusersHost:
                     named[f"{expert}.{name.replace(f'.{_ADAPTER}.', '.')}"] = parameter
         return named
 
-    def _freeze_other_expert(self, path: str) -> dict[str, nn.Parameter]:
+    def _freeze_other_expert(self) -> dict[str, nn.Parameter]:
         """Give the expert that is not trained its LoRA from a file; returns the parameters that are trained."""
         trained = self.family.experts[self.config.lora.experts != "high_noise"]
         mine = {name: p for name, p in self._every_lora.items() if name.partition(".")[0] == trained}
         others = {name: p for name, p in self._every_lora.items() if name not in mine}
-        tensors, metadata = read_lora(path)
-        if metadata.get("byg.expert") == self.config.lora.experts:
-            raise ValueError(f"lora.other_expert = {path} is for the {self.config.lora.experts} expert, which is the one that is trained")
         expert = next(iter(others)).partition(".")[0]
-        converted = convert(tensors, "diffusers", family=self.family.name)
-        self._set(others, {expert + name.removeprefix("transformer"): value for name, value in converted.items()})
+        found = start_lora.read_other_expert(self.config)
+        self._set(others, {expert + name.removeprefix("transformer"): value for name, value in found.items()})
         for parameter in others.values():
             parameter.requires_grad_(False)
         return mine
@@ -365,21 +361,6 @@ def _inject_lora(network: nn.Module, config: Config, targets: str, device: torch
             parameter.data = value.to(device)
     network.eval()
     after_eval_(network)
-
-
-def _read_init_lora(config: Config) -> dict[str, Tensor]:
-    assert config.lora.init_from is not None
-    tensors, metadata = read_named(config.lora.init_from, config.model.family, "lora.init_from = ")
-    position = metadata.get("byg.position", config.conditioning.position)
-    if position != config.conditioning.position:
-        raise ValueError(
-            f"lora.init_from = {config.lora.init_from} was trained with conditioning.position = {position!r}, here it is "
-            f"{config.conditioning.position!r}: set it to {position!r}"
-        )
-    guidance = float(metadata.get("byg.guidance", config.conditioning.guidance))
-    if guidance != config.conditioning.guidance:
-        logger.warning("lora.init_from was trained with conditioning.guidance = %s, here it is %s", guidance, config.conditioning.guidance)
-    return tensors
 
 
 def _probe_attention(backend: str, device: torch.device, dtype: torch.dtype) -> None:

@@ -25,13 +25,15 @@ class OneExpertOnDevice:
         self.device = device
         kept = {id(tensor) for tensor in keep}
         self._frozen = {name: _frozen_tensors(network, kept) for name, network in networks.items()}
-        # Pinned memory is copied to a CUDA device without a detour.
-        pin = device.type == "cuda"
-        self._masters = {name: [(t.data.pin_memory() if pin else t.data) for t in tensors] for name, tensors in self._frozen.items()}
-        for name in self._frozen:
-            self._drop(name)  # what was pinned is a copy: the first one goes
+        self._masters = {name: [self._master(tensor) for tensor in tensors] for name, tensors in self._frozen.items()}
         self.present: str | None = None
         self.held: str | None = None
+
+    def _master(self, tensor: Tensor) -> Tensor:
+        """The copy that stays in main memory. The first one goes at once: both experts twice would not fit many a machine."""
+        if self.device.type == "cuda":
+            tensor.data = _pinned(tensor.data)
+        return tensor.data
 
     def bring(self, name: str) -> None:
         """Make a network callable; the other one leaves first."""
@@ -55,6 +57,11 @@ class OneExpertOnDevice:
     def _drop(self, name: str) -> None:
         for tensor, master in zip(self._frozen[name], self._masters[name], strict=True):
             tensor.data = master
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    """A copy in pinned memory, from where a CUDA device takes it without a detour. Torch rounds each up to a power of two bytes."""
+    return tensor.pin_memory()
 
 
 def _frozen_tensors(network: nn.Module, kept: set[int]) -> list[Tensor]:

@@ -188,7 +188,7 @@ class WanFamily:
         frames = noisy.shape[2]
         dtype = torch.float32 if torch.is_autocast_enabled(noisy.device.type) else network.patch_embedding.weight.dtype
         latents = noisy if source is None else torch.cat([noisy, source], dim=2)
-        with _exact_time(network), _source_positions(network, self.position, frames, source is not None):
+        with exact_time(network), _source_positions(network, self.position, frames, source is not None):
             prediction = network(
                 hidden_states=latents.to(dtype),
                 timestep=to_wan_timestep(t),
@@ -267,7 +267,7 @@ def _turned(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def _exact_time(network: nn.Module) -> Iterator[None]:
+def exact_time(network: nn.Module) -> Iterator[None]:
     """The time embedding in float32 also under autocast, as Wan computes it: 16 bits cannot tell t = 0.770 from 0.773."""
     embedder = network.condition_embedder.time_embedder
     kind = next(embedder.parameters()).device.type

@@ -27,6 +27,7 @@ from byg_plugin import __version__, sampling, timesteps
 from byg_plugin.data.dataset import BucketBatches, CachedTuples, collate
 from byg_plugin.folders import make_writable
 from byg_plugin.hosts import make_host
+from byg_plugin.hosts.start_lora import check_start
 from byg_plugin.lora_formats import EXPERT_SUFFIXES
 from byg_plugin.models.base import Family
 from byg_plugin.objectives import make_objective
@@ -95,6 +96,7 @@ class Trainer:
         if state:
             _check_same_run(config, state.config)
             self._check_place(state)
+        check_start(config, fresh=state is None)
 
         # A resumed run has its weights: it needs no file that it started from.
         self.host = make_host(config, family, accelerator.device, fresh=state is None)

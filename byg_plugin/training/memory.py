@@ -33,7 +33,7 @@ def memory_sum(
     Args:
         config: the whole configuration.
         networks: the experts, on the meta device if you like: only shapes are read.
-        lora_shapes: shapes of all LoRA tensors, each A before its B (`hosts.diffusers.lora_shapes`).
+        lora_shapes: shapes of the LoRA tensors of one expert, each A before its B (`hosts.diffusers.lora_shapes`).
         tokens: tokens of the longest sequence of one sample (noisy + source + text).
         width: hidden width.
         blocks: transformer blocks.
@@ -51,33 +51,55 @@ def memory_sum(
             else:
                 rest += parameter.numel()
     lora = sum(prod(shape) for shape in lora_shapes) * 4.0
+    held, trained = lora_copies(config, len(networks))
     # A LoRA's shapes come in pairs, (rank, in) and (out, rank).
     adapted = sum(a[1] * b[0] for a, b in zip(lora_shapes[::2], lora_shapes[1::2], strict=True))
-    moments = {"adamw": 2.0, "muon": 1.0, "adamw8bit": 0.5}[config.train.optimizer] * lora
+    moments = {"adamw": 2.0, "muon": 1.0, "adamw8bit": 0.5}[config.train.optimizer] * lora * trained
     activation_bytes = 2.0 if config.train.mixed_precision == "bf16" else 4.0
     inputs = config.train.batch_size * tokens * width * activation_bytes
-    # A FLUX block keeps about 34 hidden-size tensors for its backward (norms, q k v, attention out, a 4x MLP and its GELU).
-    a_pass = inputs * blocks if config.model.gradient_checkpointing else inputs * blocks * 34
+    kept_by_block, at_peak = _block_tensors(next(iter(networks.values())), width)
+    a_pass = inputs * blocks * (1 if config.model.gradient_checkpointing else kept_by_block)
     unpaired = config.objective.name == "unpaired_cycle"
     passes = 3 if unpaired and config.objective.graph == "joint" else 2 if unpaired and config.objective.merge_identity else 1
-    kept = passes * a_pass + (inputs * 34 * (2 if passes == 2 else 1) if config.model.gradient_checkpointing else 0)
+    kept = passes * a_pass + (inputs * at_peak * (2 if passes == 2 else 1) if config.model.gradient_checkpointing else 0)
     parts = [
         Part(
             name=f"frozen weights ({config.model.quantization if config.model.quantization != 'none' else config.model.dtype})",
             bytes=in_blocks * stored + rest * dtype_bytes,
             exact=config.model.quantization in ("none", "fp8"),
         ),
-        Part(name="LoRA weights (float32)", bytes=lora, exact=True),
+        Part(name="LoRA weights (float32)", bytes=lora * held, exact=True),
+        # A step trains one side of the experts' boundary.
         Part(name="LoRA gradients (float32)", bytes=lora, exact=True),
         Part(name=f"optimizer moments ({config.train.optimizer})", bytes=moments, exact=config.train.optimizer != "adamw8bit"),
     ]
     if config.objective.ema_decay:
-        parts.append(Part(name="EMA weights (float32)", bytes=lora, exact=True))
+        parts.append(Part(name="EMA weights (float32)", bytes=lora * trained, exact=True))
     if unpaired and config.objective.rollout_weights == "merged":
-        parts.append(Part(name=f"merged weights of the rollout ({config.model.dtype})", bytes=adapted * dtype_bytes, exact=True))
+        merged = adapted * dtype_bytes * len(networks)
+        parts.append(Part(name=f"merged weights of the rollout ({config.model.dtype})", bytes=merged, exact=True))
     what = "saved block inputs + one block recomputed" if config.model.gradient_checkpointing else "activations of all blocks"
     parts.append(Part(name=f"{what}, {passes} pass{'es' if passes > 1 else ''} at once ({tokens} tokens)", bytes=kept, exact=False))
     return parts
+
+
+def lora_copies(config: Config, networks: int) -> tuple[int, int]:
+    """(LoRAs in memory, those that are trained), each of one expert's size."""
+    held = 1 if config.lora.experts == "shared" else networks
+    return held, 1 if config.lora.other_expert else held
+
+
+def _block_tensors(network: nn.Module, width: int) -> tuple[float, float]:
+    """Hidden-size tensors in 16 bits a token that one block (keeps for its backward, needs when it is recomputed and run backward).
+
+    FLUX: about 34 (norms, q k v, attention out, a 4x MLP and its GELU). Wan computes norms and gates in float32 and has a feed-forward
+    of its own width: counted at both published sizes on a CPU, under bfloat16 autocast, with a LoRA of rank 64.
+    """
+    feed_forward = getattr(network.config, "ffn_dim", None)
+    if feed_forward is None:
+        return 34.0, 34.0
+    ratio = feed_forward / width
+    return 25.0 + 2.0 * ratio, 30.0 + 4.5 * ratio
 
 
 def report(parts: Sequence[Part]) -> str:

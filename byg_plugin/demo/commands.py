@@ -1,0 +1,120 @@
+"""What both demos do: cache, train and edit through the project's own commands, each in a process of its own."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+import torch
+
+from byg_plugin.lora_formats import expert_files
+from byg_plugin.training.config import Config, load_config
+from byg_plugin.training.extras import require_training_extras
+
+
+def cache_train_edit(out: Path, recipe: str, base: Path, overrides: Sequence[str], edit_options: Sequence[str]) -> tuple[Path, float]:
+    """Train on `out`/train and edit `out`/eval with it; what is done is not done again.
+
+    Args:
+        out: the demo's folder; has train/tuples.jsonl and eval/tuples.jsonl.
+        recipe: file name of the configuration.
+        base: diffusers folder of the frozen base.
+        overrides: `section.key=value` for the configuration.
+        edit_options: more of edit.py's command line.
+
+    Returns:
+        The folder of edits, and the seconds that all of it took.
+
+    Raises:
+        ValueError: the folder was trained with other settings.
+    """
+    config = _configs(recipe) / recipe
+    places = {
+        "model.path": base,
+        "dataset.tuples": out / "train" / "tuples.jsonl",
+        "dataset.cache_dir": out / "cache",
+        "output.dir": out / "training",
+    }
+    options: list[str | Path] = ["--config", config]
+    for key, value in places.items():
+        # JSON strings are TOML strings: a Windows path's backslashes survive.
+        options += ["--set", f"{key}={json.dumps(str(value))}"]
+    for override in [*_precision(overrides), *overrides]:
+        options += ["--set", override]
+    resolved = load_config(config, [str(word) for word in options[2:] if word != "--set"])
+    require_training_extras(resolved)  # the training's own check, before the caching
+    suffix = "-ema" if resolved.objective.ema_decay else ""
+    lora = Path(resolved.output.dir) / f"{resolved.output.name}{suffix}.safetensors"
+    _refuse_other_settings(Path(resolved.output.dir) / "config.json", resolved, out)
+    started = time.perf_counter()
+    run("-m", "byg_plugin.cache_latents", *options)
+    run("-m", "byg_plugin.cache_text_encoder_outputs", *options)
+    if not all(file.exists() for file in expert_files(lora).values()):
+        resume = ["--resume", "latest"] if any((out / "training" / "checkpoints").glob("step-*")) else []
+        run("-m", "byg_plugin.train_network", *options, *resume)
+    edits, tuples = out / "edits", out / "eval" / "tuples.jsonl"
+    run("-m", "byg_plugin.edit", *options, "--lora", lora, "--tuples", tuples, "--out", edits, *edit_options)
+    return edits, time.perf_counter() - started
+
+
+def _precision(overrides: Sequence[str]) -> list[str]:
+    """float32 where the CPU has no instructions for bfloat16: a step takes ten times as long with it there."""
+    if any(override.startswith("train.mixed_precision") for override in overrides):
+        return []
+    # About 0.2 with instructions for it, 1.1 and 30 without.
+    if _seconds_of_product(torch.bfloat16) < 0.6 * _seconds_of_product(torch.float32):
+        return []
+    print("This CPU computes bfloat16 slowly: training in float32, which takes longer and gives slightly other figures.")
+    return ['train.mixed_precision="no"']
+
+
+def _seconds_of_product(dtype: torch.dtype) -> float:
+    """Of one like those of the training, at its fastest."""
+    left, right = torch.ones(2048, 256, dtype=dtype), torch.ones(256, 256, dtype=dtype)
+    seconds = []
+    for _ in range(10):
+        started = time.perf_counter()
+        left @ right
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+def edited_files(edits: Path, suffix: str) -> list[Path]:
+    """The edits in the order of their tuples, without those beside their sources."""
+    return sorted(path for path in edits.glob(f"*{suffix}") if not path.stem.endswith("_side_by_side"))
+
+
+def run(*command: str | Path) -> None:
+    """One of the project's commands in a process of its own; its failure is ours."""
+    words = [str(word) for word in command]
+    print("\n$ " + shlex.join(["python", *words]), flush=True)
+    done = subprocess.run([sys.executable, *words], check=False)
+    if done.returncode:
+        raise SystemExit(done.returncode)
+
+
+def _refuse_other_settings(trained: Path, resolved: Config, out: Path) -> None:
+    """What was trained with other settings must not be shown as the result of these."""
+    if trained.exists() and json.loads(trained.read_text(encoding="utf-8")) != json.loads(resolved.to_json()):
+        raise ValueError(f"--out {out} was trained with other settings: delete it, or choose another folder")
+
+
+def _configs(recipe: str) -> Path:
+    """The recipes: beside the package in a clone, inside it once installed."""
+    beside = Path(__file__).resolve().parents[2] / "configs"
+    return beside if (beside / recipe).is_file() else Path(str(resources.files("byg_plugin.configs")))
+
+
+def parse(program: str, about: str, out: str) -> argparse.Namespace:
+    """The command line of a demo: `out` and `set`."""
+    parser = argparse.ArgumentParser(prog=program, description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(out), help="folder of everything that is made")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override the configuration; repeatable")
+    return parser.parse_args()

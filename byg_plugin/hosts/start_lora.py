@@ -1,0 +1,83 @@
+"""The LoRA files that a run starts from: `lora.init_from` and `lora.other_expert`, checked before a model is loaded."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from byg_plugin.lora_formats import convert, read_lora, read_named
+
+if TYPE_CHECKING:
+    from byg_plugin.training.config import Config
+
+logger = logging.getLogger(__name__)
+
+
+def check_start(config: Config, *, fresh: bool) -> None:
+    """Read what `[lora]` names and drop it: loading the models takes minutes, and only then is it read to be used.
+
+    Args:
+        config: the whole configuration.
+        fresh: as of `hosts.make_host`: a resumed run needs no `lora.init_from`.
+
+    Raises:
+        ValueError: see `read_init` and `read_other_expert`.
+    """
+    if config.lora.init_from and fresh:
+        read_init(config, tell=False)
+    if config.lora.other_expert:
+        read_other_expert(config, tell=False)
+
+
+def read_init(config: Config, *, tell: bool = True) -> dict[str, Tensor]:
+    """Tensors of `lora.init_from` by our names; `tell`: warn of another guidance.
+
+    Raises:
+        ValueError: it is unreadable, or was trained for another family or position.
+    """
+    assert config.lora.init_from is not None
+    tensors, metadata = read_named(config.lora.init_from, config.model.family, "lora.init_from = ")
+    _check_trained_alike(config, "init_from", metadata)
+    if tell:
+        _tell_other_guidance(config, "init_from", metadata)
+    return tensors
+
+
+def read_other_expert(config: Config, *, tell: bool = True) -> dict[str, Tensor]:
+    """Tensors of `lora.other_expert`, `transformer.<layer>.lora_A.weight`, whichever expert it is; `tell` as in `read_init`.
+
+    Raises:
+        ValueError: it is unreadable, was trained for another family or position, or is for the expert that is trained.
+    """
+    path = config.lora.other_expert
+    assert path is not None
+    tensors, metadata = read_lora(path)
+    _check_trained_alike(config, "other_expert", metadata)
+    if tell:
+        _tell_other_guidance(config, "other_expert", metadata)
+    if metadata.get("byg.expert") == config.lora.experts:
+        raise ValueError(f"lora.other_expert = {path} is for the {config.lora.experts} expert, which is the one that is trained")
+    return convert(tensors, "diffusers", family=config.model.family)
+
+
+def _check_trained_alike(config: Config, key: str, metadata: Mapping[str, str]) -> None:
+    """Family and position must be this run's."""
+    path = getattr(config.lora, key)
+    family = metadata.get("byg.family", config.model.family)
+    if family != config.model.family:
+        raise ValueError(f"lora.{key} = {path} was trained for {family!r}, model.family is {config.model.family!r}")
+    position = metadata.get("byg.position", config.conditioning.position)
+    if position != config.conditioning.position:
+        raise ValueError(
+            f"lora.{key} = {path} was trained with conditioning.position = {position!r}, here it is "
+            f"{config.conditioning.position!r}: set it to {position!r}"
+        )
+
+
+def _tell_other_guidance(config: Config, key: str, metadata: Mapping[str, str]) -> None:
+    guidance = float(metadata.get("byg.guidance", config.conditioning.guidance))
+    if guidance != config.conditioning.guidance:
+        logger.warning("lora.%s was trained with conditioning.guidance = %s, here it is %s", key, guidance, config.conditioning.guidance)
