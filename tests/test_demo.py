@@ -4,29 +4,16 @@ import json
 
 import pytest
 import torch
+from tiny import FEW_STEPS
 
 from byg_plugin.demo import commands
 from byg_plugin.demo.__main__ import run_demo
-
-FEW = [
-    "train.steps=3",
-    "objective.identity_warmup_steps=1",
-    "objective.rollout_steps=2",
-    "train.global_batch_size=4",
-    "train.batch_size=4",
-    "train.save_every=2",
-    "train.log_every=1",
-    "dataset.validation_items=2",
-    "train.validate_every=3",
-    "sample.every=0",
-    "sample.steps=2",
-]
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo")
-    return out, run_demo(out, FEW, train_tuples=12, eval_tuples=4)
+    return out, run_demo(out, FEW_STEPS, train_tuples=12, eval_tuples=4)
 
 
 def test_every_method_is_in_the_table(demo):
@@ -49,18 +36,20 @@ def test_pictures_and_lora_are_there(demo):
 def test_a_second_run_trains_nothing(demo):
     out, tables = demo
     before = (out / "training" / "demo-ema.safetensors").stat().st_mtime_ns
-    assert run_demo(out, FEW, train_tuples=12, eval_tuples=4) == tables
+    assert run_demo(out, FEW_STEPS, train_tuples=12, eval_tuples=4) == tables
     assert (out / "training" / "demo-ema.safetensors").stat().st_mtime_ns == before
 
 
 def test_other_settings_are_not_shown_as_these(demo):
     out, _ = demo
     with pytest.raises(ValueError, match="was trained with other settings"):
-        run_demo(out, [*FEW, "train.lr=0.01"], train_tuples=12, eval_tuples=4)
+        run_demo(out, [*FEW_STEPS, "train.lr=0.01"], train_tuples=12, eval_tuples=4)
 
 
 def test_no_ema_is_edited_with_the_live_weights(tmp_path):
-    tables = run_demo(tmp_path, [*FEW, "objective.ema_decay=0.0", "train.steps=1", "output.name=other"], train_tuples=12, eval_tuples=2)
+    tables = run_demo(
+        tmp_path, [*FEW_STEPS, "objective.ema_decay=0.0", "train.steps=1", "output.name=other"], train_tuples=12, eval_tuples=2
+    )
     assert tables["edited without pairs"]["all"]["n"] == 2
     assert not (tmp_path / "training" / "other-ema.safetensors").exists()
 

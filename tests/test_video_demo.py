@@ -6,25 +6,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import FEW_STEPS
 
 from byg_plugin.data.clips import clip_info, read_clip
 from byg_plugin.demo import build_video_base, video_world
 from byg_plugin.demo.video import run_demo
 from byg_plugin.lora_formats import read_lora
-
-FEW = [
-    "train.steps=3",
-    "objective.identity_warmup_steps=1",
-    "objective.rollout_steps=2",
-    "train.global_batch_size=4",
-    "train.batch_size=4",
-    "train.save_every=2",
-    "train.log_every=1",
-    "dataset.validation_items=2",
-    "train.validate_every=3",
-    "sample.every=0",
-    "sample.steps=2",
-]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +30,7 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory, base):
     out = tmp_path_factory.mktemp("demo")
-    return out, run_demo(out, FEW, train_tuples=10, eval_tuples=3, base=base)
+    return out, run_demo(out, FEW_STEPS, train_tuples=10, eval_tuples=3, base=base)
 
 
 def test_every_method_is_in_the_table(demo):
@@ -75,14 +62,14 @@ def test_a_second_run_trains_nothing_and_other_settings_are_refused(demo, base):
     out, tables = demo
     lora = out / "training" / "demo_video-ema_low_noise.safetensors"
     before = lora.stat().st_mtime_ns
-    again = run_demo(out, FEW, train_tuples=10, eval_tuples=3, base=base)
+    again = run_demo(out, FEW_STEPS, train_tuples=10, eval_tuples=3, base=base)
     assert lora.stat().st_mtime_ns == before
     for method, table in tables.items():
         for kind, row in table.items():
             # Edits are made again: threads add in another order when the machine is busy, and an mp4 makes levels of it.
             assert again[method][kind] == pytest.approx(row, nan_ok=True, rel=0.01, abs=0.005)
     with pytest.raises(ValueError, match="was trained with other settings"):
-        run_demo(out, [*FEW, "train.lr=0.01"], train_tuples=10, eval_tuples=3, base=base)
+        run_demo(out, [*FEW_STEPS, "train.lr=0.01"], train_tuples=10, eval_tuples=3, base=base)
 
 
 def test_sources_in_the_side_by_sides_are_the_clips(demo):

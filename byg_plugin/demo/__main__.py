@@ -28,11 +28,7 @@ def run_demo(out: Path, overrides: list[str], train_tuples: int = TRAIN_TUPLES, 
         train_tuples: tuples in the training set.
         eval_tuples: held-out edits that are measured.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    if not (out / "train" / "tuples.jsonl").exists():
-        world.write_dataset(out / "train", train_tuples, seed=0, split="train")
-    if not (out / "eval" / "tuples.jsonl").exists():
-        world.write_dataset(out / "eval", eval_tuples, seed=0, split="eval")
+    commands.write_data(out, world.write_dataset, {"train": train_tuples, "eval": eval_tuples})
     print(f"{train_tuples} training tuples (no targets) in {out / 'train'}, {eval_tuples} held-out edits in {out / 'eval'}")
     base = Path(__file__).parent / "base"
     edits, seconds = commands.cache_train_edit(out, "demo.toml", base, overrides, ["--batch-size", "16"])

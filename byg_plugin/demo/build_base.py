@@ -400,7 +400,7 @@ def train_flow(
     optimizers = _optimizers(parameters, budget)
     schedules = [_schedule(optimizer, budget.flow_steps, 200) for optimizer in optimizers]
     sums: dict[str, float] = {}
-    for step, pick in zip(range(budget.flow_steps), shuffled(len(pictures.latents), budget.flow_batch, rng), strict=False):
+    for step, pick in zip(range(budget.flow_steps), _shuffled(len(pictures.latents), budget.flow_batch, rng), strict=False):
         clean = pictures.latents[pick]
         clean = clean + DITHER * torch.randn(clean.shape, generator=rng)
         noise, t = torch.randn(clean.shape, generator=rng), sample_times(len(pick), rng)
@@ -472,7 +472,7 @@ def optimizers(matrices: list[nn.Parameter], rest: list[nn.Parameter], muon_rate
     ]
 
 
-def shuffled(n: int, size: int, rng: torch.Generator) -> Iterator[Tensor]:
+def _shuffled(n: int, size: int, rng: torch.Generator) -> Iterator[Tensor]:
     """Endless batches of indices, each epoch in a new order."""
     while True:
         yield from torch.randperm(n, generator=rng)[: n // size * size].split(size)

@@ -8,7 +8,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -17,6 +17,14 @@ import torch
 from byg_plugin.lora_formats import expert_files
 from byg_plugin.training.config import Config, load_config
 from byg_plugin.training.extras import require_training_extras
+
+
+def write_data(out: Path, write_dataset: Callable[..., Path], sizes: Mapping[str, int]) -> None:
+    """`out`/train and `out`/eval with as many tuples as `sizes` says, where they are not there yet; `write_dataset` is the world's."""
+    out.mkdir(parents=True, exist_ok=True)
+    for split, tuples in sizes.items():
+        if not (out / split / "tuples.jsonl").exists():
+            write_dataset(out / split, tuples, seed=0, split=split)
 
 
 def cache_train_edit(out: Path, recipe: str, base: Path, overrides: Sequence[str], edit_options: Sequence[str]) -> tuple[Path, float]:

@@ -35,11 +35,7 @@ def run_demo(
         eval_tuples: held-out edits that are measured.
         base: diffusers folder of the frozen base.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    if not (out / "train" / "tuples.jsonl").exists():
-        video_world.write_dataset(out / "train", train_tuples, seed=0, split="train")
-    if not (out / "eval" / "tuples.jsonl").exists():
-        video_world.write_dataset(out / "eval", eval_tuples, seed=0, split="eval")
+    commands.write_data(out, video_world.write_dataset, {"train": train_tuples, "eval": eval_tuples})
     print(f"{train_tuples} training clips (no targets) in {out / 'train'}, {eval_tuples} held-out edits in {out / 'eval'}")
     # Wan's own native size is no clip's here.
     edits, seconds = commands.cache_train_edit(out, "demo_video.toml", base, overrides, ["--resolution", "64"])

@@ -172,10 +172,7 @@ DEFAULT_TYPES = world.DEFAULT_TYPES
 
 def sample_edit(rng: np.random.Generator, name: str, edit_types: Sequence[str] = DEFAULT_TYPES) -> ClipEdit:
     """A random edit of one of `edit_types` of a random clip; `name` becomes its id."""
-    for edit_type in edit_types:
-        if edit_type not in EDIT_TYPES:
-            raise ValueError(f"edit type {edit_type!r} is unknown: choose from {', '.join(EDIT_TYPES)}")
-    edit_type = world.pick(rng, edit_types)
+    edit_type = world.pick_type(rng, edit_types)
     first, motion = sample_clip(rng)
     if edit_type == "add":
         return _swapped(_edit(rng, name, "remove", first, motion), "add")
@@ -254,10 +251,7 @@ def _write(path: Path, clip: np.ndarray) -> None:
 
 def load_scenes(folder: str | Path) -> list[ClipEdit]:
     """The exact edits of an eval split that `write_dataset` wrote."""
-    path = Path(folder) / "scenes.json"
-    if not path.is_file():
-        raise ValueError(f"{path} is missing: only the eval split has exact scenes; write it with split='eval'")
-    return [_read_edit(item) for item in json.loads(path.read_text(encoding="utf-8"))]
+    return [_read_edit(item) for item in world.scenes_file(folder)]
 
 
 def _read_edit(item: dict) -> ClipEdit:

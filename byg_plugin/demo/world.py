@@ -301,23 +301,32 @@ EDIT_TYPES: dict[str, Callable[..., tuple[Scene, str, str]]] = {
     "replace": _replace,
 }
 DEFAULT_TYPES = ("recolour_object", "recolour_background")
-OBJECTS_BEFORE = {"add": (0, 1)}  # how many objects a scene may have before an edit; (1, 2) if not named
+_OBJECTS_BEFORE = {"add": (0, 1)}  # how many objects a scene may have before an edit; (1, 2) if not named
+
+
+def pick_type(rng: np.random.Generator, edit_types: Sequence[str]) -> str:
+    """A random one of `edit_types`.
+
+    Raises:
+        ValueError: one of them is unknown.
+    """
+    for edit_type in edit_types:
+        if edit_type not in EDIT_TYPES:
+            raise ValueError(f"edit type {edit_type!r} is unknown: choose from {', '.join(EDIT_TYPES)}")
+    return pick(rng, edit_types)
 
 
 def sample_edit(rng: np.random.Generator, name: str, edit_types: Sequence[str] = DEFAULT_TYPES) -> Edit:
     """A random edit of one of `edit_types` of a random scene; `name` becomes its id."""
-    for edit_type in edit_types:
-        if edit_type not in EDIT_TYPES:
-            raise ValueError(f"edit type {edit_type!r} is unknown: choose from {', '.join(EDIT_TYPES)}")
-    edit_type = pick(rng, edit_types)
-    scene = sample_scene(rng, int(rng.choice(OBJECTS_BEFORE.get(edit_type, (1, 2)))))
+    edit_type = pick_type(rng, edit_types)
+    scene = sample_scene(rng, int(rng.choice(_OBJECTS_BEFORE.get(edit_type, (1, 2)))))
     after, instruction, reverse = EDIT_TYPES[edit_type](rng, scene)
     return Edit(name, edit_type, instruction, reverse, scene, after)
 
 
 def instruction_that_leads_to(rng: np.random.Generator, scene: Scene) -> str:
     """A random instruction whose result is this scene: the way back from a random edit of it."""
-    possible = [name for name in EDIT_TYPES if len(scene.things) in OBJECTS_BEFORE.get(name, (1, 2))]
+    possible = [name for name in EDIT_TYPES if len(scene.things) in _OBJECTS_BEFORE.get(name, (1, 2))]
     *_, back = EDIT_TYPES[pick(rng, possible)](rng, scene)
     return back
 
@@ -410,10 +419,19 @@ def tuple_fields(edit: Tuple, source: str, target: str | None) -> dict[str, str]
 
 def load_scenes(folder: str | Path) -> list[Edit]:
     """The exact edits of an eval split that `write_dataset` wrote."""
+    return [_read_edit(item) for item in scenes_file(folder)]
+
+
+def scenes_file(folder: str | Path) -> list[dict]:
+    """The edits of an eval split as they lie in its `scenes.json`.
+
+    Raises:
+        ValueError: there is none.
+    """
     path = Path(folder) / "scenes.json"
     if not path.is_file():
         raise ValueError(f"{path} is missing: only the eval split has exact scenes; write it with split='eval'")
-    return [_read_edit(item) for item in json.loads(path.read_text(encoding="utf-8"))]
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _read_edit(item: dict) -> Edit:
