@@ -295,6 +295,15 @@ def test_the_targets_are_those_that_were_set(results):
     assert verdict(results, "without bootstrapping") == "yes"
 
 
+def test_a_row_of_fewer_seeds_than_the_full_method_says_so_wherever_it_stands(results):
+    for seed in (1, 2):
+        (results / f"no_cycle-{seed}.json").unlink()
+    text = report.table(report.read_results(results), limit=5)
+    assert len(cells(text, "w/o cycle (seed 0 alone)", 1)) == 2 and not cells(text, "w/o cycle", 1)
+    assert verdict(results, "without cycle") == "yes (seed 0 alone)"
+    assert cells(text, "copy the source", 1) == ["**0**"]  # not trained: the same for every seed
+
+
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
