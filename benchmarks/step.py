@@ -242,10 +242,10 @@ class RandomFlux(FluxFamily):
         super().__init__(config)
         self._shape, self._device = shape, device
 
-    def load_transformers(self, dtype: torch.dtype) -> dict[str, nn.Module]:
+    def load_transformers(self, dtype: torch.dtype) -> Iterator[tuple[str, nn.Module]]:
         from diffusers import FluxTransformer2DModel
 
-        return {"transformer": _random(FluxTransformer2DModel, self._shape.transformer, dtype, self._device)}
+        yield "transformer", _random(FluxTransformer2DModel, self._shape.transformer, dtype, self._device)
 
 
 class RandomWan(WanFamily):
@@ -258,10 +258,11 @@ class RandomWan(WanFamily):
             # Which expert serves a t depends on values, which the meta device has not. One costs what the other does.
             self.__dict__["boundary"] = None
 
-    def load_transformers(self, dtype: torch.dtype) -> dict[str, nn.Module]:
+    def load_transformers(self, dtype: torch.dtype) -> Iterator[tuple[str, nn.Module]]:
         from diffusers import WanTransformer3DModel
 
-        return {expert: _random(WanTransformer3DModel, self._shape.transformer, dtype, self._device) for expert in self.experts}
+        for expert in self.experts:
+            yield expert, _random(WanTransformer3DModel, self._shape.transformer, dtype, self._device)
 
 
 def _random(kind: Any, arguments: dict[str, Any], dtype: torch.dtype, device: torch.device) -> nn.Module:

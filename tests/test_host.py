@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -347,6 +348,15 @@ def test_only_linears_inside_blocks_are_stored_in_8_bits():
     kinds = {name: type(m) for name, m in network.named_modules() if isinstance(m, nn.Linear)}
     assert kinds["transformer_blocks.0.attn.to_q"] is quantize.Fp8Linear
     assert all(kinds[name] is nn.Linear for name in ("x_embedder", "context_embedder", "proj_out", "norm_out.linear"))
+
+
+def test_a_16_bit_weight_is_freed_before_the_next_is_quantised(monkeypatch: pytest.MonkeyPatch):
+    network, dead = tiny_flux(), []
+    weights = [weakref.ref(m.weight) for name, m in network.named_modules() if type(m) is nn.Linear and "blocks." in name]
+    quantised = quantize._quantized
+    monkeypatch.setattr(quantize, "_quantized", lambda *of: (dead.append(sum(w() is None for w in weights)), quantised(*of))[1])
+    quantize.quantize_(network, "fp8", torch.float32)
+    assert dead == list(range(len(weights)))
 
 
 def test_bitsandbytes_missing_names_the_install_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -136,7 +136,7 @@ def embedded_step(folder: Path, family: str, lora: dict[str, Tensor], ema: dict[
     config = embedded_config(folder, family, objective=objective)
     networks = embedded_networks(family)
     made = make_family(config)
-    made.load_transformers = lambda dtype: {name: net.requires_grad_(False) for name, net in networks.items()}  # type: ignore[method-assign]
+    made.load_transformers = lambda dtype: ((name, net.requires_grad_(False)) for name, net in networks.items())  # type: ignore[method-assign]
     host = DiffusersHost(config, made, torch.device("cpu"))
     assert host.parameters.keys() == lora.keys()
     for name, parameter in host.parameters.items():
@@ -172,7 +172,7 @@ def random_lora(folder: Path, family: str, seed: int) -> dict[str, Tensor]:
 def _family_of_tiny(config: Any, family: str) -> Any:
     made = make_family(config)
     networks = embedded_networks(family)
-    made.load_transformers = lambda dtype: {name: net.requires_grad_(False) for name, net in networks.items()}  # type: ignore[method-assign]
+    made.load_transformers = lambda dtype: ((name, net.requires_grad_(False)) for name, net in networks.items())  # type: ignore[method-assign]
     return made
 
 

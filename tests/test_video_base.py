@@ -251,7 +251,7 @@ def test_the_command_writes_a_base_that_pipeline_and_family_load(tmp_path, monke
         vae = family.load_vae(torch.device("cpu"))
         pixels = a_clip()
         assert torch.allclose(family.encode_pixels(vae, pixels), build_video_base.encode(vae, pixels), atol=1e-4)
-        networks = family.load_transformers(torch.float32)
+        networks = dict(family.load_transformers(torch.float32))
         noisy, t = torch.randn(1, 16, 2, 8, 8), torch.tensor([0.9])
         v = family.velocity(networks["transformer"], noisy, t, {"umt5": mine([text])}, None)
         assert torch.allclose(v, build_video_base.velocity(networks["transformer"], noisy, t, mine([text])), atol=1e-5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from tiny_wan import A14B, T2V, tiny_wan, wan_config, wan_latents, wan_texts
 from byg_plugin import lora_formats
 from byg_plugin.hosts import residency
 from byg_plugin.hosts.diffusers import DiffusersHost, lora_shapes
+from byg_plugin.hosts.quantize import Fp8Linear
 from byg_plugin.hosts.residency import OneExpertOnDevice
 from byg_plugin.models import make_family, wan_files
 from byg_plugin.models.wan import HIGH, LOW, to_wan_timestep
@@ -326,3 +328,18 @@ def test_quantised_experts_run_and_have_gradients(tmp_path: Path):
         velocity(X, torch.full((3,), 0.95), TEXT, SOURCE).square().sum().backward()
     touched = [name for name, p in host.parameters.items() if p.grad is not None and p.grad.abs().max() > 0]
     assert touched and all(name.startswith(f"{HIGH}.") for name in touched)
+
+
+def test_an_expert_is_quantised_before_the_other_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    networks: list[WanTransformer3DModel] = []
+    found: list[set[type]] = []
+    read = wan_files.load_wan_transformer
+
+    def reading(*place: Any, **options: Any) -> WanTransformer3DModel:
+        found.extend({type(m) for name, m in network.named_modules() if name.endswith(".base_layer")} for network in networks)
+        networks.append(read(*place, **options))
+        return networks[-1]
+
+    monkeypatch.setattr(wan_files, "load_wan_transformer", reading)
+    host_of(tmp_path, model={"quantization": "fp8"})
+    assert len(networks) == 2 and found == [{Fp8Linear}]

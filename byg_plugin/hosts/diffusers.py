@@ -46,9 +46,11 @@ class DiffusersHost:
         dtype = getattr(torch, config.model.dtype)
         require_model_extras(config)
         _probe_attention(config.model.attention, device, dtype)
-        self.networks = family.load_transformers(dtype)
+        self.networks: dict[str, nn.Module] = {}
         rng = torch.Generator().manual_seed(config.train.seed)
-        for network in self.networks.values():
+        # An expert is quantised, and on its device, before the next one is read: two 16-bit copies are 53 GiB.
+        for expert, network in family.load_transformers(dtype):
+            self.networks[expert] = network
             quantize_(network, config.model.quantization, dtype)
             if not config.model.offload_inactive_expert:
                 network.to(device)

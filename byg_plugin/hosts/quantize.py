@@ -64,10 +64,10 @@ def quantize_(network: nn.Module, kind: Literal["none", "fp8", "int8", "nf4"], c
     """
     if kind == "none":
         return
-    for name, module in list(network.named_modules()):
-        if type(module) is nn.Linear and "blocks." in name:
-            parent = network.get_submodule(name.rpartition(".")[0])
-            setattr(parent, name.rpartition(".")[2], _quantized(module, kind, compute_dtype))
+    # Names, not modules: a list of these would keep every 16-bit weight until the last one is quantised.
+    for name in [name for name, module in network.named_modules() if type(module) is nn.Linear and "blocks." in name]:
+        parent = network.get_submodule(name.rpartition(".")[0])
+        setattr(parent, name.rpartition(".")[2], _quantized(network.get_submodule(name), kind, compute_dtype))
     # PEFT picks the LoRA layer that knows bitsandbytes' weights by these flags.
     if kind in ("int8", "nf4"):
         vars(network)["is_loaded_in_8bit" if kind == "int8" else "is_loaded_in_4bit"] = True

@@ -6,7 +6,7 @@ knows of LoRA, objectives or loops.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -31,8 +31,11 @@ class Family(Protocol):
         ...
 
     # --- frozen parts; each is loaded where it is used and dropped by its caller ---
-    def load_transformers(self, dtype: torch.dtype) -> dict[str, nn.Module]:
-        """The experts by name, frozen, on the CPU, in eval mode. One entry for a family without experts."""
+    def load_transformers(self, dtype: torch.dtype) -> Iterator[tuple[str, nn.Module]]:
+        """The experts with their names, frozen, on the CPU, in eval mode; one for a family without experts.
+
+        One is read when it is asked for, so that the one before can be quantised or moved first.
+        """
         ...
 
     def meta_transformers(self) -> dict[str, nn.Module]:

@@ -55,10 +55,10 @@ class FluxFamily:
 
     # --- frozen parts ---
 
-    def load_transformers(self, dtype: torch.dtype) -> dict[str, nn.Module]:
+    def load_transformers(self, dtype: torch.dtype) -> Iterator[tuple[str, nn.Module]]:
         """The one network, under the name `transformer`: frozen, on the CPU, in eval mode."""
         network = cast(nn.Module, flux_files.load_flux_transformer(self._config.model.part("transformer"), dtype=dtype))
-        return {"transformer": network.eval().requires_grad_(False)}
+        yield "transformer", network.eval().requires_grad_(False)
 
     def meta_transformers(self) -> dict[str, nn.Module]:
         """See `models.base.Family`."""

@@ -69,14 +69,30 @@ class WanFamily:
     def _place(self, expert: str) -> str:
         return self._config.model.part(expert)
 
-    def load_transformers(self, dtype: torch.dtype) -> dict[str, nn.Module]:
-        """The experts, frozen, on the CPU, in eval mode."""
-        loaded = {}
+    def load_transformers(self, dtype: torch.dtype) -> Iterator[tuple[str, nn.Module]]:
+        """The experts, frozen, on the CPU, in eval mode; of two, one is read when it is asked for."""
+        if len(self.experts) > 1:
+            self._refuse_two_models()
+        kept: list[Tensor] = []  # small tensors of the first expert, which outlive what a host does to it
         for expert in self.experts:
-            network = wan_files.load_wan_transformer(self._place(expert), dtype=dtype, low_noise=expert == LOW)
-            loaded[expert] = cast(nn.Module, network).eval().requires_grad_(False)
-        _refuse_different(loaded, {expert: self._place(expert) for expert in self.experts})
-        return loaded
+            network = cast(nn.Module, wan_files.load_wan_transformer(self._place(expert), dtype=dtype, low_noise=expert == LOW))
+            small = [network.proj_out.weight.detach(), network.scale_shift_table.detach()]
+            if kept and all(map(torch.equal, kept, small)):
+                raise ValueError(
+                    f"{self._two_places()} hold the same weights: give the high-noise file to the first and the low-noise file "
+                    "to the second"
+                )
+            kept = small
+            yield expert, network.eval().requires_grad_(False)
+
+    def _two_places(self) -> str:
+        return f"model.transformer = {self._place(HIGH)} and model.transformer_2 = {self._place(LOW)}"
+
+    def _refuse_two_models(self) -> None:
+        """Two experts are one architecture; a 1.3B beside a 14B is a slip. Told by configurations and headers alone."""
+        high, low = ([tuple(p.shape) for p in network.parameters()] for network in self.meta_transformers().values())
+        if high != low:
+            raise ValueError(f"{self._two_places()} are not two experts of one model")
 
     def meta_transformers(self) -> dict[str, nn.Module]:
         """See `models.base.Family`."""
@@ -311,18 +327,3 @@ def _saved_boundary(path: str | None) -> float | None:
     if value is not None and not (isinstance(value, float | int) and 0 < value < 1):
         raise ValueError(f"{index}: boundary_ratio = {value!r} must lie between 0 and 1; set model.boundary")
     return value
-
-
-def _refuse_different(networks: dict[str, nn.Module], places: dict[str, str]) -> None:
-    """Two experts are one architecture; a 1.3B beside a 14B, or one file given twice, is a slip."""
-    if len(networks) == 1:
-        return
-    first, second = networks.values()
-    shapes = [[tuple(p.shape) for p in network.parameters()] for network in (first, second)]
-    if shapes[0] != shapes[1]:
-        raise ValueError(f"model.transformer = {places[HIGH]} and model.transformer_2 = {places[LOW]} are not two experts of one model")
-    if torch.equal(first.proj_out.weight, second.proj_out.weight) and torch.equal(first.scale_shift_table, second.scale_shift_table):
-        raise ValueError(
-            f"model.transformer = {places[HIGH]} and model.transformer_2 = {places[LOW]} hold the same weights: give the high-noise "
-            "file to the first and the low-noise file to the second"
-        )
