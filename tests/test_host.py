@@ -342,6 +342,32 @@ def test_stored_networks_train_and_their_base_has_no_lora(tmp_path: Path, storag
     assert not torch.equal(live_of(host, batch), live) and torch.equal(base_of(host, batch), base)
 
 
+def test_layers_of_one_input_keep_it_once_for_backward_and_compute_the_same(tmp_path: Path):
+    """PEFT's own way makes a float32 copy for each LoRA layer, and autocast a bfloat16 copy of that one, which is kept."""
+
+    def step(peft_casts: bool) -> tuple[int, dict[str, Tensor]]:
+        host = make_host(host_config(tmp_path, model={"dtype": "bfloat16"}, train={"mixed_precision": "bf16"}))
+        for layer in host._lora_layers:
+            assert not layer.cast_input_dtype_enabled
+            layer.cast_input_dtype_enabled = peft_casts
+        kept: dict[int, int] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with host.edit() as velocity, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            batch = batch_of()
+            out = velocity(batch.noise, batch.t, batch.instruction, batch.source).square().sum()
+        size = sum(kept.values())
+        out.backward()
+        return size, gradients(host)
+
+    (ours, got), (theirs, wanted) = step(False), step(True)
+    assert got.keys() == wanted.keys() and all(torch.equal(got[name], wanted[name]) for name in got)
+    assert ours < theirs
+
+
 def test_only_linears_inside_blocks_are_stored_in_8_bits():
     network = tiny_flux()
     quantize.quantize_(network, "fp8", torch.float32)

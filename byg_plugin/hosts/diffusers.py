@@ -177,7 +177,7 @@ class DiffusersHost:
         bfloat16 = self.config.train.mixed_precision == "bf16"
         # A CPU's fused attention takes ten times as long backward in bfloat16 as plain products do. Not with checkpointing: the
         # blocks are recomputed outside this context and would save other tensors.
-        slow = bfloat16 and self.device.type == "cpu" and not network.is_gradient_checkpointing
+        slow = bfloat16 and self.device.type == "cpu" and torch.is_grad_enabled() and not network.is_gradient_checkpointing
         plain = sdpa_kernel(SDPBackend.MATH) if slow else nullcontext()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16), plain:
             return self.family.velocity(network, noisy, t, text, source)
@@ -351,6 +351,11 @@ def _inject_lora(network: nn.Module, config: Config, targets: str, device: torch
     lora = config.lora
     peft_config = PeftLoraConfig(r=lora.rank, lora_alpha=lora.scale_numerator, lora_dropout=lora.dropout, target_modules=targets)
     inject_adapter_in_model(peft_config, network, adapter_name=_ADAPTER)
+    if config.train.mixed_precision == "bf16":
+        for layer in filter(_is_lora_layer, network.modules()):
+            # PEFT would cast the input to float32 for its A, and autocast back to bfloat16, into a copy for every layer that is
+            # kept for backward. Without, layers of one input keep that one; the values are the same.
+            layer.cast_input_dtype_enabled = False
     for name, parameter in network.named_parameters():
         is_lora = f".{_ADAPTER}." in name
         parameter.requires_grad_(is_lora)
