@@ -352,7 +352,8 @@ def _inject_lora(network: nn.Module, config: Config, targets: str, device: torch
     peft_config = PeftLoraConfig(r=lora.rank, lora_alpha=lora.scale_numerator, lora_dropout=lora.dropout, target_modules=targets)
     inject_adapter_in_model(peft_config, network, adapter_name=_ADAPTER)
     if config.train.mixed_precision == "bf16":
-        for layer in filter(_is_lora_layer, network.modules()):
+        layers: list[Any] = [module for module in network.modules() if _is_lora_layer(module)]
+        for layer in layers:
             # PEFT would cast the input to float32 for its A, and autocast back to bfloat16, into a copy for every layer that is
             # kept for backward. Without, layers of one input keep that one; the values are the same.
             layer.cast_input_dtype_enabled = False
