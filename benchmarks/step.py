@@ -87,10 +87,12 @@ def shape_named(name: str) -> Shape:
     if name == "demo":
         places = [f"{key}=unused" for key in ("dataset.tuples", "dataset.cache_dir", "output.dir", "model.path")]
         demo = load_config(ROOT / "configs/demo.toml", places)
-        base = json.loads((ROOT / "byg_plugin/demo/base/transformer/config.json").read_text(encoding="utf-8"))
+        base, vae = (
+            json.loads((ROOT / f"byg_plugin/demo/base/{part}/config.json").read_text(encoding="utf-8")) for part in ("transformer", "vae")
+        )
         return Shape(
             transformer=_arguments(base),
-            side=8,
+            side=demo.dataset.resolution // 2 ** (len(vae["block_out_channels"]) - 1),
             text_tokens=demo.conditioning.max_text_tokens,
             rank=demo.lora.rank,
             batch=demo.train.batch_size,
