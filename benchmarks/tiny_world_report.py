@@ -183,12 +183,16 @@ def _title(records: Mapping[int, Record]) -> str:
     return next(iter(records.values()))["title"]
 
 
-def _few_seeds(results: Results, name: str, full: str = "full") -> str:
-    """Says of a trained row that it has not all seeds of the full method."""
+def _missing_seeds(results: Results, name: str, full: str) -> list[int]:
+    """Seeds of the full method that a trained row has not; none of a row without training."""
     records = results[name]
     trained = all("steps" in record for record in records.values())
-    missing = results.get(full, {}).keys() - records.keys()
-    return f" (seed {', '.join(map(str, sorted(records)))} alone)" if trained and missing else ""
+    return sorted(results.get(full, {}).keys() - records.keys()) if trained else []
+
+
+def _few_seeds(results: Results, name: str) -> str:
+    """Says of a trained row that it has not all seeds of the full method."""
+    return f" (seed {', '.join(map(str, sorted(results[name])))} alone)" if _missing_seeds(results, name, "full") else ""
 
 
 def _minutes(records: Mapping[int, Record], limit: float) -> str:
@@ -399,15 +403,12 @@ def _by_type(results: Results) -> str:
 
 def six_lacking(results: Results) -> list[str]:
     """The study's rows that the table of all six edit types has not, or not in all seeds of its full method."""
-    seeds = results.get(SIX + "full", {}).keys()
     found = []
     for name in SIX_ORDER:
-        records = results.get(name, {})
-        missing = sorted(seeds - records.keys())
-        if not records:
+        if name not in results:
             found.append(_title(results.get(name.removeprefix(SIX), {0: {"title": name}})))
-        elif missing and all("steps" in record for record in records.values()):
-            found.append(f"{_title(records)} (seed {', '.join(map(str, missing))})")
+        elif missing := _missing_seeds(results, name, SIX + "full"):
+            found.append(f"{_title(results[name])} (seed {', '.join(map(str, missing))})")
     return found
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from test_video_demo import base  # noqa: F401 - a fixture
-from tiny import FEW_STEPS, wake
+from tiny import SHORT_TRAINING, wake
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks are no part of the package
@@ -36,7 +36,7 @@ LITTLE = dataclasses.replace(
 
 def small(folder: Path, base: Path, *words: str, subject: study.Subject = LITTLE) -> study.Study:  # noqa: F811
     options = study.parse(["--out", f"{folder}/out", "--work", f"{folder}/work", "--base", str(base), *words], subject)
-    options.set = [*FEW_STEPS[:6], "sample.steps=2", *options.set]
+    options.set = [*SHORT_TRAINING, *options.set]
     return study.Study(options, subject)
 
 

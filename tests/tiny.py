@@ -42,20 +42,17 @@ TINY_FLUX = {
     "axes_dims_rope": (4, 6, 6),
 }
 WORDS = ["add", "remove", "make", "a", "the", "snow", "sky", "blue", "red", "dog", "cat", "beach", "mountain", "of", "in", "house", "photo"]
-# Overrides that make a few steps of a demo's recipe.
-FEW_STEPS = [
+# Overrides that make a few steps of a demo's recipe; FEW_STEPS are a whole demo's, of which a study sets the rest itself.
+SHORT_TRAINING = [
     "train.steps=3",
     "objective.identity_warmup_steps=1",
     "objective.rollout_steps=2",
     "train.global_batch_size=4",
     "train.batch_size=4",
     "train.save_every=2",
-    "train.log_every=1",
-    "dataset.validation_items=2",
-    "train.validate_every=3",
-    "sample.every=0",
     "sample.steps=2",
 ]
+FEW_STEPS = [*SHORT_TRAINING, "train.log_every=1", "dataset.validation_items=2", "train.validate_every=3", "sample.every=0"]
 
 
 def tiny_flux(seed: int = 0, **changes: Any) -> FluxTransformer2DModel:

@@ -61,7 +61,7 @@ class DiffusersHost:
             _inject_lora(network, config, config.lora.targets or family.default_lora_targets, device, rng)
         if config.lora.experts == "shared":
             _share_lora(*self.networks.values())
-        self._lora_layers: list[Any] = [m for n in self.networks.values() for m in n.modules() if _is_lora_layer(m)]
+        self._lora_layers = [layer for network in self.networks.values() for layer in _lora_layers_of(network)]
         self._places = [place for n in self.networks.values() for place in _places_of_lora_layers(n)]
         self._merged: list[nn.Linear] = []
         self._dropouts: list[nn.Module] = [d for layer in self._lora_layers for d in layer.lora_dropout.values()]
@@ -177,7 +177,7 @@ class DiffusersHost:
         bfloat16 = self.config.train.mixed_precision == "bf16"
         # A CPU's fused attention takes ten times as long backward in bfloat16 as plain products do. Not with checkpointing: the
         # blocks are recomputed outside this context and would save other tensors.
-        slow = bfloat16 and self.device.type == "cpu" and torch.is_grad_enabled() and not network.is_gradient_checkpointing
+        slow = bfloat16 and self.device.type == "cpu" and not network.is_gradient_checkpointing
         plain = sdpa_kernel(SDPBackend.MATH) if slow else nullcontext()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16), plain:
             return self.family.velocity(network, noisy, t, text, source)
@@ -283,11 +283,14 @@ class DiffusersHost:
 
 def _share_lora(first: nn.Module, *others: nn.Module) -> None:
     """One LoRA in several networks: the same parameters, not copies."""
-    layers: list[Any] = [module for module in first.modules() if _is_lora_layer(module)]
     for network in others:
-        for mine, theirs in zip(layers, (module for module in network.modules() if _is_lora_layer(module)), strict=True):
+        for mine, theirs in zip(_lora_layers_of(first), _lora_layers_of(network), strict=True):
             for kind in ("lora_A", "lora_B"):
                 getattr(theirs, kind)[_ADAPTER].weight = getattr(mine, kind)[_ADAPTER].weight
+
+
+def _lora_layers_of(network: nn.Module) -> list[Any]:
+    return [module for module in network.modules() if _is_lora_layer(module)]
 
 
 def _is_lora_layer(module: nn.Module) -> bool:
@@ -352,8 +355,7 @@ def _inject_lora(network: nn.Module, config: Config, targets: str, device: torch
     peft_config = PeftLoraConfig(r=lora.rank, lora_alpha=lora.scale_numerator, lora_dropout=lora.dropout, target_modules=targets)
     inject_adapter_in_model(peft_config, network, adapter_name=_ADAPTER)
     if config.train.mixed_precision == "bf16":
-        layers: list[Any] = [module for module in network.modules() if _is_lora_layer(module)]
-        for layer in layers:
+        for layer in _lora_layers_of(network):
             # PEFT would cast the input to float32 for its A, and autocast back to bfloat16, into a copy for every layer that is
             # kept for backward. Without, layers of one input keep that one; the values are the same.
             layer.cast_input_dtype_enabled = False
