@@ -177,7 +177,7 @@ class DiffusersHost:
         bfloat16 = self.config.train.mixed_precision == "bf16"
         # A CPU's fused attention takes ten times as long backward in bfloat16 as plain products do. Not with checkpointing: the
         # blocks are recomputed outside this context and would save other tensors.
-        slow = bfloat16 and self.device.type == "cpu" and not network.is_gradient_checkpointing
+        slow = bfloat16 and self.device.type == "cpu" and torch.is_grad_enabled() and not network.is_gradient_checkpointing
         plain = sdpa_kernel(SDPBackend.MATH) if slow else nullcontext()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16), plain:
             return self.family.velocity(network, noisy, t, text, source)
