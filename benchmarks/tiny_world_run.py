@@ -186,7 +186,7 @@ def digest_edits(edits: tuple[Edit, ...], rendered: int, of: World = PICTURES) -
 
 def base_digest(folder: Path) -> str:
     """Of every file of a base that decides what it computes: weights, configurations, tokenizers."""
-    told = ("figures.json", "model_index.json")  # they compute nothing
+    told = ("figures.json", "history.json", "model_index.json")  # they compute nothing
     files = sorted(path for path in folder.rglob("*") if path.suffix in (".safetensors", ".json") and path.name not in told)
     if not files:
         raise ValueError(f"--base {folder}: no such base; make one with python -m byg_plugin.demo.build_base (clips: build_video_base)")

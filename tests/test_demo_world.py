@@ -15,10 +15,10 @@ from PIL import Image
 from byg_plugin.demo import build_base, metrics, sheet, world
 
 BASE = Path(world.__file__).parent / "base"
-# What the shipped base has to reach: share of samples that follow their caption in colours and in shapes at once. One of 64
-# may fail: another machine rounds otherwise.
-BASE_SAMPLES, BASE_FOLLOWS = 64, 0.98
-VAE_ERROR = 0.02  # mean absolute error of the shipped VAE's pictures, colours in 0..1
+# What the shipped base has to reach: share of samples that follow their caption in colours and in shapes at once. Three of 64
+# may fail: 2 % of more samples do, and another machine rounds otherwise.
+BASE_SAMPLES, BASE_FOLLOWS = 64, 0.95
+VAE_ERROR = 0.01  # mean absolute error of the shipped VAE's pictures, colours in 0..1
 
 
 @pytest.fixture(scope="module")
@@ -405,9 +405,11 @@ def test_training_times_cover_small_t():
 def test_the_command_writes_a_base_that_the_pipeline_loads(tmp_path, monkeypatch):
     diffusers = pytest.importorskip("diffusers")
     monkeypatch.setattr(build_base, "measure", functools.partial(build_base.measure, n=16))
-    build_base.main(
-        ["--out", f"{tmp_path}/base", "--report", f"{tmp_path}/report", "--vae-share", "0.0004", "--flow-steps", "2", "--scenes", "100"]
-    )
+    folders = ["--out", f"{tmp_path}/base", "--report", f"{tmp_path}/report"]
+    build_base.main([*folders, "--vae-share", "0.0004", "--flow-steps", "0"])
+    assert not (tmp_path / "base").exists()
+    build_base.main([*folders, "--vae", f"{tmp_path}/report/vae", "--flow-steps", "2", "--scenes", "100"])
+    assert str(tmp_path) not in (tmp_path / "base/vae/config.json").read_text()  # where the VAE lay is nobody's business
     pipe = diffusers.FluxPipeline.from_pretrained(tmp_path / "base")
     assert abs(json.loads((tmp_path / "base/figures.json").read_text())["latent_std"] - 1) < 0.5
     assert pipe.vae.config.latent_channels == 16 and pipe.transformer.config.in_channels == 64
@@ -424,7 +426,7 @@ def pipeline():
 
 def test_shipped_base_is_small_and_holds_no_pickle():
     files = [path for path in BASE.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= 6_300_000
+    assert sum(path.stat().st_size for path in files) <= 5_800_000
     assert {path.suffix for path in files} <= {".json", ".safetensors"}
 
 

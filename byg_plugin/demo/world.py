@@ -19,7 +19,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-SIZE = 64  # pixels of a side: sixteen latents, eight tokens with the tiny base's VAE (4) and FLUX's patch (2)
+SIZE = 64  # pixels of a side: of the image base sixteen latents, eight tokens (its VAE takes 4, FLUX's patch 2); of clips 8 and 4
 COLOURS: dict[str, tuple[float, float, float]] = {
     "red": (0.85, 0.20, 0.18),
     "green": (0.22, 0.64, 0.28),
