@@ -407,7 +407,9 @@ def test_the_command_writes_a_base_that_the_pipeline_loads(tmp_path, monkeypatch
     monkeypatch.setattr(build_base, "measure", functools.partial(build_base.measure, n=16))
     folders = ["--out", f"{tmp_path}/base", "--report", f"{tmp_path}/report"]
     build_base.main([*folders, "--vae-share", "0.0004", "--flow-steps", "0"])
-    assert not (tmp_path / "base").exists()
+    assert not (tmp_path / "base").exists() and (tmp_path / "report/curve.json").is_file()
+    with pytest.raises(SystemExit):
+        build_base.main([*folders, "--vae", f"{tmp_path}/report/vae", "--flow-steps", "0"])
     build_base.main([*folders, "--vae", f"{tmp_path}/report/vae", "--flow-steps", "2", "--scenes", "100"])
     assert str(tmp_path) not in (tmp_path / "base/vae/config.json").read_text()  # where the VAE lay is nobody's business
     pipe = diffusers.FluxPipeline.from_pretrained(tmp_path / "base")

@@ -204,6 +204,21 @@ def test_only_the_lora_is_trained_and_in_float32(tmp_path: Path):
     assert frozen and all(p.grad is None and p.dtype == torch.bfloat16 and not p.requires_grad for p in frozen)
 
 
+def test_a_cpu_in_bfloat16_takes_plain_attention_where_a_gradient_is_wanted_alone(tmp_path: Path, monkeypatch):
+    host, batch = make_host(host_config(tmp_path, model={"dtype": "bfloat16"}, train={"mixed_precision": "bf16"})), batch_of()
+    made, fused = type(host.family).velocity, []
+
+    def velocity(*args):
+        fused.append(torch.backends.cuda.flash_sdp_enabled())  # of a CPU's fused attention too
+        return made(*args)
+
+    monkeypatch.setattr(type(host.family), "velocity", velocity)
+    for context in (host.edit, host.live):
+        with context() as field:
+            field(batch.noise, batch.t, batch.instruction, batch.source)
+    assert fused == [False, True] and torch.backends.cuda.flash_sdp_enabled()
+
+
 def test_the_base_takes_no_source(tmp_path: Path):
     host, batch = make_host(host_config(tmp_path)), batch_of()
     with host.base() as velocity, pytest.raises(AssertionError, match="no source tokens"):

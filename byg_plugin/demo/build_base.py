@@ -578,6 +578,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--flow-steps", type=int, default=budget.flow_steps, help="0: the VAE alone")
     parser.add_argument("--scenes", type=int, default=budget.scenes, help="different pictures the flow is trained on")
     args = parser.parse_args(arguments)
+    if args.vae and not args.flow_steps:
+        parser.error("--vae with --flow-steps 0 leaves nothing to train")
     torch.set_num_threads(args.threads)
     budget = replace(budget, vae_share=args.vae_share, flow_steps=args.flow_steps, scenes=args.scenes)
     curve: list[dict[str, float | str]] = []
@@ -588,14 +590,17 @@ def main(arguments: list[str] | None = None) -> None:
         curve.append(row | {name: round(value, 5) for name, value in values.items()})
         print(json.dumps(curve[-1]), flush=True)
 
+    def write_curve() -> None:
+        (args.report / "curve.json").write_text(json.dumps(curve, indent=0) + "\n", encoding="utf-8")
+
     args.report.mkdir(parents=True, exist_ok=True)
     if args.vae:
         vae = AutoencoderKL.from_pretrained(args.vae).eval()
+        if len(vae.config.block_out_channels) != len(VAE_CONFIG["block_out_channels"]):
+            parser.error(f"--vae {args.vae} has {len(vae.config.block_out_channels)} levels, the base's VAE_CONFIG another number")
     else:
         vae = train_vae(budget, args.seed, log)
         vae.save_pretrained(args.report / "vae")
-    if not args.flow_steps:
-        return
 
     def write(network: FluxTransformer2DModel, encoders: TextEncoders) -> None:
         figures, images, captions = measure(vae, network, encoders, args.seed)
@@ -604,10 +609,12 @@ def main(arguments: list[str] | None = None) -> None:
         print(json.dumps(figures), flush=True)
         save(args.out, vae, network, encoders)
         (args.out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-        (args.report / "curve.json").write_text(json.dumps(curve, indent=0) + "\n", encoding="utf-8")
+        write_curve()
         sheet.sample_sheet(args.report / "samples.png", images[:32], captions[:32])
 
-    write(*train_flow(vae, budget, args.seed, log, write, args.start))
+    if args.flow_steps:
+        write(*train_flow(vae, budget, args.seed, log, write, args.start))
+    write_curve()
 
 
 if __name__ == "__main__":
