@@ -87,12 +87,11 @@ def shape_named(name: str) -> Shape:
     if name == "demo":
         places = [f"{key}=unused" for key in ("dataset.tuples", "dataset.cache_dir", "output.dir", "model.path")]
         demo = load_config(ROOT / "configs/demo.toml", places)
-        base, vae = (
-            json.loads((ROOT / f"byg_plugin/demo/base/{part}/config.json").read_text(encoding="utf-8")) for part in ("transformer", "vae")
-        )
+        folder = ROOT / "byg_plugin/demo/base"
+        base = json.loads((folder / "transformer/config.json").read_text(encoding="utf-8"))
         return Shape(
             transformer=_arguments(base),
-            side=demo.dataset.resolution // 2 ** (len(vae["block_out_channels"]) - 1),
+            side=demo.dataset.resolution // flux_files.vae_downsampling(folder / "vae"),
             text_tokens=demo.conditioning.max_text_tokens,
             rank=demo.lora.rank,
             batch=demo.train.batch_size,

@@ -183,16 +183,25 @@ def _title(records: Mapping[int, Record]) -> str:
     return next(iter(records.values()))["title"]
 
 
+def _study_seeds(results: Results) -> list[int]:
+    """Seeds that some row was trained with."""
+    return sorted({record["seed"] for records in results.values() for record in records.values() if record["kind"] == "train"})
+
+
 def _missing_seeds(results: Results, name: str) -> list[int]:
     """Seeds that some trained row has and this one has not; none of a row without randomness."""
     random = all(record["kind"] in ("train", "base") for record in results[name].values())
-    study = {record["seed"] for records in results.values() for record in records.values() if record["kind"] == "train"}
-    return sorted(study - results[name].keys()) if random else []
+    return sorted(set(_study_seeds(results)) - results[name].keys()) if random else []
 
 
 def _few_seeds(results: Results, name: str) -> str:
     """Says of a row that it has not all seeds of the study."""
     return f" (seed {', '.join(map(str, sorted(results[name])))} alone)" if _missing_seeds(results, name) else ""
+
+
+def _row(results: Results, name: str) -> str:
+    """A row's title, with the seeds it has where they are not all."""
+    return _title(results[name]) + _few_seeds(results, name)
 
 
 def _minutes(records: Mapping[int, Record], limit: float) -> str:
@@ -219,7 +228,7 @@ def table(results: Results, limit: float, page: Page = PICTURES) -> str:
 def _heading(results: Results, page: Page) -> str:
     records = [record for seeds in results.values() for record in seeds.values()]
     stages = sorted({record["stage"] for record in records})
-    seeds = sorted({record["seed"] for record in records if record["kind"] == "train"})
+    seeds = _study_seeds(results)
     main = next((seeds for name, seeds in results.items() if not name.startswith(SIX)), {})
     edits = max((record["edits"] for record in main.values()), default=0)
     lines = [
@@ -227,7 +236,7 @@ def _heading(results: Results, page: Page) -> str:
         "",
         f"Made by `{page.command}`. Training seeds {', '.join(map(str, seeds)) or 'none'}; {edits} held-out edits, half "
         "recolour the object, half the background, the same for every run but those on all six types. Cells are the mean over seeds, "
-        f"and in brackets the lowest and the highest seed; percentages without their sign. "
+        "and in brackets the lowest and the highest seed; percentages without their sign. "
         f"Metrics are exact and read from pixels: `{page.metrics}`.",
     ]
     warnings = _mixtures(results)
@@ -261,7 +270,7 @@ def _main_table(results: Results, limit: float, page: Page) -> str:
     )  # fmt: skip
     for name in names(results):
         records = results[name]
-        cells = [_title(records) + _few_seeds(results, name), f"**{_cell(records, 'joint')}**"]
+        cells = [_row(results, name), f"**{_cell(records, 'joint')}**"]
         cells += [_cell(records, "edit", kind) for kind in ("all", OBJECT, BACKGROUND)]
         cells += [_cell(records, "preserved", kind) for kind in ("all", OBJECT, BACKGROUND)]
         cells += [_cell(records, "pebble"), _cell(records, "outside_error", show=_error)]
@@ -315,7 +324,7 @@ def _against_paper(results: Results) -> str:
         if name == "full" or not _pairs(results, name) or "curve" not in next(iter(results[name].values())):
             continue
         ends = [_changes(results, name, key) for key in ("edit", "preserved")]
-        cells = [_title(results[name]) + _few_seeds(results, name), _paper_cell(name)]
+        cells = [_row(results, name), _paper_cell(name)]
         cells += [f"{direction(changes)}: {_spread(changes, _points)}" for changes in ends]
         cells += [_matched_cell(results, name, "preserved", _points), _matched_cell(results, name, "outside_error", _change)]
         cells.append(_range_cell(results, name))
@@ -387,25 +396,16 @@ def _targets(results: Results) -> str:
     return "\n".join(lines)
 
 
-def _edits_a_type(results: Results, kinds: Sequence[str]) -> int:
-    tables = [record["table"] for name in six_names(results) for record in results[name].values()]
-    return max(int(table[kind]["n"]) for table in tables for kind in kinds if kind != "all" and kind in table)
-
-
 def _by_type(results: Results) -> str:
-    kinds = sorted({kind for name in six_names(results) for record in results[name].values() for kind in record["table"]})
-    kinds = [kind for kind in kinds if kind != "all"] + ["all"]
-    lines = ["## All six edit types", "", f"Their own training and evaluation edits, {_edits_a_type(results, kinds)} of each type.", ""]
+    tables = [record["table"] for name in six_names(results) for record in results[name].values()]
+    types = sorted({kind for table in tables for kind in table} - {"all"})
+    edits = max(int(table[kind]["n"]) for table in tables for kind in types if kind in table)
+    lines = ["## All six edit types", "", f"Their own training and evaluation edits, {edits} of each type.", ""]
     lines += _header(["run", "edits", "**joint**", "edit made", "source preserved", "pebble kept", "error outside", "mask IoU"])
     for name in six_names(results):
         records = results[name]
-        for kind in kinds:
-            cells = [
-                _title(records) + _few_seeds(results, name),
-                kind,
-                f"**{_cell(records, 'joint', kind)}**",
-                _cell(records, "edit", kind),
-            ]
+        for kind in [*types, "all"]:
+            cells = [_row(results, name), kind, f"**{_cell(records, 'joint', kind)}**", _cell(records, "edit", kind)]
             cells += [_cell(records, "preserved", kind), _cell(records, "pebble", kind)]
             cells += [_cell(records, "outside_error", kind, _error), _cell(records, "iou", kind, lambda value: f"{value:.2f}")]
             lines.append(_line(cells))
@@ -531,7 +531,7 @@ def _panel(axis: Any, results: Results, drawn: Mapping[str, Mapping[str, Any]], 
         # The reference lies on top of the ends that it is compared with, and lets them be seen behind it.
         end = {"markersize": 9, "zorder": 4} if name == "full" else {"markersize": 13, "zorder": 3}
         axis.plot(x[-1], y[-1], marker=style["marker"], color=style["color"], markeredgecolor="white", markeredgewidth=1.2, **end)
-        axis.ends.append((x[-1], y[-1], _title(results[name]) + _few_seeds(results, name), style["color"]))
+        axis.ends.append((x[-1], y[-1], _row(results, name), style["color"]))
     for name in ("truth", "copy", "base"):
         if name in results:
             x, y = (float(np.mean(_values(results[name], k))) * _scale(k) for k in ("edit", key))

@@ -540,18 +540,10 @@ _CLASSES = {
 }
 
 
-def _forget_origin(config: Path) -> None:
-    """Drop the folder that a part was read from: diffusers writes it into what it saves."""
-    settings = json.loads(config.read_text(encoding="utf-8"))
-    settings.pop("_name_or_path", None)
-    config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
 def save(out: Path, vae: AutoencoderKL, network: FluxTransformer2DModel, encoders: TextEncoders) -> None:
     """Write a diffusers FLUX.1 folder: the VAE and the transformer in float16, the tiny text encoders in float32."""
     # Copies: a module's own `half` would change the one that is still being trained.
     copy.deepcopy(vae).half().save_pretrained(out / "vae")
-    _forget_origin(out / "vae" / "config.json")
     copy.deepcopy(network).half().save_pretrained(out / "transformer")
     encoders.clip.save_pretrained(out / "text_encoder")
     encoders.t5.save_pretrained(out / "text_encoder_2")
@@ -562,6 +554,18 @@ def save(out: Path, vae: AutoencoderKL, network: FluxTransformer2DModel, encoder
     index |= {"feature_extractor": [None, None], "image_encoder": [None, None]}
     index |= {name: list(kind) for name, kind in _CLASSES.items()}
     (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def load_vae(folder: Path) -> AutoencoderKL:
+    """A trained VAE in a module of its own: one that diffusers loads writes the folder it came from into what is saved.
+
+    Raises:
+        RuntimeError: it is not of `VAE_CONFIG`.
+    """
+    trained = AutoencoderKL.from_pretrained(folder)
+    vae = AutoencoderKL(**VAE_CONFIG | {name: trained.config[name] for name in ("shift_factor", "scaling_factor")})
+    vae.load_state_dict(trained.state_dict())
+    return vae.eval()
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -595,9 +599,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     args.report.mkdir(parents=True, exist_ok=True)
     if args.vae:
-        vae = AutoencoderKL.from_pretrained(args.vae).eval()
-        if len(vae.config.block_out_channels) != len(VAE_CONFIG["block_out_channels"]):
-            parser.error(f"--vae {args.vae} has {len(vae.config.block_out_channels)} levels, the base's VAE_CONFIG another number")
+        vae = load_vae(args.vae)
     else:
         vae = train_vae(budget, args.seed, log)
         vae.save_pretrained(args.report / "vae")
@@ -614,7 +616,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     if args.flow_steps:
         write(*train_flow(vae, budget, args.seed, log, write, args.start))
-    write_curve()
+    else:
+        write_curve()
 
 
 if __name__ == "__main__":
