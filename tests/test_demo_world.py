@@ -426,6 +426,15 @@ def pipeline():
     return pipe
 
 
+def test_a_vae_that_is_not_the_bases_is_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    channels = build_base.VAE_CONFIG["block_out_channels"]
+    build_base.AutoencoderKL(**build_base.VAE_CONFIG | {"block_out_channels": [2 * n for n in channels]}).save_pretrained(tmp_path / "wide")
+    for vae in ("wide", "nowhere"):
+        with pytest.raises(SystemExit):
+            build_base.main(["--out", f"{tmp_path}/base", "--report", f"{tmp_path}/report", "--vae", f"{tmp_path}/{vae}"])
+        assert f"--vae {tmp_path}/{vae}: not a VAE of VAE_CONFIG" in capsys.readouterr().err
+
+
 def test_shipped_base_is_small_and_holds_no_pickle():
     files = [path for path in BASE.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 5_800_000

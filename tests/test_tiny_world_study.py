@@ -271,6 +271,17 @@ def test_the_table_compares_at_equal_edit_rate_and_names_what_was_reached(result
     assert any("without cycle" in line and line.endswith("| **no** |") for line in text.splitlines())
 
 
+def test_the_table_compares_backgrounds_by_themselves(results):
+    """A run that makes fewer edits in all, and as many of backgrounds."""
+    for seed in range(3):
+        for name, kept in (("full", 0.9), ("no_cycle", 0.5 + seed / 10)):
+            record = result(name, seed, (0.92, 1.0))
+            record["table"][report.BACKGROUND] = row(1.0, kept)
+            runs.write_json(results / f"{name}-{seed}.json", record)
+    text = report.table(report.read_results(results), limit=5)
+    assert cells(text, "w/o cycle", 7)[1] == "+0, -30 (-40 to -20)"
+
+
 def verdict(folder: Path, target: str) -> str:
     """`yes` or `**no**` of the target that begins so."""
     text = report.table(report.read_results(folder), limit=5)

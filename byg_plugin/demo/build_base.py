@@ -560,7 +560,8 @@ def load_vae(folder: Path) -> AutoencoderKL:
     """A trained VAE in a module of its own: one that diffusers loads writes the folder it came from into what is saved.
 
     Raises:
-        RuntimeError: it is not of `VAE_CONFIG`.
+        OSError: no VAE is there.
+        RuntimeError: its weights' shapes are not those of `VAE_CONFIG`.
     """
     trained = AutoencoderKL.from_pretrained(folder)
     vae = AutoencoderKL(**VAE_CONFIG | {name: trained.config[name] for name in ("shift_factor", "scaling_factor")})
@@ -599,7 +600,10 @@ def main(arguments: list[str] | None = None) -> None:
 
     args.report.mkdir(parents=True, exist_ok=True)
     if args.vae:
-        vae = load_vae(args.vae)
+        try:
+            vae = load_vae(args.vae)
+        except (OSError, RuntimeError) as error:
+            parser.error(f"--vae {args.vae}: not a VAE of VAE_CONFIG: {error}")
     else:
         vae = train_vae(budget, args.seed, log)
         vae.save_pretrained(args.report / "vae")
