@@ -53,7 +53,7 @@ def create_arch_network(multiplier: float, dim: int, alpha: float, vae: Any, enc
 
 def recipe(demo: Config, out: Path, host_path: str | None) -> Config:
     """configs/demo.toml in the host's words."""
-    train, objective = demo.train, demo.objective.model_dump(mode="json", exclude={"rollout_weights"})
+    train, objective = demo.train, demo.objective.model_dump(mode="json", exclude={"rollout_weights", "merge_identity"})
     assert train.optimizer == "muon" and train.lr_schedule == "cosine"
     own = {
         "dit": str(out / "dit.safetensors"),
