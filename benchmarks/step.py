@@ -1,7 +1,7 @@
 """What one unpaired step costs over one paired step: seconds, FLOPs and peak memory, phase by phase.
 
     python -m benchmarks.step --out benchmarks/results/step_cpu.json          on a quiet machine, else --clock process --threads 1
-    python -m benchmarks.step --shape demo                                     the demo's own network and recipe
+    python -m benchmarks.step --shape demo                                     the demo's own network and batch
     python -m benchmarks.step --shape wan-high --out benchmarks/results/step_wan_high.json    either expert of a two-expert Wan: wan-low
     python -m benchmarks.step --shape flux.1-dev --device cuda --repeats 3 --out benchmarks/results/step_cuda.json
     python -m benchmarks.step --shape flux.1-dev --device meta --out benchmarks/results/step_flux_flops.json    FLOPs alone, no weights

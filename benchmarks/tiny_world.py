@@ -134,7 +134,7 @@ STAGES = {
 # What the study decides for every run: nothing that a loss depends on, except that no tuples are held out.
 SETTINGS = (
     "dataset.validation_items=0",
-    "objective.merge_identity=false",  # computes the same as true; kept as the results' runs had it
+    "objective.merge_identity=false",  # the same but for rounding, in more time: as the committed results had it
     "train.validate_every=0",
     "train.keep_last=1",
     'train.tracker="none"',

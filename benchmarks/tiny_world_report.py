@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import colorsys
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -476,11 +477,17 @@ STYLES: dict[str, dict[str, Any]] = {
 
 
 def styles(results: Results) -> dict[str, dict[str, Any]]:
-    """How each run that has a curve is drawn; one that STYLES does not know is grey, with a letter as its marker."""
+    """How each run that has a curve is drawn; one that STYLES does not know has a dark hue and a letter of its own."""
     drawn = [name for name in names(results) if any(curve(record) for record in results[name].values())]
     others = [name for name in drawn if name not in STYLES]
-    letters = {name: {"color": "#8c8c8c", "marker": f"${chr(97 + index % 26)}$"} for index, name in enumerate(others)}
+    letters = {name: {"color": _hue(index), "marker": f"${chr(97 + index % 26)}$"} for index, name in enumerate(others)}
     return {name: (STYLES | letters)[name] for name in drawn}
+
+
+def _hue(index: int) -> str:
+    """A dark colour, far from those of the indices beside it (golden-ratio steps around the wheel)."""
+    red, green, blue = colorsys.hsv_to_rgb(index * 0.618 % 1, 1.0, 0.7)
+    return f"#{round(255 * red):02x}{round(255 * green):02x}{round(255 * blue):02x}"
 
 
 def plot(results: Results, path: Path, page: Page = PICTURES) -> bool:

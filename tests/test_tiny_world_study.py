@@ -390,6 +390,7 @@ def test_every_run_that_has_a_curve_is_drawn(results):
     drawn = report.styles(kept)
     assert set(drawn) == {"full", "no_cycle", "no_prior", "no_bootstrap", "full+lr2", "no_cycle+lr2", "new_row"}
     assert len({style["marker"] for style in drawn.values()}) == len(drawn)
+    assert len({style["color"] for style in drawn.values()}) == len(drawn)
 
 
 def test_rows_of_another_base_are_not_passed_off_as_comparable(results):
