@@ -53,6 +53,7 @@ def create_arch_network(multiplier: float, dim: int, alpha: float, vae: Any, enc
 
 def recipe(demo: Config, out: Path, host_path: str | None) -> Config:
     """configs/demo.toml in the host's words."""
+    # The host has no merged weights; the identity pass runs by itself, as when the committed figures were made (the same but for rounding).
     train, objective = demo.train, demo.objective.model_dump(mode="json", exclude={"rollout_weights", "merge_identity"})
     assert train.optimizer == "muon" and train.lr_schedule == "cosine"
     own = {

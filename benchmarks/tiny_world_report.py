@@ -484,10 +484,9 @@ def styles(results: Results) -> dict[str, dict[str, Any]]:
     return {name: (STYLES | letters)[name] for name in drawn}
 
 
-def _hue(index: int) -> str:
-    """A dark colour, far from those of the indices beside it (golden-ratio steps around the wheel)."""
-    red, green, blue = colorsys.hsv_to_rgb(index * 0.618 % 1, 1.0, 0.7)
-    return f"#{round(255 * red):02x}{round(255 * green):02x}{round(255 * blue):02x}"
+def _hue(index: int) -> tuple[float, float, float]:
+    """A dark colour (RGB in 0..1), far from those of the indices beside it: golden-ratio steps around the wheel."""
+    return colorsys.hsv_to_rgb(index * 0.618 % 1, 1.0, 0.7)
 
 
 def plot(results: Results, path: Path, page: Page = PICTURES) -> bool:

@@ -19,6 +19,7 @@ from tiny import in_child, wake
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks are no part of the package
 
+from benchmarks import demo_musubi  # noqa: E402
 from benchmarks import tiny_world as study  # noqa: E402
 from benchmarks import tiny_world_report as report  # noqa: E402
 from benchmarks import tiny_world_run as runs  # noqa: E402
@@ -27,7 +28,7 @@ from byg_plugin.edit import EditPipeline  # noqa: E402
 from byg_plugin.hosts import make_host  # noqa: E402
 from byg_plugin.models import make_family  # noqa: E402
 from byg_plugin.training.checkpoint import save_file  # noqa: E402
-from byg_plugin.training.config import Config  # noqa: E402
+from byg_plugin.training.config import Config, load_config  # noqa: E402
 from byg_plugin.training.loop import Interrupted, lora_metadata  # noqa: E402
 
 EVAL_EDITS = max(stage.eval_edits for stage in study.STAGES.values())  # before `little_data`
@@ -98,6 +99,21 @@ def test_every_row_has_a_valid_configuration_in_every_stage(tmp_path):
                 plan = each.plan(name, seed)
                 assert plan.config.train.seed == seed == plan.seed
                 assert plan.config.train.steps > plan.config.objective.identity_warmup_steps > 0
+
+
+@pytest.mark.parametrize("name", ["full", "no_cycle", "paired_steps", "six_full"])
+def test_the_committed_rows_have_the_settings_that_the_study_has_now(whole, name):
+    """Or the documents' figures are of another recipe: make the study again (`--list` names what is stale)."""
+    for seed in (0, 1, 2):
+        record = runs.read_json(ROOT / f"benchmarks/results/tiny_world/report/{name}-{seed}.json")
+        assert [found for found in runs.changes(record, whole.plan(name, seed)) if found != "another data"] == []  # `little_data`
+
+
+def test_the_demo_inside_musubi_tuner_has_the_objective_of_its_committed_figures(tmp_path):
+    places = [f'{key}="{tmp_path.as_posix()}"' for key in ("dataset.tuples", "dataset.cache_dir", "output.dir")]
+    demo = load_config(ROOT / "configs/demo.toml", places)
+    now = demo_musubi.recipe(demo, tmp_path, None).objective.model_dump(mode="json")
+    assert now == runs.read_json(demo_musubi.RESULT)["objective"]
 
 
 def test_stages_and_the_demo_share_no_pictures():
