@@ -1,0 +1,1 @@
+"""Mutations of this code, each of which must turn a test red; see `__main__`."""

@@ -1,0 +1,51 @@
+"""Progress bars: a bar on a terminal, one line a minute in a log file or a pipe."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from tqdm import tqdm
+
+_EVERY = 60.0  # seconds between lines where nobody watches a cursor
+
+
+class Progress(tqdm):
+    """tqdm's bar (same arguments); where its stream is no terminal, whole lines: the first, one a minute, and the last."""
+
+    def __init__(self, *args: Any, **options: Any):
+        file = options.get("file") or sys.stderr
+        self._lines = not (hasattr(file, "isatty") and file.isatty())
+        if self._lines:
+            # Without a minimum of iterations tqdm looks at the clock at every update; its monitor thread would write between lines.
+            options = {**options, "mininterval": _EVERY, "maxinterval": _EVERY, "miniters": 1, "ascii": True, "ncols": 0}
+        super().__init__(*args, **options)
+
+    @staticmethod
+    def status_printer(file: Any) -> Any:
+        """Carriage returns on a terminal, else lines; a line that says what the last one said is left out."""
+        if hasattr(file, "isatty") and file.isatty():
+            return tqdm.status_printer(file)
+        last = ""
+
+        def write(text: str) -> None:
+            nonlocal last
+            if text.strip() and text != last:
+                file.write(text.rstrip() + "\n")
+                file.flush()
+                last = text
+
+        return write
+
+    def set_postfix(self, ordered_dict: Any = None, refresh: bool = True, **figures: Any) -> None:
+        """Figures beside the bar; in lines they wait for their minute."""
+        super().set_postfix(ordered_dict, refresh and not self._lines, **figures)
+
+    def close(self) -> None:
+        """As tqdm's; of lines, the last one tells where it ended, and no empty one follows."""
+        if not self._lines or self.disable:
+            super().close()
+            return
+        self.refresh()
+        self.disable = True
+        self._decr_instances(self)

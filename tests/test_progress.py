@@ -1,0 +1,72 @@
+"""Progress bars: a terminal gets a bar, a log gets lines."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+
+from byg_plugin import progress
+from byg_plugin.progress import Progress
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def work(file: io.StringIO, steps: int, **options: Any) -> str:
+    with Progress(total=steps, desc="train", file=file, **options) as bar:
+        for step in range(steps):
+            bar.set_postfix(loss=step)
+            bar.update(1)
+    return file.getvalue()
+
+
+def test_a_log_gets_the_first_and_the_last_line_of_a_short_run_however_many_steps():
+    said = work(io.StringIO(), 5000)
+    lines = said.splitlines()
+    assert "\r" not in said and said.endswith("\n")
+    assert len(lines) == 2
+    assert "0/5000" in lines[0]
+    assert "5000/5000" in lines[1] and "loss=4999" in lines[1]
+
+
+def test_a_log_gets_a_line_a_minute(monkeypatch: pytest.MonkeyPatch):
+    now = [0.0]
+    file = io.StringIO()
+    bar = Progress(total=600, desc="train", file=file)
+    bar._time = lambda: now[0]
+    bar.start_t = bar.last_print_t = 0.0  # its first line is there already
+    for _ in range(300):  # a step a second: five minutes
+        now[0] += 1
+        bar.update(1)
+    bar.close()
+    lines = file.getvalue().splitlines()
+    assert [line.split()[2].partition("/")[0] for line in lines] == ["0", "60", "120", "180", "240", "300"]
+    assert progress._EVERY == 60
+
+
+def test_an_interrupted_run_says_how_far_it_came():
+    file = io.StringIO()
+    with pytest.raises(KeyboardInterrupt), Progress(total=10, file=file) as bar:
+        bar.update(3)
+        raise KeyboardInterrupt
+    assert "3/10" in file.getvalue().splitlines()[-1]
+
+
+def test_a_terminal_keeps_its_bar():
+    said = work(Terminal(), 50, mininterval=0)
+    assert "\r" in said and "50/50" in said
+    assert said.count("\n") == 1
+
+
+def test_a_disabled_bar_says_nothing():
+    assert work(io.StringIO(), 5, disable=True) == ""
+
+
+def test_over_an_iterable():
+    file = io.StringIO()
+    assert list(Progress(range(4), file=file)) == [0, 1, 2, 3]
+    assert "4/4" in file.getvalue().splitlines()[-1]
