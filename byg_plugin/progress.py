@@ -13,6 +13,8 @@ _EVERY = 60.0  # seconds between lines where nobody watches a cursor
 class Progress(tqdm):
     """tqdm's bar (same arguments); where its stream is no terminal, whole lines: the first, one a minute, and the last."""
 
+    disable: bool
+
     def __init__(self, *args: Any, **options: Any):
         file = options.get("file") or sys.stderr
         self._lines = not (hasattr(file, "isatty") and file.isatty())
