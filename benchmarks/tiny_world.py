@@ -29,7 +29,6 @@ from types import FrameType
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from benchmarks import tiny_world_report as report
 from benchmarks import tiny_world_run as runs
@@ -37,6 +36,7 @@ from benchmarks.provenance import ROOT
 from benchmarks.tiny_world_run import Plan
 from byg_plugin import _cli
 from byg_plugin.demo import world
+from byg_plugin.progress import Progress
 from byg_plugin.training.config import Config, load_config
 from byg_plugin.training.loop import Interrupted
 
@@ -345,7 +345,7 @@ def _run(study: Study, tasks: list[tuple[str, int]]) -> list[str]:
     finished, total = 0.0, sum(effort(study.plan(*task)) for task in waiting)
     every = 1 if sys.stderr.isatty() else 60
     shape = "{desc} {percentage:3.0f} % {elapsed} gone, {remaining} left{postfix}"
-    bar = tqdm(total=total, desc=study.options.stage, bar_format=shape, mininterval=every, smoothing=0, disable=not waiting)
+    bar = Progress(total=total, desc=study.options.stage, bar_format=shape, mininterval=every, smoothing=0, disable=not waiting)
     try:
         while waiting or running:
             while waiting and len(running) < study.options.jobs:
@@ -369,17 +369,17 @@ def _is_open(study: Study, name: str, seed: int) -> bool:
     """Whether a run is to be made; says so when its result is stale."""
     state = study.state(study.plan(name, seed))
     if state.startswith("stale"):
-        tqdm.write(f"{name} seed {seed} is {state}; it is made again")
+        Progress.write(f"{name} seed {seed} is {state}; it is made again")
     return state != "done"
 
 
 def _tell_end(study: Study, child: _Child) -> list[str]:
     record = runs.read_json(child.plan.result)
     if child.process.returncode or record is None:
-        tqdm.write(f"{child} failed:\n{child.last_words()}\n")
+        Progress.write(f"{child} failed:\n{child.last_words()}\n")
         return [f"{child} failed; its output is {child.log}"]
     figures = ", ".join(f"{name} {100 * record['table']['all'][name]:.0f} %" for name in ("joint", "edit", "preserved"))
-    tqdm.write(f"{child}: {figures}{_time_of(record, study.stage.minutes)}")
+    Progress.write(f"{child}: {figures}{_time_of(record, study.stage.minutes)}")
     return []
 
 
@@ -394,7 +394,7 @@ def _time_of(record: dict[str, Any], limit: float) -> str:
 
 def _stop(running: list[_Child]) -> None:
     """Pass Ctrl-C on; each run saves after its step. A second Ctrl-C ends them at once."""
-    tqdm.write("stopping: every run saves after its step; the same command goes on from there (Ctrl-C again: at once)")
+    Progress.write("stopping: every run saves after its step; the same command goes on from there (Ctrl-C again: at once)")
     for child in running:
         child.process.send_signal(signal.SIGINT if os.name == "posix" else signal.SIGTERM)
     try:

@@ -37,7 +37,6 @@ from typing import Any
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from byg_plugin import _cli, families, sampling
 from byg_plugin.data.buckets import Size, bucket_for, crop_to_bucket, to_tensor
@@ -48,6 +47,7 @@ from byg_plugin.folders import make_writable
 from byg_plugin.images import frames_of, save_png, side_by_side, to_pil
 from byg_plugin.lora_formats import expert_files, read_lora, read_named
 from byg_plugin.models import make_family
+from byg_plugin.progress import Progress
 from byg_plugin.training.config import Config, DatasetConfig, load_config, parse_config
 from byg_plugin.training.device import resolve_device
 from byg_plugin.training.extras import require_model_extras
@@ -458,7 +458,11 @@ def _parser() -> argparse.ArgumentParser:
         "--seed", type=seed_number, default=0, help="seed of the noise, 0 to 2^63 - 1 (default 0; image i, counted from 0, uses seed + i)"
     )
     parser.add_argument("--frames", type=positive_whole_number, help="frames of a clip (default: the most up to 81; rounded to 4n + 1)")
-    parser.add_argument("--solver", choices=["auto", "euler", "unipc"], help="default: the configuration's, or auto (Wan: unipc)")
+    parser.add_argument(
+        "--solver",
+        choices=["auto", "euler", "unipc", "unipc_diffusers"],
+        help="default: the configuration's, or auto (Wan: unipc, at Wan's own times)",
+    )
     parser.add_argument(
         "--cfg-high", type=finite_number, help="Wan: guidance scale of the (high-noise) expert, 1 = none (default: published)"
     )
@@ -514,14 +518,14 @@ def _tell_cut(source: Path, size: Size, bucket: Size, dataset: DatasetConfig) ->
     if 1 - kept > _TOLD_CUT:
         remedy = "raise dataset.max_aspect" if dataset.buckets else "set dataset.buckets = true"
         text = f"{source}: {1 - kept:.0%} of its {size[0]} x {size[1]} pixels are cut off for an edit of {bucket[0]} x {bucket[1]}"
-        tqdm.write(f"{text}; pad it, or {remedy} in --config", file=sys.stderr)
+        Progress.write(f"{text}; pad it, or {remedy} in --config", file=sys.stderr)
 
 
 def _tell_shortened(source: Path, there: int, edited: int, asked: int | None) -> None:
     """Say on stderr that fewer frames are edited than the clip has, or than `asked` for, because Wan takes 4n + 1 alone."""
     wanted = min(there, _MOST_FRAMES) if asked is None else asked
     if edited < wanted:
-        tqdm.write(f"{source}: {edited} of {wanted} frames are edited, Wan takes 4n + 1", file=sys.stderr)
+        Progress.write(f"{source}: {edited} of {wanted} frames are edited, Wan takes 4n + 1", file=sys.stderr)
 
 
 def main() -> None:
@@ -571,7 +575,7 @@ def main() -> None:
     }
     if pipe.config.model.family in families.WAN:
         settings |= {"cfg_high_noise": pipe.config.cfg_at(True), "cfg_low_noise": pipe.config.cfg_at(False)}
-    with tqdm(total=len(jobs) * len(passes) * settings["steps"], desc="edit", unit="step") as bar:
+    with Progress(total=len(jobs) * len(passes) * settings["steps"], desc="edit", unit="step") as bar:
         for bucket, index, job in (item for item in sized if is_clip(item[2].source)):
             make = partial(pipe.clip, job.source, job.instruction, frames=args.frames, steps=args.steps, schedule=args.schedule)
             made = [make(seed=args.seed + index, guided=guided, on_step=partial(bar.update, 1)) for guided in passes]

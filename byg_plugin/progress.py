@@ -17,7 +17,7 @@ class Progress(tqdm):
 
     def __init__(self, *args: Any, **options: Any):
         file = options.get("file") or sys.stderr
-        self._lines = not (hasattr(file, "isatty") and file.isatty())
+        self._lines = not _is_terminal(file)
         if self._lines:
             # Without a minimum of iterations tqdm looks at the clock at every update; its monitor thread would write between lines.
             options = {**options, "mininterval": _EVERY, "maxinterval": _EVERY, "miniters": 1, "ascii": True, "ncols": 0}
@@ -26,7 +26,7 @@ class Progress(tqdm):
     @staticmethod
     def status_printer(file: Any) -> Any:
         """Carriage returns on a terminal, else lines; a line that says what the last one said is left out."""
-        if hasattr(file, "isatty") and file.isatty():
+        if _is_terminal(file):
             return tqdm.status_printer(file)
         last = ""
 
@@ -51,3 +51,22 @@ class Progress(tqdm):
         self.refresh()
         self.disable = True
         self._decr_instances(self)
+
+    def clear(self, *args: Any, **options: Any) -> None:
+        """Asked for before a line of another writer: lines stay."""
+        if not self._lines:
+            super().clear(*args, **options)
+
+    @classmethod
+    def write(cls, s: str, file: Any = None, end: str = "\n", nolock: bool = False) -> None:
+        """A line that no bar runs through; into a log just the line (tqdm's would print every bar again)."""
+        file = sys.stdout if file is None else file
+        if _is_terminal(file) or _is_terminal(sys.stderr):
+            super().write(s, file, end, nolock)
+        else:
+            file.write(s + end)
+            file.flush()
+
+
+def _is_terminal(file: Any) -> bool:
+    return hasattr(file, "isatty") and file.isatty()

@@ -80,7 +80,7 @@ def sample_as_configured(
     """
     if negative is not None:
         velocity = guided(config, family, velocity, negative)
-    solver = None if config.sample.solver == "euler" else family.solver(steps, schedule)
+    solver = None if config.sample.solver == "euler" else family.solver(steps, schedule, config.sample.solver)
     if solver is None:
         return sample(velocity, noise, text, source, sampling_nodes(family, steps, schedule, tuple(noise.shape)), on_step)
     x = noise

@@ -12,8 +12,7 @@ from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
 
-from tqdm.auto import tqdm
-
+from byg_plugin.progress import Progress
 from byg_plugin.training.extras import require
 
 from .backend import Answer, Chat, Refused, redact
@@ -109,7 +108,9 @@ class OpenAIBackend:
         if self._answered.is_set() or self._told:
             return
         self._told = True
-        tqdm.write(f"{self._url}: {state.outcome.exception()}; trying again for {self.settings.retry_for:g} s (--retry-for)", sys.stderr)
+        Progress.write(
+            f"{self._url}: {state.outcome.exception()}; trying again for {self.settings.retry_for:g} s (--retry-for)", sys.stderr
+        )
 
     def scrub(self, text: str, chat: Chat) -> str:
         """See `Backend`."""

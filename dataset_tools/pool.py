@@ -10,9 +10,8 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, Generic, TypeVar
 
-from tqdm.auto import tqdm
-
 from byg_plugin.folders import make_writable
+from byg_plugin.progress import Progress
 
 from .journal import Done, Journal, mend_last_line, read_records, write_records
 
@@ -180,7 +179,7 @@ async def run_pool(feed: Feed[T], work: Callable[[T], Awaitable[Outcome]], resul
             bar.update(len(outcomes))
             bar.set_postfix_str(_progress(results.tally), refresh=False)
 
-    with tqdm(desc=what, unit="input", smoothing=0.05) as bar:
+    with Progress(desc=what, unit="input", smoothing=0.05) as bar:
         workers = [asyncio.ensure_future(worker()) for _ in range(in_flight)]
         writing = asyncio.ensure_future(writer(bar))
         try:

@@ -129,14 +129,15 @@ def render(settings: RenderSettings, mine: Sequence[Job], device: Any, show: boo
         ValueError: the pipeline cannot be loaded, or makes values that are no picture.
     """
     import torch
-    from tqdm.auto import tqdm
+
+    from byg_plugin.progress import Progress
 
     if not mine:
         return
     pipe = load_pipeline(settings, device)
     experts = pipe.config.get("boundary_ratio") is not None
     negative = families.WAN_NEGATIVE if settings.negative is None else settings.negative
-    for job in tqdm(mine, desc="render", unit="clip", disable=not show):
+    for job in Progress(mine, desc="render", unit="clip", disable=not show):
         frames = pipe(
             prompt=job.prompt,
             negative_prompt=negative,

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import io
+import re
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from byg_plugin import progress
 from byg_plugin.progress import Progress
+
+ROOT = Path(__file__).parents[1]
 
 
 class Terminal(io.StringIO):
@@ -70,3 +75,21 @@ def test_over_an_iterable():
     file = io.StringIO()
     assert list(Progress(range(4), file=file)) == [0, 1, 2, 3]
     assert "4/4" in file.getvalue().splitlines()[-1]
+
+
+def test_a_word_in_between_is_a_line_of_its_own(capsys: pytest.CaptureFixture[str]):
+    with Progress(total=2) as bar:
+        bar.update(1)
+        Progress.write("between", file=sys.stderr)
+        Progress.write("aloud")
+    said = capsys.readouterr()
+    lines = said.err.splitlines()
+    assert len(lines) == 3 and "0/2" in lines[0] and lines[1] == "between" and "1/2" in lines[2]
+    assert said.out == "aloud\n" and "\r" not in said.err
+
+
+def test_no_command_makes_bars_of_its_own():
+    """A bar that is not `Progress` fills logs with carriage returns."""
+    ours = [path for room in ("byg_plugin", "dataset_tools", "benchmarks") for path in (ROOT / room).rglob("*.py")]
+    assert len(ours) > 100
+    assert [path.name for path in ours if re.search(r"(import|from) tqdm", path.read_text(encoding="utf-8"))] == ["progress.py"]

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import UniPCMultistepScheduler, WanPipeline
@@ -13,7 +16,7 @@ from tiny_wan import A14B, T2V, TEXT_TOKENS, tiny_vae, tiny_wan, wan_config, wan
 from byg_plugin import sampling, timesteps
 from byg_plugin.families import WAN, WAN_NEGATIVE
 from byg_plugin.models import make_family
-from byg_plugin.models.wan import HIGH, LOW, UniPC, WanFamily, _source_positions, to_wan_timestep
+from byg_plugin.models.wan import HIGH, LOW, UniPC, WanFamily, _source_positions, diffusers_times, to_wan_timestep, wan_times
 
 CPU = torch.device("cpu")
 T = torch.tensor([0.31, 0.77])
@@ -262,10 +265,51 @@ def test_published_schedule(tmp_path: Path):
     nodes = timesteps.uniform_nodes(4)
     assert torch.allclose(family_of(tmp_path, A14B).shifted_nodes(nodes, (1, 16, 2, 4, 6)), 12 * nodes / (1 + 11 * nodes))
     assert WAN[A14B].steps == 40 and WAN[A14B].guidance == (4.0, 3.0) and WAN_NEGATIVE.endswith("倒着走")
-    times = UniPC(40, 12.0).times
+    times = UniPC(wan_times(40, 12.0)).times
     assert len(times) == 40 and times[0] > 0.998 and bool((times.diff() < 0).all())
     # The shift gives the high-noise expert 26 of the 40 steps.
     assert (times >= 0.875).sum() == 26
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 5.0, 8.0, 12.0])
+def test_unipc_has_the_times_of_wans_own_code(shift: float):
+    for steps in (1, 2, 8, 20, 30, 40, 50):
+        # As wan/utils/fm_solvers_unipc.py of Wan2.2 makes them, in its order of operations.
+        sigmas = np.linspace(float(np.float32(1.0 - 0.001)), 0.0, steps + 1)[:-1]
+        sigmas = shift * sigmas / (1 + (shift - 1) * sigmas)
+        solver = UniPC(wan_times(steps, shift))
+        assert solver._scheduler.timesteps.tolist() == (sigmas * 1000).astype(np.int64).tolist()
+        np.testing.assert_allclose(solver._scheduler.sigmas[:-1].numpy(), sigmas, rtol=1e-6)
+        assert solver._scheduler.sigmas[-1] == 0
+    assert round(1000 * UniPC(wan_times(40, 12.0)).times[-1].item()) == 235
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 5.0, 8.0, 12.0])
+def test_by_option_unipc_has_diffusers_times(shift: float):
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+    for steps in (2, 8, 20, 40, 50):
+        scheduler.set_timesteps(steps)
+        solver = UniPC(diffusers_times(steps, shift))
+        assert solver._scheduler.timesteps.tolist() == scheduler.timesteps.tolist()
+        torch.testing.assert_close(solver._scheduler.sigmas, scheduler.sigmas, rtol=1e-6, atol=1e-7)
+    ours, theirs = wan_times(40, 12.0), diffusers_times(40, 12.0)
+    assert ((1000 * ours).long() != (1000 * theirs).long()).sum() == 19 and (1000 * theirs).long()[-1] == 242
+
+
+@pytest.mark.musubi
+@pytest.mark.skipif("MUSUBI_TUNER" not in os.environ, reason="MUSUBI_TUNER names no musubi-tuner checkout")
+def test_sampling_is_that_of_wans_own_scheduler():
+    """musubi-tuner carries Wan's own file."""
+    path = Path(os.environ["MUSUBI_TUNER"]) / "src/musubi_tuner/wan/utils/fm_solvers_unipc.py"
+    theirs = SourceFileLoader("wans_unipc", str(path)).load_module().FlowUniPCMultistepScheduler(shift=1, use_dynamic_shifting=False)
+    theirs.set_timesteps(12, device="cpu", shift=12.0)
+    ours, x = UniPC(wan_times(12, 12.0)), torch.randn(1, 4, 2, 4, 4, generator=torch.Generator().manual_seed(3))
+    y = x.clone()
+    for index, t in enumerate(theirs.timesteps):
+        assert round(1000 * ours.times[index].item()) == t
+        x = ours.step(index, torch.sin(3 * x) + x * ours.times[index], x)
+        y = theirs.step(torch.sin(3 * y) + y * ours.times[index], t, y, return_dict=False)[0]
+    assert (x - y).abs().max() <= 1e-6 * y.abs().max()
 
 
 @torch.no_grad()
@@ -275,7 +319,7 @@ def test_unipc_with_both_experts_is_diffusers_own_pipeline(tmp_path: Path):
     text, x = wan_texts(1, 9), wan_latents(1, 1)
     options = {"height": 32, "width": 48, "num_frames": 5, "num_inference_steps": 8, "guidance_scale": 1.0, "output_type": "latent"}
     theirs = pipe(prompt_embeds=text["umt5"], latents=x.clone(), **options).frames
-    networks, solver = dict(family.load_transformers(torch.float32)), family.solver(8, "shifted")
+    networks, solver = dict(family.load_transformers(torch.float32)), family.solver(8, "shifted", "unipc_diffusers")
     used = []
     for index, t in enumerate(solver.times):
         expert = family.expert_of(t[None])
@@ -308,7 +352,7 @@ def test_guidance_has_each_experts_scale_and_the_source_in_both_branches(tmp_pat
 def test_solver_by_configuration(tmp_path: Path):
     x, source, text = wan_latents(1, 1), wan_latents(1, 2), wan_texts(1, 9)
     times: dict[str, list[float]] = {}
-    for solver in ("auto", "euler", "unipc"):
+    for solver in ("auto", "euler", "unipc", "unipc_diffusers"):
         config = wan_config(tmp_path, A14B, sample={"solver": solver})
         seen = times[solver] = []
 
@@ -319,5 +363,6 @@ def test_solver_by_configuration(tmp_path: Path):
         out = sampling.sample_as_configured(config, make_family(config), field, x, text, source, steps=5, schedule="shifted")
         # A constant velocity is integrated exactly by every solver, from t = 1 (UniPC: 0.999 in its own clock) to 0.
         torch.testing.assert_close(out, x - 1, rtol=0, atol=2e-3)
-    assert times["auto"] == times["unipc"] != times["euler"] and len(times["euler"]) == 5
+    assert times["auto"] == times["unipc"] and len(times["euler"]) == 5
+    assert len({tuple(seen) for seen in times.values()}) == 3
     assert times["euler"][0] == 1.0 and times["unipc"][0] == pytest.approx(0.999, abs=1e-3)

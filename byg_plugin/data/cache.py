@@ -28,11 +28,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from byg_plugin.data import buckets, clips, media
 from byg_plugin.data.tuples import TEXTS, EditTuple
 from byg_plugin.models.base import Family
+from byg_plugin.progress import Progress
 from byg_plugin.training.config import Config
 
 PREPROCESSING = "1"  # raise when load_image, crop_to_bucket or to_tensor give other pixels
@@ -416,7 +416,7 @@ def cache_latents(
     failed: list[tuple[str, str]] = []
     if mine:
         vae = family.load_vae(device)
-        with tqdm(total=len(mine), desc="encode images and clips", unit="file", disable=processes.rank > 0) as bar:
+        with Progress(total=len(mine), desc="encode images and clips", unit="file", disable=processes.rank > 0) as bar:
             for group in _groups(mine, config.dataset.cache_batch_size, lambda picture: (picture.bucket, picture.frames)):
                 failed += _encode_pictures(family, vae, device, keys.files, store, group)
                 bar.update(len(group))
@@ -477,7 +477,7 @@ def _look_at_all(files: ImageFiles, tuples: Sequence[EditTuple], processes: Proc
     What cannot be read stays unknown; who asks for it again gets the error.
     """
     paths = list(dict.fromkeys(path for item in tuples for path in (item.source, item.target) if path))
-    for path in tqdm(paths[processes.rank :: processes.world], desc="look at images", unit="image", disable=processes.rank > 0):
+    for path in Progress(paths[processes.rank :: processes.world], desc="look at images", unit="image", disable=processes.rank > 0):
         with suppress(ValueError):
             files.look(path)
     for known, seen in processes.gather([(files.known, files.seen)]):
@@ -543,7 +543,7 @@ def cache_texts(
     cut: list[str] = []
     if mine:
         encoders = family.load_text_encoders(device)
-        with tqdm(total=len(mine), desc="encode texts", unit="text", disable=processes.rank > 0) as bar:
+        with Progress(total=len(mine), desc="encode texts", unit="text", disable=processes.rank > 0) as bar:
             for group in _groups(mine, config.dataset.cache_batch_size, lambda key: None):
                 texts = [by_key[key] for key in group]
                 with _memory_advice(len(group)):

@@ -92,8 +92,8 @@ class Family(Protocol):
         """The family's inference shift applied to nodes in [0, 1] (1 = noise); end points stay."""
         ...
 
-    def solver(self, steps: int, schedule: str) -> Solver | None:
-        """The sampler that the family is published with, where that is not Euler; `shifted` has the published shift."""
+    def solver(self, steps: int, schedule: str, name: str) -> Solver | None:
+        """The sampler that `sample.solver` names, `auto` for the published one; None: Euler. `shifted` has the published shift."""
         ...
 
 

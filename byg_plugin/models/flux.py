@@ -181,7 +181,7 @@ class FluxFamily:
         """FLUX.1-dev's resolution-dependent shift: exp(mu) with mu linear in the tokens, 0.5 at 256 and 1.15 at 4096."""
         return flux_tokens.shifted_nodes(nodes, latent_shape)
 
-    def solver(self, steps: int, schedule: str) -> None:
+    def solver(self, steps: int, schedule: str, name: str) -> None:
         """FLUX is published with Euler."""
         return None
 

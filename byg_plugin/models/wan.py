@@ -217,9 +217,10 @@ class WanFamily:
         """The published inference shift of this checkpoint."""
         return timesteps.shift(nodes, self.spec.shift)
 
-    def solver(self, steps: int, schedule: str) -> UniPC:
-        """Wan's own sampler, with the published shift where the schedule is `shifted`."""
-        return UniPC(steps, self.spec.shift if schedule == "shifted" else 1.0)
+    def solver(self, steps: int, schedule: str, name: str) -> UniPC:
+        """UniPC at Wan's own times, or at diffusers' (`unipc_diffusers`), with the published shift where the schedule is `shifted`."""
+        times = diffusers_times if name == "unipc_diffusers" else wan_times
+        return UniPC(times(steps, self.spec.shift if schedule == "shifted" else 1.0))
 
 
 def to_wan_timestep(t: Tensor) -> Tensor:
@@ -227,18 +228,39 @@ def to_wan_timestep(t: Tensor) -> Tensor:
     return t.float() * 1000
 
 
+def wan_times(steps: int, shift: float) -> Tensor:
+    """The times of Wan2.1's and Wan2.2's own code (wan/utils/fm_solvers_unipc.py): (steps,) in (0, 1), float64.
+
+    u falls from 0.999 by equal steps, of which the last one would reach 0; then the shift.
+    """
+    first = torch.tensor(0.999).item()  # in float32, as there: whole thousandths must not fall below themselves when they are cut off
+    return timesteps.shift(torch.linspace(first, 0.0, steps + 1, dtype=torch.float64)[:-1], shift)
+
+
+def diffusers_times(steps: int, shift: float) -> Tensor:
+    """The times of diffusers' Wan pipelines: u falls from 1 by equal steps, of which the last one would reach 0.001."""
+    u = torch.linspace(1.0, 0.001, steps + 1, dtype=torch.float64)[:-1]
+    times = timesteps.shift(u, shift)
+    times[0] -= 1e-6  # theirs too: at 1 the solver's logarithms are infinite
+    return times
+
+
 class UniPC:
-    """UniPC over a shifted flow schedule, as Wan's pipelines set it up: one pass over `times`, `step` at each.
+    """UniPC as Wan's own code and diffusers' pipelines set it up (order 2, `bh2`): one pass over `times`, `step` at each.
+
+    Args:
+        times: (steps,) in (0, 1), falling: where the path is evaluated; 0 follows.
 
     Attributes:
-        times: (steps,) in [0, 1], what the network is called with. Whole thousandths, as the published samplers round them.
+        times: (steps,) in [0, 1], what the network is called with: whole thousandths, cut off as both published samplers do.
     """
 
-    def __init__(self, steps: int, shift: float):
-        self._scheduler: Any = UniPCMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=shift
-        )
-        self._scheduler.set_timesteps(steps)
+    def __init__(self, times: Tensor):
+        self._scheduler: Any = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000)
+        self._scheduler.set_timesteps(len(times))
+        # Set here: by `sigmas=` diffusers would shift them again, and versions differ in what they add.
+        self._scheduler.sigmas = torch.cat([times, times.new_zeros(1)]).float()
+        self._scheduler.timesteps = (times * 1000).long()
         self._scheduler.set_begin_index(0)
         self.times: Tensor = self._scheduler.timesteps.float() / 1000
 

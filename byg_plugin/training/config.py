@@ -270,8 +270,10 @@ class SampleConfig(Section):
     items: Positive = Field(4, description="Tuples previewed, from the validation items where there are any.")
     steps: Positive = Field(20, description="Euler steps of an edit.")
     schedule: Literal["uniform", "shifted"] = Field("shifted", description="Nodes of the sampler (family's own shift).")
-    solver: Literal["auto", "euler", "unipc"] = Field(
-        "auto", description="auto = what the family is published with: Wan UniPC, FLUX Euler."
+    solver: Literal["auto", "euler", "unipc", "unipc_diffusers"] = Field(
+        "auto",
+        description="auto = what the family is published with: FLUX Euler, Wan unipc, which is UniPC at the times of Wan's own code; "
+        "unipc_diffusers takes those of diffusers' pipelines.",
     )
     cfg_high_noise: Annotated[float, Field(ge=1.0)] | None = Field(
         None, description="Wan: classifier-free guidance of the (high-noise) expert, 1 = none; default: the published one."
@@ -453,9 +455,10 @@ class Config(Section):
             )
         if family not in families.WAN:
             named = {key: getattr(self.sample, key) for key in ("cfg_high_noise", "cfg_low_noise", "negative")}
-            if any(value is not None for value in named.values()) or self.sample.solver == "unipc":
+            if any(value is not None for value in named.values()) or self.sample.solver in ("unipc", "unipc_diffusers"):
                 raise ValueError(
-                    f"sample.solver = 'unipc', sample.cfg_* and sample.negative are Wan's, model.family is {family!r}: leave them out"
+                    f"sample.solver = {self.sample.solver!r}, sample.cfg_* and sample.negative are Wan's, model.family is {family!r}: "
+                    "leave them out"
                 )
             if self.dataset.frames > 1 or self.dataset.min_frames:
                 raise ValueError(f"dataset.frames = {self.dataset.frames}: {family} takes images, set dataset.frames = 1")

@@ -21,7 +21,6 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from byg_plugin import __version__, sampling, timesteps
 from byg_plugin.data.dataset import BucketBatches, CachedTuples, collate
@@ -32,6 +31,7 @@ from byg_plugin.lora_formats import EXPERT_SUFFIXES
 from byg_plugin.models.base import Family
 from byg_plugin.objectives import make_objective
 from byg_plugin.objectives.base import Batch, Metrics
+from byg_plugin.progress import Progress
 from byg_plugin.training import checkpoint, preview
 from byg_plugin.training.config import Config, ObjectiveConfig
 from byg_plugin.training.distributed import any_rank, average_gradients, broadcast_from_first, mean_over_ranks
@@ -185,7 +185,7 @@ class Trainer:
         self._preview_if_due()
         if self.step:
             self._validate_if_due()
-        bar = tqdm(total=config.train.steps, initial=self.step, desc="train", disable=not self.accelerator.is_main_process)
+        bar = Progress(total=config.train.steps, initial=self.step, desc="train", disable=not self.accelerator.is_main_process)
         with _interruptible(self), bar:
             for micro_batches in self._loader():
                 started = time.perf_counter()
