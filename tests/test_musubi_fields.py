@@ -167,14 +167,14 @@ class Toy:
 
 def test_base_is_the_bare_model_bit_for_bit():
     toy, batch = Toy(), toy_batch()
-    bare = ToyTransformer(toy.channels)
-    bare.load_state_dict(toy.transformer.state_dict())
     with toy.fields.base() as velocity:
         found = velocity(batch.source, batch.t, batch.instruction, None)
-    toy.transformer, adapted = bare, toy.transformer
+    # The same memory: kernels may round equal numbers differently where they lie differently.
+    adapted = [block.linear.__dict__.pop("forward") for block in toy.transformer.blocks]
     with torch.no_grad():
         expected = toy.call(batch.source, batch.t, batch.instruction, None)
-    toy.transformer = adapted
+    for block, forward in zip(toy.transformer.blocks, adapted, strict=True):
+        block.linear.forward = forward
     with toy.fields.live() as velocity:
         live = velocity(batch.source, batch.t, batch.instruction, None)
     assert torch.equal(found, expected) and not torch.equal(live, expected)

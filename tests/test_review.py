@@ -1,6 +1,7 @@
 """The review page: its journal, what its server refuses, and a real browser that drives it.
 
-The browser tests need Chromium: on the PATH, or at CHROMIUM, or installed with `playwright install chromium`. Without one they fail.
+The browser tests need Chromium: on the PATH, or at CHROMIUM, or installed with `playwright install chromium`. Without one they are
+skipped; with BYG_REQUIRE_BROWSER=1, as CI sets it, they fail.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NoReturn
 
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, Playwright, expect, sync_playwright
 
 from byg_plugin.data.clips import write_clip
 from byg_plugin.data.tuples import TEXTS, read_tuples_file
@@ -468,12 +470,42 @@ def test_what_cannot_be_done_is_said(tuples: Path, arguments: list[str], said: s
 # ---- the page in a browser
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
+def browser_path(playwright: Playwright) -> str | None:
+    """The Chromium that is there: one that is named, one on the PATH, or the one that playwright has installed."""
     names = ("chromium", "chromium-browser", "google-chrome")
     found = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
+    own = playwright.chromium.executable_path
+    return found or (own if Path(own).is_file() else None)
+
+
+def without_browser(reason: str) -> NoReturn:
+    """Skip, or fail where a browser must be there."""
+    if os.environ.get("BYG_REQUIRE_BROWSER"):
+        pytest.fail(f"BYG_REQUIRE_BROWSER is set and there is {reason}")
+    pytest.skip(f"the review page is not tested: {reason}")
+
+
+def test_without_a_browser_its_tests_skip_and_where_it_must_be_there_they_fail(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    for name in ("CHROMIUM", "BYG_REQUIRE_BROWSER"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    playwright = SimpleNamespace(chromium=SimpleNamespace(executable_path=str(tmp_path / "chrome")))
+    assert browser_path(playwright) is None
+    with pytest.raises(pytest.skip.Exception, match="no Chromium"):
+        without_browser("no Chromium")
+    monkeypatch.setenv("BYG_REQUIRE_BROWSER", "1")
+    with pytest.raises(pytest.fail.Exception, match="no Chromium"):
+        without_browser("no Chromium")
+    (tmp_path / "chrome").touch()
+    assert browser_path(playwright) == str(tmp_path / "chrome")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
-        # Without a path: playwright's own, and if there is none its error with the line that installs it.
+        found = browser_path(playwright)
+        if found is None:
+            without_browser("no Chromium on the PATH, at CHROMIUM or from `playwright install chromium`")
         launched = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"], timeout=PATIENCE * 1000)
         expect.set_options(timeout=PATIENCE * 1000)
         yield launched
