@@ -1,4 +1,4 @@
-"""What every test shares: one thread and kernels that give equal bits for equal numbers, no hub, and the float64 toy of the objective's tests.
+"""What every test shares: one thread, kernels that repeat, no hub, and the float64 toy of the objective's tests.
 
 BYG_TEST_THREADS=2 and BYG_TEST_SHIFT=1 look for tests whose bits hang on threads or on where memory lies; MKL_CBWR and
 ONEDNN_MAX_CPU_ISA choose other kernels.
