@@ -164,8 +164,8 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     with _damage_named(path):
-        # Absolute: FFmpeg would take "a:b.mp4" for an address. Only the file itself: a playlist in a clip's clothes names others.
-        # A title that is not UTF-8 is no reason to refuse the pictures.
+        # Absolute: FFmpeg would take "a:b.mp4" for an address. Only the file itself: a playlist under a clip's name opens others.
+        # Titles need not be UTF-8.
         options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "file"}
         container = av.open(str(path.absolute()), container_options=options, metadata_errors="ignore")
     with container:
@@ -173,6 +173,8 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
         if stream is None:
             what = "only sound" if container.streams.audio else "no video"
             raise ValueError(f"{path}: has {what} in it; replace it or remove its tuples")
+        if stream.codec_context is None:
+            raise ValueError(f"{path}: its video is stored in a way that this PyAV has no decoder for; save it as H.264 in an .mp4")
         if max(size := (stream.codec_context.width, stream.codec_context.height)) > MAX_SIDE:
             raise ValueError(f"{path}: {_too_large(*size)}")
         stream.thread_type = "AUTO"
