@@ -42,6 +42,8 @@ def hidden(path: Path) -> Path:
 
 def trimmed(path: Path) -> Path:
     """Without loss: 28 frames, the first 12 cut off by the edit list, and the packets that the first shown one needs kept."""
+    if not hasattr(av.stream, "Disposition"):
+        pytest.skip("PyAV 14.0 copies no stream's header")
     return remux(b_frames(path.with_name("whole.mp4")), path, skip=12)
 
 
@@ -318,7 +320,7 @@ def cover_first(path: Path) -> Path:
     with av.open(str(plain_path)) as old, av.open(str(path), "w") as new:
         cover = new.add_stream("mjpeg", rate=1)
         cover.width, cover.height, cover.pix_fmt = 320, 240, "yuvj420p"
-        cover.disposition = disposition.attached_pic
+        cover.disposition = disposition.attached_pic.value
         film = new.add_stream_from_template(old.streams.video[0])
         picture = cover.encode(av.VideoFrame.from_image(shade(3, (320, 240))).reformat(format="yuvj420p"))
         new.mux(picture)

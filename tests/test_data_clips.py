@@ -216,6 +216,15 @@ def test_latents_of_another_rate_length_content_or_reader_are_other_entries(tmp_
     assert family.images == done + 3  # both clips, not the image
 
 
+def test_one_frame_of_a_clip_follows_the_reader_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    config, family = video_set(tmp_path, frames=1), ClipFamily()
+    cached(config, family)
+    assert family.images == 3
+    monkeypatch.setattr(clips, "READER", "other")
+    cached(config, family)
+    assert family.images == 3 + 2
+
+
 def test_a_target_is_as_long_as_its_source_is_read(tmp_path: Path):
     config = video_set(tmp_path, frames=17)
     tuples = [record("long.mp4", target="short.mp4"), record("long.mp4", target="same.mp4")]

@@ -244,7 +244,7 @@ def _frames(path: Path, container: Any, stream: Any) -> Iterator[_Frame]:
     times are those of showing.
     """
     waiting: list[float] = []
-    latest, lasts, shown_times = -math.inf, None, False
+    latest, begun, lasts, shown_times = -math.inf, -math.inf, None, False
     for packet in _packets(path, container, stream):
         time = _time_of(packet)
         if time is not None:
@@ -257,9 +257,11 @@ def _frames(path: Path, container: Any, stream: Any) -> Iterator[_Frame]:
             time = frame.time
             if waiting and (time is None or (stream.codec_context.has_b_frames and not shown_times)):
                 time = heapq.heappop(waiting)
-            if time is not None:
-                yield _Frame(frame, time, lasts or 0.0)
-            while waiting and time is not None and waiting[0] <= time:
+            if time is None:
+                continue
+            begun = max(begun, time)  # time does not go back, whatever a damaged file says
+            yield _Frame(frame, begun, lasts or 0.0)
+            while waiting and waiting[0] <= begun:
                 heapq.heappop(waiting)
 
 
