@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,8 @@ import av
 import numpy as np
 import pytest
 import torch
+from clip_files import encode, number_of, shade, shades, write
 from data_fakes import CPU, FakeFamily, entries, picture, record, write_tuples
-from PIL import Image
 from tiny_wan import wan_config
 from torch import Tensor, nn
 
@@ -22,50 +21,16 @@ from byg_plugin.data.tuples import read_tuples
 from byg_plugin.training.config import Config
 
 
-def shade(number: int, size: tuple[int, int] = (64, 48)) -> Image.Image:
-    """A frame whose brightness tells its number."""
-    return Image.new("RGB", size, (10 + 8 * number,) * 3)
-
-
-def number_of(image: Image.Image) -> int:
-    return round((np.asarray(image, dtype=float).mean() - 10) / 8)
-
-
-def write(path: Path, frames: int = 20, fps: float = 16, size: tuple[int, int] = (64, 48)) -> Path:
-    clips.write_clip(path, (shade(index, size) for index in range(frames)), fps)
-    return path
-
-
 def write_as(path: Path, frames: int, fps: int) -> Path:
     """In the container that the suffix names: .mkv and .webm store whole thousandths of a second."""
     codec = {".mp4": "libx264", ".mkv": "ffv1", ".webm": "libvpx"}[path.suffix]
-    try:
-        av.codec.Codec(codec, "w")
-    except av.codec.codec.UnknownCodecError:
-        pytest.skip(f"this PyAV has no {codec}")
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=fps)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        if codec == "libvpx":
-            stream.options = {"deadline": "realtime", "cpu-used": "8"}
-        for index in range(frames):
-            container.mux(stream.encode(av.VideoFrame.from_image(shade(index))))
-        container.mux(stream.encode())
-    return path
+    options = {"deadline": "realtime", "cpu-used": "8"} if codec == "libvpx" else {}
+    return encode(path, shades(frames), codec, rate=fps, options=options)
 
 
 def write_uneven(path: Path, times: list[int]) -> Path:
     """Frames at these thousandths of a second."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=1000)
-        stream.width, stream.height, stream.pix_fmt, stream.time_base = 64, 48, "yuv420p", Fraction(1, 1000)
-        stream.codec_context.time_base = Fraction(1, 1000)
-        for index, time in enumerate(times):
-            frame = av.VideoFrame.from_image(shade(index))
-            frame.pts, frame.time_base = time, Fraction(1, 1000)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    return path
+    return encode(path, shades(len(times), times=times), rate=1000, time_base=Fraction(1, 1000))
 
 
 # --- reading ---
@@ -116,42 +81,19 @@ def test_variable_frame_rate_goes_by_time(tmp_path: Path):
 def test_frames_are_decoded_as_they_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fps: float | None):
     """Whoever reads two frames of a long clip pays for a few: a whole clip is never in memory."""
     path = write(tmp_path / "long.mp4", 200)
-    decoded = 0
-    opened = clips._opened
+    decoded, decode = 0, clips._decoded
 
-    class Counted:
-        def __init__(self, container: Any):
-            self.container = container
+    def counting(path: Path, packet: Any) -> Any:
+        nonlocal decoded
+        frames = decode(path, packet)
+        decoded += len(frames)
+        return frames
 
-        def decode(self, stream: Any) -> Any:
-            nonlocal decoded
-            for frame in self.container.decode(stream):
-                decoded += 1
-                yield frame
-
-    @contextmanager
-    def counting(path: Path) -> Any:
-        with opened(path) as (container, stream):
-            yield Counted(container), stream
-
-    monkeypatch.setattr(clips, "_opened", counting)
+    monkeypatch.setattr(clips, "_decoded", counting)
     shown = clips.read_clip(path, 90, fps)
     next(shown), next(shown)
     assert 0 < decoded <= 5
     shown.close()
-
-
-def test_a_turned_clip_is_read_upright(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    class Turned:
-        rotation = -90
-
-        def to_image(self) -> Image.Image:
-            image = Image.new("RGB", (4, 2))
-            image.putpixel((0, 0), (255, 0, 0))
-            return image
-
-    upright = clips._upright(Turned())
-    assert upright.size == (2, 4) and upright.getpixel((1, 0)) == (255, 0, 0)
 
 
 def test_written_clips_keep_odd_sizes_whole_and_say_how_they_were_made(tmp_path: Path):
@@ -272,6 +214,15 @@ def test_latents_of_another_rate_length_content_or_reader_are_other_entries(tmp_
     monkeypatch.setattr(clips, "READER", "other")
     cached(config, family)
     assert family.images == done + 3  # both clips, not the image
+
+
+def test_one_frame_of_a_clip_follows_the_reader_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    config, family = video_set(tmp_path, frames=1), ClipFamily()
+    cached(config, family)
+    assert family.images == 3
+    monkeypatch.setattr(clips, "READER", "other")
+    cached(config, family)
+    assert family.images == 3 + 2
 
 
 def test_a_target_is_as_long_as_its_source_is_read(tmp_path: Path):

@@ -143,8 +143,7 @@ class ImageFiles:
             return cls(path)
         if not isinstance(known, dict):
             return cls(path)
-        # A clip has two more: frames and seconds.
-        return cls(path, {name: entry for name, entry in known.items() if isinstance(entry, list) and len(entry) in (5, 7)})
+        return cls(path, {name: entry for name, entry in known.items() if isinstance(entry, list) and _is_current(entry)})
 
     def look(self, image: Path) -> tuple[str, buckets.Size]:
         """(content hash, (width, height)) of an image.
@@ -164,7 +163,7 @@ class ImageFiles:
             ValueError: it cannot be read.
         """
         _, size = self.look(path)
-        frames, seconds = self.known[str(path.absolute())][5:]
+        frames, seconds = self.known[str(path.absolute())][5:7]
         return clips.Clip(size=size, frames=frames, seconds=seconds)
 
     def _look(self, image: Path, name: str) -> tuple[str, buckets.Size]:
@@ -174,10 +173,10 @@ class ImageFiles:
             if remembered and remembered[:2] == [stat.st_size, stat.st_mtime_ns]:
                 return remembered[2], (remembered[3], remembered[4])
             settled = time.time_ns() - stat.st_mtime_ns > _SETTLED_NS
-            length: list[float] = []
+            length: list[float | str] = []
             if clips.is_clip(image):
                 clip = clips.clip_info(image)
-                (width, height), length = clip.size, [clip.frames, clip.seconds]
+                (width, height), length = clip.size, [clip.frames, clip.seconds, clips.READER]
             else:
                 width, height = media.image_size(image)
             with open(image, "rb") as file:
@@ -199,6 +198,11 @@ class ImageFiles:
             ValueError: the disk is full or not writable.
         """
         _write(self.path, json.dumps(self.known).encode())
+
+
+def _is_current(entry: list[Any]) -> bool:
+    """A clip has three more than an image: frames, seconds and the reader that found them."""
+    return len(entry) == 5 or (len(entry) == 8 and entry[7] == clips.READER)
 
 
 def _file_digest(file: Any) -> str:
@@ -256,7 +260,7 @@ class Keys:
             raise ValueError(f"{item.source}: {error}") from error
         small = buckets.is_below_resolution(bucket, self.config.dataset, self._multiple)
         frames, fps = self._length(item.source)
-        key = self._latent_key(digest, bucket, *_timing(frames, fps))
+        key = self._latent_key(digest, bucket, *_timing(item.source, frames, fps))
         return Picture(file=item.source, bucket=bucket, frame=size, key=key, small=small, frames=frames, fps=fps)
 
     def _length(self, path: Path) -> tuple[int, float | None]:
@@ -310,7 +314,7 @@ class Keys:
             )
         frame = (width, height)
         crop = [f"{width}x{height}"] if size != frame else []
-        key = self._latent_key(digest, source.bucket, *crop, *_timing(source.frames, source.fps))
+        key = self._latent_key(digest, source.bucket, *crop, *_timing(item.target, source.frames, source.fps))
         return replace(source, file=item.target, frame=frame, key=key)
 
     def text(self, text: str) -> str:
@@ -321,9 +325,11 @@ class Keys:
         return _sha("latent", digest, self._vae, f"{bucket[0]}x{bucket[1]}", *crop, PREPROCESSING)
 
 
-def _timing(frames: int, fps: float | None) -> list[str]:
+def _timing(path: Path, frames: int, fps: float | None) -> list[str]:
     """What a clip's key has beyond an image's. A clip of one frame is its first frame, whatever the rate."""
-    return [f"{frames} frames at {fps}, reader {clips.READER}"] if frames > 1 else []
+    if not clips.is_clip(path):
+        return []
+    return [f"{frames} frames at {fps}, reader {clips.READER}" if frames > 1 else f"reader {clips.READER}"]
 
 
 def _sha(*parts: str) -> str:
