@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -82,10 +81,11 @@ def load(
 
 def _network(shapes: Mapping[str, tuple[int, int]]) -> Any:
     """A network of these linears that takes no memory."""
+    from diffusers.configuration_utils import FrozenDict
     from diffusers.loaders.peft import PeftAdapterMixin
 
     class Network(nn.Module, PeftAdapterMixin):
-        config = SimpleNamespace(image_dim=None, in_channels=0)
+        config = FrozenDict(image_dim=None)
 
     network = Network()
     for name, (inputs, outputs) in shapes.items():

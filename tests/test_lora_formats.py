@@ -354,7 +354,9 @@ def test_strength_that_a_tool_would_get_wrong(tmp_path: Path):
     suffixed[f"{layer}.alpha"] = torch.tensor(1.0)
     lost = lora_formats.check(suffixed, METADATA, ["diffusers"]).tools[0].lost
     assert [(item.name, "ignores alpha" in item.why) for item in lost] == [(layer, True)]
-    header = METADATA | {"lora_adapter_metadata": json.dumps({"transformer.r": 4, "transformer.lora_alpha": 2})}
+    targets = [key.removeprefix("transformer.").removesuffix(".lora_A.weight") for key in peft if key.endswith(".lora_A.weight")]
+    config = {"transformer.r": 4, "transformer.lora_alpha": 2, "transformer.target_modules": targets}
+    header = METADATA | {"lora_adapter_metadata": json.dumps(config)}
     report = lora_formats.check(peft, header, ["diffusers", "comfyui"])
     assert [len(tool.lost) for tool in report.tools] == [0, 39]
     lora_formats.write_lora(tmp_path / "lora.safetensors", peft, header)
