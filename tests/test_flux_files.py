@@ -604,7 +604,10 @@ DEEP = "[" * 100_000
         shard_missing,
         shard_cut,
         shard_of_another,
-        *(index_of_text(text) for text in ("{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', DEEP)),
+        *(
+            index_of_text(text)
+            for text in ("{", "[]", "{}", '{"metadata": {}, "weight_map": []}', '{"metadata": {}, "weight_map": {"a": 1}}', DEEP)
+        ),
         *(configuration_of_text(text) for text in ("{", "[]", DEEP)),
     ],
 )
@@ -620,12 +623,16 @@ def test_damaged_folders_are_seen_before_weights_are_read(tmp_path: Path, damage
             look()
 
 
-def test_an_index_beside_the_whole_file_and_hidden_files_are_no_matter(tmp_path: Path):
-    folder = tmp_path / "transformer"
-    tiny_flux().save_pretrained(folder)
-    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
-    (folder / "._diffusion_pytorch_model.safetensors").write_bytes(b"Mac OS X")
+def test_what_the_libraries_do_not_read_is_no_matter(tmp_path: Path):
+    """A whole file beside a stale index (transformers), the index of a variant, a Mac's hidden files."""
+    stale = '{"metadata": {}, "weight_map": {"a": "gone.safetensors"}}'
+    tiny_flux().save_pretrained(tmp_path / "transformer")
+    tiny_t5().save_pretrained(tmp_path / "text_encoder_2")
+    (tmp_path / "transformer" / "diffusion_pytorch_model.safetensors.index.fp16.json").write_text(stale)
+    (tmp_path / "transformer" / "._diffusion_pytorch_model.safetensors").write_bytes(b"Mac OS X")
+    (tmp_path / "text_encoder_2" / "model.safetensors.index.json").write_text(stale)
     assert torch.equal(flux_output(flux_files.load_flux_transformer(tmp_path, dtype=F32)), flux_output(tiny_flux()))
+    assert flux_files.load_t5(tmp_path, dtype=F32)[0] is not None
 
 
 def test_weights_of_a_variant_are_a_named_error(tmp_path: Path):

@@ -259,6 +259,9 @@ def _safetensors(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("."))
 
 
+_INDEXED = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+
+
 def _check_shards(folder: Path) -> None:
     """Headers of the weight files, and that an index names no shard or tensor that is not there. Reads no weights.
 
@@ -266,17 +269,22 @@ def _check_shards(folder: Path) -> None:
         ValueError: a file is damaged or missing; names it.
     """
     tensors = {file.name: _header(file) for file in _safetensors(folder)}
-    for index in sorted(folder.glob("*.safetensors.index.json")):
-        if index.name.removesuffix(".index.json") in tensors:
-            continue  # the whole in one file, which the libraries prefer
-        shards = read_json(index).get("weight_map")
+    for name in _INDEXED:
+        index = folder / f"{name}.index.json"
+        # transformers prefers a whole file to an index beside it, diffusers the index.
+        if not index.is_file() or (name == "model.safetensors" and name in tensors):
+            continue
+        content = read_json(index)
+        shards = content.get("weight_map")
+        if not isinstance(content.get("metadata"), dict):
+            raise ValueError(f"{index}: has no metadata, which the loader asks for; download it again")
         if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
             raise ValueError(f"{index}: its weight_map names no files; download it again")
-        for name, shard in shards.items():
+        for tensor, shard in shards.items():
             if shard not in tensors:
                 raise ValueError(f"{folder / shard}: missing, and {index.name} names it; download the folder again")
-            if name not in tensors[shard]:
-                raise ValueError(f"{folder / shard}: has no tensor {name}, which {index.name} says is in it; download both again")
+            if tensor not in tensors[shard]:
+                raise ValueError(f"{folder / shard}: has no tensor {tensor}, which {index.name} says is in it; download both again")
 
 
 def _header(path: Path) -> set[str]:
