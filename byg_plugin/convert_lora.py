@@ -3,7 +3,8 @@
     python byg_plugin/convert_lora.py lora.safetensors --check
     python byg_plugin/convert_lora.py lora.safetensors --to musubi --out lora_musubi.safetensors
 
-Exit status: 0; 1 when `--check` finds that a tool would lose something; 2 for wrong input or a refused conversion.
+Exit status: 0; 1 when `--check` finds that a tool would lose something; 2 for wrong input or a refused conversion. What
+diffusers would load is asked of diffusers' own loader.
 """
 
 from __future__ import annotations
@@ -16,17 +17,21 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file: Python put this folder on the path, not the one that holds the package
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from byg_plugin import lora_formats
+from byg_plugin import _cli, lora_diffusers, lora_files, lora_formats
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command.
+
+    Raises:
+        ValueError: wrong input or a refused conversion.
+        SystemExit: with 1 when a tool would lose something.
+    """
     args = _parser().parse_args(argv)
-    try:
-        return _check(args) if args.check else _convert(args)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if not args.check:
+        _convert(args)
+    elif _check(args):
+        raise SystemExit(1)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -42,32 +47,40 @@ def _parser() -> argparse.ArgumentParser:
         "--tools",
         nargs="+",
         choices=lora_formats.FORMATS,
-        default=lora_formats.FORMATS,
-        help="tools that --check asks about (default: all)",
+        help="tools that --check asks about (default: all; diffusers where it is installed)",
     )
     parser.add_argument("--modules", action="store_true", help="with --check: list every layer, also those that load")
     return parser
 
 
-def _convert(args: argparse.Namespace) -> int:
+def _convert(args: argparse.Namespace) -> None:
     if args.out is None:
         raise ValueError("--to needs --out: the file to write")
     if args.out.exists() and not args.overwrite:
         raise ValueError(f"{args.out} exists; give another --out, or --overwrite")
-    tensors, metadata = lora_formats.read_lora(args.lora)
-    family = lora_formats.guess_family(tensors, metadata)
-    converted = lora_formats.convert(tensors, args.to, family=family, allow_loss=args.allow_loss)
-    lora_formats.write_lora(args.out, converted, metadata)
+    tensors, metadata = lora_files.read_lora(args.lora)
+    with lora_files.naming(args.lora):
+        family = lora_formats.guess_family(tensors, metadata)
+        converted = lora_formats.convert(tensors, args.to, family=family, allow_loss=args.allow_loss)
+    lora_files.write_lora(args.out, converted, metadata)
     layers = sum(key.endswith((".lora_A.weight", ".lora_down.weight")) for key in converted)
     print(f"{args.out}: {layers} layers in {args.to} format")
     for item in lora_formats.losses(tensors, args.to, family=family) if args.allow_loss else ():
         print(f"left out: {item.name}: {item.why}", file=sys.stderr)
-    return 0
 
 
-def _check(args: argparse.Namespace) -> int:
-    report = lora_formats.check(*lora_formats.read_lora(args.lora, as_stored=True), tools=args.tools)
+def _check(args: argparse.Namespace) -> bool:
+    """Print the report; returns whether a tool would lose something."""
+    stored = lora_files.read_stored(args.lora)
+    lacking = None if args.tools else lora_diffusers.missing()
+    tools = args.tools or [tool for tool in lora_formats.FORMATS if tool != "diffusers" or lacking is None]
+    with lora_files.naming(args.lora):
+        report = lora_formats.check(stored.tensors, stored.metadata, tools, outside=stored.outside)
     print(f"{args.lora}: {report.modules} layers, format {report.format}")
+    for where, scale, layers in report.strengths:
+        print(f"alpha / rank = {scale:.6g} in {layers} layers, from {where}")
+    if lacking:
+        print(f"\ndiffusers: not asked, because {lacking}")
     for tool in report.tools:
         print(f"\n{tool.tool}: loads {len(tool.loaded)}, loses {len(tool.lost)}; {tool.runtime}")
         if args.modules:
@@ -79,7 +92,7 @@ def _check(args: argparse.Namespace) -> int:
                 print(f"  lost    {name}")
             if not args.modules and len(names) > 3:
                 print(f"  …       and {len(names) - 3} more (--modules lists them)")
-    return 1 if report.loses else 0
+    return report.loses
 
 
 def _by_reason(lost: Sequence[lora_formats.Lost]) -> dict[str, list[str]]:
@@ -90,4 +103,4 @@ def _by_reason(lost: Sequence[lora_formats.Lost]) -> dict[str, list[str]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    _cli.run(main)

@@ -45,7 +45,8 @@ from byg_plugin.data.clips import Clip, clip_info, is_clip, read_clip, write_cli
 from byg_plugin.data.media import image_size, load_image, to_rgb
 from byg_plugin.folders import make_writable
 from byg_plugin.images import frames_of, save_png, side_by_side, to_pil
-from byg_plugin.lora_formats import expert_files, read_lora, read_named
+from byg_plugin.lora_files import naming, read_lora
+from byg_plugin.lora_formats import expert_files, read_named
 from byg_plugin.models import make_family
 from byg_plugin.progress import Progress
 from byg_plugin.training.config import Config, DatasetConfig, load_config, parse_config
@@ -53,6 +54,8 @@ from byg_plugin.training.device import resolve_device
 from byg_plugin.training.extras import require_model_extras
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+MOST_STRENGTH = 100.0  # the base is lost well before; beyond, networks overflow
+_STRENGTHS = f"a number from -{MOST_STRENGTH:g} to {MOST_STRENGTH:g}"
 _MAX_SEED = 2**63 - 1  # what torch's generators take
 _TOLD_CUT = 0.2  # of a picture's pixels
 
@@ -75,14 +78,14 @@ class EditPipeline:
     is stored in int8 or nf4, whose weights stay on the device. Where instructions are known beforehand, `encode` them at once.
     """
 
-    def __init__(self, config: Config, lora: Mapping[str, Tensor], *, strength: float = 1.0):
-        if not math.isfinite(strength):
-            raise ValueError(f"strength = {strength} is not a finite number; 1 = as trained")
+    def __init__(self, config: Config, lora: Mapping[str, Tensor], *, strength: float = 1.0, origin: str | Path = "the LoRA"):
+        if not abs(strength) <= MOST_STRENGTH:
+            raise ValueError(f"strength = {strength} is not {_STRENGTHS}; 1 = as trained")
         self.config = config
         self.device = resolve_device(config.model.device)
         require_model_extras(config)
         self.family = make_family(config)
-        self._lora, self._strength = lora, strength
+        self._lora, self._strength, self._origin = lora, strength, origin
         self._host: Any = None
         self._vae: Any = None
         self._texts: dict[str, dict[str, Tensor]] = {}
@@ -110,7 +113,7 @@ class EditPipeline:
             lora: the .safetensors file; of two experts either one, or their common name.
             model: diffusers folder or hub id of the base (or give `config`).
             config: a training configuration: its `[model]`, buckets and `[sample]` steps are used.
-            strength: scale of the LoRA; 1 = as trained, 0 = the base with source tokens.
+            strength: scale of the LoRA, -100 to 100; 1 = as trained, 0 = the base with source tokens.
             guidance: instead of the metadata's.
             resolution: instead of the metadata's; about resolution x resolution pixels.
             device, dtype, quantization: as in `[model]`, instead of the configuration's.
@@ -119,14 +122,12 @@ class EditPipeline:
         Raises:
             ValueError: the file or a value is unusable.
         """
-        _, metadata = read_lora(next(iter(expert_files(lora).values())))
-        try:
+        with naming(lora):
+            _, metadata = read_lora(next(iter(expert_files(lora).values())))
             section = {"path": model, "device": device, "dtype": dtype, "quantization": quantization}
             raw = _from_metadata(metadata, config, {key: value for key, value in section.items() if value is not None})
             tensors, _ = read_named(lora, metadata["byg.family"])
             raw["lora"] = _lora_section(tensors, metadata)
-        except ValueError as error:
-            raise ValueError(f"{lora}: {error}") from error
         if guidance is not None:
             raw["conditioning"]["guidance"] = guidance
         if resolution is not None:
@@ -134,7 +135,7 @@ class EditPipeline:
             if resolution < 256:
                 raw["dataset"]["bucket_step"] = None  # the family's own
         raw["sample"] |= {key: value for key, value in sampler.items() if value is not None}
-        return cls(parse_config(raw, origin="edit"), tensors, strength=strength)
+        return cls(parse_config(raw, origin="edit"), tensors, strength=strength, origin=lora)
 
     def __call__(
         self,
@@ -167,6 +168,7 @@ class EditPipeline:
         Raises:
             ValueError: they do not, an instruction is empty, a seed is out of range, or the numbers of sources, instructions
                 and seeds differ.
+            FloatingPointError: an edit is not finite.
         """
         if not len(sources) == len(instructions) == len(seeds):
             raise ValueError(f"a batch needs as many instructions and seeds as sources: {len(sources)}, {len(instructions)}, {len(seeds)}")
@@ -203,6 +205,7 @@ class EditPipeline:
 
         Raises:
             ValueError: the family edits images alone, or the clip is unreadable or shorter than `frames`.
+            FloatingPointError: the edit is not finite.
         """
         if not 0 <= seed <= _MAX_SEED:
             raise ValueError(f"seed = {seed} is out of range: 0 to {_MAX_SEED}")
@@ -244,7 +247,8 @@ class EditPipeline:
                 negative=None if negative is None else self._text_batch([negative]),
                 on_step=on_step,
             )
-        return self.family.decode_latents(self._vae, edits)
+        sampling.finite(self.config, edits, "the latents of the edit")
+        return sampling.finite(self.config, self.family.decode_latents(self._vae, edits), "the decoded pixels")
 
     def _text_batch(self, texts: Sequence[str]) -> dict[str, Tensor]:
         return {name: torch.stack([self._texts[text][name] for text in texts]).to(self.device) for name in self._texts[texts[0]]}
@@ -303,7 +307,8 @@ class EditPipeline:
             from byg_plugin.hosts import make_host
 
             host = make_host(self.config, self.family, self.device, fresh=False)
-            host.load_lora(self._lora)
+            with naming(self._origin):
+                host.load_lora(self._lora)
             host.set_strength(self._strength)
             vae = self.family.load_vae(self.device)
             # Last: a caller that catches an error and calls again must not edit without LoRA.
@@ -472,7 +477,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--negative", help="Wan: text that guidance leads away from (default: published)")
     parser.add_argument("--guidance", type=finite_number, help="guidance embedding (default: the LoRA's)")
-    parser.add_argument("--strength", type=finite_number, default=1.0, help="scale of the LoRA (default 1 = as trained)")
+    parser.add_argument("--strength", type=strength_number, default=1.0, help="scale of the LoRA, -100 to 100 (default 1 = as trained)")
     parser.add_argument("--resolution", type=positive_whole_number, help="about resolution x resolution pixels (default: the LoRA's)")
     parser.add_argument("--batch-size", type=positive_whole_number, default=1, help="images of one size edited at once (default 1)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], help="default: the configuration's, or auto")
@@ -509,6 +514,14 @@ def finite_number(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number") from error
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+    return value
+
+
+def strength_number(text: str) -> float:
+    """An argument's type."""
+    value = finite_number(text)
+    if abs(value) > MOST_STRENGTH:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {_STRENGTHS}; 1 = as trained")
     return value
 
 

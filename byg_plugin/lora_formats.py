@@ -19,25 +19,76 @@ Pure functions on dictionaries of tensors; imports no host.
 
 from __future__ import annotations
 
-import json
-import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from byg_plugin import families
+from byg_plugin import families, lora_files
+
+# The same names as ever, for those who convert: read, convert, write.
+from byg_plugin.lora_files import naming
+from byg_plugin.lora_files import read_lora as read_lora
+from byg_plugin.lora_files import write_lora as write_lora
 from byg_plugin.models import flux_names, wan_names
 
 Format = Literal["diffusers", "comfyui", "musubi"]
 FORMATS: tuple[Format, ...] = ("diffusers", "comfyui", "musubi")
+
+
+@dataclass(frozen=True)
+class Network:
+    """The sizes that a family's authors publish.
+
+    Attributes:
+        name: for messages.
+        blocks: how many there are, by the start of their layers' native names.
+        shapes: (inputs, outputs) of the linears inside blocks, by the end of the native name.
+    """
+
+    name: str
+    blocks: Mapping[str, int]
+    shapes: Mapping[str, tuple[int, int]]
+
+    def misfit(self, module: Module) -> str | None:
+        """Why a file's layer is none of this network; None when it is, or lies outside the blocks."""
+        native = module.linear.native
+        start = next((start for start in self.blocks if native.startswith(start)), None)
+        if start is None:
+            return None
+        if (block := int(native.split(".")[1])) >= self.blocks[start]:
+            return f"{module.name} is in block {block}, and {self.name} has {self.blocks[start]} of these"
+        inputs, outputs = next(shape for end, shape in self.shapes.items() if native.endswith(end))
+        if module.part is not None:
+            outputs = outputs // sum(module.linear.widths) * module.linear.widths[module.part]
+        found = module.down.shape[1], module.up.shape[0]
+        return None if found == (inputs, outputs) else f"{module.name} is {found[0]} -> {found[1]}, in {self.name} {inputs} -> {outputs}"
+
+
+def _flux_network(double: int, single: int, width: int) -> Network:
+    times = {
+        "attn.qkv": (1, 3),
+        "attn.proj": (1, 1),
+        "mlp.0": (1, 4),
+        "mlp.2": (4, 1),
+        "mod.lin": (1, 6),
+        "linear1": (1, 7),
+        "linear2": (5, 1),
+        "modulation.lin": (1, 3),
+    }
+    shapes = {end: (inputs * width, outputs * width) for end, (inputs, outputs) in times.items()}
+    return Network("FLUX.1", {"double_blocks.": double, "single_blocks.": single}, shapes)
+
+
+def _wan_network(name: str, blocks: int, width: int, inner: int) -> Network:
+    attention = {f"attn.{end}": (width, width) for end in "qkvo"}
+    return Network(name, {"blocks.": blocks}, attention | {"ffn.0": (width, inner), "ffn.2": (inner, width)})
 
 
 @dataclass(frozen=True)
@@ -49,6 +100,8 @@ class Family:
         find_part: (fused layer, index of the part) of a diffusers name, likewise.
         blocks: name starts of the native layers inside blocks, the only ones musubi's networks cover.
         diffusers_width: rows of one unit of an unevenly split layer that diffusers' converter has written in.
+        networks: the published ones.
+        linears: every linear of the largest.
     """
 
     name: str
@@ -56,17 +109,37 @@ class Family:
     find_part: Callable[[str], tuple[flux_names.Linear, int] | None]
     blocks: tuple[str, ...]
     diffusers_width: int
+    networks: tuple[Network, ...]
+    linears: Callable[[], Iterable[flux_names.Linear]]
 
     @property
     def is_wan(self) -> bool:
         return self.name == "wan"
 
 
-_WAN = Family("wan", wan_names.find_native, wan_names.find_part, ("blocks.",), 0)
-FAMILIES = {
-    "flux": Family("flux", flux_names.find_native, flux_names.find_part, ("double_blocks.", "single_blocks."), 3072),
-    **dict.fromkeys(families.WAN, _WAN),
-}
+_WAN = Family(
+    "wan",
+    wan_names.find_native,
+    wan_names.find_part,
+    ("blocks.",),
+    0,
+    (
+        _wan_network("Wan 14B", 40, 5120, 13824),
+        _wan_network("Wan 1.3B", 30, 1536, 8960),
+        _wan_network("Wan 5B", 30, 3072, 14336),
+    ),
+    partial(wan_names.linears, 40),
+)
+_FLUX = Family(
+    "flux",
+    flux_names.find_native,
+    flux_names.find_part,
+    ("double_blocks.", "single_blocks."),
+    3072,
+    (_flux_network(19, 38, 3072),),
+    partial(flux_names.linears, 19, 38, guidance=True),
+)
+FAMILIES = {"flux": _FLUX, **dict.fromkeys(families.WAN, _WAN)}
 # What follows a file's stem, by the expert that it is for.
 EXPERT_SUFFIXES = {"transformer": "_high_noise", "transformer_2": "_low_noise"}
 
@@ -83,18 +156,6 @@ _PREFIXES = (
     ("", "parts"),
 )
 _EITHER = ("base_model.model.", "")  # Wan's native names are written under these too
-# suffix -> role. A `down` is (rank, inputs), an `up` is (outputs, rank).
-_SUFFIXES = {
-    ".lora_A.weight": "down",
-    ".lora_B.weight": "up",
-    ".lora_down.weight": "down",
-    ".lora_up.weight": "up",
-    ".lora_A.default.weight": "down",
-    ".lora_B.default.weight": "up",
-    ".lora.down.weight": "down",
-    ".lora.up.weight": "up",
-    ".alpha": "alpha",
-}
 
 
 @dataclass(frozen=True)
@@ -162,99 +223,18 @@ class Report:
     Attributes:
         format: as `detect_format`.
         modules: number of layers the file adapts.
+        strengths: (where alpha stands, alpha / rank, number of layers) of the layers.
         tools: one report for each tool asked about.
     """
 
     format: str
     modules: int
+    strengths: tuple[tuple[str, float, int], ...]
     tools: tuple[ToolReport, ...]
 
     @property
     def loses(self) -> bool:
         return any(tool.lost for tool in self.tools)
-
-
-# --- files ---
-
-
-def read_lora(path: str | Path, *, as_stored: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and header metadata of a LoRA file.
-
-    An alpha that only the header tells (diffusers' `lora_adapter_metadata`) is put beside its layers as `.alpha` and leaves
-    the metadata, so that no later step can forget it; `as_stored` reads the file as it is.
-
-    Raises:
-        ValueError: no such file, not a readable .safetensors file, a file without tensors, or a header with alphas by layer.
-    """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; give a LoRA as .safetensors")
-    if path.suffix.lower() != ".safetensors":
-        raise ValueError(f"{path}: not a .safetensors file; other formats can run code when read and are not opened")
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            # Clones: views of the mapped file would change or crash if it is overwritten in place.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
-            metadata = dict(file.metadata() or {})
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not a readable .safetensors file ({error})") from error
-    if not tensors:
-        raise ValueError(f"{path}: holds no tensors")
-    if as_stored:
-        return tensors, metadata
-    try:
-        tensors = _with_header_alpha(tensors, metadata)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    return tensors, {key: value for key, value in metadata.items() if key != "lora_adapter_metadata"}
-
-
-def _with_header_alpha(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
-    """`.alpha` beside each PEFT layer. ComfyUI and musubi-tuner never read that header, diffusers only from files."""
-    scale = _header_scale(metadata)
-    if scale == 1.0:
-        return dict(tensors)
-    out = dict(tensors)
-    for key, tensor in tensors.items():
-        layer = key.removesuffix(".lora_A.weight")
-        if layer != key and f"{layer}.alpha" not in tensors:
-            out[f"{layer}.alpha"] = torch.tensor(scale * tensor.shape[0])
-    return out
-
-
-def _header_scale(metadata: Mapping[str, str]) -> float:
-    """alpha / rank of PEFT's configuration in a header; 1 without one."""
-    try:
-        config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-        rank = config.get("transformer.r", 1)
-        alpha = config.get("transformer.lora_alpha", rank)
-        patterns = config.get("transformer.alpha_pattern") or config.get("transformer.rank_pattern")
-        scale = float(alpha) / float(rank)
-    except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
-        raise ValueError(f"metadata key lora_adapter_metadata is damaged ({error}); remove it or save the LoRA again") from error
-    if patterns and config.get("transformer.alpha_pattern") != config.get("transformer.rank_pattern"):
-        raise ValueError(f"metadata key lora_adapter_metadata gives layers their own alpha ({patterns}); save with alpha == rank")
-    return scale
-
-
-def write_lora(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a LoRA beside `path` and rename it there, so that a full disk leaves an earlier file whole.
-
-    Raises:
-        ValueError: the folder does not exist or cannot be written.
-    """
-    path = Path(path).expanduser()
-    if not path.parent.is_dir():
-        raise ValueError(f"{path}: the folder {path.parent} does not exist; make it first")
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        # Not save_file: it makes files that only their owner may read, whatever the umask.
-        beside.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata=dict(metadata)))
-        os.replace(beside, path)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path}: cannot be written ({error})") from error
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 # --- reading keys ---
@@ -264,7 +244,7 @@ def parse(tensors: Mapping[str, Tensor], family: str = "flux") -> tuple[list[Mod
     """The layers of a file, in its order, and what in it is no plain LoRA of this family.
 
     Raises:
-        ValueError: an unknown family, no layer of this family at all, or a DoRA.
+        ValueError: an unknown family, no layer of this family at all, an alpha that is not one number, or a DoRA.
     """
     names = _family(family)
     groups: dict[str, dict[str, tuple[str, Tensor]]] = defaultdict(dict)
@@ -273,18 +253,21 @@ def parse(tensors: Mapping[str, Tensor], family: str = "flux") -> tuple[list[Mod
     if dora is not None:
         raise ValueError(f"{dora}: a DoRA, which also rescales the frozen weight and has no plain LoRA equivalent")
     for key, tensor in tensors.items():
-        suffix = next((suffix for suffix in _SUFFIXES if key.endswith(suffix)), None)
-        if suffix is None:
+        found = lora_files.role_of(key)
+        if found is None:
             lost.append(Lost(key, "not a plain LoRA tensor (lora_A/lora_B, lora_down/lora_up or alpha)"))
-        else:
-            groups[key.removesuffix(suffix)][_SUFFIXES[suffix]] = (suffix, tensor)
+            continue
+        layer, role = found
+        if role == "alpha":
+            lora_files.alpha_value(key, tensor)  # also of what is no layer: diffusers' reader halves a negative one for ever
+        groups[layer][role] = (key.removeprefix(layer), tensor)
     modules: list[Module] = []
     for name, roles in groups.items():
-        found = _module(name, roles, names)
-        if isinstance(found, Module):
-            modules.append(found)
+        module = _module(name, roles, names)
+        if isinstance(module, Module):
+            modules.append(module)
         else:
-            lost.append(found)
+            lost.append(module)
     if not modules:
         example = next(iter(tensors), "none")
         raise ValueError(f"no LoRA of {family} in this file: none of its {len(tensors)} tensors fits, such as {example}")
@@ -296,9 +279,9 @@ def _module(name: str, roles: Mapping[str, tuple[str, Tensor]], family: Family) 
         missing = " and ".join(role for role in ("down", "up") if role not in roles)
         return Lost(name, f"its {missing} matrix is missing")
     (suffix, down), (_, up) = roles["down"], roles["up"]
-    if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1]:
+    if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1] or 0 in (*down.shape, *up.shape):
         return Lost(name, f"matrices of shapes {tuple(down.shape)} and {tuple(up.shape)} do not multiply")
-    alpha = roles["alpha"][1].item() if "alpha" in roles else None
+    alpha = lora_files.alpha_value(f"{name}.alpha", roles["alpha"][1]) if "alpha" in roles else None
     for prefix, layers in _PREFIXES:
         if not name.startswith(prefix):
             continue
@@ -358,7 +341,7 @@ def convert(tensors: Mapping[str, Tensor], to: Format, *, family: str = "flux", 
             f"{to} would lose {len(lost)} of {len(layers) + len(lost)} layers: "
             + "; ".join(f"{item.name} ({item.why})" for item in lost[:3])
             + ("; …" if len(lost) > 3 else "")
-            + ". Allow the loss (--allow-loss) or train without these layers"
+            + f". convert_lora.py FILE --to {to} --allow-loss --out NEW writes the LoRA without them"
         )
     peft = to == "diffusers" or (to == "comfyui" and _family(family).is_wan)
     return {key: tensor for layer in layers for key, tensor in _write(layer, to, peft).items()}
@@ -549,34 +532,46 @@ def expert_files(path: str | Path) -> dict[str, Path]:
 def read_named(path: str | Path, family: str, label: str = "") -> tuple[dict[str, Tensor], dict[str, str]]:
     """A LoRA of a family by our names (`<expert>.<layer>.lora_A.weight`), from one file or a pair; metadata of the first.
 
-    `label` stands before the path in the message that it was trained for another family.
+    Every message names the file; `label` stands before its path.
 
     Raises:
         ValueError: see `read_lora`, `convert` and `expert_files`; it was trained for another family; or the files of a pair say
             that they are for each other's expert.
     """
-    wan = _family(family).is_wan
     named: dict[str, Tensor] = {}
     first: dict[str, str] = {}
-    for expert, file in (expert_files(path) if wan else {"transformer": Path(path)}).items():
-        tensors, metadata = read_lora(file)
-        if (trained := metadata.get("byg.family", family)) != family:
-            raise ValueError(f"{label}{file} was trained for {trained!r}, model.family is {family!r}")
-        said = metadata.get("byg.expert")
-        if said in ("high_noise", "low_noise") and f"_{said}" != EXPERT_SUFFIXES[expert]:
-            raise ValueError(f"{file}: its metadata say that it is for the {said.replace('_', '-')} expert; was it renamed?")
-        for name, tensor in convert(tensors, "diffusers", family=family).items():
-            named[expert + name.removeprefix("transformer")] = tensor
+    with naming(path, label):
+        files = expert_files(path) if _family(family).is_wan else {"transformer": Path(path)}
+    for expert, file in files.items():
+        with naming(file, label):
+            tensors, metadata = read_lora(file)
+            if (trained := metadata.get("byg.family", family)) != family:
+                raise ValueError(f"{file} was trained for {trained!r}, model.family is {family!r}")
+            said = metadata.get("byg.expert")
+            if said in ("high_noise", "low_noise") and f"_{said}" != EXPERT_SUFFIXES[expert]:
+                raise ValueError(f"{file}: its metadata say that it is for the {said.replace('_', '-')} expert; was it renamed?")
+            for name, tensor in convert(tensors, "diffusers", family=family).items():
+                named[expert + name.removeprefix("transformer")] = tensor
         first = first or metadata
     return named, first
 
 
-def guess_family(tensors: Iterable[str], metadata: Mapping[str, str]) -> str:
-    """The family of a LoRA file: what its metadata say, or what its layers' names look like (any Wan has the same)."""
+def guess_family(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """The family of a LoRA file: what its metadata say, or what its layers' names look like (any Wan has the same).
+
+    Raises:
+        ValueError: it does not say, and its layers have the names of a published network and another depth or width: those of
+            FLUX.2 and Qwen-Image are called as FLUX.1's.
+    """
     if "byg.family" in metadata:
         return metadata["byg.family"]
     wan = any(re.search(r"(^|[._])blocks[._]\d+[._](self_attn|cross_attn|attn1|attn2|ffn)[._]", name) for name in tensors)
-    return next(iter(families.WAN)) if wan else "flux"
+    name = next(iter(families.WAN)) if wan else "flux"
+    modules, _ = parse(tensors, name)
+    misfits = [next(filter(None, map(network.misfit, modules)), None) for network in _family(name).networks]
+    if all(misfits):
+        raise ValueError(f"a LoRA of another model, whose layers are called like those of this one: {'; '.join(map(str, misfits))}")
+    return name
 
 
 # --- checking ---
@@ -586,34 +581,115 @@ def check(
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str],
     tools: Iterable[Format] = FORMATS,
+    *,
+    outside: lora_files.OutsideAlpha | None = None,
 ) -> Report:
     """What each tool would load of these tensors as they are named, without converting.
 
-    The rules were observed on diffusers 0.42, ComfyUI 0.3.64 and 0.29, musubi-tuner 0.3.4.
+    diffusers' own loader is asked. The rules of the others were observed on ComfyUI 0.3.64 and 0.29, musubi-tuner 0.3.4.
+
+    Args:
+        tensors: as stored.
+        metadata: of the header.
+        tools: to answer for.
+        outside: alphas that no tensor tells; default: the header's.
 
     Raises:
-        ValueError: the metadata's `byg.family` is unknown, or there is no LoRA of it in the tensors.
+        ValueError: the metadata's `byg.family` is unknown, there is no LoRA of it in the tensors, a header is damaged, or
+            diffusers is asked about and not installed.
     """
     name = guess_family(tensors, metadata)
     family = _family(name)
+    outside = lora_files.header_alpha(tensors, metadata) if outside is None else outside
     modules, foreign = parse(tensors, name)
     prefixes = Counter(module.prefix for module in modules)
     prefix = next(iter(prefixes)) if len(prefixes) == 1 else "several"
     known = {"transformer.": "diffusers", "diffusion_model.": "comfyui", "lora_unet_": "musubi", "several": "mixed"}
-    header_scale = _header_scale(metadata)
     reports = []
     for tool in tools:
+        reasons = [_TOOLS[tool](module, modules, family) for module in modules]
+        if tool == "diffusers":
+            reasons = _asked_of_diffusers(modules, reasons, tensors, metadata, outside, family)
         loaded, lost = [], list(foreign)
-        for module in modules:
-            why = _TOOLS[tool](module, modules, family)
-            if why is None and tool != "diffusers" and module.alpha is None and header_scale != 1.0:
-                why = f"its alpha is in the header only, which {tool} ignores, so the strength would be wrong"
+        for module, why in zip(modules, reasons, strict=True):
+            if why is None and tool != "diffusers" and outside.alphas.get(module.name, module.rank) != module.rank:
+                why = f"its alpha is in {outside.where} only, which {tool} ignores, so the strength would be wrong"
             if why is None:
                 loaded.append(module.name)
             else:
                 lost.append(Lost(module.name, why))
         reports.append(ToolReport(tool, tuple(loaded), tuple(lost), runtime(tool, metadata)))
-    return Report(known.get(prefix, f"other:{prefix}"), len(modules), tuple(reports))
+    strengths = Counter(_strength(module, outside) for module in modules)
+    told = tuple((where, scale, count) for (where, scale), count in strengths.items())
+    return Report(known.get(prefix, f"other:{prefix}"), len(modules), told, tuple(reports))
+
+
+def _strength(module: Module, outside: lora_files.OutsideAlpha) -> tuple[str, float]:
+    """(where its alpha stands, alpha / rank)."""
+    if module.name in outside.alphas:
+        return outside.where, outside.alphas[module.name] / module.rank
+    return ("no alpha, which means the rank" if module.alpha is None else ".alpha"), module.scale
+
+
+def _asked_of_diffusers(
+    modules: Sequence[Module],
+    known: Sequence[str | None],
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    outside: lora_files.OutsideAlpha,
+    family: Family,
+) -> list[str | None]:
+    """Of each module why diffusers would not load it as it was trained; where that is so, in the words of `known` if there are any."""
+    from byg_plugin import lora_diffusers
+
+    if lacking := lora_diffusers.missing():
+        raise ValueError(f"what diffusers loads is asked of diffusers, and {lacking}; or name the other tools with --tools")
+    shapes = {part: (1, 1) for linear in family.linears() for part in linear.parts}
+    for module in modules:
+        shapes |= {part: (module.down.shape[1], rows) for part, rows in _rows_of_parts(module).items()}
+    try:
+        applied = lora_diffusers.load(tensors, lora_files.header_config(metadata), shapes, wan=family.is_wan)
+    except lora_diffusers.Refused as error:
+        return [why or f"diffusers refuses the whole file: {error}" for why in known]
+    rng = torch.Generator().manual_seed(0)
+    answers: list[str | None] = []
+    for module, why in zip(modules, known, strict=True):
+        probe = torch.randn(module.down.shape[1], generator=rng)
+        ours = _strength(module, outside)[1] * (module.up.float() @ (module.down.float() @ probe))
+        pieces = (_swap_halves(ours) if module.linear.swap and module.part is None else ours).split(list(_rows_of_parts(module).values()))
+        found = (_difference(piece, applied.get(part), probe) for part, piece in zip(_rows_of_parts(module), pieces, strict=True))
+        answer = next(filter(None, found), None)
+        answers.append((why or answer) if answer else None)
+    return answers
+
+
+def _rows_of_parts(module: Module) -> dict[str, int]:
+    """Rows of `up` by diffusers' layer."""
+    linear, rows = module.linear, module.up.shape[0]
+    if module.part is not None:
+        return {linear.parts[module.part]: rows}
+    if rows % sum(linear.widths):
+        raise ValueError(f"{module.name} has {rows} rows, which do not divide among {len(linear.parts)} layers")
+    return {part: rows // sum(linear.widths) * width for part, width in zip(linear.parts, linear.widths, strict=True)}
+
+
+_ROUNDING = 0.02  # of a probe: a factor is multiplied into 16 bit matrices
+
+
+def _difference(ours: Tensor, applied: tuple[Tensor, Tensor, float] | None, probe: Tensor) -> str | None:
+    """How what diffusers applies to one layer differs from what the file means, seen on one input vector."""
+    if applied is None:
+        return "diffusers loads nothing of it, without an error" if ours.any() else None
+    up, down, scaling = applied
+    if (up.shape[0], down.shape[1]) != (len(ours), len(probe)):
+        return f"diffusers would make it {down.shape[1]} -> {up.shape[0]}"
+    theirs = scaling * (up.float() @ (down.float() @ probe))
+    if (theirs - ours).norm() <= _ROUNDING * ours.norm():
+        return None
+    times = float(theirs @ ours / (ours @ ours).clamp_min(1e-30))
+    if (theirs - times * ours).norm() <= _ROUNDING * theirs.norm():
+        return f"diffusers would apply it at {times:.3g} times the strength it was trained at"
+    return "diffusers would apply other values"
 
 
 def _in_diffusers(module: Module, modules: Sequence[Module], family: Family) -> str | None:

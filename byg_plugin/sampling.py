@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from byg_plugin import flow, timesteps
+from byg_plugin.finite import is_finite
 from byg_plugin.models.base import Family, Text
 from byg_plugin.objectives.base import Velocity
 
@@ -111,3 +112,18 @@ def guided(config: Config, family: Family, velocity: Velocity, negative: Text) -
 def seeded_noise(shape: tuple[int, ...], seed: int, device: torch.device) -> Tensor:
     """Standard normal noise that depends on the seed alone, not on the device (drawn on the CPU)."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+def finite(config: Config, result: Tensor, what: str) -> Tensor:
+    """The result of sampling or decoding, as it is.
+
+    Raises:
+        FloatingPointError: it holds NaN or infinite values; says what usually makes them.
+    """
+    if is_finite(result):
+        return result
+    half = 'model.dtype = "float16" overflows beyond 65504: use bfloat16; ' if config.model.dtype == "float16" else ""
+    raise FloatingPointError(
+        f"{what} are not finite (NaN or infinite), so there is no picture: {half}the LoRA's strength or a guidance scale is far beyond "
+        "what the model was trained with, or the LoRA has diverged (try strength 0, then the published guidance)"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from diffusers import FluxPipeline
 from PIL import Image
 from tiny import fill_caches, make_trainer, model_folder, run_config, tiny_config, tiny_texts, wake, workspace
 
-from byg_plugin import EditPipeline, edit
+from byg_plugin import EditPipeline, _cli, convert_lora, edit
 from byg_plugin.data.buckets import crop_to_bucket, to_tensor
 from byg_plugin.data.media import load_image
 from byg_plugin.hosts.diffusers import DiffusersHost
@@ -23,6 +24,7 @@ from byg_plugin.lora_formats import read_lora, write_lora
 from byg_plugin.models import flux_files
 from byg_plugin.models.flux import FluxFamily
 from byg_plugin.sampling import sample, sampling_nodes, seeded_noise
+from byg_plugin.training import preview
 
 CPU = torch.device("cpu")
 
@@ -316,7 +318,7 @@ def test_a_lora_of_other_widths_is_refused(lora: Path, tmp_path: Path):
     tensors, metadata = read_lora(lora)
     name = next(n for n in tensors if n.endswith("attn.to_q.lora_A.weight"))
     write_lora(tmp_path / "wide.safetensors", tensors | {name: torch.zeros(4, 64)}, metadata)
-    with pytest.raises(ValueError, match="has shape .*the model it was trained on"):
+    with pytest.raises(ValueError, match=r"wide.safetensors: .* has shape .*the model it was trained on"):
         pipeline(tmp_path / "wide.safetensors")(photo(), "add the snow", steps=1)
 
 
@@ -333,10 +335,84 @@ def test_bad_calls(lora: Path, tmp_path: Path):
     for seed in (-1, 2**63):
         with pytest.raises(ValueError, match=f"seed = {seed} is out of range"):
             pipe(photo(), "add", steps=1, seed=seed)
-    with pytest.raises(ValueError, match="strength = nan is not a finite number"):
-        pipeline(lora, strength=float("nan"))
+    for strength in (float("nan"), 1e300, -101.0):
+        with pytest.raises(ValueError, match=rf"strength = {re.escape(str(strength))} is not a number from -100 to 100; 1 = as trained"):
+            pipeline(lora, strength=strength)
     with pytest.raises(ValueError, match="nowhere"):
         EditPipeline.from_lora(lora, model=str(tmp_path / "nowhere"))(photo(), "add", steps=1)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["latents", "pixels"])
+def test_an_edit_that_is_no_number_is_an_error(
+    lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], where: str, value: float
+):
+    """One element of the sampled latents, or of what the VAE makes of them."""
+
+    def spoilt(made: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def make(*args: Any, **options: Any) -> torch.Tensor:
+            out = made(*args, **options).clone()
+            out.view(-1)[-1] = value
+            return out
+
+        return make
+
+    if where == "latents":
+        monkeypatch.setattr(edit.sampling, "sample", spoilt(sample))
+    else:
+        monkeypatch.setattr(FluxFamily, "decode_latents", spoilt(FluxFamily.decode_latents))
+    arguments = ["--source", photo(), "--instruction", "add the snow", "--out", tmp_path / "out", "--steps", 1]
+    with pytest.raises(SystemExit) as stop:
+        _cli.run(lambda: command(monkeypatch, lora, *arguments))
+    assert stop.value.code == 2 and not list((tmp_path / "out").iterdir())
+    said = capfd.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: ") and where in said and "not finite" in said and "strength" in said
+
+
+@pytest.mark.parametrize("what", ["the latents of the edit", "the decoded pixels"])
+def test_a_preview_that_is_no_number_is_told_and_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, what: str
+):
+    if what == "the latents of the edit":
+        monkeypatch.setattr(edit.sampling, "sample", lambda *args: torch.full_like(args[1], float("nan")))
+    else:
+        monkeypatch.setattr(FluxFamily, "decode_latents", lambda self, vae, latents: torch.full((1, 3, 1, 64, 64), float("nan")))
+    config = run_config(tmp_path / "out", sample={"items": 1, "steps": 1})
+    trainer = make_trainer(config)
+    with caplog.at_level("WARNING"):
+        preview.write(config, trainer.family, trainer.host, trainer.data, 3, trainer.accelerator)
+    assert f"preview at step 3 failed and training goes on: FloatingPointError: {what} are not finite" in caplog.text
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_overflow_of_float16_is_named(lora: Path):
+    pipe = pipeline(lora, dtype="float16")
+    with pytest.raises(FloatingPointError, match='the latents .*model.dtype = "float16" overflows beyond 65504: use bfloat16'):
+        edit.sampling.finite(pipe.config, torch.tensor([1.0, float("inf")]), "the latents of the edit")
+
+
+@pytest.mark.parametrize("key", ["lora_A.weight", "lora_B.weight"])
+@pytest.mark.parametrize("value", [float("nan"), 1e30])
+def test_a_lora_that_no_training_makes_is_refused_before_a_model_is_loaded(lora: Path, tmp_path: Path, key: str, value: float):
+    tensors, metadata = read_lora(lora)
+    name = next(n for n in tensors if n.endswith(key))
+    tensors[name].view(-1)[0] = value
+    write_lora(tmp_path / "bad.safetensors", tensors, metadata)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path / 'bad.safetensors'))}: tensor {name}"):
+        EditPipeline.from_lora(tmp_path / "bad.safetensors", model=str(tmp_path / "nowhere"))
+
+
+def test_layers_of_others_in_a_lora_name_a_way_out_that_exists(lora: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    """The advice of the message, followed."""
+    tensors, metadata = read_lora(lora)
+    text_encoder = {f"lora_te1_text_model.lora_{kind}.weight": torch.ones(1, 1) for kind in ("down", "up")}
+    path, clean = tmp_path / "mixed.safetensors", tmp_path / "clean.safetensors"
+    write_lora(path, tensors | text_encoder, metadata)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: diffusers would lose 1 of .*lora_te1_text_model") as refusal:
+        pipeline(path)
+    (advice,) = re.findall(r"convert_lora.py (FILE --to \w+ --allow-loss --out NEW)", str(refusal.value))
+    convert_lora.main([{"FILE": str(path), "NEW": str(clean)}.get(word, word) for word in advice.split()])
+    assert difference(pipeline(clean)(photo(), "add the snow", steps=1), pipeline(lora)(photo(), "add the snow", steps=1)) == 0
 
 
 # --- the command ---
@@ -430,6 +506,8 @@ def test_wrong_commands(lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ("option", "value", "message"),
     [
         ("--strength", "nan", "'nan' is not a finite number"),
+        ("--strength", "1e300", "'1e300' is not a number from -100 to 100"),
+        ("--strength", "-100.5", "'-100.5' is not a number from -100 to 100"),
         ("--guidance", "inf", "'inf' is not a finite number"),
         ("--guidance", "much", "'much' is not a number"),
         ("--seed", "-1", "'-1' is not a whole number from 0 to 9223372036854775807"),

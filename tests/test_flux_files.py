@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -506,3 +507,171 @@ def test_neighbours_of_the_text_encoders_are_named(tmp_path: Path):
     save_file({"text_model.embeddings.token_embedding.weight": torch.zeros(10, 1280)}, tmp_path / "clip_g.safetensors")
     with pytest.raises(ValueError, match="CLIP-G: 1280"):
         flux_files.load_clip_l(tmp_path / "clip_g.safetensors", dtype=F32)
+
+
+# --- values and shards ---
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["double_blocks.1.txt_attn.qkv.weight", "img_in.bias", "single_blocks.0.norm.key_norm.scale"])
+def test_a_file_with_one_value_that_is_no_number(tmp_path: Path, name: str, value: float):
+    state = flux_files.to_native_layout(tiny_flux().state_dict())
+    state[name].view(-1)[-1] = value
+    path = tmp_path / "flux.safetensors"
+    save_file({f"model.diffusion_model.{n}": t.contiguous() for n, t in state.items()}, path)
+    message = f"^{re.escape(str(path))}: tensor model.diffusion_model.{name} holds NaN or infinite values as torch.bfloat16; download it"
+    with pytest.raises(ValueError, match=message):
+        flux_files.load_flux_transformer(path, dtype=BF16)
+
+
+def test_values_that_the_asked_dtype_cannot_hold(tmp_path: Path):
+    state = flux_files.to_native_layout(tiny_flux().state_dict())
+    state["img_in.weight"][0, 0] = 1e5
+    save_file({n: t.contiguous() for n, t in state.items()}, tmp_path / "flux.safetensors")
+    assert flux_files.load_flux_transformer(tmp_path / "flux.safetensors", dtype=BF16) is not None
+    with pytest.raises(ValueError, match=r"img_in.weight holds NaN or infinite values as torch.float16; .*set model.dtype"):
+        flux_files.load_flux_transformer(tmp_path / "flux.safetensors", dtype=torch.float16)
+
+
+def sharded(folder: Path, change: dict[str, float] | None = None) -> list[Path]:
+    """A tiny FLUX in several shards, as large models are saved; `change`: the last value of some tensors."""
+    model = tiny_flux()
+    for name, value in (change or {}).items():
+        model.state_dict()[name].view(-1)[-1] = value
+    model.save_pretrained(folder, max_shard_size="500KB")
+    shards = sorted(folder.glob("*.safetensors"))
+    assert len(shards) > 1
+    return shards
+
+
+def test_a_folder_with_one_value_that_is_no_number(tmp_path: Path):
+    name = "transformer_blocks.0.attn.to_q.weight"
+    shards = sharded(tmp_path / "transformer", {name: float("nan")})
+    index = json.loads((tmp_path / "transformer" / "diffusion_pytorch_model.safetensors.index.json").read_text())
+    holder = next(shard for shard in shards if shard.name == index["weight_map"][name])
+    for dtype in (F32, BF16):
+        with pytest.raises(ValueError, match=f"^{re.escape(str(holder))}: tensor {name} holds NaN or infinite"):
+            flux_files.load_flux_transformer(tmp_path, dtype=dtype)
+
+
+def test_text_encoders_of_a_folder_are_looked_at_too(tmp_path: Path):
+    t5, clip = tiny_t5(), tiny_clip()
+    for model, folder in ((t5, "text_encoder_2"), (clip, "text_encoder")):
+        next(iter(model.parameters())).data.view(-1)[0] = float("inf")
+        model.save_pretrained(tmp_path / folder)
+    for load in (flux_files.load_t5, flux_files.load_clip_l):
+        with pytest.raises(ValueError, match=r"model.safetensors: tensor .* holds NaN or infinite"):
+            load(tmp_path, dtype=F32)
+
+
+def shard_missing(folder: Path, shards: list[Path]) -> str:
+    shards[1].unlink()
+    return f"^{re.escape(str(shards[1]))}: missing, and diffusion_pytorch_model.safetensors.index.json names it; download"
+
+
+def shard_cut(folder: Path, shards: list[Path]) -> str:
+    shards[1].write_bytes(shards[1].read_bytes()[:-100])
+    return f"^{re.escape(str(shards[1]))}: not a readable .safetensors file"
+
+
+def shard_of_another(folder: Path, shards: list[Path]) -> str:
+    shards[1].write_bytes(shards[0].read_bytes())
+    return f"^{re.escape(str(shards[1]))}: has no tensor .*, which diffusion_pytorch_model.safetensors.index.json says is in it"
+
+
+def index_of_text(text: str) -> Callable[[Path, list[Path]], str]:
+    def change(folder: Path, shards: list[Path]) -> str:
+        (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(text)
+        return r"diffusion_pytorch_model.safetensors.index.json: "
+
+    return change
+
+
+def configuration_of_text(text: str) -> Callable[[Path, list[Path]], str]:
+    def change(folder: Path, shards: list[Path]) -> str:
+        (folder / "config.json").write_text(text)
+        return r"config.json: (cannot be read as JSON|holds no object)"
+
+    return change
+
+
+DEEP = "[" * 100_000
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        shard_missing,
+        shard_cut,
+        shard_of_another,
+        *(
+            index_of_text(text)
+            for text in ("{", "[]", "{}", '{"metadata": {}, "weight_map": []}', '{"metadata": {}, "weight_map": {"a": 1}}', DEEP)
+        ),
+        *(configuration_of_text(text) for text in ("{", "[]", DEEP)),
+    ],
+)
+def test_damaged_folders_are_seen_before_weights_are_read(tmp_path: Path, damage: Callable[[Path, list[Path]], str]):
+    folder = tmp_path / "transformer"
+    message = damage(folder, sharded(folder))
+    looks: list[Callable[[], object]] = [
+        lambda: flux_files.flux_transformer_on_meta(tmp_path),
+        lambda: flux_files.load_flux_transformer(tmp_path, dtype=F32),
+    ]
+    for look in looks:
+        with pytest.raises(ValueError, match=message):
+            look()
+
+
+def test_what_the_libraries_do_not_read_is_no_matter(tmp_path: Path):
+    """A whole file beside a stale index (transformers), the index of a variant, a Mac's hidden files."""
+    stale = '{"metadata": {}, "weight_map": {"a": "gone.safetensors"}}'
+    tiny_flux().save_pretrained(tmp_path / "transformer")
+    tiny_t5().save_pretrained(tmp_path / "text_encoder_2")
+    (tmp_path / "transformer" / "diffusion_pytorch_model.safetensors.index.fp16.json").write_text(stale)
+    (tmp_path / "transformer" / "._diffusion_pytorch_model.safetensors").write_bytes(b"Mac OS X")
+    (tmp_path / "text_encoder_2" / "model.safetensors.index.json").write_text(stale)
+    assert torch.equal(flux_output(flux_files.load_flux_transformer(tmp_path, dtype=F32)), flux_output(tiny_flux()))
+    assert flux_files.load_t5(tmp_path, dtype=F32)[0] is not None
+
+
+def test_weights_of_a_variant_are_a_named_error(tmp_path: Path):
+    folder = tmp_path / "transformer"
+    tiny_flux().save_pretrained(folder, variant="fp16")
+    with pytest.raises(ValueError, match=f"^{re.escape(str(folder))}: cannot be loaded"):
+        flux_files.load_flux_transformer(tmp_path, dtype=F32)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "tensor"),
+    [
+        ({"_quantization_metadata": "{"}, None),
+        ({"_quantization_metadata": DEEP}, None),
+        ({"_quantization_metadata": "[]"}, None),
+        ({"_quantization_metadata": '{"layers": []}'}, None),
+        ({"_quantization_metadata": '{"layers": [1]}'}, None),
+        ({"_quantization_metadata": '{"layers": {"img_in": 1}}'}, None),
+        ({}, list(b"{")),
+        ({}, list(b"[]")),
+        ({}, list(b"[" * 100_000)),
+        ({}, [200]),
+    ],
+)
+def test_damaged_quantisation_headers(tmp_path: Path, metadata: dict[str, str], tensor: list[int] | None):
+    state = {name: tensor.contiguous() for name, tensor in flux_files.to_native_layout(tiny_flux().state_dict()).items()}
+    path = tmp_path / "f.safetensors"
+    save_file(state | ({} if tensor is None else {"img_in.comfy_quant": torch.tensor(tensor).byte()}), path, metadata=metadata)
+    if metadata == {"_quantization_metadata": '{"layers": []}'}:
+        assert flux_files.load_flux_transformer(path, dtype=F32) is not None
+        return
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: .*(_quantization_metadata|img_in.comfy_quant)"):
+        flux_files.flux_transformer_on_meta(path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_a_tokenizer_nested_without_end(tmp_path: Path, name: str):
+    tiny_clip().save_pretrained(tmp_path / "text_encoder")
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / name).write_text(DEEP)
+    with pytest.raises(ValueError, match=f"{name}: cannot be read as JSON"):
+        flux_files.load_clip_l(tmp_path, dtype=F32)

@@ -16,7 +16,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from byg_plugin import convert_lora, lora_formats
+from byg_plugin import _cli, convert_lora, lora_formats
 from byg_plugin.models import flux_files, flux_names
 
 DOUBLE_ONLY = (
@@ -56,6 +56,15 @@ def output(model: FluxTransformer2DModel) -> Tensor:
         img_ids=torch.stack([torch.zeros(6), torch.arange(6) // 3, torch.arange(6) % 3], dim=1).float(),
         return_dict=False,
     )[0]
+
+
+def status(*arguments: object) -> int:
+    """Exit status of the command, as its wrapper ends the process."""
+    try:
+        _cli.run(lambda: convert_lora.main(list(map(str, arguments))))
+    except SystemExit as stop:
+        return stop.code
+    return 0
 
 
 def every_linear() -> list[str]:
@@ -345,7 +354,9 @@ def test_strength_that_a_tool_would_get_wrong(tmp_path: Path):
     suffixed[f"{layer}.alpha"] = torch.tensor(1.0)
     lost = lora_formats.check(suffixed, METADATA, ["diffusers"]).tools[0].lost
     assert [(item.name, "ignores alpha" in item.why) for item in lost] == [(layer, True)]
-    header = METADATA | {"lora_adapter_metadata": json.dumps({"transformer.r": 4, "transformer.lora_alpha": 2})}
+    targets = [key.removeprefix("transformer.").removesuffix(".lora_A.weight") for key in peft if key.endswith(".lora_A.weight")]
+    config = {"transformer.r": 4, "transformer.lora_alpha": 2, "transformer.target_modules": targets}
+    header = METADATA | {"lora_adapter_metadata": json.dumps(config)}
     report = lora_formats.check(peft, header, ["diffusers", "comfyui"])
     assert [len(tool.lost) for tool in report.tools] == [0, 39]
     lora_formats.write_lora(tmp_path / "lora.safetensors", peft, header)
@@ -454,24 +465,24 @@ def test_the_command_converts_keeps_metadata_and_refuses(tmp_path: Path, capsys:
     tensors, _ = peft_lora()
     source, out = tmp_path / "lora.safetensors", tmp_path / "musubi.safetensors"
     lora_formats.write_lora(source, tensors, METADATA)
-    assert convert_lora.main([str(source), "--to", "musubi", "--out", str(out)]) == 0
+    assert status(str(source), "--to", "musubi", "--out", str(out)) == 0
     converted, metadata = lora_formats.read_lora(out)
     assert metadata == METADATA
     assert lora_formats.detect_format(converted) == "musubi"
     before = out.read_bytes()
-    assert convert_lora.main([str(source), "--to", "comfyui", "--out", str(out)]) == 2
+    assert status(str(source), "--to", "comfyui", "--out", str(out)) == 2
     assert "exists" in capsys.readouterr().err
     assert out.read_bytes() == before
-    assert convert_lora.main([str(source), "--to", "comfyui", "--out", str(out), "--overwrite"]) == 0
-    assert convert_lora.main([str(source), "--to", "comfyui"]) == 2
-    assert convert_lora.main([str(tmp_path / "no.safetensors"), "--check"]) == 2
+    assert status(str(source), "--to", "comfyui", "--out", str(out), "--overwrite") == 0
+    assert status(str(source), "--to", "comfyui") == 2
+    assert status(str(tmp_path / "no.safetensors"), "--check") == 2
 
 
 def test_the_command_checks(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     source = tmp_path / "lora.safetensors"
     lora_formats.write_lora(source, peft_lora()[0], METADATA)
-    assert convert_lora.main([str(source), "--check", "--tools", "diffusers", "comfyui"]) == 0
-    assert convert_lora.main([str(source), "--check", "--modules"]) == 1
+    assert status(str(source), "--check", "--tools", "diffusers", "comfyui") == 0
+    assert status(str(source), "--check", "--modules") == 1
     shown = capsys.readouterr().out
     assert "musubi: loads 0, loses 39" in shown
     assert "needs a node" in shown

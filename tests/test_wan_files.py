@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from tiny_wan import tiny_umt5, tiny_vae, tiny_wan, wan_folder, wan_latents, wan_texts, write_wan
 
 from byg_plugin.models import files, wan_files, wan_names
+from byg_plugin.models.wan import _saved_boundary
 
 BF16, F32 = torch.bfloat16, torch.float32
 ONE_HEAD = {"num_attention_heads": 1, "attention_head_dim": 128}
@@ -269,3 +270,21 @@ def test_missing_second_expert_is_named(tmp_path: Path):
     write_wan(tmp_path, experts=1)
     with pytest.raises(ValueError, match="transformer_2/config.json"):
         wan_files.load_wan_transformer(tmp_path, dtype=F32, low_noise=True)
+
+
+def test_values_that_are_no_numbers(tmp_path: Path):
+    model = tiny_wan(**ONE_HEAD)
+    model.state_dict()["blocks.1.attn2.to_k.weight"][0, 0] = float("nan")
+    path = native_file(model, tmp_path / "wan.safetensors")
+    with pytest.raises(ValueError, match=r"wan.safetensors: tensor blocks.1.cross_attn.k.weight holds NaN or infinite"):
+        wan_files.load_wan_transformer(path, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "transformer_2")
+    with pytest.raises(ValueError, match=r"transformer_2.*safetensors: tensor blocks.1.attn2.to_k.weight holds NaN or infinite"):
+        wan_files.load_wan_transformer(tmp_path, dtype=torch.bfloat16, low_noise=True)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000, '{"boundary_ratio": "0.9"}', '{"boundary_ratio": NaN}'])
+def test_damaged_model_indexes(tmp_path: Path, text: str):
+    (tmp_path / "model_index.json").write_text(text)
+    with pytest.raises(ValueError, match="^" + re.escape(str(tmp_path / "model_index.json"))):
+        _saved_boundary(str(tmp_path))

@@ -16,6 +16,7 @@ from byg_plugin import convert_lora, lora_formats
 from byg_plugin.models import wan_names
 
 BLOCKS, WIDTH = 2, 24
+OURS = {"byg.family": A14B}  # says what the tiny network's width cannot
 
 
 def layers(blocks: int = BLOCKS, outside: bool = False) -> list[tuple[str, str]]:
@@ -76,7 +77,7 @@ def loaded_by_diffusers(tensors: dict[str, Tensor]) -> int:
 @pytest.mark.parametrize("naming", NAMINGS)
 def test_the_report_is_what_diffusers_does(naming: str):
     tensors = NAMINGS[naming]
-    report = lora_formats.check(tensors, {}, tools=["diffusers"]).tools[0]
+    report = lora_formats.check(tensors, OURS, tools=["diffusers"]).tools[0]
     assert len(report.loaded) + len(report.lost) == sum(
         key.endswith((".lora_A.weight", ".lora_down.weight", ".lora_A.default.weight")) for key in tensors
     )
@@ -85,7 +86,7 @@ def test_the_report_is_what_diffusers_does(naming: str):
 
 @pytest.mark.parametrize("naming", NAMINGS)
 def test_comfyui_reads_native_names_alone(naming: str):
-    report = lora_formats.check(NAMINGS[naming], {}, tools=["comfyui"]).tools[0]
+    report = lora_formats.check(NAMINGS[naming], OURS, tools=["comfyui"]).tools[0]
     expected = naming.startswith(("comfyui", "musubi"))
     assert bool(report.loaded) == expected and bool(report.lost) != expected
 
@@ -99,7 +100,7 @@ def test_every_naming_converts_and_means_the_same(naming: str, to: lora_formats.
             lora_formats.convert(tensors, to, family=A14B)
         return
     converted = lora_formats.convert(tensors, to, family=A14B)
-    assert not lora_formats.check(converted, {}, tools=[to]).tools[0].lost
+    assert not lora_formats.check(converted, OURS, tools=[to]).tools[0].lost
 
     def updates(some: dict[str, Tensor]) -> dict[str, Tensor]:
         return {m.linear.native: m.scale * m.up @ m.down for m in lora_formats.parse(some, A14B)[0]}
@@ -128,8 +129,13 @@ def test_runtime_by_position():
 
 
 def test_the_command_knows_wan_without_being_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    lora_formats.write_lora(tmp_path / "low.safetensors", NAMINGS["low-noise keys"], {})
-    assert convert_lora.main([str(tmp_path / "low.safetensors"), "--check"]) == 1
+    low = {}
+    for (_, ours), (inputs, outputs) in zip(layers(1), [(5120, 5120)] * 8 + [(5120, 13824), (13824, 5120)], strict=True):
+        low[f"transformer_2.{ours}.lora_A.weight"] = torch.ones(1, inputs)
+        low[f"transformer_2.{ours}.lora_B.weight"] = torch.ones(outputs, 1)
+    lora_formats.write_lora(tmp_path / "low.safetensors", low, {})
+    with pytest.raises(SystemExit, match="1"):
+        convert_lora.main([str(tmp_path / "low.safetensors"), "--check"])
     assert "load_into_transformer_2=True" in capsys.readouterr().out
-    assert convert_lora.main([str(tmp_path / "low.safetensors"), "--to", "comfyui", "--out", str(tmp_path / "out.safetensors")]) == 0
-    assert convert_lora.main([str(tmp_path / "out.safetensors"), "--check", "--tools", "diffusers", "comfyui"]) == 0
+    convert_lora.main([str(tmp_path / "low.safetensors"), "--to", "comfyui", "--out", str(tmp_path / "out.safetensors")])
+    convert_lora.main([str(tmp_path / "out.safetensors"), "--check", "--tools", "diffusers", "comfyui"])

@@ -75,7 +75,8 @@ class DiffusersHost:
         if config.lora.init_from and fresh:
             started = start_lora.read_init(config)
             # Of a pair, an expert that is trained alone takes its own.
-            self.load_lora({n: v for n, v in started.items() if n in self.parameters or not config.lora.other_expert})
+            with start_lora.fitting(config, "init_from"):
+                self.load_lora({n: v for n, v in started.items() if n in self.parameters or not config.lora.other_expert})
         self.ema_weights = EmaWeights(self.parameters, config.objective.ema_decay)
 
     # --- the three velocity fields ---
@@ -226,7 +227,8 @@ class DiffusersHost:
         others = {name: p for name, p in self._every_lora.items() if name not in mine}
         expert = next(iter(others)).partition(".")[0]
         found = start_lora.read_other_expert(self.config)
-        self._set(others, {expert + name.removeprefix("transformer"): value for name, value in found.items()})
+        with start_lora.fitting(self.config, "other_expert"):
+            self._set(others, {expert + name.removeprefix("transformer"): value for name, value in found.items()})
         for parameter in others.values():
             parameter.requires_grad_(False)
         return mine

@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from byg_plugin.data.tuples import TEXTS, EditTuple
-from byg_plugin.lora_formats import write_lora
+from byg_plugin.lora_files import write_lora
 from byg_plugin.objectives.base import Text
 
 if sys.version_info >= (3, 11):

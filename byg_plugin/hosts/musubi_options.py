@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from byg_plugin.lora_files import read_lora
 from byg_plugin.training.config import Config
 
 _KINDS = {str: "str", int: "int", float: "float", pathlib.Path: "path", None: "str"}
@@ -194,7 +195,18 @@ def _needed(config: Config) -> list[str]:
         place = given.get(name)
         if isinstance(place, str) and place and not pathlib.Path(place).is_file():
             found.append(f"musubi.{name} = {place!r}: no such file")
+        elif name == "network_weights" and isinstance(place, str) and place:
+            found += _unreadable_lora(place)
     return found
+
+
+def _unreadable_lora(place: str) -> list[str]:
+    """What the host would load into the network unseen: NaN, infinite or absurd values."""
+    try:
+        read_lora(place)
+    except ValueError as error:
+        return [f"musubi.network_weights = {error}"]
+    return []
 
 
 def _named(config: Config) -> list[str]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from byg_plugin.lora_formats import convert, read_lora, read_named
+from byg_plugin.lora_files import naming, read_lora
+from byg_plugin.lora_formats import convert, read_named
 
 if TYPE_CHECKING:
     from byg_plugin.training.config import Config
@@ -54,13 +56,21 @@ def read_other_expert(config: Config, *, tell: bool = True) -> dict[str, Tensor]
     """
     path = config.lora.other_expert
     assert path is not None
-    tensors, metadata = read_lora(path)
-    _check_trained_alike(config, "other_expert", metadata)
-    if tell:
-        _tell_other_guidance(config, "other_expert", metadata)
-    if metadata.get("byg.expert") == config.lora.experts:
-        raise ValueError(f"lora.other_expert = {path} is for the {config.lora.experts} expert, which is the one that is trained")
-    return convert(tensors, "diffusers", family=config.model.family)
+    with naming(path, "lora.other_expert = "):
+        tensors, metadata = read_lora(path)
+        _check_trained_alike(config, "other_expert", metadata)
+        if tell:
+            _tell_other_guidance(config, "other_expert", metadata)
+        if metadata.get("byg.expert") == config.lora.experts:
+            raise ValueError(f"{path} is for the {config.lora.experts} expert, which is the one that is trained")
+        return convert(tensors, "diffusers", family=config.model.family)
+
+
+@contextmanager
+def fitting(config: Config, key: str) -> Iterator[None]:
+    """What does not fit the network says whose tensors they are: those of `lora.init_from` or `lora.other_expert`."""
+    with naming(getattr(config.lora, key), f"lora.{key} = "):
+        yield
 
 
 def _check_trained_alike(config: Config, key: str, metadata: Mapping[str, str]) -> None:
@@ -78,6 +88,10 @@ def _check_trained_alike(config: Config, key: str, metadata: Mapping[str, str]) 
 
 
 def _tell_other_guidance(config: Config, key: str, metadata: Mapping[str, str]) -> None:
-    guidance = float(metadata.get("byg.guidance", config.conditioning.guidance))
+    text = metadata.get("byg.guidance", str(config.conditioning.guidance))
+    try:
+        guidance = float(text)
+    except ValueError as error:
+        raise ValueError(f"lora.{key} = {getattr(config.lora, key)}: its metadata are damaged: byg.guidance = {text[:40]!r}") from error
     if guidance != config.conditioning.guidance:
         logger.warning("lora.%s was trained with conditioning.guidance = %s, here it is %s", key, guidance, config.conditioning.guidance)

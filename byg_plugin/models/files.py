@@ -26,6 +26,9 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from byg_plugin.documents import json_value
+from byg_plugin.finite import first_not_finite, is_finite
+
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
@@ -171,10 +174,30 @@ def from_folder(kind: Any, place: str | Path, part: str, **dtype: torch.dtype) -
     folder = part_folder(place, part)
     if folder is None:
         options = {"subfolder": PARTS[part].folder, "use_safetensors": True, **dtype}
-        return _hub(lambda: kind.from_pretrained(str(place), **options), place)
-    _refuse_other_class(_json(folder / "config.json"), kind, folder)
+        model = _hub(lambda: kind.from_pretrained(str(place), **options), place)
+        _refuse_not_finite(model, Path(place))
+        return model
+    _refuse_other_class(read_json(folder / "config.json"), kind, folder)
     _weight_files(folder)
-    return kind.from_pretrained(str(folder), use_safetensors=True, local_files_only=True, **dtype)
+    try:
+        model = kind.from_pretrained(str(folder), use_safetensors=True, local_files_only=True, **dtype)
+    except OSError as error:
+        raise ValueError(f"{folder}: cannot be loaded ({error}); download this part again") from error
+    _refuse_not_finite(model, folder)
+    return model
+
+
+def _refuse_not_finite(model: nn.Module, place: Path) -> None:
+    """Weights that a library has read, each looked at once where it lies."""
+    name = first_not_finite(model.state_dict())
+    if name is None:
+        return
+    holders = [file for file in _safetensors(place) if name in _header(file)] if place.is_dir() else []
+    dtype = model.state_dict()[name].dtype
+    raise ValueError(f"{holders[0] if holders else place}: tensor {name} holds NaN or infinite values as {dtype}; {_OTHER_WEIGHTS}")
+
+
+_OTHER_WEIGHTS = "download it again, or set model.dtype to the one it was saved in"
 
 
 def config_only(place: str | Path, part: str, kind: Any, infer: Callable[[Weights], dict[str, Any]]) -> dict[str, Any]:
@@ -186,13 +209,15 @@ def config_only(place: str | Path, part: str, kind: Any, infer: Callable[[Weight
     folder = part_folder(place, part)
     if folder is None:
         return _hub(lambda: kind.load_config(str(place), subfolder=PARTS[part].folder), place)
-    config = _json(folder / "config.json")
+    config = read_json(folder / "config.json")
     _refuse_other_class(config, kind, folder)
+    _check_shards(folder)
     return config
 
 
 def _refuse_other_class(config: Mapping[str, Any], kind: Any, folder: Path) -> None:
-    named = {config.get("_class_name"), *(config.get("architectures") or ())} - {None}
+    architectures = config.get("architectures")
+    named = {str(name) for name in (config.get("_class_name"), *(architectures if isinstance(architectures, list) else ())) if name}
     # A text encoder may be saved as the whole CLIP or T5; transformers then takes the half it needs.
     if named and issubclass(kind, ModelMixin) and kind.__name__ not in named:
         raise ValueError(f"{folder}: holds a {', '.join(sorted(named))}, not a {kind.__name__}")
@@ -220,19 +245,70 @@ def _not_cached(repo: str, part: str) -> ValueError:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    files = sorted(folder.glob("*.safetensors"))
+    files = _safetensors(folder)
     if not files:
         others = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in {*_PICKLES, ".gguf"})
         found = f"only {', '.join(others)}, which are not read" if others else "none"
         raise ValueError(f"{folder}: no .safetensors weights ({found}); download the safetensors files of this part")
+    _check_shards(folder)
     return files
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _safetensors(folder: Path) -> list[Path]:
+    """Without the hidden ones, such as the `._` files of a Mac."""
+    return sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("."))
+
+
+_INDEXED = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+
+
+def _check_shards(folder: Path) -> None:
+    """Headers of the weight files, and that an index names no shard or tensor that is not there. Reads no weights.
+
+    Raises:
+        ValueError: a file is damaged or missing; names it.
+    """
+    tensors = {file.name: _header(file) for file in _safetensors(folder)}
+    for name in _INDEXED:
+        index = folder / f"{name}.index.json"
+        # transformers prefers a whole file to an index beside it, diffusers the index.
+        if not index.is_file() or (name == "model.safetensors" and name in tensors):
+            continue
+        content = read_json(index)
+        shards = content.get("weight_map")
+        if not isinstance(content.get("metadata"), dict):
+            raise ValueError(f"{index}: has no metadata, which the loader asks for; download it again")
+        if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+            raise ValueError(f"{index}: its weight_map names no files; download it again")
+        for tensor, shard in shards.items():
+            if shard not in tensors:
+                raise ValueError(f"{folder / shard}: missing, and {index.name} names it; download the folder again")
+            if tensor not in tensors[shard]:
+                raise ValueError(f"{folder / shard}: has no tensor {tensor}, which {index.name} says is in it; download both again")
+
+
+def _header(path: Path) -> set[str]:
+    """Names of the tensors of a file that is whole."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return set(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a readable .safetensors file ({error}); download it again") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object of JSON that others wrote.
+
+    Raises:
+        ValueError: the file cannot be read as one; names it.
+    """
+    try:
+        value = json_value(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read as JSON: {error}") from error
+        raise ValueError(f"{path}: cannot be read as JSON ({error}); download it again") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: holds no object of JSON; download it again")
+    return value
 
 
 # --- one safetensors file ---
@@ -278,18 +354,23 @@ class Weights:
         return tuple(self._slice(name).get_shape())
 
     def read(self, name: str, dtype: torch.dtype, rows: slice | None = None) -> Tensor:
-        """A tensor, or some of its rows, in `dtype` with its fp8 scale multiplied out in float32."""
+        """A tensor, or some of its rows, in `dtype` with its fp8 scale multiplied out in float32.
+
+        Raises:
+            ValueError: the file has no such tensor, a quantised one, or one with NaN or infinite values.
+        """
         self.shape(name)
         stored = self._slice(name)
         if stored.get_dtype() not in _FLOATS:
             raise self.error(f"{name} is stored as {stored.get_dtype()}, a quantised format that is not read")
         tensor = self._handle.get_tensor(self.prefix + name) if rows is None else stored[rows]
         scale = self._scale(name)
-        if scale is None:
-            return tensor.to(dtype)
-        if scale.numel() > 1 and rows is not None:
-            scale = scale[rows]
-        return (tensor.float() * scale).to(dtype)
+        if scale is not None:
+            tensor = tensor.float() * (scale[rows] if scale.numel() > 1 and rows is not None else scale)
+        tensor = tensor.to(dtype)
+        if not is_finite(tensor):
+            raise ValueError(f"{self.path}: tensor {self.prefix}{name} holds NaN or infinite values as {dtype}; {_OTHER_WEIGHTS}")
+        return tensor
 
     def all(self, dtype: torch.dtype, skip: Iterable[str] = ()) -> dict[str, Tensor]:
         """Every weight of the part."""
@@ -319,16 +400,28 @@ class Weights:
 
     def _refuse_unknown_quantisation(self) -> None:
         """ComfyUI writes each quantised layer's format beside it, or all formats into the header."""
-        header = json.loads((self._handle.metadata() or {}).get("_quantization_metadata", "{}"))
-        layers = header.get("layers", {})
+        header = self._quantisation((self._handle.metadata() or {}).get("_quantization_metadata", "{}"), "_quantization_metadata")
+        layers = header.get("layers") or {}
+        if not isinstance(layers, dict) or not all(isinstance(spec, dict) for spec in layers.values()):
+            raise self.error("the header's _quantization_metadata is damaged")
         formats = {layer: spec.get("format") for layer, spec in layers.items() if layer.startswith(self.prefix)}
         for name in self.names:
             if name.endswith(".comfy_quant"):
-                spec = bytes(self._handle.get_tensor(self.prefix + name).view(torch.uint8).tolist())
-                formats[name.removesuffix(".comfy_quant")] = json.loads(spec).get("format")
+                stored = self._handle.get_tensor(self.prefix + name)
+                text = bytes(stored.flatten().view(torch.uint8).tolist())
+                formats[name.removesuffix(".comfy_quant")] = self._quantisation(text, name).get("format")
         for layer, name in formats.items():
             if name not in ("float8_e4m3fn", "float8_e5m2"):
                 raise self.error(f"{layer} is quantised as {name}, which is not read")
+
+    def _quantisation(self, text: str | bytes, where: str) -> dict[str, Any]:
+        try:
+            value = json_value(text)
+        except ValueError as error:
+            raise self.error(f"{where} cannot be read as JSON ({error})") from error
+        if not isinstance(value, dict):
+            raise self.error(f"{where} holds no object of JSON")
+        return value
 
 
 def is_beside(name: str, beside: Iterable[str]) -> bool:
@@ -374,7 +467,7 @@ def config_beside(weights: Weights) -> dict[str, Any] | None:
     """The config.json beside a file in diffusers' or transformers' own layout and under its own name."""
     beside = weights.path.with_name("config.json")
     own_name = weights.path.name in ("diffusion_pytorch_model.safetensors", "model.safetensors")
-    return _json(beside) if own_name and not weights.prefix and beside.is_file() else None
+    return read_json(beside) if own_name and not weights.prefix and beside.is_file() else None
 
 
 def count_blocks(names: Iterable[str], pattern: str) -> int:
@@ -435,6 +528,9 @@ def load_tokenizer(place: str | Path, part: str, length: int) -> PreTrainedToken
     """The place's own tokenizer, or the shipped one where a file or folder has none."""
     folder = _tokenizer_folder(place, part)
     if folder is not None:
+        for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+            if (folder / name).is_file():
+                read_json(folder / name)  # the library's own reader ends in a traceback
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     path = Path(place).expanduser()
     if not path.exists():
@@ -511,7 +607,7 @@ def weights_fingerprint(place: str | Path, part: str) -> str:
         for path in _weight_files(folder):
             _hash_sampled(digest, path)
         # Private keys and the library's version change with every saving and say nothing of the weights.
-        config = _json(folder / "config.json")
+        config = read_json(folder / "config.json")
         kept = {key: value for key, value in config.items() if not key.startswith("_") and key != "transformers_version"}
         digest.update(json.dumps(kept, sort_keys=True).encode())
     if PARTS[part].tokenizer:

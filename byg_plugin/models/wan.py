@@ -9,7 +9,6 @@ Wan2.2-A14B has two experts: `transformer` serves t >= boundary (high noise), `t
 from __future__ import annotations
 
 import html
-import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -342,10 +341,7 @@ def _saved_boundary(path: str | None) -> float | None:
     index = Path(path or "").expanduser() / "model_index.json"
     if not path or not index.is_file():
         return None
-    try:
-        value = json.loads(index.read_text(encoding="utf-8")).get("boundary_ratio")
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{index}: cannot be read as JSON: {error}") from error
+    value = files.read_json(index).get("boundary_ratio")
     if value is not None and not (isinstance(value, float | int) and 0 < value < 1):
         raise ValueError(f"{index}: boundary_ratio = {value!r} must lie between 0 and 1; set model.boundary")
     return value

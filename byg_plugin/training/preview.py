@@ -70,11 +70,16 @@ def _render(config: Config, family: Family, host: Host, data: CachedTuples) -> l
         with weights() as velocity:
             edit = partial(sampling.sample_as_configured, config, family, velocity, noise, text, source)
             options = {"steps": sample.steps, "schedule": sample.schedule}
-            edits = [edit(**options, negative=against) for against in ([None] if negative is None else [negative, None])]
+            negatives = [None] if negative is None else [negative, None]
+            edits = [sampling.finite(config, edit(**options, negative=against), "the latents of the edit") for against in negatives]
         latents.append(([source, *edits], data.tuples[index].instruction))
     # The VAE comes only now and goes at once: by turns with the activations of the network.
     vae = family.load_vae(host.device)
-    return [([frames_of(family.decode_latents(vae, x)[0]) for x in columns], instruction) for columns, instruction in latents]
+
+    def frames(x: Tensor) -> list[Image.Image]:
+        return frames_of(sampling.finite(config, family.decode_latents(vae, x), "the decoded pixels")[0])
+
+    return [([frames(x) for x in columns], instruction) for columns, instruction in latents]
 
 
 def _on(host: Host, text: Text) -> dict[str, Tensor]:
