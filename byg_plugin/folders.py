@@ -207,7 +207,8 @@ def _acquired(folder: Path, key: str) -> FileLock:
             lock.acquire(timeout=_ORPHANS_END)
     except Timeout as error:
         raise ValueError(
-            f"{key} = {folder} is in use by another training ({_told(_holder(folder))}): wait for its end, stop it, or choose another folder"
+            f"{key} = {folder} is in use by another training ({_told(_holder(folder))}): "
+            "wait for its end, stop it, or choose another folder"
         ) from error
     except OSError as error:
         raise ValueError(f"{key} = {folder}: {LOCK} cannot be locked: {error.strerror}; choose another folder") from error

@@ -61,7 +61,9 @@ def main() -> None:
             musubi.dry_run(config)
         else:
             if args.discard_later:
-                raise ValueError('--discard-later: model.host = "musubi" gives each part names of its own and overwrites nothing; leave it out')
+                raise ValueError(
+                    '--discard-later: model.host = "musubi" gives each part names of its own and overwrites nothing; leave it out'
+                )
             print(f"LoRA: {musubi.train(config, args.resume)}", flush=True)
         return
     from byg_plugin.models import make_family

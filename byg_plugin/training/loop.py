@@ -143,9 +143,9 @@ class Trainer:
         if found and existing and not discard_later and found.resolve() != existing[-1].resolve():
             mine = found.resolve() in [path.resolve() for path in existing]
             discard = f"add --discard-later, which renames later ones to {DISCARDED}step-...; or " if mine else ""
+            which = f"{'later' if mine else 'other'} checkpoint {existing[-1].name}"
             raise ValueError(
-                f"--resume {resume}: output.dir = {self.folder} has the {'later' if mine else 'other'} checkpoint {existing[-1].name}, which "
-                f"is never overwritten: {discard}choose another output.dir; or go on from the newest with --resume latest"
+                f"--resume {resume}: output.dir = {self.folder} has the {which}, which is never overwritten: {discard}choose another output.dir; or go on from the newest with --resume latest"
             )
         if existing and not found:
             raise ValueError(
@@ -389,7 +389,8 @@ class Trainer:
             name = first_not_finite((name, p.detach()) for name, p in self.host.parameters.items())
             raise FloatingPointError(
                 f"{name} is not finite after step {self.step + 1}, although its gradient was; nothing of this step is saved. "
-                f"Try a lower train.lr ({self.config.train.lr}) or train.weight_decay ({self.config.train.weight_decay}). {self._way_back()}"
+                f"Try a lower train.lr ({self.config.train.lr}) or train.weight_decay ({self.config.train.weight_decay}). "
+                + self._way_back()
             )
 
     def _stop_if_not_savable(self, state: checkpoint.TrainingState) -> None:
