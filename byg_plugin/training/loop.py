@@ -135,17 +135,18 @@ class Trainer:
         folder = self.checkpoints
         existing = checkpoint.checkpoints(folder)
         found = None if resume is None else checkpoint.find(folder, resume)
-        if discard_later and (found is None or resume == "latest" or found.resolve() not in [path.resolve() for path in existing]):
+        mine = found is not None and self._is_mine(found)
+        if discard_later and (not mine or resume == "latest"):
             raise ValueError(
                 f"--discard-later goes with --resume FOLDER, and FOLDER must be a checkpoint in {folder}"
                 + (f", e.g. {existing[-1]}" if existing else "; there is none")
             )
         if found and existing and not discard_later and found.resolve() != existing[-1].resolve():
-            mine = found.resolve() in [path.resolve() for path in existing]
-            discard = f"add --discard-later, which renames later ones to {DISCARDED}step-...; or " if mine else ""
             which = f"{'later' if mine else 'other'} checkpoint {existing[-1].name}"
+            discard = f"add --discard-later, which renames later ones to {DISCARDED}step-...; or " if mine else ""
             raise ValueError(
-                f"--resume {resume}: output.dir = {self.folder} has the {which}, which is never overwritten: {discard}choose another output.dir; or go on from the newest with --resume latest"
+                f"--resume {resume}: output.dir = {self.folder} has the {which}, which is never overwritten: {discard}choose another "
+                f"output.dir; or go on from the newest with --resume latest"
             )
         if existing and not found:
             raise ValueError(
