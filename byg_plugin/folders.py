@@ -62,7 +62,7 @@ def written_whole(final: Path, *, replace: bool = False) -> Iterator[Path]:
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         for leftover in final.parent.glob(f"{PARTIAL}*"):
-            shutil.rmtree(leftover)
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         partial.mkdir()
         yield partial
         _sync(partial)

@@ -703,7 +703,7 @@ def _step_of(line: str) -> int | None:
 
 def _lines(path: Path) -> list[str]:
     """The lines of a log with their ends; one that a kill or a full disk cut off is no line."""
-    text = path.read_text(encoding="utf-8", errors="surrogateescape") if path.exists() else ""
+    text = path.read_text(encoding="utf-8", errors="surrogateescape") if path.is_file() else ""
     return [line for line in text.split("\n")[:-1] if line]
 
 
@@ -717,7 +717,7 @@ def _drop_lines_after(path: Path, step: int) -> None:
     Raises:
         OSError: the log cannot be read or written.
     """
-    if not path.exists():
+    if not path.is_file():
         return
     steps = [(line, _step_of(line)) for line in _lines(path)]
     if foreign := [line for line, found in steps if found is None]:
