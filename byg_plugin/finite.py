@@ -50,4 +50,4 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
     if not tensors:
         return True
     # The largest magnitude, not a sum: that of finite values may overflow.
-    return bool(torch.stack([norm.float() for norm in torch._foreach_norm(list(tensors), math.inf)]).isfinite().all())
+    return bool(torch.stack(torch._foreach_norm(list(tensors), math.inf)).isfinite().all())

@@ -119,9 +119,9 @@ def train(config: Config, family: Family, device: Any, resume: str | None, *, di
         trainer = Trainer(config, family, accelerator, resume, discard_later=discard_later)
         if accelerator.is_main_process:
             _write_beside(config, versions(), make_room(trainer.checkpoints))
+        if tracker:
+            _start_tracker(accelerator, tracker, folder, trainer.step)
         try:
-            if tracker:
-                _start_tracker(accelerator, tracker, folder, trainer.step)
             lora = trainer.run()
         except Interrupted as stop:
             _cli.say(str(stop), accelerator.is_main_process)

@@ -183,21 +183,27 @@ class Trainer:
         self.accelerator.wait_for_everyone()  # the others have looked at what is there
         if not self.accelerator.is_main_process:
             return
-        try:
-            if self.resume_from and self._is_mine(self.resume_from):
-                for path in checkpoint.later(self.checkpoints, self.resume_from):
+        if self.resume_from and self._is_mine(self.resume_from):
+            with self._told_if_full(self.checkpoints):
+                later = checkpoint.later(self.checkpoints, self.resume_from)
+                for path in later:
                     logger.warning("--discard-later: %s is now %s", path, set_aside(path))
-                preview.set_aside_later(self.config, self.step)
-            for path in (self._log_path, self._validation_path):
+                if later:
+                    preview.set_aside_later(self.config, self.step)
+        for path in (self._log_path, self._validation_path):
+            with self._told_if_full(path):
                 _drop_lines_after(path, self.step)
-        except OSError as error:
-            raise ValueError(self._cannot_write(error, self.folder)) from error
 
     def _is_mine(self, path: Path) -> bool:
         return path.resolve() in [each.resolve() for each in checkpoint.checkpoints(self.checkpoints)]
 
-    def _cannot_write(self, error: OSError, path: Path) -> str:
-        return f"cannot write {error.filename or path}: {error.strerror}. {checkpoint.make_room(self.checkpoints)}"
+    @contextmanager
+    def _told_if_full(self, path: Path) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            remedy = checkpoint.make_room(self.checkpoints)
+            raise ValueError(f"cannot write {path}: {error.strerror or error}. {remedy}") from error
 
     @property
     def checkpoints(self) -> Path:
@@ -453,13 +459,12 @@ class Trainer:
 
     def _append(self, path: Path, values: dict[str, float]) -> None:
         """A line of a log, and what the tracker makes of it."""
-        try:
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": self.step, **values}) + "\n")
+        with self._told_if_full(path), open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": self.step, **values}) + "\n")
+        if self.accelerator.trackers:
             # TensorBoard's writer has a thread of its own, whose errors come here, one line late.
-            self.accelerator.log(values, step=self.step)
-        except OSError as error:
-            raise ValueError(self._cannot_write(error, path)) from error
+            with self._told_if_full(Path(f"{self.folder} (train.tracker)")):
+                self.accelerator.log(values, step=self.step)
 
     def _save(self) -> None:
         if self.accelerator.is_main_process:
