@@ -47,7 +47,8 @@ def refuse_not_finite(tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:
     """Whether `is_finite` holds for all of these floating-point tensors, on one device: fused, with one transfer. For every step."""
+    tensors = [tensor for tensor in tensors if tensor.numel()]
     if not tensors:
         return True
     # The largest magnitude, not a sum: that of finite values may overflow.
-    return bool(torch.stack(torch._foreach_norm(list(tensors), math.inf)).isfinite().all())
+    return bool(torch.stack(torch._foreach_norm(tensors, math.inf)).isfinite().all())
