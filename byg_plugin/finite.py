@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -43,3 +43,12 @@ def refuse_not_finite(tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor
     """
     if (name := first_not_finite(tensors)) is not None:
         raise ValueError(f"{where}: tensor {name} holds NaN or infinite values; {remedy}")
+
+
+def all_finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether `is_finite` holds for all of these floating-point tensors, on one device: fused, with one transfer. For every step."""
+    tensors = [tensor for tensor in tensors if tensor.numel()]
+    if not tensors:
+        return True
+    # The largest magnitude, not a sum: that of finite values may overflow.
+    return bool(torch.stack(torch._foreach_norm(tensors, math.inf)).isfinite().all())

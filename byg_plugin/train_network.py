@@ -25,9 +25,17 @@ if TYPE_CHECKING:
     from byg_plugin.training.config import Config
 
 
+logger = logging.getLogger(__name__)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _cli.common_parser(__doc__ or "")
     parser.add_argument("--resume", metavar="latest|FOLDER", help="go on from the newest, or this, checkpoint")
+    parser.add_argument(
+        "--discard-later",
+        action="store_true",
+        help="with --resume FOLDER: later checkpoints and previews are renamed discarded-step-..., their lines in the logs dropped",
+    )
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration as JSON and stop")
     parser.add_argument(
         "--dry-run", action="store_true", help="print items, buckets, tokens, a decoded sample's place and the memory sum; stop"
@@ -38,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
 def main() -> None:
     """The command; `_cli.run` turns errors into one line."""
     args = _parser().parse_args()
+    _check_arguments(args)
     from byg_plugin.training.config import load_config
 
     config = load_config(args.config, args.set)
@@ -51,6 +60,10 @@ def main() -> None:
         if args.dry_run:
             musubi.dry_run(config)
         else:
+            if args.discard_later:
+                raise ValueError(
+                    '--discard-later: model.host = "musubi" gives each part names of its own and overwrites nothing; leave it out'
+                )
             print(f"LoRA: {musubi.train(config, args.resume)}", flush=True)
         return
     from byg_plugin.models import make_family
@@ -63,19 +76,34 @@ def main() -> None:
     if args.dry_run:
         dry_run(config, family, device)
         return
-    train(config, family, device, args.resume)
+    train(config, family, device, args.resume, discard_later=args.discard_later)
 
 
-def train(config: Config, family: Family, device: Any, resume: str | None) -> Path:
-    """Train to the end; returns the LoRA file.
+def _check_arguments(args: argparse.Namespace) -> None:
+    """An option that would not be honoured beside another is refused, not ignored."""
+    if args.print_config and args.dry_run:
+        raise ValueError("--print-config and --dry-run each do one thing and stop: give one of them")
+    if args.resume == "":
+        raise ValueError('--resume "": give latest or the folder of a checkpoint, or leave --resume out to start anew')
+    if args.resume is not None and (args.print_config or args.dry_run):
+        raise ValueError(f"--resume does nothing with {'--print-config' if args.print_config else '--dry-run'}: leave it out")
+    if args.discard_later and args.resume in (None, "latest"):
+        raise ValueError("--discard-later goes with --resume FOLDER, the checkpoint that is to be the last one")
+
+
+def train(config: Config, family: Family, device: Any, resume: str | None, *, discard_later: bool = False) -> Path:
+    """Train to the end; returns the LoRA file. `output.dir` is this run's alone meanwhile.
 
     Raises:
         ValueError: something the user can mend, before any model is loaded.
     """
+    from contextlib import nullcontext
     from datetime import timedelta
 
     from accelerate import Accelerator, InitProcessGroupKwargs
 
+    from byg_plugin.folders import alone_in
+    from byg_plugin.training.checkpoint import make_room
     from byg_plugin.training.extras import require_training_extras
     from byg_plugin.training.loop import Interrupted, Trainer, versions
 
@@ -86,20 +114,39 @@ def train(config: Config, family: Family, device: Any, resume: str | None) -> Pa
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=3))
     accelerator = Accelerator(cpu=device.type == "cpu", log_with=tracker, project_dir=config.output.dir, kwargs_handlers=[patience])
     _check_launch(accelerator, config)
-    trainer = Trainer(config, family, accelerator, resume)
-    if accelerator.is_main_process:
-        _write_beside(config, versions())
-    if tracker:
-        accelerator.init_trackers("byg", init_kwargs={"wandb": {"dir": config.output.dir}} if tracker == "wandb" else {})
-    try:
-        lora = trainer.run()
-    except Interrupted as stop:
-        _cli.say(str(stop), accelerator.is_main_process)
-        raise KeyboardInterrupt from stop
-    finally:
-        accelerator.end_training()
+    folder = Path(config.output.dir)
+    with alone_in(folder, "output.dir") if accelerator.is_main_process else nullcontext():
+        trainer = Trainer(config, family, accelerator, resume, discard_later=discard_later)
+        if accelerator.is_main_process:
+            _write_beside(config, versions(), make_room(trainer.checkpoints))
+        if tracker:
+            _start_tracker(accelerator, tracker, folder, trainer.step)
+        try:
+            lora = trainer.run()
+        except Interrupted as stop:
+            _cli.say(str(stop), accelerator.is_main_process)
+            raise KeyboardInterrupt from stop
+        finally:
+            _end_tracker(accelerator)
     _cli.say(f"LoRA: {lora}", accelerator.is_main_process)
     return lora
+
+
+def _start_tracker(accelerator: Any, tracker: str, folder: Path, step: int) -> None:
+    """Curves of steps after `step`, of a killed start or of discarded checkpoints, are hidden by TensorBoard."""
+    options = {"wandb": {"dir": str(folder)}, "tensorboard": {"purge_step": step + 1}}
+    try:
+        accelerator.init_trackers("byg", init_kwargs={tracker: options[tracker]})
+    except OSError as error:
+        raise ValueError(f"train.tracker = {tracker!r} cannot write into output.dir = {folder}: {error.strerror}; make room") from error
+
+
+def _end_tracker(accelerator: Any) -> None:
+    """A disk that is full ends the run by its own message, not by the last lines of a curve."""
+    try:
+        accelerator.end_training()
+    except OSError as error:
+        logger.warning("the tracker's last lines were not written: %s", error)
 
 
 def dry_run(config: Config, family: Family, device: Any) -> None:
@@ -168,13 +215,19 @@ def _check_launch(accelerator: Any, config: Config) -> None:
         )
 
 
-def _write_beside(config: Config, versions: dict[str, str]) -> None:
+def _write_beside(config: Config, versions: dict[str, str], remedy: str) -> None:
     """Resolved configuration, versions and command beside the outputs."""
     import json
 
+    from byg_plugin.folders import write_text
+
     folder = Path(config.output.dir)
-    (folder / "config.json").write_text(config.to_json(), encoding="utf-8")
-    (folder / "run.json").write_text(json.dumps({"versions": versions, "command": sys.argv}, indent=2), encoding="utf-8")
+    texts = {"config.json": config.to_json(), "run.json": json.dumps({"versions": versions, "command": sys.argv}, indent=2)}
+    for name, text in texts.items():
+        try:
+            write_text(folder / name, text)
+        except OSError as error:
+            raise ValueError(f"cannot write {folder / name}: {error.strerror}. {remedy}") from error
 
 
 if __name__ == "__main__":

@@ -219,6 +219,13 @@ def test_caching_training_and_editing_by_the_commands_alone(tmp_path: Path):
     assert (tmp_path / "edits" / "photo2.png").is_file()
     code, said = run("train_network", "--config", toml, log=log)
     assert code == 2 and "already has checkpoints up to step-000003" in one_line_error(said)
+    (tmp_path / "out/checkpoints/step-000003/state.json").write_text("[]", encoding="utf-8")
+    code, said = run("train_network", "--config", toml, "--set", "train.steps=3", "--resume", "latest", log=log)
+    advised = re.search(r"go on with --resume (\S+step-000002) --discard-later", one_line_error(said))
+    assert code == 2 and advised, said
+    again = ["--set", "train.steps=3", "--resume", advised[1], "--discard-later"]
+    code, said = run("train_network", "--config", toml, *again, log=log)
+    assert code == 0 and [line["step"] for line in curve(tmp_path / "out")] == [1, 2, 3], said
 
 
 # --- looking without training ---
@@ -273,6 +280,23 @@ def test_wrong_configurations(toml: Path, tmp_path: Path, overrides: list[str], 
     error = one_line_error(said)
     assert not [message for message in messages if message not in error], error
     assert not (tmp_path / "out" / "log.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--print-config", "--dry-run"], "--print-config and --dry-run each do one thing"),
+        (["--resume", ""], '--resume "": give latest or the folder of a checkpoint'),
+        (["--resume", "latest", "--dry-run"], "--resume does nothing with --dry-run: leave it out"),
+        (["--resume", "latest", "--print-config"], "--resume does nothing with --print-config: leave it out"),
+        (["--discard-later"], "--discard-later goes with --resume FOLDER"),
+        (["--resume", "latest", "--discard-later"], "--discard-later goes with --resume FOLDER"),
+    ],
+)
+def test_options_that_would_not_be_honoured(toml: Path, tmp_path: Path, flags: list[str], message: str):
+    code, said = run("train_network", "--config", toml, *flags, log=tmp_path / "log")
+    assert code == 2 and message in one_line_error(said), said
+    assert not (tmp_path / "out").exists()
 
 
 def test_missing_and_broken_config_files(tmp_path: Path):

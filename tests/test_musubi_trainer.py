@@ -184,10 +184,13 @@ def test_the_average_is_uploaded_where_the_host_uploads(tmp_path: Path):
     assert sent == [(True, "/tiny-ema.safetensors", True)]
 
 
-@pytest.mark.parametrize("written", [None, "{", "[]", '{"step": 2}', '{"step": "2", "config": {}}', '{"step": -1}', "{}"])
+DAMAGED = ["{", "[]", '{"step": 2}', '{"step": "2", "config": {}}', '{"step": -1}', "{}", '{"step": true, "config": {}}', "[" * 100_000]
+
+
+@pytest.mark.parametrize("written", [None, *DAMAGED, '{"step": 2, "config": {"musubi": []}}', '{"step": 2, "config": {}, "x": "\udce9"}'])
 def test_a_damaged_state_is_told(tmp_path: Path, written: str | None):
     if written is not None:
-        (tmp_path / musubi_trainer.STATE).write_text(written, encoding="utf-8")
+        (tmp_path / musubi_trainer.STATE).write_text(written, encoding="utf-8", errors="surrogateescape")
     with pytest.raises(ValueError, match="(no state of this plugin there|is damaged)"):
         musubi_trainer.read_state(tmp_path)
 
@@ -217,6 +220,102 @@ def test_a_damaged_ema_is_told(tmp_path: Path):
     (tmp_path / musubi_trainer.STATE_TENSORS).write_bytes(b"no tensors")
     with pytest.raises(ValueError, match="byg_state.safetensors cannot be read"):
         musubi_trainer._read_ema(tmp_path)
+
+
+def test_an_ema_that_is_not_finite_is_told(tmp_path: Path):
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.tensor([1.0, torch.inf])}, tmp_path / musubi_trainer.STATE_TENSORS)
+    with pytest.raises(ValueError, match="byg_state.safetensors: tensor a holds NaN or infinite values; take another state"):
+        musubi_trainer._read_ema(tmp_path)
+
+
+def test_a_damaged_state_among_others_does_not_hide_them(tmp_path: Path):
+    for name, written in (("a", "["), ("b", '{"step": 4, "config": {}}'), ("c", '{"step": 2, "config": {}}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / musubi_trainer.STATE).write_text(written, encoding="utf-8")
+    assert [path.name for path in musubi_trainer.states(tmp_path)] == ["a", "c", "b"]
+
+
+@pytest.mark.parametrize(
+    ("ema", "message"),
+    [
+        ({}, r"weight is missing, in this run it has shape \(2, 2\)"),
+        ({"weight": torch.ones(1, 2)}, r"weight has shape \(1, 2\), in this run it has shape \(2, 2\)"),
+        ({"weight": torch.ones(2, 2), "other": torch.ones(1)}, "other has shape .1,., in this run it is missing"),
+        ({"weight": torch.ones(2, 2)}, None),
+    ],
+)
+def test_an_ema_of_another_lora_is_told(tmp_path: Path, ema: dict[str, Tensor], message: str | None):
+    it = trainer(tmp_path)
+    it.byg_progress.ema = ema
+    if message is None:
+        it._check_state(tmp_path, dict(it.byg_fields.network.named_parameters()))
+        return
+    with pytest.raises(ValueError, match=f"byg_state.safetensors: {message}; take another state"):
+        it._check_state(tmp_path, dict(it.byg_fields.network.named_parameters()))
+
+
+def test_a_host_s_lora_that_is_not_finite_is_told(tmp_path: Path):
+    it = trainer(tmp_path)
+    it.byg_fields.network.weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="the host's LoRA: tensor weight holds NaN"):
+        it._check_state(tmp_path, dict(it.byg_fields.network.named_parameters()))
+
+
+def test_data_and_weights_are_looked_at_before_the_rate_is_blamed(tmp_path: Path):
+    from safetensors.torch import save_file
+
+    from byg_plugin.objectives.base import Batch
+
+    it = trainer(tmp_path)
+    bad = {"loss": torch.tensor(torch.nan)}
+    texts = {role: {"umt5": torch.ones(1, 2, 3)} for role in TEXTS}
+    latents = torch.ones(1, 4, 1, 2, 2)
+
+    def batch(source: Tensor) -> Batch:
+        return Batch(source=source, noise=latents, t=torch.ones(1), nodes=torch.ones(2), **texts)
+
+    (tmp_path / "dataset.toml").write_text(f'[[datasets]]\ncache_directory = "{tmp_path}/caches"\n', encoding="utf-8")
+    (tmp_path / "caches").mkdir()
+    save_file({"good": torch.ones(2)}, tmp_path / "caches/a.safetensors")
+    (tmp_path / "caches/b.safetensors").write_bytes(b"damaged")
+    save_file({"latents": torch.full((2,), torch.nan)}, tmp_path / "caches/c.safetensors")
+    args = SimpleNamespace(dataset_config=tmp_path / "dataset.toml")
+    with pytest.raises(FloatingPointError, match="Data and weights are finite: try a lower musubi.learning_rate"):
+        it._stop_if_not_finite(Accelerator(), bad, args, batch(latents))
+    with pytest.raises(FloatingPointError, match=r"cached latents of this batch .*remove .*c.safetensors \(tensor latents\)") as caught:
+        it._stop_if_not_finite(Accelerator(), bad, args, batch(latents * torch.inf))
+    assert "learning_rate" not in str(caught.value)
+    texts[TEXTS[0]] = {"umt5": torch.full((1, 2, 3), torch.nan)}
+    with pytest.raises(FloatingPointError, match=rf"cached {TEXTS[0]} \(umt5\) of this batch"):
+        it._stop_if_not_finite(Accelerator(), bad, args, batch(latents))
+    it.byg_fields.network.weight.data[0, 0] = torch.nan
+    with pytest.raises(FloatingPointError, match="The weights are the reason: weight holds NaN"):
+        it._stop_if_not_finite(Accelerator(), bad)
+
+
+def test_weights_are_looked_at_after_the_optimizer(tmp_path: Path):
+    it = trainer(tmp_path)
+    it.byg_fields.ema_weights = EmaWeights({}, 0.0)
+    it.on_post_optimizer_step(None, None, None, None, True, 0)
+    it.byg_fields.network.weight.data[0, 0] = torch.inf
+    with pytest.raises(FloatingPointError, match="weight is not finite after step 2; nothing of this step is saved"):
+        it.on_post_optimizer_step(None, None, None, None, True, 0)
+    assert it.byg_progress.step == 1
+
+
+def test_a_full_disk_at_a_state_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from safetensors import SafetensorError
+
+    def full(*args: Any) -> None:
+        raise SafetensorError("No space left on device (os error 28)")
+
+    it = trainer(tmp_path)
+    it.byg_fields.ema_weights = EmaWeights({}, 0.0)
+    monkeypatch.setattr(musubi_trainer, "save_file", full)
+    with pytest.raises(ValueError, match="cannot write .*No space left on device.*Make room, then go on with --resume of an earlier state"):
+        it._save_state(None, None, str(tmp_path))
 
 
 def test_a_state_is_read_into_the_run(tmp_path: Path):

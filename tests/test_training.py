@@ -159,10 +159,10 @@ def killed_in_step(trainer: Trainer, step: int) -> None:
     """In the middle of a step: after the gradients, before the optimizer."""
     original = trainer._stop_if_not_finite
 
-    def hook(metrics: Any) -> None:
+    def hook(*args: Any) -> None:
         if trainer.step == step:
             kill()
-        original(metrics)
+        original(*args)
 
     trainer._stop_if_not_finite = hook  # type: ignore[method-assign]
 
@@ -176,7 +176,7 @@ def killed_before_rename(trainer: Trainer, step: int) -> None:
             kill()
         original(source, target)
 
-    checkpoint.os.replace = hook  # type: ignore[assignment]
+    os.replace = hook  # type: ignore[assignment]
 
 
 def killed_after_save(trainer: Trainer, step: int) -> None:
@@ -440,8 +440,8 @@ def test_sigterm_saves_and_a_second_one_stops_at_once(tmp_path: Path):
         trainer = make_trainer(config)
         original = trainer._stop_if_not_finite
 
-        def hook(metrics: Any) -> None:
-            original(metrics)
+        def hook(*args: Any) -> None:
+            original(*args)
             for _ in range(signals if trainer.step == 2 else 0):
                 os.kill(os.getpid(), signal.SIGTERM)
 
@@ -468,8 +468,8 @@ def test_ctrl_c_reaches_the_whole_group_and_the_loader_process_leaves_it_to_the_
         trainer = make_trainer(config)
         original = trainer._stop_if_not_finite
 
-        def hook(metrics: Any) -> None:
-            original(metrics)
+        def hook(*args: Any) -> None:
+            original(*args)
             if trainer.step == 2:
                 os.killpg(0, signal.SIGINT)
                 time.sleep(0.3)  # for the loader process to fall over
@@ -536,7 +536,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_does_not_end_the_run(tmp_path:
             raise PermissionError(13, "in use")
         original(source, target)
 
-    monkeypatch.setattr(checkpoint.os, "replace", busy)
+    monkeypatch.setattr(os, "replace", busy)
     make_trainer(run_config(tmp_path / "out", train={"keep_last": 1})).run()
     assert (tmp_path / "out/byg_lora.safetensors").exists()
 
@@ -585,7 +585,7 @@ def test_resume_with_another_model_is_refused(tmp_path: Path, reference: Path, c
 
 def test_resume_from_an_earlier_checkpoint_would_overwrite_a_later_one(tmp_path: Path, reference: Path):
     shutil.copytree(reference, tmp_path / "out")
-    with pytest.raises(ValueError, match="has the later or other checkpoint step-000006"):
+    with pytest.raises(ValueError, match="has the later checkpoint step-000006.*add --discard-later"):
         make_trainer(run_config(tmp_path / "out"), str(tmp_path / "out/checkpoints/step-000002"))
     # Into a new folder it goes, and ends where the first run ended.
     make_trainer(run_config(tmp_path / "new"), str(tmp_path / "out/checkpoints/step-000002")).run()

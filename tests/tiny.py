@@ -203,9 +203,9 @@ def run_config(out: Path, **sections: dict[str, Any]) -> Config:
     return tiny_config(folder, **defaults)
 
 
-def make_trainer(config: Config, resume: str | None = None) -> Trainer:
+def make_trainer(config: Config, resume: str | None = None, *, discard_later: bool = False) -> Trainer:
     """A trainer in this process, on one CPU."""
-    return Trainer(config, FluxFamily(config), Accelerator(cpu=True), resume)
+    return Trainer(config, FluxFamily(config), Accelerator(cpu=True), resume, discard_later=discard_later)
 
 
 def make_host(config: Config, seed: int = 5) -> DiffusersHost:

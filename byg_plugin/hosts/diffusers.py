@@ -348,6 +348,22 @@ def lora_shapes(network: nn.Module, config: Config, family: Family) -> list[tupl
     return shapes
 
 
+def lora_layout(config: Config, family: Family) -> dict[str, tuple[int, int]]:
+    """Names and shapes of `DiffusersHost.parameters`, in their order; loads no weights."""
+    networks = family.meta_transformers()
+    if config.lora.experts == "shared":
+        networks = dict([next(iter(networks.items()))])
+    elif config.lora.other_expert:
+        trained = family.experts[config.lora.experts != "high_noise"]
+        networks = {trained: networks[trained]}
+    layout: dict[str, tuple[int, int]] = {}
+    for expert, network in networks.items():
+        names = matched_linears(network, config.lora.targets or family.default_lora_targets)
+        tensors = [f"{expert}.{name}.{part}.weight" for name in names for part in ("lora_A", "lora_B")]
+        layout |= zip(tensors, lora_shapes(network, config, family), strict=True)
+    return layout
+
+
 def _inject_lora(network: nn.Module, config: Config, targets: str, device: torch.device, rng: torch.Generator) -> None:
     from peft import LoraConfig as PeftLoraConfig
     from peft import inject_adapter_in_model

@@ -15,6 +15,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from torch import Tensor
 from byg_plugin import families
 from byg_plugin.data.dataset import split_tuples
 from byg_plugin.data.tuples import TEXTS, EditTuple, read_tuples
+from byg_plugin.folders import alone_in
 from byg_plugin.hosts import musubi_cache, musubi_options
 from byg_plugin.hosts.musubi_trainer import make_trainer, read_state, states
 from byg_plugin.training.config import Config
@@ -230,14 +232,17 @@ def prepare(config: Config, resume: str | None = None) -> tuple[Host, argparse.N
 
 
 def train(config: Config, resume: str | None = None) -> Path:
-    """Train in the host; returns the LoRA file.
+    """Train in the host; returns the LoRA file. `musubi.output_dir` is this run's alone meanwhile.
 
     Raises:
         ValueError: something the user can mend, before any model is loaded.
     """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     host, args, _ = prepare(config, resume)
-    make_trainer(host, config).train(args)
+    # The host makes its processes' accelerator itself, and only then could be asked which one is the first.
+    first = os.environ.get("RANK", "0") == "0"
+    with alone_in(Path(args.output_dir), "musubi.output_dir") if first else nullcontext():
+        make_trainer(host, config).train(args)
     return Path(args.output_dir) / f"{args.output_name}.safetensors"
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,13 +19,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from byg_plugin import families, sampling, timesteps
 from byg_plugin.data.buckets import crop_to_bucket, to_tensor
 from byg_plugin.data.media import load_image
+from byg_plugin.data.tuples import TEXTS
+from byg_plugin.documents import json_value
+from byg_plugin.finite import all_finite, first_not_finite, refuse_not_finite
 from byg_plugin.hosts import musubi_cache
 from byg_plugin.hosts.musubi_fields import BlockSwap, MusubiFields
 from byg_plugin.models import flux_tokens
@@ -141,6 +145,8 @@ class Progress:
     """Batches since the last optimizer step."""
     ema: dict[str, Tensor] = field(default_factory=dict)
     """As read from a state; empty for a new run."""
+    state: Path | None = None
+    """The state that was read."""
 
 
 class UnpairedCycleTrainer:
@@ -185,8 +191,10 @@ class UnpairedCycleTrainer:
     def on_train_start(self, args: Any, accelerator: Any, network: Any, transformer: Any, *_: Any) -> None:
         """Everything is on its device and a state is loaded."""
         plain = accelerator.unwrap_model(network)
-        ema = EmaWeights(dict(plain.named_parameters()), self.byg_config.objective.ema_decay)
-        if self.byg_progress.ema:
+        parameters = dict(plain.named_parameters())
+        ema = EmaWeights(parameters, self.byg_config.objective.ema_decay)
+        if self.byg_progress.state is not None:
+            self._check_state(self.byg_progress.state, parameters)
             ema.load(self.byg_progress.ema)
         if getattr(self, "high_low_training", False):
             self.byg_family.boundary = float(self.timestep_boundary)  # type: ignore[attr-defined]
@@ -201,6 +209,18 @@ class UnpairedCycleTrainer:
         )
         if self.byg_progress.step:
             self._continue(args)
+
+    def _check_state(self, folder: Path, parameters: Mapping[str, Tensor]) -> None:
+        """The LoRA that the host has read, and our EMA, which must be of this LoRA."""
+        refuse_not_finite(
+            ((name, p.detach()) for name, p in parameters.items()), f"--resume {folder}: the host's LoRA", "take another state"
+        )
+        found = {name: tuple(value.shape) for name, value in self.byg_progress.ema.items()}
+        wanted = {name: tuple(value.shape) for name, value in parameters.items()}
+        for name in [*wanted, *found]:
+            if found.get(name) != wanted.get(name):
+                there, here = (f"has shape {each[name]}" if name in each else "is missing" for each in (found, wanted))
+                raise ValueError(f"--resume {folder}: {STATE_TENSORS}: {name} {there}, in this run it {here}; take another state")
 
     def _call(self, accelerator: Any, transformer: Any) -> Velocity:
         if self.byg_host.family == "wan":
@@ -253,7 +273,7 @@ class UnpairedCycleTrainer:
             self.byg_fields.prove_base(step_batch.noise, step_batch.t, step_batch.src_caption)
             self._byg_proved = True
         metrics = self.byg_objective.step(self.byg_fields, step_batch, partial(self._backward, accelerator))
-        self._stop_if_not_finite(accelerator, metrics)
+        self._stop_if_not_finite(accelerator, metrics, args, step_batch)
         values = torch.stack([value.float() for value in metrics.values()]).tolist()
         told = {f"loss/{name}": value for name, value in zip(metrics, values, strict=True)}
         return metrics["loss"].detach().clone().requires_grad_(), told | {"identity_step": float(step_batch.identity_step)}
@@ -269,7 +289,7 @@ class UnpairedCycleTrainer:
         scale = 1.0 if accelerator.scaler is None else float(accelerator.scaler.get_scale())
         return scale / accelerator.gradient_accumulation_steps
 
-    def _stop_if_not_finite(self, accelerator: Any, metrics: Mapping[str, Tensor]) -> None:
+    def _stop_if_not_finite(self, accelerator: Any, metrics: Mapping[str, Tensor], args: Any = None, batch: Batch | None = None) -> None:
         values = dict(metrics)
         if accelerator.scaler is None:  # a scaler expects infinities and skips such a step
             gradients = [p.grad for p in self.byg_fields.network.parameters() if p.grad is not None]
@@ -277,13 +297,33 @@ class UnpairedCycleTrainer:
                 values["gradient"] = torch.stack(torch._foreach_norm(gradients)).sum()
         if bad := not_finite(values):
             raise FloatingPointError(
-                f"{', '.join(bad)} is not finite at step {self.byg_progress.step + 1}; the weights were not changed. Try a lower "
-                "musubi.learning_rate or musubi.max_grad_norm, or musubi.mixed_precision = 'bf16'"
+                f"{', '.join(bad)} is not finite at step {self.byg_progress.step + 1}; the weights were not changed. "
+                + self._why(args, batch)
             )
+
+    def _why(self, args: Any, batch: Batch | None) -> str:
+        """The learning rate is blamed only when data and weights are clean."""
+        if batch is not None:
+            named = {"latents": batch.source} | {
+                f"{role} ({part})": value for role in TEXTS for part, value in getattr(batch, role).items()
+            }
+            if (name := first_not_finite(named)) is not None:
+                file = _cache_file_not_finite(Path(args.dataset_config))
+                return f"The cached {name} of this batch are the reason, they hold NaN or infinite values: remove {file} and cache again"
+        if (name := first_not_finite((name, p.detach()) for name, p in self.byg_fields.network.named_parameters())) is not None:
+            return f"The weights are the reason: {name} holds NaN or infinite values; go on with --resume of an earlier state"
+        return "Data and weights are finite: try a lower musubi.learning_rate or musubi.max_grad_norm, or musubi.mixed_precision = 'bf16'"
 
     def on_post_optimizer_step(self, args: Any, accelerator: Any, network: Any, transformer: Any, sync_gradients: bool, *_: Any) -> None:
         """Our own step, and the EMA after it."""
         if sync_gradients:
+            named = {name: p.detach() for name, p in self.byg_fields.network.named_parameters()}
+            if not all_finite(list(named.values())):
+                raise FloatingPointError(
+                    f"{first_not_finite(named)} is not finite after step {self.byg_progress.step + 1}; nothing of this step is saved. "
+                    "Try a lower musubi.learning_rate, or in musubi.optimizer_args a lower weight_decay; go on with --resume of an "
+                    "earlier state"
+                )
             self.byg_progress.step += 1
             self.byg_progress.micro = 0
             self.byg_fields.ema_weights.update(self.byg_progress.step)
@@ -313,9 +353,9 @@ class UnpairedCycleTrainer:
         saved = Path(args.output_dir) / ckpt_name
         companion = saved.with_name(f"{saved.stem}-ema{saved.suffix}")
         partial_file = companion.with_name(f".partial-{companion.name}")
-        with self.byg_fields.ema_weights.swapped_in():
+        with _told_if_full(companion), self.byg_fields.ema_weights.swapped_in():
             self.byg_fields.network.save_weights(str(partial_file), save_dtype, {**metadata, **self._metadata(args, "ema")})
-        os.replace(partial_file, companion)
+            os.replace(partial_file, companion)
         if args.huggingface_repo_id is not None:
             upload = self.byg_host.module("utils.huggingface_utils").upload
             upload(args, str(companion), f"/{companion.name}", force_sync_upload=bool(rest and rest[0]))
@@ -331,13 +371,14 @@ class UnpairedCycleTrainer:
         """Beside the host's own state, which accelerate pickles; ours is safetensors and JSON."""
         folder = Path(output_dir)
         tensors = {name: value.detach().cpu().contiguous().clone() for name, value in self.byg_fields.ema_weights.state().items()}
-        save_file(tensors, folder / STATE_TENSORS)
         record = {"step": self.byg_progress.step, "config": self.byg_config.model_dump(mode="json")}
-        (folder / STATE).write_text(json.dumps(record, indent=2), encoding="utf-8")
+        with _told_if_full(folder):
+            save_file(tensors, folder / STATE_TENSORS)
+            (folder / STATE).write_text(json.dumps(record, indent=2), encoding="utf-8")
 
     def _load_state(self, models: Any, input_dir: str) -> None:
         state = read_state(Path(input_dir))
-        self.byg_progress = Progress(step=state["step"], ema=_read_ema(Path(input_dir)))
+        self.byg_progress = Progress(step=state["step"], ema=_read_ema(Path(input_dir)), state=Path(input_dir))
 
     # --- previews ---
 
@@ -470,27 +511,61 @@ def read_state(folder: Path) -> dict[str, Any]:
         ValueError: there is none of ours.
     """
     try:
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        step = state["step"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        state = json_value((folder / STATE).read_bytes().decode("utf-8"))
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"--resume {folder}: no state of this plugin there ({STATE}: {error}); a state is saved with musubi.save_state = true"
         ) from error
-    if not isinstance(step, int) or step < 0 or not isinstance(state.get("config"), dict):
-        raise ValueError(
-            f"--resume {folder}: {STATE} is damaged: step = {step!r}, config = {state.get('config')!r:.40}; take another state"
-        )
+    step, config = (state.get("step"), state.get("config")) if isinstance(state, dict) else (None, None)
+    if type(step) is not int or step < 0 or not isinstance(config, dict) or not all(isinstance(each, dict) for each in config.values()):
+        what = f"step = {step!r:.40}, config is a {type(config).__name__}"
+        raise ValueError(f"--resume {folder}: {STATE} is damaged: {what}; take another state")
+    assert isinstance(state, dict)
     return state
 
 
 def _read_ema(folder: Path) -> dict[str, Tensor]:
     try:
-        return load_file(folder / STATE_TENSORS)
+        found = load_file(folder / STATE_TENSORS)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"--resume {folder}: {STATE_TENSORS} cannot be read: {error}") from error
+        raise ValueError(f"--resume {folder}: {STATE_TENSORS} cannot be read: {error}; take another state") from error
+    refuse_not_finite(found, f"--resume {folder}: {STATE_TENSORS}", "take another state")
+    return found
 
 
 def states(output_dir: Path) -> list[Path]:
-    """Saved states, by their steps."""
+    """Saved states, by their steps; those that cannot be read come first."""
     found = [path.parent for path in output_dir.glob(f"*/{STATE}")] if output_dir.is_dir() else []
-    return sorted(found, key=lambda path: read_state(path)["step"])
+    return sorted(found, key=_step_of)
+
+
+def _step_of(folder: Path) -> int:
+    try:
+        return int(read_state(folder)["step"])
+    except ValueError:
+        return -1
+
+
+def _cache_file_not_finite(dataset_config: Path) -> str:
+    """The first of the host's cache files with NaN or infinite values, with its tensor. Reads them all: for a run that has failed."""
+    for folder, _ in musubi_cache.cache_folders(dataset_config):
+        for path in sorted(folder.glob("*.safetensors")):
+            try:
+                with safe_open(path, framework="pt") as file:
+                    name = first_not_finite((key, file.get_tensor(key)) for key in file.keys())  # noqa: SIM118
+            except (OSError, SafetensorError):
+                continue
+            if name is not None:
+                return f"{path} (tensor {name})"
+    return "what the host's cache folder has of it"
+
+
+@contextmanager
+def _told_if_full(place: Path) -> Iterator[None]:
+    """safetensors reports a full disk in its own class."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"cannot write {place}: {error}. Make room, then go on with --resume of an earlier state, or start again"
+        ) from error

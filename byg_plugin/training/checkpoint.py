@@ -5,18 +5,16 @@
     <name>-ema.safetensors    the same with the EMA weights
     training.safetensors      exact LoRA and EMA tensors and the optimizer's, as trained (no scale folded)
     state.json                step, optimizer scalars, versions, the configuration
-A folder under this name is complete: it is written beside under another name, synced, and renamed. Randomness and data
-order are functions of (seed, step) and need no state (see `randomness.py`).
+A folder under this name is complete: it is written beside under another name, synced, and renamed. What is read is compared with
+what the run would have: names, shapes, types, finite values. Randomness and data order are functions of (seed, step) and need no
+state (see `randomness.py`).
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import re
-import shutil
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +24,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file as save_private_file
 from torch import Tensor
 
+from byg_plugin import folders
+from byg_plugin.documents import json_value
+from byg_plugin.finite import first_not_finite
+
 logger = logging.getLogger(__name__)
 _NAME = re.compile(r"step-(\d{6,})")
-_PARTIAL = ".partial-"
 TENSORS = "training.safetensors"
+STATE = "state.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,50 +81,26 @@ def save(
     final = folder / f"step-{state.step:06d}"
     if final.exists():
         raise ValueError(f"checkpoint {final} exists already and is not overwritten: choose another output.dir")
-    partial = folder / f"{_PARTIAL}{final.name}-{os.getpid()}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(f"{_PARTIAL}*"):
-            shutil.rmtree(leftover)
-        partial.mkdir()
-        for name, (tensors, metadata) in lora_files.items():
-            save_file(dict(tensors), partial / name, metadata={"format": "pt", **metadata})
-        tensors, scalars = _split_optimizer(state.optimizer)
-        tensors |= {f"lora/{k}": v for k, v in state.lora.items()} | {f"ema/{k}": v for k, v in state.ema.items()}
-        save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, partial / TENSORS)
-        record = {"step": state.step, "optimizer": scalars, "config": state.config, "data": state.data, **extra}
-        (partial / "state.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
-        _sync(partial)
-        _rename_folder(partial, final)
-        _sync_folder(folder)
+        with folders.written_whole(final) as partial:
+            for name, (tensors, metadata) in lora_files.items():
+                save_file(dict(tensors), partial / name, metadata={"format": "pt", **metadata})
+            tensors, scalars = split_optimizer(state.optimizer)
+            tensors |= {f"lora/{k}": v for k, v in state.lora.items()} | {f"ema/{k}": v for k, v in state.ema.items()}
+            save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, partial / TENSORS)
+            record = {"step": state.step, "optimizer": scalars, "config": state.config, "data": state.data, **extra}
+            (partial / STATE).write_text(json.dumps(record, indent=2), encoding="utf-8")
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk in its own class
         raise ValueError(_cannot_save(final, error, checkpoints(folder))) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     if keep_last:
         for old in checkpoints(folder)[:-keep_last]:
             _remove(old)
     return final
 
 
-def _rename_folder(partial: Path, final: Path) -> None:
-    """Windows refuses while a virus scanner or an indexer looks at a new file inside: that passes within seconds."""
-    for _ in range(20):
-        try:
-            return os.replace(partial, final)
-        except PermissionError:
-            if os.name != "nt":
-                raise
-            time.sleep(0.25)
-    os.replace(partial, final)
-
-
 def _remove(old: Path) -> None:
-    """Renamed first: a kill in the middle must not leave half a checkpoint under a complete one's name."""
-    doomed = old.with_name(f"{_PARTIAL}{old.name}-{os.getpid()}")
     try:
-        os.replace(old, doomed)
-        shutil.rmtree(doomed)
+        folders.remove_whole(old)
     except OSError as error:  # e.g. open in another program on Windows: no reason to end a run
         logger.warning("old checkpoint %s was not removed: %s", old, error)
 
@@ -137,31 +115,65 @@ def save_file(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] |
 
 def _cannot_save(final: Path, error: Exception, earlier: list[Path]) -> str:
     kept = f"the last complete checkpoint is {earlier[-1]}" if earlier else "there is no earlier checkpoint"
-    return f"cannot write {final}: {error}; {kept}. Make room or choose another output.dir, then go on with --resume latest"
+    return f"cannot write {final}: {error}; {kept}. {make_room(final.parent)}"
+
+
+def make_room(folder: Path) -> str:
+    """What works after a full disk, as the end of a message."""
+    found = checkpoints(folder)
+    if not found:
+        return "Make room, then run the same command again: there is no checkpoint to go on from yet"
+    return f"Make room, then go on with --resume latest; or go on in another output.dir with --resume {found[-1]}"
+
+
+# --- what is read ---
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """What a checkpoint of this run holds: the kind of each tensor, as `kind` says it."""
+
+    lora: dict[str, str]
+    """By the LoRA's names, in the order of the optimizer's parameters."""
+    optimizer: dict[str, dict[str, str]]
+    """By the LoRA's names, the optimizer's state of that parameter once it has been trained."""
+
+
+def kind(value: Any) -> str:
+    """Type and shape of a tensor, type of anything else."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    return type(value).__name__
 
 
 def load(path: Path) -> TrainingState:
     """Read a checkpoint.
 
     Raises:
-        ValueError: it is incomplete, damaged or not ours.
+        ValueError: it is incomplete, damaged or not ours; names file and entry, and what works instead.
     """
     try:
         return _load(path)
-    except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); resume from an earlier checkpoint") from error
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ValueError(f"{path} {_complaint(error)}; {way_back(path.parent, but=path)}") from error
+
+
+class _NoCheckpoint(ValueError):
+    """A folder without what makes it one."""
+
+
+def _complaint(error: Exception) -> str:
+    if isinstance(error, _NoCheckpoint):
+        return f"is not a checkpoint: {error}"
+    reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+    return f"is damaged: {reason}"
 
 
 def _load(path: Path) -> TrainingState:
-    if not (path / "state.json").is_file() or not (path / TENSORS).is_file():
-        raise ValueError(f"{path} is not a checkpoint: it has no state.json and {TENSORS}")
-    record = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    groups: dict[str, dict[str, Tensor]] = {"lora": {}, "ema": {}, "optimizer": {}}
-    with safe_open(path / TENSORS, framework="pt") as file:
-        for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
-            group, _, name = key.partition("/")
-            # A copy: a view would keep the file mapped, and a mapped file cannot be removed on Windows.
-            groups[group][name] = file.get_tensor(key).clone()
+    if missing := [name for name in (STATE, TENSORS) if not (path / name).is_file()]:
+        raise _NoCheckpoint(f"it has no {' and no '.join(missing)}")
+    record = _record(path)
+    groups = _tensors(path)
     return TrainingState(
         step=record["step"],
         lora=groups["lora"],
@@ -172,12 +184,154 @@ def _load(path: Path) -> TrainingState:
     )
 
 
+def _record(path: Path) -> dict[str, Any]:
+    """state.json, of which every entry that is used has its type."""
+    try:
+        record = json_value((path / STATE).read_bytes().decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{STATE} is not UTF-8") from error
+    except ValueError as error:
+        raise ValueError(f"{STATE} is not JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{STATE} holds a {type(record).__name__}, not an object")
+    step = record.get("step")
+    if type(step) is not int or step < 0:  # True is an int
+        raise ValueError(f"{STATE}: step = {_shown(step)} is no number of steps")
+    if (named := _NAME.fullmatch(path.name)) and int(named[1]) != step:
+        raise ValueError(f"{STATE}: step = {_shown(step)} is not the folder's")
+    config, optimizer = record.get("config"), record.get("optimizer")
+    if not isinstance(config, dict) or not all(isinstance(section, dict) for section in config.values()):
+        raise ValueError(f"{STATE}: config = {_shown(config)} is not a configuration")
+    decay = config.get("objective", {}).get("ema_decay")
+    if type(decay) not in (int, float) or not 0 <= decay < 1:
+        raise ValueError(f"{STATE}: config.objective.ema_decay = {_shown(decay)} is not in [0, 1)")
+    states = optimizer.get("state") if isinstance(optimizer, dict) else None
+    if not isinstance(states, dict) or not all(isinstance(values, dict) for values in states.values()):
+        raise ValueError(f"{STATE}: optimizer = {_shown(optimizer)} is not an optimizer's state")
+    if not isinstance(record.get("data", ""), str):
+        raise ValueError(f"{STATE}: data = {_shown(record['data'])} is no text")
+    return record
+
+
+def _shown(value: Any) -> str:
+    """For a message: the repr of what is nested too deeply would be an error of its own."""
+    return f"a {type(value).__name__}" if isinstance(value, dict | list) else f"{value!r:.40}"
+
+
+def _tensors(path: Path) -> dict[str, dict[str, Tensor]]:
+    """The groups of training.safetensors, all finite."""
+    groups: dict[str, dict[str, Tensor]] = {"lora": {}, "ema": {}, "optimizer": {}}
+    with safe_open(path / TENSORS, framework="pt") as file:
+        for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
+            group, _, name = key.partition("/")
+            if group not in groups:
+                raise ValueError(f"{TENSORS}: {key} is neither lora, ema nor optimizer")
+            # A copy: a view would keep the file mapped, and a mapped file cannot be removed on Windows.
+            groups[group][name] = file.get_tensor(key).clone()
+    for group, tensors in groups.items():
+        if (name := first_not_finite(tensors)) is not None:
+            raise ValueError(f"{TENSORS}: tensor {group}/{name} holds NaN or infinite values")
+    return groups
+
+
+def compare(path: Path, state: TrainingState, layout: Layout) -> None:
+    """Refuse a checkpoint that is not what this run would have written at its step.
+
+    An EMA may be missing where the checkpoint's own configuration had none.
+
+    Raises:
+        ValueError: names the entry that is missing, unknown or of another type or shape, and what works instead.
+    """
+    if difference := _difference(state, layout):
+        raise ValueError(f"{path} is damaged: {difference}; {way_back(path.parent, but=path, layout=layout)}")
+
+
+def _difference(state: TrainingState, layout: Layout) -> str | None:
+    averaged = layout.lora if state.config["objective"]["ema_decay"] else {}
+    found = [f"{TENSORS}: lora/{text}" for text in _compared(state.lora, layout.lora)]
+    found += [f"{TENSORS}: ema/{text}" for text in _compared(state.ema, averaged)]
+    return next(iter(found), None) or _optimizer_difference(state, layout)
+
+
+def _compared(found: Mapping[Any, Any], wanted: Mapping[Any, str]) -> Iterator[str]:
+    yield from (f"{name} is missing" for name in wanted if name not in found)
+    yield from (f"{name} is not part of this run" for name in found if name not in wanted)
+    for name, known in wanted.items():
+        if name in found and kind(found[name]) != known:
+            yield f"{name} is {kind(found[name])}, here it is {known}"
+
+
+def _optimizer_difference(state: TrainingState, layout: Layout) -> str | None:
+    """An expert that no step has trained yet has no state; a parameter alone always has one."""
+    names = list(layout.lora)
+    groups, states = state.optimizer["param_groups"], state.optimizer["state"]
+    numbers = [group.get("params") if isinstance(group, dict) else None for group in groups] if isinstance(groups, list) else groups
+    if numbers != [[*range(len(names))]]:
+        return f"{STATE}: optimizer.param_groups does not hold this run's {len(names)} parameters"
+    if unknown := [index for index in states if index not in range(len(names))]:
+        return f"optimizer/{unknown[0]} is not part of this run"
+    experts: dict[str, list[int]] = {}
+    for index, name in enumerate(names):
+        experts.setdefault(name.partition(".")[0], []).append(index)
+    trained = {expert: members for expert, members in experts.items() if any(states.get(index) for index in members)}
+    if state.step and not trained:
+        trained = experts
+    for index in (index for members in trained.values() for index in members):
+        for text in _compared(states.get(index, {}), layout.optimizer[names[index]]):
+            return f"the optimizer's {names[index]}/{text} (optimizer/{index})"
+    return _count_difference(state, trained)
+
+
+def _count_difference(state: TrainingState, trained: Mapping[str, list[int]]) -> str | None:
+    """Optimizers that count their steps have counted each of the run's once, in the expert that it trained."""
+    counts = {expert: {_number(state.optimizer["state"][i].get("step")) for i in members} for expert, members in trained.items()}
+    if any(None in found for found in counts.values()):
+        return None  # this one does not count
+    uneven = [expert for expert, found in counts.items() if len(found) > 1]
+    if uneven or sum(next(iter(found)) for found in counts.values() if found) != state.step:
+        told = "; ".join(f"{expert} {sorted(found)}" for expert, found in counts.items())
+        return f"the optimizer has counted other steps than the run's {state.step}: {told:.200}"
+    return None
+
+
+def _number(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor) else value
+
+
+def way_back(folder: Path, *, but: Path | None = None, layout: Layout | None = None) -> str:
+    """What works: the newest checkpoint that can be used, and how. The end of a message.
+
+    Args:
+        folder: the `checkpoints` folder.
+        but: one that is known to be unusable.
+        layout: as of `compare`; None: only what can be said without it.
+    """
+    found = checkpoints(folder)
+    for path in reversed(found):
+        if path != but and _is_usable(path, layout):
+            how = "latest" if path == found[-1] else f"{path} --discard-later"
+            return f"the last good checkpoint is {path}: go on with --resume {how}"
+    if not found:
+        return f"there is no checkpoint in {folder}: start without --resume"
+    return f"no checkpoint in {folder} can be used: move that folder away and start without --resume, or choose another output.dir"
+
+
+def _is_usable(path: Path, layout: Layout | None) -> bool:
+    try:
+        state = _load(path)
+    except (OSError, SafetensorError, ValueError):
+        return False
+    return layout is None or _difference(state, layout) is None
+
+
 def find(folder: Path, resume: str) -> Path:
     """The checkpoint that `--resume latest` or `--resume <folder>` names.
 
     Raises:
         ValueError: there is none.
     """
+    if not resume:
+        raise ValueError('--resume "": give latest or the folder of a checkpoint, or leave --resume out to start anew')
     if resume != "latest":
         return Path(resume)
     found = checkpoints(folder)
@@ -186,7 +340,13 @@ def find(folder: Path, resume: str) -> Path:
     return found[-1]
 
 
-def _split_optimizer(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def later(folder: Path, path: Path) -> list[Path]:
+    """Checkpoints in `folder` after `path`, which is one of them."""
+    found = [each.resolve() for each in checkpoints(folder)]
+    return checkpoints(folder)[found.index(path.resolve()) + 1 :]
+
+
+def split_optimizer(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """state_dict() -> flat tensors and JSON scalars. Works for torch's and bitsandbytes' AdamW: any per-parameter state."""
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, Any] = {"param_groups": state["param_groups"], "state": {}}
@@ -210,25 +370,14 @@ def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _join_optimizer(tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> dict[str, Any]:
-    state: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in scalars["state"].items()}
+    state: dict[int, dict[str, Any]] = {_index(index): dict(values) for index, values in scalars["state"].items()}
     for key, value in tensors.items():
         index, _, name = key.partition("/")
-        state.setdefault(int(index), {})[name] = value
-    return {"param_groups": scalars["param_groups"], "state": state}
+        state.setdefault(_index(index), {})[name] = value
+    return {"param_groups": scalars.get("param_groups"), "state": state}
 
 
-def _sync(folder: Path) -> None:
-    for path in folder.iterdir():
-        with open(path, "rb+") as file:
-            os.fsync(file.fileno())
-    _sync_folder(folder)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename durable. Windows cannot open folders and needs no such sync."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+def _index(text: str) -> int:
+    if not re.fullmatch(r"\d{1,9}", text, re.ASCII):
+        raise ValueError(f"optimizer/{text:.40} is no parameter's number")
+    return int(text)

@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,12 +19,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from byg_plugin import __version__, sampling, timesteps
 from byg_plugin.data.dataset import BucketBatches, CachedTuples, collate
-from byg_plugin.folders import make_writable
+from byg_plugin.documents import json_value
+from byg_plugin.finite import all_finite, first_not_finite
+from byg_plugin.folders import DISCARDED, make_writable, set_aside, write_text
 from byg_plugin.hosts import make_host
 from byg_plugin.hosts.start_lora import check_start
 from byg_plugin.lora_formats import EXPERT_SUFFIXES
@@ -68,6 +70,8 @@ class Trainer:
         family: the model family.
         accelerator: processes, devices and trackers.
         resume: None, "latest" or a checkpoint folder.
+        discard_later: go on from a checkpoint of `output.dir` that has later ones; they and their previews are renamed
+            `discarded-step-...`, and lines of logs after it are dropped.
         on_step: called with the trainer after every optimizer step, on every rank, when all that belongs to the step is saved.
 
     Raises:
@@ -81,6 +85,8 @@ class Trainer:
         accelerator: Accelerator,
         resume: str | None = None,
         on_step: Callable[[Trainer], None] | None = None,
+        *,
+        discard_later: bool = False,
     ):
         self.config, self.family, self.accelerator = config, family, accelerator
         self.on_step = on_step
@@ -88,14 +94,17 @@ class Trainer:
         self.folder = Path(config.output.dir)
         self.high_share = share_of_high_noise(config, family.boundary)
         # Cheap checks first: nothing is loaded for a run that cannot start.
-        self.resume_from = self._check_output(resume)
+        self.resume_from = self._check_output(resume, discard_later)
         self.data = CachedTuples(config, family, "train")
         self.validation = CachedTuples(config, family, "validation") if config.dataset.validation_items else None
         self.batches = BucketBatches(self.data, config.train.batch_size, config.train.seed)
         state = checkpoint.load(self.resume_from) if self.resume_from else None
         if state:
+            assert self.resume_from is not None
             _check_same_run(config, state.config)
             self._check_place(state)
+            layout = _layout(config, family, accelerator.device)
+            checkpoint.compare(self.resume_from, state, layout)
         check_start(config, fresh=state is None)
 
         # A resumed run has its weights: it needs no file that it started from.
@@ -113,21 +122,31 @@ class Trainer:
         self.optimizer = _make_optimizer(config, self.parameters)
         self.step = 0
         if state:
+            assert list(layout.lora) == list(self.host.parameters), "the layout is the host's"
             self._restore(state)
+        self._clear_later()
         self._stop = False
         # Steps that each side of the boundary has had so far.
         self._side_steps = Counter(self._side(step) for step in range(self.step))
 
     # --- start and state ---
 
-    def _check_output(self, resume: str | None) -> Path | None:
-        folder = self.folder / "checkpoints"
+    def _check_output(self, resume: str | None, discard_later: bool) -> Path | None:
+        folder = self.checkpoints
         existing = checkpoint.checkpoints(folder)
-        found = checkpoint.find(folder, resume) if resume else None
-        if found and existing and found.resolve() != existing[-1].resolve():
+        found = None if resume is None else checkpoint.find(folder, resume)
+        mine = found is not None and self._is_mine(found)
+        if discard_later and (not mine or resume == "latest"):
             raise ValueError(
-                f"--resume {resume}: output.dir = {self.folder} has the later or other checkpoint {existing[-1].name}, which is never "
-                f"overwritten: use --resume latest, or choose another output.dir"
+                f"--discard-later goes with --resume FOLDER, and FOLDER must be a checkpoint in {folder}"
+                + (f", e.g. {existing[-1]}" if existing else "; there is none")
+            )
+        if found and existing and not discard_later and found.resolve() != existing[-1].resolve():
+            which = f"{'later' if mine else 'other'} checkpoint {existing[-1].name}"
+            discard = f"add --discard-later, which renames later ones to {DISCARDED}step-...; or " if mine else ""
+            raise ValueError(
+                f"--resume {resume}: output.dir = {self.folder} has the {which}, which is never overwritten: {discard}choose another "
+                f"output.dir; or go on from the newest with --resume latest"
             )
         if existing and not found:
             raise ValueError(
@@ -154,12 +173,42 @@ class Trainer:
         if self.config.objective.ema_decay:
             # A run that had no EMA goes on with one that starts at its weights.
             self.host.ema_weights.load(state.ema or state.lora)
-        self.optimizer.load_state_dict(state.optimizer)
+        # The options are this run's: a checkpoint's own would silently outlive a changed weight decay.
+        options = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state.optimizer["state"], "param_groups": options})
         self.step = state.step
-        if self.accelerator.is_main_process:
-            # Lines of steps after the checkpoint are about to be made again.
-            for path in (self._log_path, self._validation_path):
-                _drop_lines_after(path, state.step)
+
+    def _clear_later(self) -> None:
+        """Before the first step: what lies after it, of a killed start or of discarded checkpoints, is about to be made again."""
+        self.accelerator.wait_for_everyone()  # the others have looked at what is there
+        if not self.accelerator.is_main_process:
+            return
+        if self.resume_from and self._is_mine(self.resume_from):
+            with self._told_if_full(self.checkpoints):
+                later = checkpoint.later(self.checkpoints, self.resume_from)
+                for path in later:
+                    logger.warning("--discard-later: %s is now %s", path, set_aside(path))
+                if later:
+                    preview.set_aside_later(self.config, self.step)
+        for path in (self._log_path, self._validation_path):
+            with self._told_if_full(path):
+                _drop_lines_after(path, self.step)
+
+    def _is_mine(self, path: Path) -> bool:
+        return path.resolve() in [each.resolve() for each in checkpoint.checkpoints(self.checkpoints)]
+
+    @contextmanager
+    def _told_if_full(self, path: Path) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            remedy = checkpoint.make_room(self.checkpoints)
+            raise ValueError(f"cannot write {path}: {error.strerror or error}. {remedy}") from error
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of this run's checkpoints."""
+        return self.folder / "checkpoints"
 
     @property
     def _log_path(self) -> Path:
@@ -176,13 +225,13 @@ class Trainer:
 
         Raises:
             Interrupted: after Ctrl-C, when everything is saved.
-            FloatingPointError: a loss or gradient is not finite; the weights are those before this step.
+            FloatingPointError: a loss, a gradient or a weight is not finite; nothing of this step is saved.
         """
         config = self.config
-        if self.resume_from and self.resume_from.resolve().parent != (self.folder / "checkpoints").resolve():
+        if self.resume_from and not self._is_mine(self.resume_from):
             self._save()  # a run that goes on in another folder needs nothing of the old one
         # Before the first step a preview alone; later, what a kill between saving and what follows it may have cost.
-        self._preview_if_due()
+        self._preview_if_due(again=not self.step)
         if self.step:
             self._validate_if_due()
         bar = Progress(total=config.train.steps, initial=self.step, desc="train", disable=not self.accelerator.is_main_process)
@@ -223,10 +272,12 @@ class Trainer:
                 self._validate()
             self.accelerator.wait_for_everyone()
 
-    def _preview_if_due(self) -> None:
+    def _preview_if_due(self, again: bool = True) -> None:
+        """`again`: also where there is one, which then is of an earlier start."""
         if self._due(self.config.sample.every):
-            if self.accelerator.is_main_process and not preview.folder(self.config, self.step).exists():
-                preview.write(self.config, self.family, self.host, self.validation or self.data, self.step, self.accelerator)
+            data = self.validation or self.data
+            if self.accelerator.is_main_process and (again or not preview.is_whole(self.config, data, self.step)):
+                preview.write(self.config, self.family, self.host, data, self.step, self.accelerator)
             self.accelerator.wait_for_everyone()
 
     def _position(self, step: int, micro: int) -> int:
@@ -256,20 +307,23 @@ class Trainer:
         config = self.config
         identity_step, high = self._is_identity_step(), self._side(self.step)
         sums: Metrics = {}
+        terms: list[Metrics] = []
         for micro, examples in enumerate(micro_batches):
             position = self._position(self.step, micro)
             torch.manual_seed(derived_seed(config.train.seed, "dropout", position))
             batch = self._batch(examples, generator(config.train.seed, "noise", position), identity_step, high=high)
-            for name, value in self.objective.step(self.host, batch, self._backward).items():
+            terms.append(self.objective.step(self.host, batch, self._backward))
+            for name, value in terms[-1].items():
                 sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value / self._share(name)
         average_gradients(self.parameters)
         limit = config.train.max_grad_norm or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
-        self._stop_if_not_finite(sums | {"gradient norm": norm})
+        self._stop_if_not_finite(sums | {"gradient norm": norm}, micro_batches, terms)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, self.step)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self._stop_if_spoilt()
         self._update_ema(high)
         told = {"identity_step": float(identity_step), **({} if high is None else {"high_noise_step": float(high)})}
         return sums | {"grad_norm": norm} | {name: torch.tensor(value, device=norm.device) for name, value in told.items()}
@@ -326,15 +380,68 @@ class Trainer:
             **{role: {name: value.to(device) for name, value in examples[role].items()} for role in TEXT_ROLES},
         )
 
-    def _stop_if_not_finite(self, metrics: Metrics) -> None:
+    def _stop_if_not_finite(self, metrics: Metrics, micro_batches: Sequence[dict[str, Any]] = (), terms: Sequence[Metrics] = ()) -> None:
+        """Before the optimizer: names the term, and where it came from: the data, the weights, or else the step's size."""
         bad = not_finite(metrics)
         if any_rank(bool(bad), self.accelerator.device):
             self.optimizer.zero_grad(set_to_none=True)
-            kept = checkpoint.checkpoints(self.folder / "checkpoints")
             raise FloatingPointError(
                 f"{', '.join(bad) or 'another process'} is not finite at step {self.step + 1}; the weights were not changed. "
-                f"Last checkpoint: {kept[-1] if kept else 'none'}. Try a lower train.lr or train.max_grad_norm, or model.dtype = 'bfloat16'"
+                f"{self._why(micro_batches, terms)}. {self._way_back()}"
             )
+
+    def _stop_if_spoilt(self) -> None:
+        """After the optimizer: what it has made of finite gradients (a weight decay of 1e308, a rate of 1e30) must not be saved."""
+        if not all_finite([p.detach() for p in self.parameters]):
+            name = first_not_finite((name, p.detach()) for name, p in self.host.parameters.items())
+            raise FloatingPointError(
+                f"{name} is not finite after step {self.step + 1}, although its gradient was; nothing of this step is saved. "
+                f"Try a lower train.lr ({self.config.train.lr}) or train.weight_decay ({self.config.train.weight_decay}). "
+                + self._way_back()
+            )
+
+    def _stop_if_not_savable(self, state: checkpoint.TrainingState) -> None:
+        """Also what no step looks at: the averages and the optimizer's moments."""
+        moments, _ = checkpoint.split_optimizer(state.optimizer)
+        every = {f"the LoRA's {k}": v for k, v in state.lora.items()} | {f"the EMA's {k}": v for k, v in state.ema.items()} | moments
+        if (name := first_not_finite(every)) is not None:
+            raise FloatingPointError(
+                f"{name} is not finite after step {self.step}; nothing of it is saved. "
+                f"Try a lower train.lr or train.max_grad_norm. {self._way_back()}"
+            )
+
+    def _why(self, micro_batches: Sequence[dict[str, Any]], terms: Sequence[Metrics]) -> str:
+        """Where a loss that is not finite came from. The learning rate is blamed only when data and weights are clean."""
+        guilty = [examples for examples, found in zip(micro_batches, terms, strict=True) if not_finite(found)] or list(micro_batches)
+        entries = [self._not_finite_entry(examples) for examples in guilty]
+        if found := [entry for entry in entries if entry]:
+            return f"The data are the reason: {'; '.join(found)}; remove dataset.cache_dir and cache again"
+        weights = {f"the LoRA's {name}": p.detach() for name, p in self.host.parameters.items()}
+        weights |= {f"the EMA's {name}": value for name, value in self.host.ema_weights.state().items()}
+        networks: dict[str, nn.Module] = getattr(self.host, "networks", {})
+        frozen = ((f"{key}'s {name}", p.detach()) for key, network in networks.items() for name, p in network.named_parameters())
+        if (name := first_not_finite(weights)) is not None or (name := first_not_finite(frozen)) is not None:
+            return f"The weights are the reason: {name} holds NaN or infinite values"
+        tuples = ", ".join(dict.fromkeys(self._tuple_name(index) for examples in guilty for index in examples["index"]))
+        told = f" (tuples: {tuples:.300})" if tuples else ""
+        return f"Data{told} and weights are finite: try a lower train.lr or train.max_grad_norm, or model.dtype = 'bfloat16'"
+
+    def _not_finite_entry(self, examples: Mapping[str, Any]) -> str | None:
+        """The first tensor of a micro-batch with NaN or infinite values, by its tuple."""
+        named = {name: examples[name] for name in ("source", "target") if name in examples}
+        named |= {f"{role} ({part})": value for role in TEXT_ROLES for part, value in examples[role].items()}
+        for place, index in enumerate(examples["index"]):
+            if (name := first_not_finite((name, value[place]) for name, value in named.items())) is not None:
+                return f"the cached {name} of tuple {self._tuple_name(index)} holds NaN or infinite values"
+        return None
+
+    def _tuple_name(self, index: int) -> str:
+        item = self.data.tuples[index]
+        return f"{item.id} ({item.source})"
+
+    def _way_back(self) -> str:
+        told = checkpoint.way_back(self.checkpoints)
+        return told[0].upper() + told[1:]
 
     # --- what is written ---
 
@@ -348,8 +455,16 @@ class Trainer:
             return
         shown = {k: f"{values[k]:.3g}" for k in ("loss", "cosine_fwd", "cycle", "identity") if k in values}
         bar.set_postfix(shown, refresh=False)
-        _append_json(self._log_path, {"step": self.step, **values})
-        self.accelerator.log(values, step=self.step)
+        self._append(self._log_path, values)
+
+    def _append(self, path: Path, values: dict[str, float]) -> None:
+        """A line of a log, and what the tracker makes of it."""
+        with self._told_if_full(path), open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": self.step, **values}) + "\n")
+        if self.accelerator.trackers:
+            # TensorBoard's writer has a thread of its own, whose errors come here, one line late.
+            with self._told_if_full(Path(f"{self.folder} (train.tracker)")):
+                self.accelerator.log(values, step=self.step)
 
     def _save(self) -> None:
         if self.accelerator.is_main_process:
@@ -363,9 +478,9 @@ class Trainer:
                 config=self.config.model_dump(mode="json"),
                 data=self.data.digest(),
             )
-            folder = self.folder / "checkpoints"
+            self._stop_if_not_savable(state)
             extra = {"versions": versions(), "command": sys.argv}
-            checkpoint.save(folder, state, self._lora_files(), keep_last=self.config.train.keep_last, extra=extra)
+            checkpoint.save(self.checkpoints, state, self._lora_files(), keep_last=self.config.train.keep_last, extra=extra)
         self.accelerator.wait_for_everyone()
 
     def _lora_files(self) -> dict[str, tuple[dict[str, Tensor], dict[str, str]]]:
@@ -387,7 +502,7 @@ class Trainer:
     def _export(self) -> Path:
         """Copies of the last checkpoint's LoRA files beside the checkpoints folder."""
         if self.accelerator.is_main_process:
-            last = checkpoint.checkpoints(self.folder / "checkpoints")[-1]
+            last = checkpoint.checkpoints(self.checkpoints)[-1]
             for path in last.glob("*.safetensors"):
                 if path.name == checkpoint.TENSORS:
                     continue
@@ -414,8 +529,7 @@ class Trainer:
                 for name, value in self.objective.step(self.host, batch, None).items():
                     sums[name] = sums.get(name, 0.0) + value.item() / count
         values = {f"validation/{name}": value for name, value in sums.items()}
-        _append_json(self._validation_path, {"step": self.step, **values})
-        self.accelerator.log(values, step=self.step)
+        self._append(self._validation_path, values)
 
 
 # --- pieces without state ---
@@ -443,6 +557,26 @@ def _make_optimizer(config: Config, parameters: list[Any]) -> torch.optim.Optimi
     import bitsandbytes as bnb
 
     return bnb.optim.AdamW8bit(parameters, **options)
+
+
+def _layout(config: Config, family: Family, device: torch.device) -> checkpoint.Layout:
+    """What a checkpoint of this run holds. The optimizer tells: it is asked for one step of zeros of each shape."""
+    from byg_plugin.hosts.diffusers import lora_layout
+
+    shapes = lora_layout(config, family)
+    states: dict[tuple[int, ...], dict[str, str]] = {}
+    for shape in set(shapes.values()):
+        weight = nn.Parameter(torch.zeros(shape, device=device))
+        weight.grad = torch.zeros_like(weight)
+        optimizer = _make_optimizer(config, [weight])
+        optimizer.step()
+        tensors, scalars = checkpoint.split_optimizer(optimizer.state_dict())
+        states[shape] = {name.removeprefix("optimizer/0/"): checkpoint.kind(value) for name, value in tensors.items()}
+        states[shape] |= {name: checkpoint.kind(value) for name, value in scalars["state"]["0"].items()}
+    return checkpoint.Layout(
+        lora={name: checkpoint.kind(torch.empty(shape, device="meta")) for name, shape in shapes.items()},
+        optimizer={name: states[shape] for name, shape in shapes.items()},
+    )
 
 
 def law_of_t(objective: ObjectiveConfig) -> dict[str, Any]:
@@ -562,35 +696,38 @@ def _check_same_run(config: Config, saved: dict[str, Any]) -> None:
             logger.warning("--resume: %s was %r and is now %r; the curve will differ from an uninterrupted run", key, old, new)
 
 
-def _append_json(path: Path, record: dict[str, Any]) -> None:
+def _step_of(line: str) -> int | None:
+    """The step of a line that we wrote; None: someone else's."""
     try:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-    except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror}; make room, then go on with --resume latest") from error
+        record = json_value(line)
+    except ValueError:
+        return None
+    step = record.get("step") if isinstance(record, dict) else None
+    return step if type(step) is int else None
 
 
-def _records(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log; one that a kill or a full disk cut off is no line."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return records
+def _lines(path: Path) -> list[str]:
+    """The lines of a log with their ends; one that a kill or a full disk cut off is no line."""
+    text = path.read_text(encoding="utf-8", errors="surrogateescape") if path.is_file() else ""
+    return [line for line in text.split("\n")[:-1] if line]
 
 
 def _steps_in(path: Path) -> set[int]:
-    return {record["step"] for record in _records(path)}
+    return {step for line in _lines(path) if (step := _step_of(line)) is not None}
 
 
 def _drop_lines_after(path: Path, step: int) -> None:
-    if path.exists():
-        partial = path.with_name(f".partial-{path.name}")
-        kept = [json.dumps(record) + "\n" for record in _records(path) if record["step"] <= step]
-        partial.write_text("".join(kept), encoding="utf-8")
-        os.replace(partial, path)
+    """Lines that are none of ours stay where they are.
+
+    Raises:
+        OSError: the log cannot be read or written.
+    """
+    if not path.is_file():
+        return
+    steps = [(line, _step_of(line)) for line in _lines(path)]
+    if foreign := [line for line, found in steps if found is None]:
+        logger.warning("%s: %d lines are not a record of a step and are left as they are, e.g. %.60r", path, len(foreign), foreign[0])
+    write_text(path, "".join(f"{line}\n" for line, found in steps if found is None or found <= step))
 
 
 def _ignore_interrupts(worker: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from accelerate.logging import get_logger
 from PIL import Image
 from torch import Tensor
 
-from byg_plugin import sampling
+from byg_plugin import folders, sampling
 from byg_plugin.data.clips import write_clip
 from byg_plugin.images import frames_of, save_png, side_by_side, strip
 from byg_plugin.models.base import Family, Text
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from byg_plugin.hosts import Host
 
 logger = get_logger(__name__)
+_NAME = re.compile(r"step-(\d{6,})")
 
 
 def folder(config: Config, step: int) -> Path:
@@ -31,25 +33,46 @@ def folder(config: Config, step: int) -> Path:
     return Path(config.output.dir) / "previews" / f"step-{step:06d}"
 
 
+def is_whole(config: Config, data: CachedTuples, step: int) -> bool:
+    """Whether the previews of a step are all there: an earlier version's folder may lack what a kill has cost."""
+    place = folder(config, step)
+    wanted = [place / f"{i:03d}{suffix}" for i in range(min(config.sample.items, len(data))) for suffix in _suffixes(data, i)]
+    return place.is_dir() and all(path.is_file() for path in wanted)
+
+
+def _suffixes(data: CachedTuples, index: int) -> tuple[str, ...]:
+    return (".png", ".mp4") if len(data.bucket(index)) > 2 else (".png",)
+
+
+def set_aside_later(config: Config, step: int) -> list[Path]:
+    """Rename the previews of steps after `step`; returns their new places.
+
+    Raises:
+        OSError: one cannot be renamed.
+    """
+    numbered = [(path, _NAME.fullmatch(path.name)) for path in sorted(folder(config, 0).parent.glob("step-*"))]
+    return [folders.set_aside(path) for path, match in numbered if match and int(match[1]) > step]
+
+
 def write(config: Config, family: Family, host: Host, data: CachedTuples, step: int, accelerator: Accelerator) -> None:
     """Edit the first `[sample] items` tuples and write `previews/step-000500/<n>.png`, of clips also `<n>.mp4`.
 
-    Source beside edit; with guidance, the edit at scale 1 comes third. A failure is told, never raised.
+    Source beside edit; with guidance, the edit at scale 1 comes third. The folder appears whole, in place of an earlier one. A failure
+    is told, never raised.
     """
     try:
         rendered = _render(config, family, host, data)
-        place = folder(config, step)
-        place.mkdir(parents=True, exist_ok=True)
         pictures = []
-        for index, (columns, instruction) in enumerate(rendered):
-            settings = {"step": step, "instruction": instruction, "seed": config.sample.seed + index, "steps": config.sample.steps}
-            is_clip = len(columns[0]) > 1
-            picture = strip(columns) if is_clip else side_by_side(*(frames[0] for frames in columns))
-            save_png(picture, place / f"{index:03d}.png", settings)
-            if is_clip:
-                beside = [side_by_side(*frames) for frames in zip(*columns, strict=True)]
-                write_clip(place / f"{index:03d}.mp4", beside, config.fps or 1.0, settings)
-            pictures.append(picture)
+        with folders.written_whole(folder(config, step), replace=True) as place:
+            for index, (columns, instruction) in enumerate(rendered):
+                settings = {"step": step, "instruction": instruction, "seed": config.sample.seed + index, "steps": config.sample.steps}
+                is_clip = len(columns[0]) > 1
+                picture = strip(columns) if is_clip else side_by_side(*(frames[0] for frames in columns))
+                save_png(picture, place / f"{index:03d}.png", settings)
+                if is_clip:
+                    beside = [side_by_side(*frames) for frames in zip(*columns, strict=True)]
+                    write_clip(place / f"{index:03d}.mp4", beside, config.fps or 1.0, settings)
+                pictures.append(picture)
         _log(accelerator, pictures, step)
     except Exception as error:  # noqa: BLE001 - a picture is no reason to lose a run; what it touches is restored by contexts
         logger.warning("preview at step %d failed and training goes on: %s: %s", step, type(error).__name__, error)
