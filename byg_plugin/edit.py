@@ -44,7 +44,7 @@ from byg_plugin.data.buckets import Size, bucket_for, crop_to_bucket, to_tensor
 from byg_plugin.data.clips import SUFFIXES as CLIP_SUFFIXES
 from byg_plugin.data.clips import Clip, clip_info, is_clip, read_clip, write_clip
 from byg_plugin.data.media import image_size, load_image, to_rgb
-from byg_plugin.folders import make_writable
+from byg_plugin.folders import files_in, hidden_in, make_writable
 from byg_plugin.images import frames_of, save_png, side_by_side, to_pil
 from byg_plugin.lora_formats import expert_files, read_lora, read_named
 from byg_plugin.models import make_family
@@ -423,9 +423,10 @@ def jobs_of(args: argparse.Namespace, config: Config | None = None) -> list[Job]
         raise ValueError("give --source IMAGE_OR_FOLDER and --instruction TEXT, or --tuples FILE")
     source = Path(args.source)
     if source.is_dir():
-        images = sorted(path for path in source.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES or is_clip(path))
+        suffixes = sorted({*IMAGE_SUFFIXES, *CLIP_SUFFIXES})
+        images = files_in(source, suffixes)
         if not images:
-            raise ValueError(f"--source {source}: no image or clip in this folder ({', '.join(sorted({*IMAGE_SUFFIXES, *CLIP_SUFFIXES}))})")
+            raise ValueError(f"--source {source}: no image or clip in this folder ({', '.join(suffixes)}{hidden_in(source, suffixes)})")
         return [Job(source=path, instruction=args.instruction, name=path.stem) for path in images]
     if not source.is_file():
         raise ValueError(f"--source {source}: no such file or folder")

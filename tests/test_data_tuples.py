@@ -200,7 +200,7 @@ def test_folder_json_that_is_none_or_of_another_image_or_of_two(folder: Path) ->
     assert "b.json: needs one image of the same name beside it, there is b.jpg, b.png" in said
     assert "a.json: source = 'b.png' is not a.png" in said
     (folder / "a.json").write_bytes(b"\xff{")
-    assert "a.json: not JSON" in refused(folder)
+    assert "a.json: not UTF-8 text" in refused(folder)
 
 
 def test_folder_without_images(tmp_path: Path) -> None:

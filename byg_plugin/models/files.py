@@ -26,6 +26,8 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from byg_plugin.folders import files_in, is_hidden
+
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
@@ -220,7 +222,7 @@ def _not_cached(repo: str, part: str) -> ValueError:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    files = sorted(folder.glob("*.safetensors"))
+    files = files_in(folder, (".safetensors",))
     if not files:
         others = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in {*_PICKLES, ".gguf"})
         found = f"only {', '.join(others)}, which are not read" if others else "none"
@@ -482,7 +484,7 @@ def _hash_tokenizer(digest: Any, folder: Path | None, part: str) -> None:
         digest.update((assets() / "tokenizers" / shipped[0]).read_bytes())
         return
     for path in sorted(folder.iterdir()):
-        if path.suffix in (".json", ".txt", ".model"):
+        if path.suffix in (".json", ".txt", ".model") and not is_hidden(path.name):
             digest.update(path.name.encode() + path.read_bytes())
 
 
