@@ -183,7 +183,7 @@ def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=1024):
                 yield from batch.to_pylist()
-    except Exception as error:  # noqa: BLE001 - whatever the reader raises is said of the file
+    except Exception as error:  # whatever the reader raises is said of the file
         raise ValueError(f"{path}: cannot be read as Parquet: {error}") from error
 
 

@@ -197,7 +197,7 @@ def _remembered(entry: Any) -> Known | None:
     if not isinstance(entry, list) or [type(value) for value in entry] != [*_KNOWN]:
         return None
     known = Known(*entry)
-    sane = 1 <= min(known.width, known.height, known.frames) and max(known.width, known.height) <= media.MAX_SIDE
+    sane = min(known.width, known.height, known.frames) >= 1 and max(known.width, known.height) <= media.MAX_SIDE
     return known if sane and _KEY.fullmatch(known.digest) and 0 <= known.seconds < math.inf else None
 
 
@@ -647,7 +647,9 @@ def cache_texts(
 def _not_finite_text(config: Config, text: str, part: str) -> str:
     """A message; `part` is the tensor's name in the family's encoding."""
     encoder = "model.clip" if part == "pooled" else "model.t5"
-    remedy = "T5 overflows in float16, set model.dtype = 'bfloat16'" if config.model.dtype == "float16" else "is it the right file, and whole?"
+    remedy = (
+        "T5 overflows in float16, set model.dtype = 'bfloat16'" if config.model.dtype == "float16" else "is it the right file, and whole?"
+    )
     return f"model.dtype = {config.model.dtype!r}: {encoder} gives an encoding ({part}) that is not finite, of {text!r}; {remedy}"
 
 

@@ -71,7 +71,7 @@ def _to_srgb(profile: bytes, kind: str) -> tuple[str, ImageCms.ImageCmsTransform
     try:
         opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         space = opened.profile.xcolor_space.strip()
-    except Exception as error:  # noqa: BLE001 - whatever a decoder raises is said of what it decodes
+    except Exception as error:  # whatever a decoder raises is said of what it decodes
         raise UnusableProfile("it is damaged") from error
     mode = _MODES.get(space, space)
     if mode != kind and (mode, kind) != ("RGB", "L"):
@@ -80,7 +80,7 @@ def _to_srgb(profile: bytes, kind: str) -> tuple[str, ImageCms.ImageCmsTransform
         srgb, intent = ImageCms.createProfile("sRGB"), ImageCms.Intent.RELATIVE_COLORIMETRIC
         transform = ImageCms.ImageCmsTransform(opened, ImageCms.ImageCmsProfile(srgb), mode, "RGB", intent, flags=_BLACK_POINT_COMPENSATION)
         return None if mode != "CMYK" and _changes_nothing(transform, mode) else (mode, transform)
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         raise UnusableProfile("it is damaged") from error
 
 

@@ -128,7 +128,7 @@ def _decoding(path: Path) -> Iterator[None]:
         raise ValueError(f"{path}: {_what_it_is(path)}") from error
     except MemoryError as error:
         raise ValueError(f"{path}: there is not enough memory to decode it; scale it down") from error
-    except Exception as error:  # noqa: BLE001 - a statement of ours in such a block raises _Refused alone
+    except Exception as error:  # a statement of ours in such a block raises _Refused alone
         raise ValueError(f"{path}: cannot be read, it is damaged or cut off ({error}); {_REMEDY}") from error
 
 
@@ -146,6 +146,8 @@ _KINDS = (
     (b"\x1aE\xdf\xa3", "a clip; give it the suffix .mkv"),
 )
 
+_OURS = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"BM", b"II*\0", b"MM\0*")
+
 
 def _what_it_is(path: Path) -> str:
     """Words for a file that is no image that is read, with the remedy."""
@@ -158,6 +160,8 @@ def _what_it_is(path: Path) -> str:
         known = _iso_kind(head[8:])
     if known:
         return f"not an image that can be read but {known}, or remove its tuples"
+    if head.startswith(_OURS) or head[4:11] == b"ftypavi":
+        return f"cannot be read, it is damaged or cut off at its beginning; {_REMEDY}"
     if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml", b"<svg", b"{")):
         return f"not an image that can be read but text (a page of a failed download?); {_REMEDY}"
     return f"not an image that can be read (one of {', '.join(_readable_formats())}); {_REMEDY}"
@@ -233,7 +237,7 @@ def _parts(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
 def _convert(image: Image.Image, mode: str) -> Image.Image:
     try:
         return image.convert(mode)
-    except Exception as error:  # noqa: BLE001 - of a damaged palette, for one
+    except Exception as error:  # of a damaged palette, for one
         raise _Refused(f"its pixels cannot be converted from {image.mode} to {mode} ({error}); save it as an RGB PNG") from error
 
 
