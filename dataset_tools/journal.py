@@ -72,11 +72,13 @@ def mend_last_line(path: Path) -> None:
             return
         try:
             json_value(last)  # no beginning of an object is one
-        except (json.JSONDecodeError, UnicodeDecodeError):  # what is only nested too deeply is whole, and somebody's
+        except (json.JSONDecodeError, UnicodeDecodeError):
             file.truncate(end - len(last))
-        else:
-            file.seek(end)
-            file.write(b"\n")
+            return
+        except ValueError:  # nested without end, which no line of ours is: its reader says so, nothing is cut off
+            pass
+        file.seek(end)
+        file.write(b"\n")
 
 
 def numbered_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -383,7 +383,7 @@ def test_srgb_s_own_numbers_stay(tmp_path: Path, profile: bytes) -> None:
 
 @pytest.mark.parametrize(
     ("profile", "why"),
-    [(b"garbage" * 30, "it is damaged"), (b"", "it is damaged"), (cmyk(), "it is for CMYK pictures"), (rgb(P3)[:300], "damaged")],,
+    [(b"garbage" * 30, "it is damaged"), (b"", "it is damaged"), (cmyk(), "it is for CMYK pictures"), (rgb(P3)[:300], "damaged")],
 )
 def test_a_profile_that_cannot_be_used_is_told_once(tmp_path: Path, profile: bytes, why: str, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "x.png"
