@@ -349,3 +349,14 @@ def test_what_is_no_latent_is_not_cached(tmp_path: Path, shape: tuple[int, ...])
     config = cached(data_set(tmp_path))
     min((tmp_path / "cache" / "latents").iterdir()).write_bytes(save({"latents": torch.ones(shape)}))
     assert "1 of 3 images are not cached" in refused(config)
+
+
+def test_an_entry_of_a_size_of_its_own_is_compared_by_its_channels(tmp_path: Path) -> None:
+    data_set(tmp_path, images=3)
+    picture(tmp_path / "1.png", (128, 64))
+    config = cached(tiny_config(tmp_path))
+    keys, item = Keys(config, FakeFamily()), read_tuples(config.dataset)[1]  # type: ignore[arg-type]
+    path = tmp_path / "cache" / "latents" / f"{keys.source(item).key}.safetensors"
+    path.write_bytes(save({"latents": torch.ones(4, 1, 6, 10)}))
+    said = refused(config)
+    assert "1 entries have other tensors" in said and str(path) in said

@@ -21,6 +21,7 @@ from byg_plugin.data.buckets import all_buckets, bucket_for, bucket_step, crop_t
 from byg_plugin.data.media import MAX_SIDE, READER, image_size, load_image, look, to_rgb
 from byg_plugin.images import save_png
 from byg_plugin.training.config import DatasetConfig
+from dataset_tools.backend import encode_image
 
 QUADRANTS = np.array([[[200, 30, 30], [30, 200, 30]], [[30, 30, 200], [220, 220, 30]]], dtype=np.uint8)
 
@@ -301,6 +302,13 @@ def test_a_cut_off_png_with_a_long_text_is_damaged(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-2000])
     with pytest.raises(ValueError, match=r"x\.png: cannot be read, it is damaged"):
         load_image(path)
+
+
+def test_long_texts_are_no_matter_to_a_model_that_is_shown_the_picture(tmp_path: Path) -> None:
+    info = PngInfo()
+    info.add_text("workflow", WORKFLOW, zip=True)
+    upright().save(tmp_path / "x.png", pnginfo=info)
+    assert encode_image(tmp_path / "x.png", 512).data.startswith(b"\xff\xd8")
 
 
 # --- transparent colours, in the depth of the file ---
