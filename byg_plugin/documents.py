@@ -1,4 +1,4 @@
-"""JSON and TOML that others wrote: what they hold, or a `ValueError`, whatever is in them.
+"""Texts, JSON and TOML that others wrote: what they hold, or a `ValueError`, whatever is in them.
 
 Python's readers raise `RecursionError` for nesting without end, which no caller expects of a text file. Integers of
 thousands of digits are a `ValueError` of Python's own already.
@@ -17,6 +17,32 @@ else:
     import tomli as tomllib
 
 _TOO_DEEP = "nested too deeply to be meant"
+
+
+_MARKS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+
+
+def utf8(data: bytes) -> str:
+    """The text of a file in UTF-8, without its byte order mark.
+
+    Raises:
+        ValueError: it is in UTF-16 or another encoding; says which where that can be told, and the remedy.
+    """
+    if other := other_encoding(data):
+        raise ValueError(f"{other} text; save it as UTF-8")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 text ({error.reason}); save it as UTF-8") from error
+
+
+def other_encoding(head: bytes) -> str | None:
+    """UTF-16 or UTF-32 by the first bytes of a file, with or without a byte order mark; None where it is neither."""
+    for mark, name in _MARKS.items():
+        if head.startswith(mark):
+            return name
+    # What begins with a letter of ASCII, a quote or a brace has a zero beside it there.
+    return "UTF-16" if len(head) > 1 and (head[0] == 0) != (head[1] == 0) else None
 
 
 def json_value(text: str | bytes, *, unique_keys: bool = False, strict: bool = True) -> Any:

@@ -52,6 +52,7 @@ from byg_plugin.progress import Progress
 from byg_plugin.training.config import Config, DatasetConfig, load_config, parse_config
 from byg_plugin.training.device import resolve_device
 from byg_plugin.training.extras import require_model_extras
+from byg_plugin.user_files import files_in, hidden_in
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 MOST_STRENGTH = 100.0  # the base is lost well before; beyond, networks overflow
@@ -428,9 +429,10 @@ def jobs_of(args: argparse.Namespace, config: Config | None = None) -> list[Job]
         raise ValueError("give --source IMAGE_OR_FOLDER and --instruction TEXT, or --tuples FILE")
     source = Path(args.source)
     if source.is_dir():
-        images = sorted(path for path in source.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES or is_clip(path))
+        suffixes = sorted({*IMAGE_SUFFIXES, *CLIP_SUFFIXES})
+        images = files_in(source, suffixes)
         if not images:
-            raise ValueError(f"--source {source}: no image or clip in this folder ({', '.join(sorted({*IMAGE_SUFFIXES, *CLIP_SUFFIXES}))})")
+            raise ValueError(f"--source {source}: no image or clip in this folder ({', '.join(suffixes)}{hidden_in(source, suffixes)})")
         return [Job(source=path, instruction=args.instruction, name=path.stem) for path in images]
     if not source.is_file():
         raise ValueError(f"--source {source}: no such file or folder")

@@ -50,7 +50,9 @@ def strip(clips: Sequence[Sequence[Image.Image]], shown: int = 5, gap: int = 4) 
 
 
 def save_png(image: Image.Image, path: Path, settings: Mapping[str, Any]) -> None:
-    """Write a PNG atomically, with `settings` as JSON in its text chunk `byg`."""
+    """Write a PNG atomically, with `settings` as JSON in its text chunk `byg`; nothing else that the image carries is written."""
+    image = image.copy()
+    image.info.clear()  # Pillow writes the profile of the file it came from
     info = PngInfo()
     info.add_text("byg", json.dumps(settings, ensure_ascii=True))
     partial = path.with_name(f".partial-{path.name}")

@@ -131,7 +131,9 @@ def encode_frame(image: Image.Image, longest_side: int) -> Picture:
 def _plain_jpeg(path: Path) -> bytes | None:
     """The file's bytes if it is an RGB JPEG without metadata, which may turn it or say where it was taken."""
     data = path.read_bytes()
-    with Image.open(io.BytesIO(data)) as image:
+    if not data.startswith(b"\xff\xd8"):
+        return None
+    with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
         plain = image.format == "JPEG" and image.mode == "RGB" and not {"exif", "icc_profile", "xmp", "comment"} & set(image.info)
     return data if plain else None
 

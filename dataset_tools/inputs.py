@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 import re
 import zlib
@@ -13,11 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from byg_plugin.data.tuples import IMAGE_SUFFIXES
+from byg_plugin.data.tuples import IMAGE_SUFFIXES, is_file, path_words, unwritable
+from byg_plugin.documents import json_value, other_encoding, utf8
 from byg_plugin.training.extras import require
+from byg_plugin.user_files import is_hidden
 
 from .journal import numbered_records
 
+HIDDEN = "hidden"  # counted beside suffixes
 TABLES = (".jsonl", ".csv", ".tsv", ".parquet")
 
 
@@ -47,9 +49,12 @@ def is_table(path: Path) -> bool:
 
 def source_name(path: Path, base: Path) -> str:
     """A path as tuples in the folder `base` name it: relative below it, absolute otherwise."""
+    return _place(path, base).encode(errors="backslashreplace").decode()
+
+
+def _place(path: Path, base: Path) -> str:
     absolute = Path(os.path.abspath(path))
-    name = absolute.relative_to(base).as_posix() if absolute.is_relative_to(base) else absolute.as_posix()
-    return name.encode(errors="backslashreplace").decode()
+    return absolute.relative_to(base).as_posix() if absolute.is_relative_to(base) else absolute.as_posix()
 
 
 def folder_images(folder: Path, base: Path, style: str | None, others: Counter[str]) -> Iterator[ImageInput]:
@@ -58,18 +63,16 @@ def folder_images(folder: Path, base: Path, style: str | None, others: Counter[s
     Other files are counted in `others` by suffix.
     """
     for path in files_below(folder, IMAGE_SUFFIXES, others):
-        caption, problem, said = None, None, {}
+        caption, said = None, {}
+        problem = unwritable(_place(path, base))
         try:
-            path.name.encode()
             if (beside := path.with_suffix(".txt")).is_file():
-                caption = beside.read_text(encoding="utf-8-sig").strip() or None
+                caption = utf8(beside.read_bytes()).strip() or None
             if (beside := path.with_suffix(".json")).is_file():
-                value = json.loads(beside.read_text(encoding="utf-8-sig"))
+                value = json_value(utf8(beside.read_bytes()))
                 said = value if isinstance(value, dict) else {}
-        except UnicodeEncodeError:
-            problem = "its name is not Unicode text, which no tuples file can hold; rename it"
-        except ValueError as error:
-            problem = f"{beside.name} beside it cannot be read: {error}"
+        except (ValueError, OSError) as error:
+            problem = problem or f"{beside.name} beside it cannot be read: {error}"
         yield ImageInput(
             source=source_name(path, base),
             path=path,
@@ -80,10 +83,15 @@ def folder_images(folder: Path, base: Path, style: str | None, others: Counter[s
 
 
 def files_below(folder: Path, suffixes: Sequence[str], others: Counter[str]) -> Iterator[Path]:
-    """Files with these suffixes, in the file system's order: a folder of millions is not held; hidden ones are passed over."""
+    """Files with these suffixes, in the file system's order: a folder of millions is not held; hidden ones are passed over.
+
+    Files with other suffixes are counted in `others`, and as `HIDDEN` hidden ones with these.
+    """
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.name.startswith("."):
+            if is_hidden(entry.name):
+                if entry.name.lower().endswith(tuple(suffixes)):
+                    others[HIDDEN] += 1
                 continue
             if os.path.isdir(entry.path):
                 # A link to a folder that it lies in would be followed forever.
@@ -125,6 +133,7 @@ def table_images(
             path=place,
             caption=_text(columns.get(_folded(caption))),
             style=_text(columns.get(_folded(style))) or default_style,
+            problem=unwritable(_place(place, base)) or (None if is_file(place) else f"no such file {path_words(name, root)}"),
         )
 
 
@@ -150,6 +159,9 @@ def table_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
 def _csv_rows(path: Path, delimiter: str) -> Iterator[Mapping[str, Any]]:
     csv.field_size_limit(1 << 24)
     try:
+        with path.open("rb") as bytes_:
+            if other := other_encoding(bytes_.read(4)):
+                raise ValueError(f"{path}: {other} text; save it as UTF-8")
         with path.open(encoding="utf-8-sig", newline="") as file:
             rows = csv.DictReader(file, delimiter=delimiter)
             for row in rows:
@@ -171,7 +183,7 @@ def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=1024):
                 yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
+    except Exception as error:  # whatever the reader raises is said of the file
         raise ValueError(f"{path}: cannot be read as Parquet: {error}") from error
 
 

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from byg_plugin.documents import json_value, utf8
+
 _BLOCK = 1 << 16
 
 
@@ -69,12 +71,14 @@ def mend_last_line(path: Path) -> None:
         if not last:
             return
         try:
-            json.loads(last)  # no beginning of an object is one
-        except ValueError:
+            json_value(last)  # no beginning of an object is one
+        except (json.JSONDecodeError, UnicodeDecodeError):
             file.truncate(end - len(last))
-        else:
-            file.seek(end)
-            file.write(b"\n")
+            return
+        except ValueError:  # nested without end, which no line of ours is: its reader says so, nothing is cut off
+            pass
+        file.seek(end)
+        file.write(b"\n")
 
 
 def numbered_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -88,7 +92,7 @@ def numbered_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             if not line.strip():
                 continue
             try:
-                record = json.loads(line.decode("utf-8-sig"))
+                record = json_value(utf8(line))
             except ValueError as error:
                 raise ValueError(f"{path}: line {number} is not JSON ({error}); mend or remove it") from error
             if not isinstance(record, dict):

@@ -26,6 +26,7 @@ from typing import Any
 from byg_plugin import _cli
 from byg_plugin.data import clips
 from byg_plugin.data.rules import Finding
+from byg_plugin.data.tuples import unwritable
 from byg_plugin.training.extras import require
 
 from . import prompts
@@ -120,6 +121,8 @@ class Captioner:
         attempt = Attempt(settings=settings, field=_NAME[row.clip is not None], name=row.name, seed=seed)
         if row.clip is None and not row.caption:
             return attempt.rejected("input", "no_caption", "the row has no caption")
+        if row.clip is not None and (why := unwritable(row.name)):
+            return attempt.rejected("input", "input", why)
         try:
             chat, fields = await asyncio.to_thread(self._question, row, seed)
         except (ValueError, OSError) as error:

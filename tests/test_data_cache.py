@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from data_fakes import CPU, ROLES, FakeFamily, data_set, entries, hashed, picture, record, write_tuples
+from icc import P3, rgb
 from PIL import Image
 from safetensors.torch import save
 
@@ -186,7 +187,7 @@ def test_a_known_image_is_not_read_again(tmp_path: Path, monkeypatch: pytest.Mon
         os.utime(path, (1000, 1000))
     run(config)
     monkeypatch.setattr(cache, "_file_digest", lambda file: pytest.fail("read"))
-    monkeypatch.setattr(cache.media, "image_size", lambda path: pytest.fail("opened"))
+    monkeypatch.setattr(cache.media, "look", lambda path: pytest.fail("opened"))
     run(config)
 
 
@@ -370,6 +371,15 @@ def test_encodings_that_are_not_finite_are_not_cached(tmp_path: Path) -> None:
         cache_texts(config, Overflowing(), read_tuples(config.dataset), CPU)
     assert entries(config) == {}
 
+    class OnceOverflowing(FakeFamily):
+        def encode_texts(self, encoders: Any, texts: Any) -> dict[str, torch.Tensor]:
+            encoded = super().encode_texts(encoders, texts)["t5"]
+            bad = torch.tensor([text == "instruction 0 of 1.png" for text in texts])
+            return {"pooled": torch.where(bad[:, None, None], torch.nan, encoded)}
+
+    with pytest.raises(ValueError, match=r"model\.clip gives an encoding \(pooled\) that is not finite, of 'instruction 0 of 1\.png'"):
+        cache_texts(with_dataset(config, cache_batch_size=50), OnceOverflowing(), read_tuples(config.dataset), CPU)
+
 
 def test_cut_texts_are_named_by_the_run_that_encodes_them(tmp_path: Path) -> None:
     config = data_set(tmp_path)
@@ -428,3 +438,166 @@ def test_shares_cover_everything_once(tmp_path: Path) -> None:
     assert [family.images for family in families] == [3, 2, 2] and {share.encoded for share in shares} == {7}
     names = [sorted(p.name for p in (tmp_path / f"c{rank}" / "latents").iterdir()) for rank in range(3)]
     assert len(set(sum(names, []))) == 7
+
+
+# --- what is in an entry, and in the files beside them ---
+
+
+def entry(shape: tuple[int, ...] = (3, 1, 8, 8), dtype: torch.dtype = torch.float32, name: str = "latents") -> bytes:
+    return save({name: torch.ones(shape, dtype=dtype)})
+
+
+@pytest.mark.parametrize(
+    "contents",
+    [
+        entry((3, 8, 8)),
+        entry((3, 0, 8, 8)),
+        entry(()),
+        entry(dtype=torch.int64),
+        entry(dtype=torch.bool),
+        entry(dtype=torch.bfloat16),
+        entry(name="latent"),
+        save({"latents": torch.ones(3, 1, 8, 8), "more": torch.ones(1)}),
+        b"\xff" * 64,
+        (2**20).to_bytes(8, "little") + b"[" * 2**20,
+    ],
+    ids=range(10),
+)
+def test_a_latent_that_is_none_is_made_again(tmp_path: Path, contents: bytes) -> None:
+    config = data_set(tmp_path)
+    run(config)
+    before = entries(config)
+    min((tmp_path / "cache" / "latents").iterdir()).write_bytes(contents)
+    family, *_ = run(config)
+    assert (family.images, family.texts) == (1, []) and entries(config) == before
+
+
+@pytest.mark.parametrize("contents", [entry((0, 8)), entry(()), entry(dtype=torch.int64), entry(dtype=torch.bool), save({})])
+def test_an_encoding_that_is_none_is_made_again(tmp_path: Path, contents: bytes) -> None:
+    config = data_set(tmp_path)
+    run(config)
+    before = entries(config)
+    min((tmp_path / "cache" / "texts").iterdir()).write_bytes(contents)
+    family, *_ = run(config)
+    assert (family.images, len(family.texts)) == (0, 1) and entries(config) == before
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("what", ["latents", "texts"])
+def test_an_entry_that_is_not_finite_is_named_when_it_is_read(tmp_path: Path, what: str, value: float) -> None:
+    config = data_set(tmp_path)
+    run(config)
+    store = {"latents": latent_store, "texts": text_store}[what](config)
+    path = min((tmp_path / "cache" / what).iterdir())
+    (name, tensor), *_ = store.read(path.stem).items()
+    tensor.view(-1)[-1] = value
+    path.write_bytes(save({name: tensor}))
+    remedy = rf"{path.name} \(a car\): tensor {name} holds NaN or infinite values; remove this file and run {store.command} again"
+    with pytest.raises(ValueError, match=remedy):
+        {"latents": latent_store, "texts": text_store}[what](config).read(path.stem, "a car")
+
+
+def test_an_entry_s_numbers_are_looked_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = data_set(tmp_path, images=1)
+    run(config)
+    looked: list[Any] = []
+    monkeypatch.setattr(cache, "refuse_not_finite", lambda tensors, where, remedy: looked.append(where))
+    store, key = latent_store(config), min((tmp_path / "cache" / "latents").iterdir()).stem
+    for _ in range(3):
+        store.read(key)
+    assert len(looked) == 1
+    store.write(key, store.read(key))
+    store.read(key)
+    assert len(looked) == 2
+
+
+def deep(depth: int = 100_000) -> str:
+    return "[" * depth + "]" * depth
+
+
+WRONG = [
+    deep(),
+    '{"x": ' + deep() + "}",
+    '{"x": [1, 2, "%s", "64", 64, "", 1, 0.0]}' % ("a" * 64),
+    '{"x": [1, 2, 3, 64, 64, "", 1, 0.0]}',
+    '{"x": [true, 2, "%s", 64, 64, "", 1, 0.0]}' % ("a" * 64),
+    '{"x": [1, 2, "%s", 64, -64, "", 1, 0.0]}' % ("a" * 64),
+    '{"x": [1, 2, "%s", 64, 64, "", null, NaN]}' % ("a" * 64),
+    '{"x": [1, 2, "short", 64, 64, "", 1, 0.0]}',
+    '{"x": [1, 2, [], {}, null]}',
+    '{"x": {"0": 1}}',
+    '{"x": [%s, 2, "a", 64, 64]}' % ("9" * 5000),
+]
+
+
+@pytest.mark.parametrize("memory", WRONG, ids=range(len(WRONG)))
+@pytest.mark.parametrize("matching", [False, True])
+def test_a_memory_of_other_types_is_forgotten(tmp_path: Path, memory: str, matching: bool) -> None:
+    config = data_set(tmp_path)
+    run(config)
+    path = tmp_path / "1.png"
+    stat = path.stat()
+    text = memory.replace('"x"', json.dumps(str(path)))
+    if matching:  # as if it were of this very file
+        text = text.replace("[1, 2,", f"[{stat.st_size}, {stat.st_mtime_ns},").replace("[true, 2,", f"[true, {stat.st_mtime_ns},")
+    (tmp_path / "cache" / "files.json").write_text(text)
+    assert run(config)[0].images == 0
+
+
+@pytest.mark.parametrize("text", [deep(), "[1]", '{"a": 5, "b": [], "c": null}', "\xff", ""], ids=range(5))
+def test_lost_files_of_other_types_are_forgotten(tmp_path: Path, text: str) -> None:
+    config = with_dataset(data_set(tmp_path), max_lost=0.5)
+    (tmp_path / "0.png").write_bytes(b"no image")
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "lost.json").write_bytes(text.encode("latin-1"))
+    assert cache.read_lost(config) == {}
+    assert len(cache_latents(config, FakeFamily(), read_tuples(config.dataset), CPU).lost) == 1
+
+
+def test_one_damaged_picture_is_lost_as_far_as_that_is_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load = cache.media.load_image
+
+    def decode(path: Path) -> Image.Image:
+        with cache.media._decoding(path):
+            if path.name == "1.png":
+                raise RuntimeError("in the decoder")
+        return load(path)
+
+    monkeypatch.setattr(cache.media, "load_image", decode)
+    config = with_dataset(data_set(tmp_path), max_lost=0.5)
+    (said,) = cache_latents(config, FakeFamily(), read_tuples(config.dataset), CPU).lost
+    assert said.startswith(f"{tmp_path / '1.png'}: cannot be read, it is damaged") and len(entries(config)) == 2 + 1
+    with pytest.raises(cache.UnusableImages, match="in the decoder"):
+        cache_latents(with_dataset(config, max_lost=0), FakeFamily(), read_tuples(config.dataset), CPU)
+
+
+# --- how a picture is read is part of its key, where it matters ---
+
+
+def test_entries_of_pictures_without_a_profile_stay_and_others_are_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = data_set(tmp_path)
+    keys = {index: Keys(config, FakeFamily()).source(item).key for index, item in enumerate(read_tuples(config.dataset))}
+    digest = Keys(config, FakeFamily()).files.look(tmp_path / "0.png").digest
+    assert keys[0] == cache._sha("latent", digest, "vae-1", "64x64", "1")  # as it has always been
+    with Image.open(tmp_path / "1.png") as image:
+        image.save(tmp_path / "1.png", icc_profile=rgb(P3))
+    item = read_tuples(config.dataset)[1]
+    files = Keys(config, FakeFamily()).files
+    (digest, reader) = (files.look(item.source).digest, files.look(item.source).reader)
+    plain = cache._sha("latent", digest, "vae-1", "64x64", "1")
+    assert reader == cache.media.READER and Keys(config, FakeFamily()).source(item).key != plain
+    monkeypatch.setattr(cache.media, "READER", "next")
+    assert Keys(config, FakeFamily()).source(item).key not in (plain, keys[1])
+
+
+def test_a_memory_without_readers_is_asked_for_them_and_not_hashed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = data_set(tmp_path)
+    for path in tmp_path.glob("*.png"):
+        os.utime(path, (1000, 1000))
+    run(config)
+    place = tmp_path / "cache" / "files.json"
+    old = {name: known[:5] for name, known in json.loads(place.read_text()).items()}
+    place.write_text(json.dumps(old))
+    monkeypatch.setattr(cache, "_file_digest", lambda file: pytest.fail("read"))
+    assert run(config)[0].images == 0
+    assert all(len(known) == 8 for known in json.loads(place.read_text()).values())

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from data_fakes import CPU, ROLES, FakeFamily, data_set, hashed, picture, record, write_tuples
+from safetensors.torch import save
 from tiny import tiny_config
 
 from byg_plugin.data.cache import Keys, cache_latents, cache_texts, texts_of
@@ -281,3 +282,81 @@ def test_tuples_that_name_their_split_decide(tmp_path: Path) -> None:
         split_tuples(items[:3] + items[4:] + [replace(items[3], split=None)], 0)
     with pytest.raises(ValueError, match="nothing is left to train on"):
         split_tuples(items[2:4], 0)
+
+
+# --- entries that are whole and yet no good ---
+
+
+def store_of(data: CachedTuples, what: str) -> Any:
+    return {"latents": data._latents, "texts": data._texts}[what]
+
+
+@pytest.mark.parametrize("what", ["latents", "texts"])
+def test_a_number_that_is_none_names_entry_and_tuple(tmp_path: Path, what: str) -> None:
+    config = cached(data_set(tmp_path))
+    data = CachedTuples(config, FakeFamily())  # type: ignore[arg-type]
+    item, keys = data.tuples[1], Keys(config, FakeFamily())  # type: ignore[arg-type]
+    key = keys.source(item).key if what == "latents" else keys.text(item.instruction)
+    store = store_of(data, what)
+    tensors = store.read(key)
+    for tensor in tensors.values():
+        tensor.view(-1)[0] = torch.nan
+    store.path(key).write_bytes(save(tensors))
+    with pytest.raises(ValueError) as caught:
+        CachedTuples(config, FakeFamily())[1]  # type: ignore[arg-type]
+    said = str(caught.value)
+    named = f"{item.source}, source of tuple {item.id}" if what == "latents" else f"{item.instruction!r}, instruction of tuple {item.id}"
+    for part in (str(store.path(key)), named, "holds NaN or infinite values; remove this file and run", store.command):
+        assert part in said
+    CachedTuples(config, FakeFamily())[0]  # type: ignore[arg-type]  # the others serve
+
+
+@pytest.mark.parametrize(
+    ("what", "tensors"),
+    [
+        ("latents", {"latents": torch.ones(4, 1, 8, 8)}),
+        ("latents", {"latents": torch.ones(3, 1, 8, 9)}),
+        ("latents", {"latents": torch.ones(3, 2, 8, 8)}),
+        ("texts", {"t6": torch.ones(1, 8, dtype=torch.bfloat16)}),
+        ("texts", {"t5": torch.ones(1, 9, dtype=torch.bfloat16)}),
+        ("texts", {"t5": torch.ones(1, 8)}),
+        ("texts", {"t5": torch.ones(1, 8, dtype=torch.bfloat16), "more": torch.ones(1)}),
+    ],
+)
+def test_an_entry_unlike_the_others_is_named(tmp_path: Path, what: str, tensors: dict[str, torch.Tensor]) -> None:
+    config = cached(data_set(tmp_path))
+    path = min((tmp_path / "cache" / what).iterdir())
+    path.write_bytes(save(tensors))
+    said = refused(config)
+    assert "1 entries have other tensors or shapes than the rest; remove these files and run python -m byg_plugin.cache_" in said
+    assert str(path) in said and "not cached" not in said
+    path.unlink()
+    assert len(CachedTuples(cached(config), FakeFamily())) == 3  # type: ignore[arg-type]
+
+
+def test_of_two_unlike_entries_both_are_named_and_shapes_go_with_sizes(tmp_path: Path) -> None:
+    config = cached(data_set(tmp_path, images=2))
+    first, second = sorted((tmp_path / "cache" / "latents").iterdir())
+    first.write_bytes(save({"latents": torch.ones(4, 1, 8, 8)}))
+    said = refused(config)
+    assert "2 entries have other" in said and str(first) in said and str(second) in said
+    mixed(tmp_path / "sizes")
+    assert len(CachedTuples(tiny_config(tmp_path / "sizes"), FakeFamily())) == 14  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (3, 1, 0, 8)])
+def test_what_is_no_latent_is_not_cached(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    config = cached(data_set(tmp_path))
+    min((tmp_path / "cache" / "latents").iterdir()).write_bytes(save({"latents": torch.ones(shape)}))
+    assert "1 of 3 images are not cached" in refused(config)
+
+
+def test_an_entry_of_a_size_of_its_own_is_compared_by_its_channels(tmp_path: Path) -> None:
+    data_set(tmp_path, images=3)
+    picture(tmp_path / "1.png", (128, 64))
+    config = cached(tiny_config(tmp_path))
+    keys, item = Keys(config, FakeFamily()), read_tuples(config.dataset)[1]  # type: ignore[arg-type]
+    path = tmp_path / "cache" / "latents" / f"{keys.source(item).key}.safetensors"
+    path.write_bytes(save({"latents": torch.ones(4, 1, 6, 10)}))
+    said = refused(config)
+    assert "1 entries have other tensors" in said and str(path) in said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import math
 import struct
 import zlib
@@ -12,11 +13,15 @@ import numpy as np
 import pytest
 import torch
 from data_fakes import picture
-from PIL import Image
+from icc import ADOBE, INKS, P3, SRGB, cmyk, grey, in_srgb, lab_in_srgb, rgb
+from PIL import Image, ImageCms, features
+from PIL.PngImagePlugin import PngInfo
 
 from byg_plugin.data.buckets import all_buckets, bucket_for, bucket_step, crop_to_bucket, is_below_resolution, to_tensor
-from byg_plugin.data.media import MAX_SIDE, image_size, load_image
+from byg_plugin.data.media import MAX_SIDE, READER, image_size, load_image, look, to_rgb
+from byg_plugin.images import save_png
 from byg_plugin.training.config import DatasetConfig
+from dataset_tools.backend import encode_image
 
 QUADRANTS = np.array([[[200, 30, 30], [30, 200, 30]], [[30, 30, 200], [220, 220, 30]]], dtype=np.uint8)
 
@@ -131,7 +136,7 @@ def test_missing(tmp_path: Path) -> None:
 def test_not_an_image(tmp_path: Path, contents: bytes) -> None:
     (tmp_path / "x.png").write_bytes(contents)
     for read in (image_size, load_image):
-        with pytest.raises(ValueError, match=r"x\.png: .*(replace it or remove its tuples)"):
+        with pytest.raises(ValueError, match=r"x\.png: .*(not an image that can be read|damaged).* remove its tuples"):
             read(tmp_path / "x.png")
 
 
@@ -153,14 +158,20 @@ def test_damaged_pixels(tmp_path: Path) -> None:
         load_image(path)
 
 
+def chunk(name: bytes, data: bytes) -> bytes:
+    """A chunk of a PNG."""
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def png(depth: int, kind: int, size: tuple[int, int], pixels: bytes, *chunks: bytes) -> bytes:
+    """A PNG of one row, or of what is promised and not there."""
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", *size, depth, kind, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + b"".join(chunks) + chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND", b"")
+
+
 def png_header(width: int, height: int) -> bytes:
     """A PNG that promises this size and holds nothing."""
-
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-    parts = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+    return png(8, 2, (width, height), b"")
 
 
 @pytest.mark.parametrize("size", [(20000, 100), (100, 20000), (20000, 20000)])
@@ -182,6 +193,228 @@ def test_animation_is_refused(tmp_path: Path) -> None:
     frames[0].save(tmp_path / "x.webp", save_all=True, append_images=frames[1:], lossless=True)
     with pytest.raises(ValueError, match=r"x\.webp: has 2 frames"):
         image_size(tmp_path / "x.webp")
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
+def test_a_damaged_avif_is_damaged_whatever_its_decoder_raises(tmp_path: Path) -> None:
+    whole = io.BytesIO()
+    upright().save(whole, "AVIF")
+    data = whole.getvalue()
+    pixels = data.index(b"mdat") + 4
+    path = tmp_path / "x.avif"
+    path.write_bytes(data[:pixels] + bytes(len(data) - pixels))
+    assert image_size(path) == (64, 32)
+    with pytest.raises(ValueError, match=r"x\.avif: cannot be read, it is damaged or cut off \(.*replace it or remove its tuples"):
+        load_image(path)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyError, AttributeError, OverflowError, AssertionError])
+def test_any_exception_of_a_decoder_is_the_file_s(tmp_path: Path, error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise error("in the decoder")
+
+    path = picture(tmp_path / "x.png")
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fail)
+    with pytest.raises(ValueError, match=r"x\.png: cannot be read, it is damaged or cut off \(.*in the decoder"):
+        load_image(path)
+
+
+def test_an_exception_of_our_own_statements_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("ours")
+
+    monkeypatch.setattr("byg_plugin.data.media._parts", fail)
+    with pytest.raises(RuntimeError, match="ours"):
+        load_image(picture(tmp_path / "x.png"))
+
+
+def test_too_little_memory_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    path = picture(tmp_path / "x.png")
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fail)
+    with pytest.raises(ValueError, match=r"x\.png: there is not enough memory"):
+        load_image(path)
+
+
+@pytest.mark.parametrize(
+    ("head", "said"),
+    [
+        (b"\0\0\0\x24ftypheic\0\0\0\0mif1heic", "a HEIC photo; save it as a JPEG or PNG"),
+        (b"\0\0\0\x24ftypmif1\0\0\0\0mif1heic", "a HEIC photo; save it as a JPEG or PNG"),
+        (b"\0\0\0\x20ftypisom\0\0\2\0", "a clip; give it the suffix"),
+        (b"\0\x05\x16\x07\0\x02\0\0Mac OS X", "what a Mac keeps beside a file"),
+        (b"GIF89a", "a GIF"),
+        (b"8BPS\0\1", "a Photoshop document"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS"),
+        (b"<!DOCTYPE html><html>", "text"),
+        (b"\x89PNG\r\n\x1a\n\0\0", "damaged or cut off"),
+        (b"", "an empty file"),
+    ],
+)
+def test_what_is_no_image_is_named_as_what_it_is(tmp_path: Path, head: bytes, said: str) -> None:
+    path = tmp_path / "x.jpg"
+    path.write_bytes(head + bytes(32) if head else head)
+    for read in (image_size, load_image):
+        with pytest.raises(ValueError, match=rf"x\.jpg: .*{said}.*remove its tuples"):
+            read(path)
+
+
+# --- texts in a PNG ---
+
+WORKFLOW = "a workflow of an editor " * 100_000  # 2.4 MB
+
+
+@pytest.mark.parametrize("place", ["before the pixels", "after them"])
+@pytest.mark.parametrize("kind", ["zTXt", "iTXt", "tEXt"])
+def test_long_texts_in_a_png_are_passed_over(tmp_path: Path, kind: str, place: str) -> None:
+    packed = zlib.compress(WORKFLOW.encode())
+    text = {"zTXt": b"workflow\0\0" + packed, "iTXt": b"workflow\0\1\0en\0\0" + packed, "tEXt": b"w\0" + 30 * WORKFLOW.encode()}[kind]
+    image = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright().transpose(Image.Transpose.ROTATE_90).save(image, "PNG", exif=exif)
+    data = image.getvalue()
+    cut = 33 if place == "before the pixels" else len(data) - 12  # after the header, before the end
+    path = tmp_path / "x.png"
+    path.write_bytes(data[:cut] + chunk(kind.encode(), text) + data[cut:])
+    assert image_size(path) == (64, 32) and close(load_image(path), upright(), 0)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_an_orientation_in_a_text_is_heard_beside_long_ones(tmp_path: Path, packed: bool) -> None:
+    info = PngInfo()
+    info.add_text("workflow", WORKFLOW, zip=True)
+    info.add_itxt("XML:com.adobe.xmp", "<x tiff:Orientation='6'><tiff:Orientation>6</tiff:Orientation></x>", zip=packed)
+    path = tmp_path / "x.png"
+    upright().transpose(Image.Transpose.ROTATE_90).save(path, pnginfo=info)
+    assert image_size(path) == (64, 32) and close(load_image(path), upright(), 0)
+
+
+def test_a_cut_off_png_with_a_long_text_is_damaged(tmp_path: Path) -> None:
+    info = PngInfo()
+    info.add_text("workflow", WORKFLOW, zip=True)
+    path = tmp_path / "x.png"
+    picture(path, (200, 200))
+    with Image.open(path) as image:
+        image.save(path, pnginfo=info)
+    path.write_bytes(path.read_bytes()[:-2000])
+    with pytest.raises(ValueError, match=r"x\.png: cannot be read, it is damaged"):
+        load_image(path)
+
+
+def test_long_texts_are_no_matter_to_a_model_that_is_shown_the_picture(tmp_path: Path) -> None:
+    info = PngInfo()
+    info.add_text("workflow", WORKFLOW, zip=True)
+    upright().save(tmp_path / "x.png", pnginfo=info)
+    assert encode_image(tmp_path / "x.png", 512).data.startswith(b"\xff\xd8")
+
+
+# --- transparent colours, in the depth of the file ---
+
+
+@pytest.mark.parametrize(
+    ("depth", "kind", "size", "row", "key", "expected"),
+    [
+        (16, 0, 3, struct.pack(">3H", 1000, 1001, 257 * 128), (1000,), [255, 4, 128]),
+        (8, 0, 3, bytes([100, 101, 128]), (100,), [255, 101, 128]),
+        (4, 0, 4, bytes([0x05, 0x8F]), (5,), [0, 255, 136, 255]),
+        (2, 0, 4, bytes([0b00011011]), (1,), [0, 255, 170, 255]),
+        (1, 0, 2, bytes([0b01000000]), (0,), [255, 255]),
+        (16, 2, 2, struct.pack(">6H", 1000, 2000, 3000, 257 * 60, 257 * 60, 257 * 60), (1000, 2000, 3000), [255, 60]),
+        (8, 2, 2, bytes([1, 2, 3, 60, 60, 60]), (1, 2, 3), [255, 60]),
+    ],
+)
+def test_a_transparent_colour_is_white_in_every_depth(
+    tmp_path: Path, depth: int, kind: int, size: int, row: bytes, key: tuple[int, ...], expected: list[int]
+) -> None:
+    path = tmp_path / "x.png"
+    path.write_bytes(png(depth, kind, (size, 1), b"\0" + row, chunk(b"tRNS", struct.pack(f">{len(key)}H", *key))))
+    assert np.asarray(load_image(path))[0].tolist() == [[value] * 3 for value in expected]
+    assert look(path).reader == ("" if depth == 8 else READER)
+
+
+# --- colour profiles ---
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tif"])
+@pytest.mark.parametrize(("primaries", "gamma"), [(P3, None), (ADOBE, 563 / 256), (SRGB, 1.8)])
+def test_a_display_s_profile_becomes_srgb(tmp_path: Path, suffix: str, primaries: np.ndarray, gamma: float | None) -> None:
+    path = tmp_path / f"x.{suffix}"
+    for colour in ((200, 60, 60), (60, 140, 90), (30, 30, 30), (255, 255, 255)):
+        Image.new("RGB", (16, 16), colour).save(path, icc_profile=rgb(primaries, gamma), quality=100)
+        with Image.open(path) as stored:
+            numbers = stored.convert("RGB").getpixel((8, 8))
+        assert np.abs(load_image(path).getpixel((8, 8)) - in_srgb(numbers, primaries, gamma)).max() <= 1.5
+    assert look(path).reader == READER
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "1", "P", "RGBA", "I;16"])
+def test_a_profile_of_a_picture_of_another_mode(tmp_path: Path, mode: str) -> None:
+    profile, expected = (grey(1.8), 76.9) if mode in ("L", "LA", "I;16") else (rgb(SRGB, 1.8), 76.9)
+    picture = {
+        "1": Image.new("1", (8, 8), 1),
+        "P": Image.new("RGB", (8, 8), (60, 60, 60)).quantize(2),
+        "I;16": Image.fromarray(np.full((8, 8), 60 * 257, dtype=np.uint16)),
+    }.get(mode) or Image.new(mode, (8, 8), {"L": 60, "LA": (60, 255), "RGBA": (60, 60, 60, 255)}[mode])
+    picture.save(tmp_path / "x.png", icc_profile=profile)
+    value = load_image(tmp_path / "x.png").getpixel((4, 4))
+    assert value == (255, 255, 255) if mode == "1" else np.abs(np.array(value) - expected).max() < 1.5
+    assert look(tmp_path / "x.png").reader == ("" if mode == "1" else READER)
+
+
+def test_a_profile_leaves_transparency_white(tmp_path: Path) -> None:
+    Image.new("RGBA", (8, 8), (60, 60, 60, 0)).save(tmp_path / "x.png", icc_profile=rgb(SRGB, 1.8))
+    assert load_image(tmp_path / "x.png").getpixel((4, 4)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "tif"])
+@pytest.mark.parametrize(("inks", "node"), [((255, 0, 0, 0), 8), ((0, 255, 255, 0), 6), ((0, 255, 0, 0), 4), ((0, 0, 0, 0), 0)])
+def test_a_press_s_profile_becomes_srgb(tmp_path: Path, suffix: str, inks: tuple[int, ...], node: int) -> None:
+    path = tmp_path / f"x.{suffix}"
+    Image.new("CMYK", (16, 16), inks).save(path, icc_profile=cmyk(), quality=100)
+    assert np.abs(load_image(path).getpixel((8, 8)) - lab_in_srgb(*INKS[node])).max() <= 3
+
+
+def test_a_profile_too_large_for_pillow(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8), (200, 60, 60)).save(tmp_path / "x.png", icc_profile=rgb(P3, padding=3 << 20))
+    assert np.abs(load_image(tmp_path / "x.png").getpixel((4, 4)) - in_srgb((200, 60, 60), P3)).max() <= 1
+
+
+@pytest.mark.parametrize("profile", [rgb(SRGB), ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()])
+def test_srgb_s_own_numbers_stay(tmp_path: Path, profile: bytes) -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    image.save(tmp_path / "x.png", icc_profile=profile)
+    assert np.array_equal(np.asarray(load_image(tmp_path / "x.png")), np.asarray(image)) and look(tmp_path / "x.png").reader == ""
+
+
+@pytest.mark.parametrize(
+    ("profile", "why"),
+    [(b"garbage" * 30, "it is damaged"), (b"", "it is damaged"), (cmyk(), "it is for CMYK pictures"), (rgb(P3)[:300], "damaged")],
+)
+def test_a_profile_that_cannot_be_used_is_told_once(tmp_path: Path, profile: bytes, why: str, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "x.png"
+    packed = b"name\0\0" + zlib.compress(profile)
+    path.write_bytes(png(8, 2, (1, 1), b"\0\xc8\x1e\x1e", chunk(b"iCCP", packed)))
+    with caplog.at_level(logging.WARNING):
+        assert [load_image(path).getpixel((0, 0)) for _ in range(2)] == [(200, 30, 30)] * 2 and look(path).reader == ""
+    assert len(caplog.messages) == 1 and f"{path}: its colour profile cannot be used" in caplog.text and why in caplog.text
+
+
+@pytest.mark.parametrize("mode", ["RGB", "CMYK", "L"])
+def test_nothing_but_pixels_comes_of_a_file_or_goes_into_one(tmp_path: Path, mode: str) -> None:
+    exif = Image.Exif()
+    exif[0x010E] = "a place"
+    profile = {"RGB": rgb(P3), "CMYK": cmyk(), "L": grey(1.8)}[mode]
+    Image.new(mode, (32, 32)).save(tmp_path / "x.jpg", icc_profile=profile, exif=exif, comment=b"a name", dpi=(300, 300))
+    image = load_image(tmp_path / "x.jpg")
+    assert image.info == {} and image.resize((16, 16)).info == {} and to_rgb(Image.open(tmp_path / "x.jpg")).info == {}
+    with Image.open(tmp_path / "x.jpg") as carrying:
+        save_png(carrying.convert("RGB"), tmp_path / "y.png", {"steps": 1})
+        assert carrying.info
+    with Image.open(tmp_path / "y.png") as saved:
+        assert saved.info == {"byg": '{"steps": 1}'} and not saved.getexif()
 
 
 # --- buckets ---

@@ -200,7 +200,7 @@ def test_folder_json_that_is_none_or_of_another_image_or_of_two(folder: Path) ->
     assert "b.json: needs one image of the same name beside it, there is b.jpg, b.png" in said
     assert "a.json: source = 'b.png' is not a.png" in said
     (folder / "a.json").write_bytes(b"\xff{")
-    assert "a.json: not JSON" in refused(folder)
+    assert "a.json: not UTF-8 text" in refused(folder)
 
 
 def test_folder_without_images(tmp_path: Path) -> None:
@@ -226,3 +226,57 @@ def test_hard_rules_are_errors_and_discouraged_forms_one_warning(folder: Path, c
 def test_split_is_kept_and_an_unknown_one_refused(folder: Path) -> None:
     assert [item.split for item in read(folder, record("a.png"), record("b.png", split="validation"))] == [None, "validation"]
     assert "split = 'test' is none of train, validation" in refused_records(folder, record("a.png", split="test"))
+
+
+# --- what others wrote: other encodings, JSON without end, paths of other systems ---
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_texts_in_another_encoding_are_named_once(folder: Path, encoding: str) -> None:
+    lines = (folder / "t.jsonl", "".join(json.dumps(record("a.png", number)) + "\n" for number in range(3)))
+    lines[0].write_bytes(lines[1].encode(encoding))
+    said = refused(lines[0])
+    assert f"1 problem(s), nothing was done:\n  - line 1: {encoding[:6].upper()} text; save the file as UTF-8" in said
+    lines[0].unlink()
+    (folder / "a.json").write_bytes(json.dumps(texts()).encode(encoding))
+    assert f"a.json: {encoding[:6].upper()} text; save it as UTF-8" in refused(folder)
+
+
+@pytest.mark.parametrize("brackets", ["[", '{"a":'])
+def test_json_nested_without_end_is_named(folder: Path, brackets: str) -> None:
+    line = brackets * 100_000
+    (folder / "t.jsonl").write_text(line + "\n")
+    assert "line 1: nested too deeply" in refused(folder / "t.jsonl")
+    (folder / "a.json").write_text(line)
+    assert "a.json: not JSON: nested too deeply" in refused(folder)
+
+
+def test_meta_may_be_nested_and_an_integer_of_5000_digits_is_named(folder: Path) -> None:
+    deep = json.loads("[" * 50 + "]" * 50)
+    assert len(read(folder, record("a.png", meta={"deep": deep}))) == 1
+    (folder / "t.jsonl").write_text(json.dumps(record("a.png", meta=0))[:-2] + "9" * 5000 + "}\n")
+    assert "line 1: " in refused(folder / "t.jsonl") and "digits" in refused(folder / "t.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("C:\new\table.png", "it holds control characters; in JSON a backslash begins an escape"),
+        ("nul\0.png", "it holds control characters"),
+        ("gone\\b.png", "gone/b.png (its backslashes are read as /)"),
+        ("gone.png", "no such file"),
+    ],
+)
+@pytest.mark.parametrize("field", ["source", "target"])
+def test_a_path_that_leads_nowhere_says_why(folder: Path, source: str, said: str, field: str) -> None:
+    message = refused_records(folder, record("a.png", **{field: source}))
+    assert f"{field}: no such file" in message and said in message and not {"\0", "\t"} & set(message)
+
+
+def test_an_escape_that_json_has_not_names_the_backslash(folder: Path) -> None:
+    line = json.dumps(record("a.png")).replace('"a.png"', '"D:\\photos\\a.png"')
+    (folder / "t.jsonl").write_text(line + "\n")
+    said = refused(folder / "t.jsonl")
+    assert "line 1: not JSON: Invalid \\escape at column" in said and "in JSON a backslash is written \\\\" in said
+    (folder / "a.json").write_text(line)
+    assert "a.json: not JSON: Invalid \\escape" in refused(folder) and "in JSON a backslash is written \\\\" in refused(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -99,15 +100,17 @@ def test_all_bad_items_at_once_and_nothing_is_written(layout: Path) -> None:
     picture(layout / "controls" / "single.jpg", (16, 16))
     picture(layout / "controls" / "a.png", (16, 16))
     (layout / "targets" / "b.txt").write_bytes("Fläche".encode("latin-1"))
+    (layout / "targets" / "c.src.txt").write_bytes("a car".encode("utf-16"))
     with pytest.raises(ValueError) as caught:
         import_kontext(layout / "targets", layout / "controls", layout / "tuples.jsonl")
     said = str(caught.value)
     for part in (
-        "4 problem(s), nothing was written",
+        "5 problem(s), nothing was written",
         f"alone.png: no image named alone in {layout / 'controls'}",
         f"single.jpg: no image named single in {layout / 'targets'}",
         "--controls: a.jpg and a.png have one name",
         "b.txt: not UTF-8 text",
+        "c.src.txt: UTF-16 text; save it as UTF-8",
     ):
         assert part in said
     assert (layout / "tuples.jsonl").read_text() == "mine\n" and not (layout / "tuples.incomplete.jsonl").exists()
@@ -153,3 +156,12 @@ def test_command(layout: Path, capsys: pytest.CaptureFixture[str]) -> None:
         cwd=Path(__file__).parents[1],
     )
     assert bad.returncode == 2 and bad.stderr == "error: --targets nowhere: no such folder\n"
+
+
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="no such names there")
+@pytest.mark.parametrize(("name", "said"), [("d\\e", "holds a backslash"), (os.fsdecode(b"d\xff"), "is not Unicode text")])
+def test_a_name_that_no_tuple_can_hold(layout: Path, name: str, said: str) -> None:
+    for folder in ("targets", "controls"):
+        (layout / folder / f"{name}.png").write_bytes((layout / "targets" / "a.png").read_bytes())
+    with pytest.raises(ValueError, match=said):
+        import_kontext(layout / "targets", layout / "controls", layout / "tuples.jsonl")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from dataset_tools.inputs import files_below, table_images
+from dataset_tools.inputs import files_below, folder_images, table_images, table_rows
 
 
 def test_links_to_folders_are_followed_but_not_in_circles(tmp_path: Path) -> None:
@@ -24,7 +25,7 @@ def test_links_to_folders_are_followed_but_not_in_circles(tmp_path: Path) -> Non
         pytest.skip("this system lets nobody make links")
     others: Counter[str] = Counter()
     found = sorted(path.relative_to(tmp_path).as_posix() for path in files_below(tmp_path / "photos", (".png",), others))
-    assert found == ["photos/a.png", "photos/other/c.png", "photos/sub/b.png"] and others == {"": 1}
+    assert found == ["photos/a.png", "photos/other/c.png", "photos/sub/b.png"] and others == {"": 1, "hidden": 1}
 
 
 @pytest.mark.parametrize(
@@ -38,3 +39,56 @@ def test_tables_that_would_lose_a_text(tmp_path: Path, text: str, said: str) -> 
     (tmp_path / "t.csv").write_text(text)
     with pytest.raises(ValueError, match=said):
         list(table_images(tmp_path / "t.csv", tmp_path, root=None, image="image", caption="caption", style="style"))
+
+
+@pytest.mark.parametrize(
+    ("suffix", "contents", "said"),
+    [
+        ("txt", "a car".encode("utf-16"), "UTF-16 text; save it as UTF-8"),
+        ("txt", "Fläche".encode("latin-1"), "not UTF-8 text"),
+        ("json", json.dumps({"caption": "a car"}).encode("utf-16-le"), "UTF-16 text; save it as UTF-8"),
+        ("json", b"[" * 100_000, "nested too deeply"),
+        ("json", b"9" * 5000, "digits"),
+    ],
+    ids=range(5),
+)
+def test_what_lies_beside_an_image_and_cannot_be_read_is_its_problem(tmp_path: Path, suffix: str, contents: bytes, said: str) -> None:
+    (tmp_path / "a.png").touch()
+    (tmp_path / f"a.{suffix}").write_bytes(contents)
+    (item,) = folder_images(tmp_path, tmp_path, None, Counter())
+    assert item.problem is not None and said in item.problem and f"a.{suffix} beside it" in item.problem
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no such names there")
+@pytest.mark.parametrize("name", ["a\\b.png", "sub\\dir/a.png"])
+def test_a_name_that_no_tuple_can_hold_is_a_problem(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    (item,) = folder_images(tmp_path, tmp_path, None, Counter())
+    assert item.problem == "its name holds a backslash, which a tuples file reads as /; rename it"
+    (outside,) = folder_images(tmp_path, tmp_path / "elsewhere", None, Counter())
+    assert outside.problem is None  # absolute, and read as it is
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl"])
+def test_tables_in_another_encoding_are_named(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"t.{suffix}"
+    path.write_bytes('{"image": "a.png"}\n'.encode("utf-16"))
+    with pytest.raises(ValueError, match=rf"t\.{suffix}: .*UTF-16 text; save it as UTF-8"):
+        list(table_rows(path))
+
+
+def test_a_parquet_table_with_texts_that_are_none_is_named(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    broken = pyarrow.Array.from_buffers(pyarrow.string(), 1, [None, pyarrow.py_buffer(b"\0\0\0\0\1\0\0\0"), pyarrow.py_buffer(b"\xff")])
+    parquet.write_table(pyarrow.table({"image": broken}), tmp_path / "t.parquet")
+    with pytest.raises(ValueError, match=r"t\.parquet: cannot be read as Parquet"):
+        list(table_rows(tmp_path / "t.parquet"))
+
+
+@pytest.mark.parametrize(("name", "said"), [("C:\new\table.png", "control characters"), ("gone\\b.png", "its backslashes are read as /")])
+def test_a_row_s_path_that_leads_nowhere_says_why(tmp_path: Path, name: str, said: str) -> None:
+    (tmp_path / "t.jsonl").write_text(json.dumps({"image": name}) + "\n")
+    (item,) = table_images(tmp_path / "t.jsonl", tmp_path, root=None, image="image", caption="caption", style="style")
+    assert item.problem is not None and item.problem.startswith("no such file") and said in item.problem

@@ -77,7 +77,20 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
 
 def test_what_is_no_record_is_named(tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl"
-    for line, said in ((b"{no", "line 2 is not JSON"), (b"[]", "line 2 is list"), ("{ü}".encode("latin-1"), "line 2 is not JSON")):
+    for line, said in (
+        (b"{no", "line 2 is not JSON"),
+        (b"[" * 100_000, r"line 2 is not JSON \(nested too deeply"),
+        (b"[]", "line 2 is list"),
+        ("{ü}".encode("latin-1"), "line 2 is not JSON"),
+    ):
         path.write_bytes(b'{"n": 1}\n' + line + b"\n")
         with pytest.raises(ValueError, match=said):
             list(read_records(path))
+
+
+def test_a_last_line_that_is_nested_without_end_is_not_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    line = b"[" * 100_000 + b"]" * 100_000
+    path.write_bytes(line)
+    Journal(path).close()
+    assert path.read_bytes() == line + b"\n"

@@ -6,7 +6,7 @@ again; an entry is never wrong, only absent. Entries are written beside and rena
 
     <cache_dir>/latents/<key>.safetensors   {"latents": (C, F, H, W) float32}
     <cache_dir>/texts/<key>.safetensors     the family's named tensors without batch, in the encoder's dtype
-    <cache_dir>/files.json                  content hash and size of each image or clip by path, size and time of change
+    <cache_dir>/files.json                  content hash, size and reading of each image or clip by path, size and time of change
     <cache_dir>/lost.json                   why a source could not be encoded, by key; where dataset.max_lost allows it
 """
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import time
@@ -22,7 +23,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -31,11 +32,14 @@ from torch import Tensor
 
 from byg_plugin.data import buckets, clips, media
 from byg_plugin.data.tuples import TEXTS, EditTuple
+from byg_plugin.documents import json_value
+from byg_plugin.finite import first_not_finite, is_finite, refuse_not_finite
 from byg_plugin.models.base import Family
 from byg_plugin.progress import Progress
 from byg_plugin.training.config import Config
 
-PREPROCESSING = "1"  # raise when load_image, crop_to_bucket or to_tensor give other pixels
+# Raise when load_image, crop_to_bucket or to_tensor give other pixels of every file; of some alone: media.READER, clips.READER.
+PREPROCESSING = "1"
 _SHOWN = 10
 _KEY = re.compile(r"[0-9a-f]{64}")
 _PARTIAL = ".partial-"
@@ -70,26 +74,51 @@ def _write(path: Path, data: bytes) -> None:
         ) from error
 
 
-class Store:
-    """A folder of safetensors entries by key."""
+Spec = Mapping[str, tuple[str, tuple[int, ...]]]
+"""What a file's header says of its tensors: dtype (as safetensors calls it) and shape by name."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+
+def _are_latents(spec: Spec) -> bool:
+    return list(spec) == ["latents"] and spec["latents"][0] == "F32" and len(spec["latents"][1]) == 4
+
+
+def _are_encodings(spec: Spec) -> bool:
+    return bool(spec) and all(dtype in ("F32", "BF16", "F16") and shape for dtype, shape in spec.values())
+
+
+class Store:
+    """A folder of safetensors entries by key.
+
+    Args:
+        folder: where they lie.
+        fits: whether a file's header is that of an entry of this kind.
+        command: what makes them.
+    """
+
+    def __init__(self, folder: Path, fits: Callable[[Spec], bool], command: str):
+        self.folder, self._fits, self.command = folder, fits, command
+        self._finite: set[str] = set()
 
     def path(self, key: str) -> Path:
         """Where an entry lies."""
         return self.folder / f"{key}.safetensors"
 
     def has(self, key: str) -> bool:
-        """Whether a whole entry is there; one that was cut off from outside counts as absent."""
+        """Whether a whole entry is there; one that was cut off from outside, or is none of this kind, counts as absent."""
+        return self.spec(key) is not None
+
+    def spec(self, key: str) -> Spec | None:
+        """What an entry's header says; None where `has` says that there is none."""
         path = self.path(key)
         if not path.is_file():
-            return False
+            return None
         try:
             with safe_open(path, framework="pt") as file:
-                return len(list(file.keys())) > 0
+                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                spec = {name: (one.get_dtype(), tuple(one.get_shape())) for name, one in slices.items()}
         except (SafetensorError, OSError):
-            return False
+            return None
+        return spec if self._fits(spec) and all(min(shape) > 0 for _, shape in spec.values()) else None
 
     def write(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Write an entry atomically.
@@ -98,17 +127,27 @@ class Store:
             ValueError: the disk is full or not writable.
         """
         _write(self.path(key), save({name: value.contiguous().clone() for name, value in tensors.items()}))
+        self._finite.discard(key)
 
-    def read(self, key: str) -> dict[str, Tensor]:
-        """An entry's tensors.
+    def read(self, key: str, of: str = "") -> dict[str, Tensor]:
+        """An entry's tensors. Each entry's numbers are looked at once.
+
+        Args:
+            key: of the entry.
+            of: what it is of, where the message should say it.
 
         Raises:
-            ValueError: it has gone or was damaged since it was checked.
+            ValueError: it has gone or was damaged since it was checked, or holds a NaN or an infinity.
         """
+        where = f"{self.path(key)} ({of})" if of else self.path(key)
         try:
-            return load_file(self.path(key))
+            tensors = load_file(self.path(key))
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{self.path(key)}: a cached entry that was whole is not any more ({error}); run the caching again") from error
+            raise ValueError(f"{where}: a cached entry that was whole is not any more ({error}); run {self.command} again") from error
+        if key not in self._finite:
+            refuse_not_finite(tensors, where, f"remove this file and run {self.command} again")
+            self._finite.add(key)
+        return tensors
 
     def count(self) -> int:
         """How many entries there are, of whatever model and content."""
@@ -124,13 +163,51 @@ class Store:
         return len(unused)
 
 
+class Known(NamedTuple):
+    """What files.json remembers of an image or clip."""
+
+    bytes: int
+    changed: int
+    """Its time in ns; -1: it was too young to be known by it."""
+    digest: str
+    width: int
+    height: int
+    reader: str = "?"
+    """Of an image `media.Look.reader`, of a clip `clips.READER`. Unknown in what was written before it was kept."""
+    frames: int = 1
+    seconds: float = 0.0
+
+    @property
+    def size(self) -> buckets.Size:
+        """(width, height) in pixels."""
+        return self.width, self.height
+
+    def is_current(self, path: Path) -> bool:
+        """Whether all this is what a look at the same contents would give now."""
+        return self.reader in ((clips.READER,) if clips.is_clip(path) else ("", media.READER))
+
+
+_KNOWN = (int, int, str, int, int, str, int, float)
+
+
+def _remembered(entry: Any) -> Known | None:
+    """One entry of files.json; None where it is not one, as after a change by hand."""
+    if isinstance(entry, list) and len(entry) in (5, 7):  # written before readers were kept: the hash is worth keeping
+        entry = [*entry[:5], *Known._field_defaults.values()]
+    if not isinstance(entry, list) or [type(value) for value in entry] != [*_KNOWN]:
+        return None
+    known = Known(*entry)
+    sane = min(known.width, known.height, known.frames) >= 1 and max(known.width, known.height) <= media.MAX_SIDE
+    return known if sane and _KEY.fullmatch(known.digest) and 0 <= known.seconds < math.inf else None
+
+
 @dataclass
 class ImageFiles:
     """Content hashes and sizes of images, remembered by (path, bytes, time of change)."""
 
     path: Path
-    known: dict[str, list[Any]] = field(default_factory=dict)
-    seen: dict[str, tuple[str, buckets.Size]] = field(default_factory=dict)
+    known: dict[str, Known] = field(default_factory=dict)
+    seen: dict[str, Known] = field(default_factory=dict)
     """What this run has looked at: one answer for the whole of it."""
 
     @classmethod
@@ -138,15 +215,15 @@ class ImageFiles:
         """Read what is remembered; a damaged file is forgotten (it only saves time)."""
         path = cache_dir / "files.json"
         try:
-            known = json.loads(path.read_text(encoding="utf-8"))
+            entries = json_value(path.read_bytes())
         except (OSError, ValueError):
             return cls(path)
-        if not isinstance(known, dict):
+        if not isinstance(entries, dict):
             return cls(path)
-        return cls(path, {name: entry for name, entry in known.items() if isinstance(entry, list) and _is_current(entry)})
+        return cls(path, {name: known for name, entry in entries.items() if (known := _remembered(entry)) is not None})
 
-    def look(self, image: Path) -> tuple[str, buckets.Size]:
-        """(content hash, (width, height)) of an image.
+    def look(self, image: Path) -> Known:
+        """Content hash, size and reading of an image or clip.
 
         Raises:
             ValueError: it cannot be read.
@@ -162,34 +239,38 @@ class ImageFiles:
         Raises:
             ValueError: it cannot be read.
         """
-        _, size = self.look(path)
-        frames, seconds = self.known[str(path.absolute())][5:7]
-        return clips.Clip(size=size, frames=frames, seconds=seconds)
+        known = self.look(path)
+        return clips.Clip(size=known.size, frames=known.frames, seconds=known.seconds)
 
-    def _look(self, image: Path, name: str) -> tuple[str, buckets.Size]:
+    def _look(self, image: Path, name: str) -> Known:
         try:
             stat = image.stat()
             remembered = self.known.get(name)
-            if remembered and remembered[:2] == [stat.st_size, stat.st_mtime_ns]:
-                return remembered[2], (remembered[3], remembered[4])
+            if remembered and remembered[:2] != (stat.st_size, stat.st_mtime_ns):
+                remembered = None
+            if remembered and remembered.is_current(image):
+                return remembered
             settled = time.time_ns() - stat.st_mtime_ns > _SETTLED_NS
-            length: list[float | str] = []
             if clips.is_clip(image):
                 clip = clips.clip_info(image)
-                (width, height), length = clip.size, [clip.frames, clip.seconds, clips.READER]
+                size, rest = clip.size, (clips.READER, clip.frames, float(clip.seconds))
             else:
-                width, height = media.image_size(image)
-            with open(image, "rb") as file:
-                digest = _file_digest(file)
+                seen = media.look(image)
+                size, rest = seen.size, (seen.reader, 1, 0.0)
+            if remembered:
+                digest = remembered.digest
+            else:
+                with open(image, "rb") as file:
+                    digest = _file_digest(file)
         except OSError as error:
             raise ValueError(f"{image}: {error.strerror}; replace it or remove its tuples") from error
-        self.known[name] = [stat.st_size, stat.st_mtime_ns if settled else -1, digest, width, height, *length]
-        return digest, (width, height)
+        self.known[name] = Known(stat.st_size, stat.st_mtime_ns if settled else -1, digest, *size, *rest)
+        return self.known[name]
 
     def changed(self, image: Path) -> bool:
         """Whether the file is no longer what `look` saw in this run."""
         with open(image, "rb") as file:
-            return _file_digest(file) != self.look(image)[0]
+            return _file_digest(file) != self.look(image).digest
 
     def save(self) -> None:
         """Write atomically.
@@ -198,11 +279,6 @@ class ImageFiles:
             ValueError: the disk is full or not writable.
         """
         _write(self.path, json.dumps(self.known).encode())
-
-
-def _is_current(entry: list[Any]) -> bool:
-    """A clip has three more than an image: frames, seconds and the reader that found them."""
-    return len(entry) == 5 or (len(entry) == 8 and entry[7] == clips.READER)
 
 
 def _file_digest(file: Any) -> str:
@@ -253,15 +329,15 @@ class Keys:
         Raises:
             ValueError: the image cannot be used.
         """
-        digest, size = self.files.look(item.source)
+        known = self.files.look(item.source)
         try:
-            bucket = buckets.bucket_for(size, self.config.dataset, self._multiple)
+            bucket = buckets.bucket_for(known.size, self.config.dataset, self._multiple)
         except ValueError as error:
             raise ValueError(f"{item.source}: {error}") from error
         small = buckets.is_below_resolution(bucket, self.config.dataset, self._multiple)
         frames, fps = self._length(item.source)
-        key = self._latent_key(digest, bucket, *_timing(item.source, frames, fps))
-        return Picture(file=item.source, bucket=bucket, frame=size, key=key, small=small, frames=frames, fps=fps)
+        key = self._latent_key(known, bucket, _reading(known, frames, fps))
+        return Picture(file=item.source, bucket=bucket, frame=known.size, key=key, small=small, frames=frames, fps=fps)
 
     def _length(self, path: Path) -> tuple[int, float | None]:
         """(frames, frames a second) that a source is read with.
@@ -294,8 +370,9 @@ class Keys:
         """
         assert item.target is not None
         source = self.source(item)
-        _, (width, height) = self.files.look(item.source)
-        digest, size = self.files.look(item.target)
+        width, height = self.files.look(item.source).size
+        known = self.files.look(item.target)
+        size = known.size
         if clips.is_clip(item.source) != clips.is_clip(item.target):
             raise ValueError(f"{item.target}: a target is an image where its source is one, and a clip where it is a clip")
         if clips.is_clip(item.target) and (there := self.files.clip(item.target).frames_at(source.fps)) < source.frames:
@@ -314,22 +391,22 @@ class Keys:
             )
         frame = (width, height)
         crop = [f"{width}x{height}"] if size != frame else []
-        key = self._latent_key(digest, source.bucket, *crop, *_timing(item.target, source.frames, source.fps))
+        key = self._latent_key(known, source.bucket, [*crop, *_reading(known, source.frames, source.fps)])
         return replace(source, file=item.target, frame=frame, key=key)
 
     def text(self, text: str) -> str:
         """The key of a text's encoding."""
         return _sha("text", text, self._text)
 
-    def _latent_key(self, digest: str, bucket: buckets.Size, *crop: str) -> str:
-        return _sha("latent", digest, self._vae, f"{bucket[0]}x{bucket[1]}", *crop, PREPROCESSING)
+    def _latent_key(self, known: Known, bucket: buckets.Size, parts: Sequence[str]) -> str:
+        return _sha("latent", known.digest, self._vae, f"{bucket[0]}x{bucket[1]}", *parts, PREPROCESSING)
 
 
-def _timing(path: Path, frames: int, fps: float | None) -> list[str]:
-    """What a clip's key has beyond an image's. A clip of one frame is its first frame, whatever the rate."""
-    if not clips.is_clip(path):
-        return []
-    return [f"{frames} frames at {fps}, reader {clips.READER}" if frames > 1 else f"reader {clips.READER}"]
+def _reading(known: Known, frames: int, fps: float | None) -> list[str]:
+    """What a key has beyond that of an image whose numbers are its pixels. A clip of one is its first frame, whatever the rate."""
+    if frames > 1:
+        return [f"{frames} frames at {fps}, reader {known.reader}"]
+    return [f"reader {known.reader}"] if known.reader else []
 
 
 def _sha(*parts: str) -> str:
@@ -338,12 +415,12 @@ def _sha(*parts: str) -> str:
 
 def latent_store(config: Config) -> Store:
     """Where latents lie."""
-    return Store(Path(config.dataset.cache_dir) / "latents")
+    return Store(Path(config.dataset.cache_dir) / "latents", _are_latents, "python -m byg_plugin.cache_latents")
 
 
 def text_store(config: Config) -> Store:
     """Where text encodings lie."""
-    return Store(Path(config.dataset.cache_dir) / "texts")
+    return Store(Path(config.dataset.cache_dir) / "texts", _are_encodings, "python -m byg_plugin.cache_text_encoder_outputs")
 
 
 def texts_of(tuples: Sequence[EditTuple]) -> list[str]:
@@ -462,10 +539,10 @@ def read_lost(config: Config) -> dict[str, str]:
     """Why latents could not be made, by key; none where nothing was cached yet."""
     path = Path(config.dataset.cache_dir) / "lost.json"
     try:
-        lost = json.loads(path.read_text(encoding="utf-8"))
+        lost = json_value(path.read_bytes())
     except (OSError, ValueError):
         return {}
-    return lost if isinstance(lost, dict) else {}
+    return {key: why for key, why in lost.items() if isinstance(why, str)} if isinstance(lost, dict) else {}
 
 
 def write_lost(config: Config, lost: Mapping[str, str], made: Iterable[str]) -> None:
@@ -510,10 +587,11 @@ def _encode_pictures(
         with _memory_advice(len(good)):
             latents = family.encode_pixels(vae, torch.stack(pixels).to(device)).float().cpu()
         for picture, latent in zip(good, latents, strict=True):
-            if latent.isfinite().all():
+            if is_finite(latent):
                 store.write(picture.key, {"latents": latent})
             else:
-                problems.append((picture.key, f"{picture.file}: its latents are not finite; is model.vae the right file?"))
+                why = f"{picture.file}: its latents are not finite, which the autoencoder gave; is model.vae the right file, and whole?"
+                problems.append((picture.key, why))
     return problems
 
 
@@ -554,18 +632,25 @@ def cache_texts(
                 texts = [by_key[key] for key in group]
                 with _memory_advice(len(group)):
                     encoded = family.encode_texts(encoders, texts)
-                if not all(value.isfinite().all() for value in encoded.values()):
-                    raise ValueError(
-                        f"model.dtype = {config.model.dtype!r}: the encoding of {by_key[group[0]]!r} or of the {len(group) - 1} after it "
-                        f"is not finite; T5 overflows in float16, set model.dtype = 'bfloat16'"
-                    )
                 for index, key in enumerate(group):
-                    store.write(key, {name: value[index] for name, value in encoded.items()})
+                    one = {name: value[index] for name, value in encoded.items()}
+                    if (part := first_not_finite(one)) is not None:
+                        raise ValueError(_not_finite_text(config, by_key[key], part))
+                    store.write(key, one)
                 cut += [text for text, longer in zip(texts, family.longer_than_limit(encoders, texts), strict=True) if longer]
                 bar.update(len(group))
     cut = processes.gather(cut)
     pruned = store.prune(by_key) if prune and processes.rank == 0 else 0
     return Summary(encoded=len(todo), kept=len(by_key) - len(todo), pruned=pruned, cut=tuple(cut))
+
+
+def _not_finite_text(config: Config, text: str, part: str) -> str:
+    """A message; `part` is the tensor's name in the family's encoding."""
+    encoder = "model.clip" if part == "pooled" else "model.t5"
+    remedy = (
+        "T5 overflows in float16, set model.dtype = 'bfloat16'" if config.model.dtype == "float16" else "is it the right file, and whole?"
+    )
+    return f"model.dtype = {config.model.dtype!r}: {encoder} gives an encoding ({part}) that is not finite, of {text!r}; {remedy}"
 
 
 @contextmanager

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from byg_plugin.data.cache import Keys, Picture, Store, latent_store, lost_tuples, read_lost, text_store, texts_beside
+from byg_plugin.data.cache import Keys, Picture, Spec, Store, latent_store, lost_tuples, read_lost, text_store, texts_beside
 from byg_plugin.data.tuples import TEXTS, EditTuple, read_tuples
 from byg_plugin.models.base import Family
 from byg_plugin.training.config import Config
@@ -67,6 +67,7 @@ class CachedTuples(Dataset[dict[str, Any]]):
     def _check_cached(self) -> None:
         self._pictures: list[tuple[Picture, Picture | None]] = []
         images: dict[str, str] = {}
+        sizes: dict[str, Hashable] = {}
         texts: dict[str, str] = {}
         remembered = dict(self._keys.files.known)
         for item in self.tuples:
@@ -74,19 +75,18 @@ class CachedTuples(Dataset[dict[str, Any]]):
             target = self._keys.target(item) if self.paired else None
             self._pictures.append((source, target))
             images |= {picture.key: str(picture.file) for picture in (source, target) if picture}
+            sizes |= {picture.key: (picture.bucket, picture.frames) for picture in (source, target) if picture}
             texts |= {self._keys.text(getattr(item, role)): getattr(item, role) for role in TEXTS}
         texts |= {self._keys.text(text): text for text in texts_beside(self.config)}
         if self._keys.files.known != remembered:
             with suppress(ValueError):  # a cache that may only be read: the images are hashed again next time
                 self._keys.files.save()
-        complaints = [
-            complaint
-            for store, wanted, what, command in (
-                (self._latents, images, "images", "cache_latents"),
-                (self._texts, texts, "texts", "cache_text_encoder_outputs"),
-            )
-            if (complaint := _missing(store, wanted, what, command))
-        ]
+        complaints = []
+        for store, wanted, what in ((self._latents, images, "images"), (self._texts, texts, "texts")):
+            specs = {key: store.spec(key) for key in wanted}
+            there = {key: spec for key, spec in specs.items() if spec is not None}
+            complaints += _missing(store, [name for key, name in wanted.items() if key not in there], len(wanted), what)
+            complaints += _unlike(store, there, sizes, wanted)
         if complaints:
             raise ValueError(
                 f"dataset.cache_dir = {Path(self.config.dataset.cache_dir)} does not match the tuples, model and resolution:\n"
@@ -110,27 +110,66 @@ class CachedTuples(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """`source` (C, F, H, W), each text role as named tensors, `index`; `target` for the paired objective."""
         source, target = self._pictures[index]
-        item: dict[str, Any] = {"index": index, "source": self._latents.read(source.key)["latents"]}
+        this = self.tuples[index].id
+        item: dict[str, Any] = {"index": index, "source": self._latent(source, f"{source.file}, source of tuple {this}")}
         for role in TEXTS:
-            item[role] = self.encoding(getattr(self.tuples[index], role))
+            item[role] = self.encoding(text := getattr(self.tuples[index], role), f"{text!r}, {role} of tuple {this}")
         if target is not None:
-            item["target"] = self._latents.read(target.key)["latents"]
+            item["target"] = self._latent(target, f"{target.file}, target of tuple {this}")
         return item
 
-    def encoding(self, text: str) -> dict[str, Tensor]:
-        """The cached encoding of one of the tuples' texts, without batch."""
-        return self._texts.read(self._keys.text(text))
+    def _latent(self, picture: Picture, of: str) -> Tensor:
+        return self._latents.read(picture.key, of)["latents"]
+
+    def encoding(self, text: str, of: str | None = None) -> dict[str, Tensor]:
+        """The cached encoding of one of the tuples' texts, without batch; `of` is what errors call it."""
+        return self._texts.read(self._keys.text(text), of or repr(text))
 
 
-def _missing(store: Store, wanted: Mapping[str, str], what: str, command: str) -> str | None:
-    """A sentence on the entries (key: what it is of) that are not in the store, with the command that makes them."""
-    missing = [name for key, name in wanted.items() if not store.has(key)]
+def _missing(store: Store, missing: Sequence[str], count: int, what: str) -> list[str]:
+    """A sentence on what is not in the store, of `count` that are wanted, with the command that makes it; none if there is nothing."""
     if not missing:
-        return None
+        return []
     examples = ", ".join(repr(name) for name in missing[:_SHOWN])
     entries = store.count()
     why = f"none of {entries} entries has their content, this model and this size" if entries else "nothing is cached yet"
-    return f"{len(missing)} of {len(wanted)} {what} are not cached as they are now, {why}: {examples}; run python -m byg_plugin.{command}"
+    return [f"{len(missing)} of {count} {what} are not cached as they are now, {why}: {examples}; run {store.command}"]
+
+
+def _unlike(store: Store, specs: Mapping[str, Spec], sizes: Mapping[str, Hashable], wanted: Mapping[str, str]) -> list[str]:
+    """A sentence on entries that no batch can hold beside the others: what was put there is not what this model encodes.
+
+    Args:
+        store: where they lie.
+        specs: of the entries that are there, by key.
+        sizes: what a latent's shape goes with; encodings of texts, which are not in it, have one.
+        wanted: what each is of.
+    """
+    # What all have in common is right: the model is part of the key. Channels first, so that a size with one entry counts too.
+    common = _alike({key: _leading(spec) for key, spec in specs.items()}, dict.fromkeys(specs))
+    common &= _alike({key: tuple(sorted(spec.items())) for key, spec in specs.items()}, sizes)
+    odd = [key for key in specs if key not in common]
+    if not odd:
+        return []
+    named = "".join(f"\n    {store.path(key)} ({wanted[key]})" for key in odd[:_SHOWN])
+    return [f"{len(odd)} entries have other tensors or shapes than the rest; remove these files and run {store.command}:{named}"]
+
+
+def _leading(spec: Spec) -> Hashable:
+    """Names, dtypes and the first dimension (of latents the channels)."""
+    return tuple(sorted((name, dtype, shape[0]) for name, (dtype, shape) in spec.items()))
+
+
+def _alike(facts: Mapping[str, Hashable], groups: Mapping[str, Hashable]) -> set[str]:
+    """Keys whose fact is the commonest of their group; where two are equally common, neither can be told to be right."""
+    counts: dict[Hashable, Counter[Hashable]] = defaultdict(Counter)
+    for key, fact in facts.items():
+        counts[groups.get(key)][fact] += 1
+    right = {}
+    for group, found in counts.items():
+        (first, most), *others = found.most_common(2)
+        right[group] = None if others and others[0][1] == most else first
+    return {key for key, fact in facts.items() if fact == right[groups.get(key)]}
 
 
 def split_tuples(tuples: Sequence[EditTuple], validation_items: int) -> tuple[list[EditTuple], list[EditTuple]]:

@@ -24,7 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from byg_plugin import _cli
-from byg_plugin.data.tuples import IMAGE_SUFFIXES, TEXTS
+from byg_plugin.data.tuples import IMAGE_SUFFIXES, TEXTS, unwritable
+from byg_plugin.documents import utf8
+from byg_plugin.user_files import files_in, hidden_in
 
 SUFFIXES = {"instruction": ".txt", "src_caption": ".src.txt", "tgt_caption": ".tgt.txt", "reverse_instruction": ".rev.txt"}
 _SHOWN = 10
@@ -62,6 +64,7 @@ def import_kontext(targets: Path, controls: Path, out: Path) -> Imported:
             **{role: text for role, text in texts.items() if text},
             "target": _relative(target, base),
         }
+        problems += [f"{path}: {why}" for path in (control, target) if (why := unwritable(_relative(path, base)))]
         if missing := [role for role, text in texts.items() if not text]:
             incomplete.append({**record, "missing": missing})
         else:
@@ -79,13 +82,13 @@ def _images(folder: Path, option: str, problems: list[str]) -> dict[str, Path]:
     if not folder.is_dir():
         raise ValueError(f"{option} {folder}: no such folder")
     found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in IMAGE_SUFFIXES:
-            if path.stem in found:
-                problems.append(f"{option}: {found[path.stem].name} and {path.name} have one name; rename or remove one")
-            found.setdefault(path.stem, path)
+    for path in files_in(folder, IMAGE_SUFFIXES):
+        if path.stem in found:
+            problems.append(f"{option}: {found[path.stem].name} and {path.name} have one name; rename or remove one")
+        found.setdefault(path.stem, path)
     if not found:
-        raise ValueError(f"{option} {folder}: no image in it ({', '.join(IMAGE_SUFFIXES)}; folders inside it are not searched)")
+        searched = f"{', '.join(IMAGE_SUFFIXES)}; folders inside it are not searched{hidden_in(folder, IMAGE_SUFFIXES)}"
+        raise ValueError(f"{option} {folder}: no image in it ({searched})")
     return found
 
 
@@ -103,9 +106,9 @@ def _text(path: Path, problems: list[str]) -> str | None:
     if not path.is_file():
         return None
     try:
-        return path.read_text(encoding="utf-8-sig").strip() or None
-    except UnicodeDecodeError as error:
-        problems.append(f"{path}: not UTF-8 text ({error}); save it as UTF-8")
+        return utf8(path.read_bytes()).strip() or None
+    except (ValueError, OSError) as error:
+        problems.append(f"{path}: {error}")
         return None
 
 

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from byg_plugin.data import clips
 from byg_plugin.data.rules import RULES, Finding, check_texts
+from byg_plugin.documents import json_value, other_encoding, utf8
+from byg_plugin.user_files import files_in, hidden_in
 
 if TYPE_CHECKING:
     from byg_plugin.training.config import DatasetConfig
@@ -153,6 +155,9 @@ def _jsonl_records(path: Path) -> Records:
         # By bytes, at line feeds alone: captions may hold U+2028 and the like, which text lines are split at.
         for number, line in enumerate(file, start=1):
             where = f"line {number}"
+            if number == 1 and (other := other_encoding(line)):
+                yield where, None, [f"{other} text; save the file as UTF-8"]
+                return  # the other lines are no better
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
@@ -165,17 +170,22 @@ def _jsonl_records(path: Path) -> Records:
 def _folder_records(path: Path) -> Records:
     images: dict[str, list[Path]] = {}
     targets: set[Path] = set()
-    for image in sorted(p for p in path.iterdir() if p.suffix.lower() in MEDIA_SUFFIXES):
+    for image in files_in(path, MEDIA_SUFFIXES):
         images.setdefault(image.stem, []).append(image)
-    for beside in sorted(path.glob("*.json")):
+    for beside in files_in(path, (".json",)):
         if len(found := images.get(beside.stem, [])) != 1:
             names = ", ".join(image.name for image in found) or "none"
             yield beside.name, None, [f"needs one image of the same name beside it, there is {names}"]
             continue
         try:
-            value = load_json(beside.read_text(encoding="utf-8-sig"))
+            text = utf8(beside.read_bytes())
+        except (ValueError, OSError) as error:
+            yield beside.name, None, [str(error)]
+            continue
+        try:
+            value = load_json(text)
         except ValueError as error:
-            yield beside.name, None, [f"not JSON: {error}"]
+            yield beside.name, None, [f"not JSON: {error}{_escape_hint(error)}"]
             continue
         for index, record in enumerate(value if isinstance(value, list) else [value]):
             where = beside.name if not isinstance(value, list) else f"{beside.name}[{index}]"
@@ -194,31 +204,30 @@ def _folder_records(path: Path) -> Records:
         names = ", ".join(bare[:_SHOWN]) + (", ..." if len(bare) > _SHOWN else "")
         yield path.name, None, [f"{len(bare)} image(s) have no .json of the same name beside them with {', '.join(TEXTS)}: {names}"]
     if not every:
-        yield path.name, None, [f"no image or clip in this folder ({', '.join(MEDIA_SUFFIXES)}; folders inside it are not searched)"]
+        searched = f"{', '.join(MEDIA_SUFFIXES)}; folders inside it are not searched{hidden_in(path, MEDIA_SUFFIXES)}"
+        yield path.name, None, [f"no image or clip in this folder ({searched})"]
 
 
 def load_json(text: str) -> Any:
     """A JSON value in which no object has a key twice; the reader's default keeps the last and drops the other in silence.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is none, or nested without end.
     """
-    return json.loads(text, object_pairs_hook=_object)
+    return json_value(text, unique_keys=True)
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"{', '.join(twice)} appears twice in one object")
-    return dict(pairs)
+def _escape_hint(error: ValueError) -> str:
+    """Paths of Windows are what holds a backslash."""
+    return "; in JSON a backslash is written \\\\, and in a path / serves as well" if "escape" in str(error) else ""
 
 
 def _parse(line: str) -> tuple[Mapping[str, Any] | None, list[str]]:
     try:
         record = load_json(line)
     except json.JSONDecodeError as error:
-        return None, [f"not JSON: {error.msg} at column {error.colno}"]
-    except (ValueError, RecursionError) as error:
+        return None, [f"not JSON: {error.msg} at column {error.colno}{_escape_hint(error)}"]
+    except ValueError as error:
         return None, [str(error)]
     if not isinstance(record, dict):
         return None, [f"expected a JSON object on each line, got {type(record).__name__}"]
@@ -230,8 +239,16 @@ def _schema(record: Mapping[str, Any], root: Path) -> Iterator[Finding]:
         yield Finding(reason="schema", message=problem)
     for name in ("source", "target"):
         value = record.get(name)
-        if isinstance(value, str) and value.strip() and not _is_file(_resolve(value, root)):
-            yield Finding(reason="file", message=f"{name}: no such file {_resolve(value, root)}")
+        if isinstance(value, str) and value.strip() and not is_file(_resolve(value, root)):
+            yield Finding(reason="file", message=f"{name}: no such file {path_words(value, root)}")
+
+
+def path_words(value: str, root: Path) -> str:
+    """A path that leads nowhere, for a message: with what its characters say of why."""
+    place = str(_resolve(value, root))
+    if any(ord(character) < 32 or character == "\x7f" for character in value):
+        return f"{place!r}: it holds control characters; in JSON a backslash begins an escape (\\t, \\n): write / or \\\\ in paths"
+    return f"{place} (its backslashes are read as /)" if "\\" in value and "\\" not in place else place
 
 
 def _field_problems(record: Mapping[str, Any]) -> list[str]:
@@ -271,10 +288,11 @@ def is_unicode(text: str) -> bool:
     return True
 
 
-def _is_file(path: Path) -> bool:
+def is_file(path: Path) -> bool:
+    """Whether a file is there; a text that cannot be a path names none."""
     try:
         return path.is_file()
-    except (OSError, UnicodeEncodeError):  # a caption in the place of a path is too long for a name
+    except (OSError, ValueError):  # a caption in the place of a path is too long for a name
         return False
 
 
@@ -289,6 +307,15 @@ def _resolve(text: str, root: Path) -> Path:
     # Written on Windows, read anywhere; a backslash is no part of a name that a data set should have.
     path = Path(text if Path(text).is_absolute() else text.replace("\\", "/"))
     return path if path.is_absolute() else root / path
+
+
+def unwritable(name: str) -> str | None:
+    """Why a file's name, as it would stand in a tuple, would not be found again; None where it would."""
+    if not is_unicode(name):
+        return "its name is not Unicode text, which no tuples file can hold; rename it"
+    if "\\" in name and not Path(name).is_absolute():
+        return "its name holds a backslash, which a tuples file reads as /; rename it"
+    return None
 
 
 def _make(record: Mapping[str, Any], root: Path) -> EditTuple:

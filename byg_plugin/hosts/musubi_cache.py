@@ -29,6 +29,7 @@ from torch import Tensor
 from byg_plugin.data.tuples import TEXTS, EditTuple
 from byg_plugin.lora_files import write_lora
 from byg_plugin.objectives.base import Text
+from byg_plugin.user_files import is_hidden
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -240,7 +241,7 @@ def cached_items(dataset_config: Path, family: str) -> list[Item]:
         position = r"_\d+-\d+(?:-\d+)?" if is_video else ""
         pattern = re.compile(rf"(.+){position}_\d+x\d+_{name}\.safetensors")
         for path in sorted(folder.glob(f"*_{name}.safetensors")):
-            if match := pattern.fullmatch(path.name):
+            if not is_hidden(path.name) and (match := pattern.fullmatch(path.name)):
                 text = folder / f"{match[1]}_{name}_te.safetensors"
                 found.setdefault(text, Item(stem=match[1], path=text))
     return list(found.values())

@@ -28,6 +28,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from byg_plugin.documents import json_value
 from byg_plugin.finite import first_not_finite, is_finite
+from byg_plugin.user_files import files_in, is_hidden
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,8 +256,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _safetensors(folder: Path) -> list[Path]:
-    """Without the hidden ones, such as the `._` files of a Mac."""
-    return sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("."))
+    return files_in(folder, (".safetensors",))
 
 
 _INDEXED = ("diffusion_pytorch_model.safetensors", "model.safetensors")
@@ -578,7 +578,7 @@ def _hash_tokenizer(digest: Any, folder: Path | None, part: str) -> None:
         digest.update((assets() / "tokenizers" / shipped[0]).read_bytes())
         return
     for path in sorted(folder.iterdir()):
-        if path.suffix in (".json", ".txt", ".model"):
+        if path.suffix in (".json", ".txt", ".model") and not is_hidden(path.name):
             digest.update(path.name.encode() + path.read_bytes())
 
 

@@ -1,0 +1,24 @@
+"""Folders of users' files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file's name says that it is no user's file: a Mac keeps `._x.png` beside `x.png` on a disk of another kind."""
+    return name.startswith(".")
+
+
+def files_in(folder: Path, suffixes: Iterable[str]) -> list[Path]:
+    """The files of a folder with one of these suffixes (lower case), by name; hidden ones are passed over."""
+    wanted = tuple(suffixes)
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in wanted and not is_hidden(path.name))
+
+
+def hidden_in(folder: Path, suffixes: Iterable[str]) -> str:
+    """Words for the error that there is nothing in a folder: how many hidden files were passed over; empty for none."""
+    wanted = tuple(suffixes)
+    count = sum(path.suffix.lower() in wanted and is_hidden(path.name) for path in folder.iterdir())
+    return f"; {count} hidden one(s) are passed over" if count else ""
