@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -83,16 +83,18 @@ def plain(size: tuple[int, int], values: tuple[int, ...], count: int = 3, pixel_
     return frames
 
 
-def remux(source: Path, to: Path, skip: int = 0) -> Path:
-    """The same packets in another container. The first `skip` frames lie before time 0, which an .mp4's edit list cuts off."""
+def remux(source: Path, to: Path, skip: int = 0, edit: Callable[[list[av.Packet]], list[av.Packet]] = list) -> Path:
+    """The same packets, after `edit`, in another container.
+
+    The first `skip` frames lie before time 0, which an .mp4's edit list cuts off.
+    """
     with av.open(str(source)) as old, av.open(str(to), "w", options={"avoid_negative_ts": "disabled"}) as new:
         stream = old.streams.video[0]
         copy = new.add_stream_from_template(stream)
         frame = 1 / (stream.average_rate * stream.time_base)
-        for packet in old.demux(stream):
-            if packet.dts is None:
-                continue
-            packet.pts, packet.dts = packet.pts - int(skip * frame), packet.dts - int(skip * frame)
+        for packet in edit([packet for packet in old.demux(stream) if packet.size]):
+            packet.pts -= int(skip * frame)
+            packet.dts = None if packet.dts is None else packet.dts - int(skip * frame)
             packet.stream = copy
             new.mux(packet)
     return to

@@ -35,9 +35,28 @@ def packed(path: Path) -> Path:
 
 
 def hidden(path: Path) -> Path:
-    """VP8 with packets that are no frames of their own."""
-    options = {"auto-alt-ref": "1", "lag-in-frames": "10", "deadline": "good"}
-    return encode(path, shades(28), "libvpx", options=options)
+    """VP8 whose sixth packet is a picture that later ones refer to and nobody sees: the encoder makes such of its own in two passes."""
+
+    def hide(packets: list[av.Packet]) -> list[av.Packet]:
+        data = bytearray(bytes(packets[5]))
+        data[0] &= ~0x10  # show_frame
+        unseen = av.Packet(bytes(data))
+        unseen.pts, unseen.dts, unseen.time_base = packets[5].pts, packets[5].dts, packets[5].time_base
+        return [*packets[:5], unseen, *packets[6:]]
+
+    return remux(encode(path.with_name("whole.webm"), shades(28), "libvpx"), path, edit=hide)
+
+
+def cut_out(path: Path) -> Path:
+    """From an I-frame in the middle of a stream on: the B-frames that are shown before it refer to what is gone."""
+    options = B_FRAMES | {"x264-params": "open-gop=1:scenecut=0"}
+
+    def second_group(packets: list[av.Packet]) -> list[av.Packet]:
+        group = packets[[number for number, packet in enumerate(packets) if packet.is_keyframe][1] :]
+        assert min(packet.pts for packet in group) < group[0].pts
+        return group
+
+    return remux(encode(path.with_name("whole.mkv"), shades(28), options=options), path, edit=second_group)
 
 
 def trimmed(path: Path) -> Path:
@@ -55,7 +74,6 @@ def trimmed(path: Path) -> Path:
         ("a.mkv", b_frames, 0),
         ("packed.mp4", packed, 0),
         ("packed.mkv", packed, 0),
-        ("hidden.webm", hidden, 0),
         ("trimmed.mp4", trimmed, 12),
         ("trimmed.mov", trimmed, 12),
     ],
@@ -71,6 +89,20 @@ def test_frames_are_in_order_and_counted_as_they_are_shown(tmp_path: Path, name:
         count = clip.frames_at(fps)
         assert count == clip.frames * fps / 16
         assert numbers(path, count, fps) == [first + int(k * 16 / fps) for k in range(count)]
+
+
+@pytest.mark.parametrize(("name", "make"), [("hidden.webm", hidden), ("cut.mkv", cut_out), ("cut.mp4", cut_out)])
+def test_packets_that_give_no_frame_are_not_counted_and_move_no_other(tmp_path: Path, name: str, make: Any):
+    path = make(tmp_path / name)
+    clip = clips.clip_info(path)
+    shown = numbers(path, clip.frames)
+    with av.open(str(path)) as container:
+        assert clip.frames < sum(1 for packet in container.demux(container.streams.video[0]) if packet.size)
+    with pytest.raises(ValueError, match=f"only {clip.frames} of 29 frames"):
+        numbers(path, 29)
+    assert shown == sorted(set(shown)) and shown[-1] == 27
+    # Each at the time that the whole clip shows it.
+    assert numbers(path, clip.frames_at(16), 16) == [max(n for n in shown if n <= k) for k in range(shown[0], 28)]
 
 
 def test_the_trimmed_clip_is_one(tmp_path: Path):

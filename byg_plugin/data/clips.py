@@ -78,8 +78,9 @@ def clip_info(path: Path) -> Clip:
             raise ValueError(f"{path}: no frame can be decoded from it; replace it or remove its tuples")
         size = _Shown(path, stream)(first).size
         if _packets_tell(container, stream, first, [time for time, _ in packets]):
-            times, lasts = sorted(time for time, _ in packets), packets[0][1]
-            return Clip(size=size, frames=len(times), seconds=_end(times[0], times[-1], len(times), lasts) - times[0])
+            times = [time for time, _ in packets if time is not None]
+            start, last, lasts = min(times), max(times), packets[0][1]
+            return Clip(size=size, frames=len(times), seconds=_end(start, last, len(times), lasts) - start)
     with _opened(path) as (container, stream):
         frames = [(frame.time, frame.lasts) for frame in _frames(path, container, stream)]
     if not frames:
@@ -270,7 +271,8 @@ def _packets_tell(container: Any, stream: Any, first: Any, times: list[float | N
     # Hidden frames are packets of VP8, a field may be one of interlaced video, AVI packs two frames into one. A stream that begins
     # in the middle has frames before its first one that nothing can be decoded from.
     doubtful = container.format.name == "avi" or stream.codec_context.name in ("vp8", "libvpx") or first.interlaced_frame
-    return not doubtful and bool(times) and None not in times and times[0] == min(times)
+    known = [time for time in times if time is not None]
+    return not doubtful and 0 < len(known) == len(times) and known[0] == min(known)
 
 
 def _end(start: float, last: float, count: int, lasts: float) -> float:
