@@ -22,7 +22,7 @@ Applied = tuple[Tensor, Tensor, float]
 
 
 class Refused(Exception):
-    """diffusers raises an error instead of loading the file; its text."""
+    """diffusers does not load the file; why."""
 
 
 def missing() -> str | None:
@@ -43,7 +43,7 @@ def load(
         wan: whose pipeline loads it.
 
     Raises:
-        Refused: the loader raises.
+        Refused: the loader raises, or leaves a layer that cannot run.
     """
     from diffusers.loaders import FluxLoraLoaderMixin, WanLoraLoaderMixin
     from peft.tuners.lora import LoraLayer
@@ -75,7 +75,10 @@ def load(
     for name, layer in network.named_modules():
         if isinstance(layer, LoraLayer):
             (adapter,) = layer.lora_A
-            found[name] = (layer.lora_B[adapter].weight.data, layer.lora_A[adapter].weight.data, layer.scaling[adapter])
+            up, down = layer.lora_B[adapter].weight.data, layer.lora_A[adapter].weight.data
+            if up.is_meta or down.is_meta:
+                raise Refused(f"it finds no values for a matrix of {name}, and would fail when the network runs")
+            found[name] = up, down, float(layer.scaling[adapter])
     return found
 
 

@@ -333,7 +333,7 @@ def convert(tensors: Mapping[str, Tensor], to: Format, *, family: str = "flux", 
         allow_loss: leave out what `to`'s tool would not load (see `losses`) instead of refusing.
 
     Raises:
-        ValueError: no LoRA of the family, an unknown format, or something would be lost and `allow_loss` is false.
+        ValueError: no LoRA of the family, an unknown format, or something would be lost and `allow_loss` is false, or all of it.
     """
     layers, lost = _converted(tensors, to, family)
     if lost and not allow_loss:
@@ -343,6 +343,8 @@ def convert(tensors: Mapping[str, Tensor], to: Format, *, family: str = "flux", 
             + ("; …" if len(lost) > 3 else "")
             + f". convert_lora.py FILE --to {to} --allow-loss --out NEW writes the LoRA without them"
         )
+    if not layers:
+        raise ValueError(f"{to} would load none of its {len(lost)} layers, such as {lost[0].name} ({lost[0].why})")
     peft = to == "diffusers" or (to == "comfyui" and _family(family).is_wan)
     return {key: tensor for layer in layers for key, tensor in _write(layer, to, peft).items()}
 
