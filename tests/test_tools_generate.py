@@ -60,6 +60,19 @@ def test_a_good_server(tmp_path: Path, options: list[str]) -> None:
     assert styled and all("watercolor" in entry["text"] and "ukiyo-e" in entry["text"] for entry in styled)
 
 
+@pytest.mark.parametrize("shape", ["reasoning_content", "tool_calls", "parts"])
+@pytest.mark.parametrize("options", [[], ["--stream"]])
+def test_answers_that_stand_elsewhere_and_errors_that_are_sent_as_answers(tmp_path: Path, shape: str, options: list[str]) -> None:
+    photos(tmp_path / "photos", 6)
+    out = tmp_path / "t.jsonl"
+    with stub(tmp_path / "s", "good", shape=shape, busy=True) as server:
+        done = run("generate_edits", "--images", tmp_path / "photos", "--out", out, "--base-url", server.url, *options)
+        assert done.returncode == 0, done.stderr
+        assert len(server.requests) == 12
+    accepted, rejected = files(out)
+    assert len(accepted) == 6 and not rejected and not any("repaired" in record["meta"] for record in accepted.values())
+
+
 @pytest.mark.parametrize("options", [[], ["--stream"]])
 def test_a_thousand_malformed_answers_of_a_hostile_server(tmp_path: Path, options: list[str]) -> None:
     count = 1000
@@ -242,6 +255,15 @@ def test_no_key_and_no_prompt_in_outputs_rejects_or_logs(tmp_path: Path) -> None
     assert KEY not in said and "sk-test" not in said
     assert "Choose exactly one of these edit types" not in said and "reverse_instruction is given to somebody" not in said
     assert "[key]" in said and "[prompt]" in said  # it was there
+
+
+def test_a_server_that_puts_all_answers_elsewhere_rejects_nothing(tmp_path: Path) -> None:
+    photos(tmp_path / "photos", 5)
+    out = tmp_path / "t.jsonl"
+    with stub(tmp_path / "s", "good", shape="silent") as server:
+        done = run("generate_edits", "--images", tmp_path / "photos", "--out", out, "--base-url", server.url)
+    assert done.returncode == 2 and "--reasoning-parser and --tool-call-parser" in done.stderr and "Traceback" not in done.stderr
+    assert files(out) == ({}, {})
 
 
 @pytest.mark.parametrize(
