@@ -11,6 +11,7 @@ from .backend import Answer
 
 # Where a server's reasoning parser puts what it takes for thinking.
 _THINKING = ("reasoning_content", "reasoning", "thinking")
+_OBJECT = re.compile(r"\{\s*[\"'“]")
 _CUT = ("length", "max_tokens")
 # What the words for errors amount to as an HTTP status, without case and separators; others are the server's own trouble.
 _STATUS = {
@@ -128,7 +129,7 @@ class Completion:
         thinking = next((said[name] for name in _THINKING if said.get(name, "").strip()), "")
         if not text and thinking:
             # One that was cut off, or holds no object, is what it says it is.
-            text = f"<think>{thinking}" if cut else thinking if "{" in thinking else f"<think>{thinking}</think>"
+            text = f"<think>{thinking}" if cut else thinking if _OBJECT.search(thinking) else f"<think>{thinking}</think>"
         return Answer(text=text, cut=cut)
 
 

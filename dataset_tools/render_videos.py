@@ -42,6 +42,7 @@ from .journal import numbered_records, replacing, write_records
 from .settings import RenderSettings, read_settings
 from .video import hold_out, video_tuple
 
+_LIBRARIES = (["diffusers"], ["transformers"], [None])  # that parts of a pipeline come from
 # What the picture depends on; a clip made with others is not taken for one of these.
 _OF_THE_PICTURE = ("model", "width", "height", "frames", "fps", "steps", "guidance", "guidance_2", "negative", "dtype")
 
@@ -168,8 +169,10 @@ def load_pipeline(settings: RenderSettings, device: Any) -> Any:
     from diffusers import AutoencoderKLWan, WanPipeline
 
     try:
-        vae = AutoencoderKLWan.from_pretrained(settings.model, subfolder="vae", torch_dtype=torch.float32)
-        pipe = WanPipeline.from_pretrained(settings.model, vae=vae, torch_dtype=getattr(torch, settings.dtype))
+        _refuse_foreign_code(WanPipeline.load_config(settings.model))
+        vae = AutoencoderKLWan.from_pretrained(settings.model, subfolder="vae", use_safetensors=True, torch_dtype=torch.float32)
+        dtype = getattr(torch, settings.dtype)
+        pipe = WanPipeline.from_pretrained(settings.model, trust_remote_code=False, use_safetensors=True, vae=vae, torch_dtype=dtype)
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"model = {settings.model!r} cannot be loaded as a Wan pipeline: {reason}") from error
@@ -179,6 +182,15 @@ def load_pipeline(settings: RenderSettings, device: Any) -> Any:
     else:
         pipe.to(device)
     return pipe
+
+
+def _refuse_foreign_code(index: Mapping[str, Any]) -> None:
+    """Not left to diffusers: earlier versions import whatever module a folder's model_index.json names."""
+    named = {"_class_name": index.get("_class_name"), **{part: value for part, value in index.items() if not part.startswith("_")}}
+    for part, value in named.items():
+        own = not isinstance(value, str) if part == "_class_name" else isinstance(value, list) and value[:1] not in _LIBRARIES
+        if own:
+            raise ValueError(f"model_index.json: {part} = {value} is code of its own, which is never run")
 
 
 def write_tuples(settings: RenderSettings, every: Sequence[Job]) -> tuple[Path, int]:

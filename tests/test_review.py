@@ -113,9 +113,12 @@ def test_a_line_that_a_kill_has_cut_is_left_out_wherever_it_was_cut(tuples: Path
 def test_a_damaged_line_before_the_last_is_named(tuples: Path):
     with Review(tuples) as review:
         decide(review, 0, "kept")
-    journal_path(tuples).write_bytes(b'{"key": "a", "sta\n' + journal_path(tuples).read_bytes())
-    with pytest.raises(ValueError, match=r"tuples\.review\.jsonl: line 1 is damaged"):
-        Review(tuples)
+    good = journal_path(tuples).read_bytes()
+    levels = [b'{"key": "a", "status": "open", "texts": {"x": ' + b"[" * deep + b"]" * deep + b"}}" for deep in (900, 100_000)]
+    for line in (b'{"key": "a", "sta', *levels, b"[" * 100_000, b"1" * 5000):
+        journal_path(tuples).write_bytes(line + b"\n" + good)
+        with pytest.raises(ValueError, match=r"tuples\.review\.jsonl: line 1 is damaged"):
+            Review(tuples)
 
 
 def test_a_full_disk_leaves_state_and_journal_as_they_were(tuples: Path, monkeypatch: pytest.MonkeyPatch):

@@ -18,6 +18,7 @@ from tools_helpers import KEY, photos, records, run, start, stub
 
 from byg_plugin.data.rules import EDIT_TYPES, RULES
 from byg_plugin.data.tuples import read_tuples_file
+from dataset_tools.settings import GenerateSettings, read_settings
 
 
 def files(out: Path) -> tuple[dict[str, dict], dict[str, dict]]:
@@ -403,6 +404,46 @@ def test_bad_settings(tmp_path: Path, arguments: list[str], said: str, monkeypat
     monkeypatch.chdir(tmp_path)
     done = run("generate_edits", *arguments)
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr and "secret" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("in_flight", "1000000000000", "in_flight = 1000000000000: Input should be less than or equal to 10000"),
+        ("batch_size", "9" * 5000, "batch_size = "),
+        ("limit", "1" * 5000, "limit = "),
+        ("shard", "1/" + "9" * 5000, "shard = '1/9"),
+        ("timeout", "1e300", "timeout = 1e+300"),
+        ("timeout", "Infinity", "timeout = inf"),
+        ("extra_body", "[" * 100_000, "extra_body = '[["),
+        ("extra_body", "[" * 100_000 + "]" * 100_000, "extra_body = '[["),
+        ("extra_body", '{"a": ' + "1" * 5000 + "}", "extra_body = "),
+    ],
+)
+def test_values_beyond_all_bounds_are_named_and_not_repeated_whole(option: str, value: str, said: str) -> None:
+    with pytest.raises(ValueError, match="^options:") as caught:
+        read_settings(GenerateSettings, "generate", "", ["--images", ".", "--out", "o", f"--{option.replace('_', '-')}", value])
+    assert said in str(caught.value) and len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[generate]\nx = " + "[" * 100_000,
+        "[generate]\nx = " + "[" * 100_000 + "]" * 100_000,
+        "[generate]\nx = " + "1" * 5000,
+        "[generate]\n" + "a." * 1000 + "b = 1",
+        "[generate",
+        "generate = 3",
+        "generate = [" + '"x",' * 10_000 + "]",
+        '"' + "x" * 10_000 + '" = 1',
+    ],
+)
+def test_a_configuration_that_is_none_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "c.toml").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"^(--config )?.*c\.toml") as caught:
+        read_settings(GenerateSettings, "generate", "", ["--config", str(tmp_path / "c.toml")])
+    assert len(str(caught.value)) < 1000
 
 
 def test_config_file_and_options_over_it(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from dataset_tools.settings import BackendSettings
 
 TEXT = '{"caption": "a red car on a wet street",\u2028 "style": "photo"}'
 DRAFT = '<think>{"caption": "draft"}</think>'
-OTHER = "It is a picture of a car."
+OTHER = "It is a picture of a {red} car."
 Raw = bytes | Callable[[dict[str, Any]], bytes]
 
 

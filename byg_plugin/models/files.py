@@ -170,8 +170,8 @@ def from_folder(kind: Any, place: str | Path, part: str, **dtype: torch.dtype) -
     """`kind.from_pretrained` of a local folder or hub id, safetensors only."""
     folder = part_folder(place, part)
     if folder is None:
-        options = {"subfolder": PARTS[part].folder, "use_safetensors": True, **dtype}
-        return _hub(lambda: kind.from_pretrained(str(place), **options), place)
+        inside = PARTS[part].folder
+        return _hub(lambda: kind.from_pretrained(str(place), subfolder=inside, use_safetensors=True, **dtype), place)
     _refuse_other_class(_json(folder / "config.json"), kind, folder)
     _weight_files(folder)
     return kind.from_pretrained(str(folder), use_safetensors=True, local_files_only=True, **dtype)
@@ -435,10 +435,16 @@ def load_tokenizer(place: str | Path, part: str, length: int) -> PreTrainedToken
     """The place's own tokenizer, or the shipped one where a file or folder has none."""
     folder = _tokenizer_folder(place, part)
     if folder is not None:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        try:
+            return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        except ValueError as error:
+            reason = " ".join(str(error).split())[:300]
+            remedy = "use the base model's tokenizer; code from a model folder is never run"
+            raise ValueError(f"{folder}: its tokenizer cannot be loaded ({reason}); {remedy}") from error
     path = Path(place).expanduser()
     if not path.exists():
-        return _hub(lambda: AutoTokenizer.from_pretrained(str(place), subfolder=str(PARTS[part].tokenizer_folder)), place)
+        inside = str(PARTS[part].tokenizer_folder)
+        return _hub(lambda: AutoTokenizer.from_pretrained(str(place), subfolder=inside, trust_remote_code=False), place)
     shipped = PARTS[part].tokenizer
     assert shipped is not None, part
     name, special = shipped
