@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
-import json
+import re
 from collections.abc import Collection
 from http import HTTPStatus
 from pathlib import Path
@@ -13,16 +14,18 @@ from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from byg_plugin.data import media
+from byg_plugin.documents import json_value
 
 from ._review_guard import LOOPBACK_NAMES, Guard
 from ._review_items import Item, original_texts
 from ._review_store import Review, StaleError
+from ._review_wire import PATIENCE
 
 _PAGE = Path(__file__).with_name("_review_page")
 _PAGE_FILES = {
@@ -30,6 +33,7 @@ _PAGE_FILES = {
     **{"/page.js": ("page.js", "text/javascript"), "/page.svg": ("page.svg", "image/svg+xml")},
 }
 _MAX_BODY = 512 * 1024  # bytes; four texts of the longest allowed size
+_MAX_DIGITS = 9  # of a tuple's number
 # What is sent as what; anything else is not sent. Browsers take a .mov for a film only under MP4's name.
 _CONTENT_TYPES = {
     **{".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp", ".bmp": "image/bmp"},
@@ -39,28 +43,30 @@ _CONTENT_TYPES = {
 _TO_PNG = (".tif", ".tiff")  # formats of the trainer's that browsers do not show
 
 
-def make_app(review: Review, root: Path, names: Collection[str] = LOOPBACK_NAMES) -> ASGIApp:
+def make_app(review: Review, root: Path, names: Collection[str] = LOOPBACK_NAMES, patience: float = PATIENCE) -> ASGIApp:
     """The server of one review.
 
     Args:
         root: the only folder that files are sent from; relative sources start here.
         names: host names and addresses, without port, that the page is called under.
+        patience: seconds that the body of a write may take.
     """
-    served = _Served(review, root.resolve(strict=True))
+    served = _Served(review, root.resolve(strict=True), patience)
     routes = [
         *(Route(path, _page_file, methods=["GET"]) for path in _PAGE_FILES),
         Route("/api/index", served.index, methods=["GET"]),
-        Route("/api/tuples/{index:int}", served.read, methods=["GET"]),
-        Route("/api/tuples/{index:int}", served.write, methods=["POST"]),
-        Route("/media/{index:int}/{role}", served.media, methods=["GET"]),
+        Route("/api/tuples/{index}", served.read, methods=["GET"]),
+        Route("/api/tuples/{index}", served.write, methods=["POST"]),
+        Route("/media/{index}/{role}", served.media, methods=["GET"]),
     ]
     return Starlette(routes=routes, middleware=[Middleware(Guard, names=frozenset(name.lower() for name in names))])
 
 
 class _Served:
-    def __init__(self, review: Review, root: Path) -> None:
+    def __init__(self, review: Review, root: Path, patience: float) -> None:
         self._review = review
         self._root = root
+        self._patience = patience
 
     async def index(self, _: Request) -> Response:
         """What filters and counts need of every tuple."""
@@ -78,7 +84,7 @@ class _Served:
 
     async def write(self, request: Request) -> Response:
         index = self._index(request)
-        key, status, change = _change(await _body(request))
+        key, status, change = _change(await self._body(request))
         if key != self._review.items[index].key:  # a page of an earlier server at this port
             raise HTTPException(HTTPStatus.GONE, "the server reviews another or a changed file now; copy your text, then reload")
         try:
@@ -109,10 +115,25 @@ class _Served:
         return FileResponse(path, media_type=_CONTENT_TYPES[path.suffix.lower()])
 
     def _index(self, request: Request) -> int:
-        index: int = request.path_params["index"]
-        if index >= len(self._review.items):
+        number: str = request.path_params["index"]
+        if len(number) > _MAX_DIGITS:
+            raise HTTPException(HTTPStatus.BAD_REQUEST, f"a tuple's number has at most {_MAX_DIGITS} digits")
+        if not re.fullmatch("[0-9]+", number) or int(number) >= len(self._review.items):
             raise HTTPException(HTTPStatus.NOT_FOUND, "no such tuple")
-        return index
+        return int(number)
+
+    async def _body(self, request: Request) -> Any:
+        try:
+            body = await asyncio.wait_for(_read_body(request), self._patience)
+        except asyncio.TimeoutError as error:
+            message = f"no whole body within {self._patience:g} s"
+            raise HTTPException(HTTPStatus.REQUEST_TIMEOUT, message, {"connection": "close"}) from error
+        except ClientDisconnect as error:
+            raise HTTPException(HTTPStatus.BAD_REQUEST, "the body broke off") from error
+        try:
+            return json_value(body)
+        except ValueError as error:  # also bytes that are no UTF-8
+            raise HTTPException(HTTPStatus.BAD_REQUEST, f"not JSON: {error}") from error
 
     def _shown(self, index: int) -> dict[str, Any]:
         item = self._review.items[index]
@@ -171,16 +192,13 @@ async def _page_file(request: Request) -> Response:
     return FileResponse(_PAGE / name, media_type=content_type)
 
 
-async def _body(request: Request) -> Any:
+async def _read_body(request: Request) -> bytes:
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
         if len(body) > _MAX_BODY:
             raise HTTPException(HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
-    try:
-        return json.loads(body)
-    except ValueError as error:  # also bytes that are no UTF-8
-        raise HTTPException(HTTPStatus.BAD_REQUEST, "not JSON") from error
+    return bytes(body)
 
 
 def _change(body: Any) -> tuple[str, str, dict[str, Any]]:

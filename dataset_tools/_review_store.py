@@ -15,6 +15,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from byg_plugin.data.tuples import TEXTS, is_unicode
+from byg_plugin.documents import json_value
 
 from ._review_items import Item, original_texts, read_items
 
@@ -176,12 +177,12 @@ class Review:
 
 
 def _entry(line: bytes) -> dict[str, Any]:
-    entry = json.loads(line)
+    entry = json_value(line)
     if not isinstance(entry, dict) or not isinstance(entry.get("key"), str) or entry.get("status") not in STATUSES:
         raise ValueError("no key or status")
     texts = entry.get("texts")
     if not isinstance(texts, dict) or not all(name in TEXTS and isinstance(text, str) for name, text in texts.items()):
-        raise ValueError(f"texts = {texts!r}")
+        raise ValueError("its texts are not those of a tuple")
     return entry
 
 

@@ -8,14 +8,19 @@ import logging
 import os
 import sys
 import time
-from contextlib import suppress
-from typing import Any
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, suppress
+from dataclasses import replace
+from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
+from byg_plugin.documents import json_value
 from byg_plugin.progress import Progress
 from byg_plugin.training.extras import require
 
 from .backend import Answer, Chat, Refused, redact
+from .completions import Completion, ServerError, TooLong
+from .parsing import is_silent
 from .settings import BackendSettings
 
 DEFAULT_URL = "http://127.0.0.1:8000/v1"
@@ -28,6 +33,11 @@ _NEVER = {
 }
 _LONGEST_WAIT = 60.0  # seconds between two attempts
 _SHOWN = 300  # characters of a server's error
+_MOST = 16 << 20  # bytes of a body or a line, and characters of an answer; memory must not depend on what a server sends
+_ERROR = 64 << 10  # bytes of a body that is an error
+_PARTING = 1.0  # seconds that a stream may take to end after its [DONE]
+_TRIES = 3  # of one request whose answer has nothing in it, as long as no answer had
+_SILENT = 24  # such answers, and it is the server
 
 
 class _Again(Exception):
@@ -64,7 +74,8 @@ class OpenAIBackend:
         if proven:
             self._answered.set()
         self._active = self._doubtful = 0
-        self._hopeless = self._told = False
+        self._hopeless = self._told = self._spoke = False
+        self._silent: list[Answer] = []
 
     async def complete(self, chat: Chat) -> Answer:
         """See `Backend`."""
@@ -87,6 +98,10 @@ class OpenAIBackend:
                 reraise=True,
             )
             answer: Answer = await attempts(self._attempt, chat)
+            tries = 1
+            while self._is_doubtful(answer) and tries < _TRIES:
+                answer = await attempts(self._attempt, replace(chat, seed=chat.seed + tries))
+                tries += 1
         except _Again as error:
             if self._last_success > started:  # the server answers others: it is this request
                 raise Refused(f"the server failed on it for {time.monotonic() - started:.0f} s, last: {error}") from error
@@ -102,6 +117,27 @@ class OpenAIBackend:
         self._last_success = time.monotonic()
         self._answered.set()
         return answer
+
+    def _is_doubtful(self, answer: Answer) -> bool:
+        """Whether an answer has nothing in it and none had: a server that puts all of them elsewhere must not turn a whole data
+        set into rejects.
+
+        Raises:
+            ValueError: there were many of them.
+        """
+        self._spoke = self._spoke or not is_silent(answer.text)
+        if self._spoke:
+            return False
+        self._silent.append(answer)
+        if len(self._silent) < _SILENT:
+            return True
+        remedy = (
+            f"each ran into max_tokens = {self.settings.max_tokens}, by thinking that is not shown: raise --max-tokens"
+            if all(silent.cut for silent in self._silent)
+            else "it may take the answer for thinking or for a tool call and drop it: start it without its reasoning parser and tool "
+            "parser (vLLM, SGLang: leave out --reasoning-parser and --tool-call-parser)"
+        )
+        raise ValueError(f"{self._url} answers, and {_SILENT} answers had no text in them, none had one; {remedy}")
 
     def _first_trouble(self, state: Any) -> None:
         """Say once that nothing has been answered: with a wrong address nothing else would be seen for `retry_for` seconds."""
@@ -124,45 +160,60 @@ class OpenAIBackend:
         import httpx
 
         try:
-            read = self._streamed(chat) if self.settings.stream else self._whole(chat)
-            return await asyncio.wait_for(read, self.settings.timeout)
+            return await asyncio.wait_for(self._read(chat), self.settings.timeout)
         except (asyncio.TimeoutError, httpx.TimeoutException) as error:
             raise _Again(f"no answer within {self.settings.timeout:g} s") from error
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:  # cut, or encoded as it does not say
             raise _Again(f"{type(error).__name__}: {self.scrub(str(error), chat)[:_SHOWN]}") from error
 
-    async def _whole(self, chat: Chat) -> Answer:
-        response = await self._client.post(f"{self._url}/chat/completions", content=self._body(chat), headers=_JSON)
-        self._check(response.status_code, response.headers.get("retry-after"), response.text, chat)
-        try:
-            choice = response.json()["choices"][0]
-            return _answer(choice["message"].get("content"), choice.get("finish_reason"))
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            raise _Again(f"the server's answer is no chat completion: {self.scrub(response.text, chat)[:_SHOWN]}") from error
-
-    async def _streamed(self, chat: Chat) -> Answer:
-        parts: list[str] = []
-        reason = None
-        async with self._client.stream("POST", f"{self._url}/chat/completions", content=self._body(chat), headers=_JSON) as response:
+    async def _read(self, chat: Chat) -> Answer:
+        """One answer, whole or streamed: servers send the one where the other was asked."""
+        completion, ended = Completion(_MOST), False
+        request = self._client.stream("POST", f"{self._url}/chat/completions", content=self._body(chat), headers=_JSON)
+        async with request as response, aclosing(_lines(response)) as lines:
+            retry_after = response.headers.get("retry-after")
             if response.status_code != 200:
-                text = (await response.aread()).decode(errors="replace")
-                self._check(response.status_code, response.headers.get("retry-after"), text, chat)
-            async for line in response.aiter_lines():
-                if not line.startswith("data:") or (data := line[5:].strip()) == "[DONE]":
-                    continue
-                try:
-                    event = json.loads(data)
-                    choices = event.get("choices") or []
-                    for choice in choices[:1]:
-                        parts.append((choice.get("delta") or {}).get("content") or "")
-                        reason = choice.get("finish_reason") or reason
-                except (ValueError, TypeError, AttributeError) as error:
-                    raise _Again("a line of the stream is no chat completion") from error
-                if "error" in event:
-                    raise _Again(f"the stream broke off: {self.scrub(str(event['error']), chat)[:_SHOWN]}")
-        if reason is None:
+                self._fail(response.status_code, retry_after, _message(await _beginning(lines)), chat)
+            try:
+                body = bytearray()
+                async for line in lines:
+                    if line.startswith(b"data:"):
+                        if ended := (data := line[5:].strip()) == b"[DONE]":
+                            break
+                        self._add(completion, data, chat)
+                    elif not completion.begun:
+                        body += line + b"\n"
+                        if len(body) > _MOST:
+                            raise TooLong
+                if ended:
+                    with suppress(asyncio.TimeoutError):
+                        await asyncio.wait_for(_drain(lines), _PARTING)
+                elif not completion.begun:
+                    self._add(completion, bytes(body), chat)
+                    ended = True
+            except ServerError as error:
+                self._fail(error.status, retry_after, f"{error} (sent with HTTP 200)", chat)
+            except TooLong as error:
+                raise Refused(f"the answer has more than {_MOST >> 20} MiB") from error
+        if not completion.begun:
+            raise _Again("the server's answer is no chat completion: no choice in it")
+        if completion.reason is None and not ended:
             raise _Again("the stream ended before the answer did")
-        return _answer("".join(parts), reason)
+        answer = completion.answer()
+        if completion.reason == "content_filter" and is_silent(answer.text):
+            raise Refused("the server's content filter keeps the answer back")
+        return answer
+
+    def _add(self, completion: Completion, data: bytes, chat: Chat) -> None:
+        if not data.strip():
+            return
+        try:
+            completion.add(json_value(data))
+        except TooLong:
+            raise
+        except ValueError as error:
+            shown = self.scrub(data.decode(errors="replace"), chat)[:_SHOWN]
+            raise _Again(f"the server's answer is no chat completion: {shown}") from error
 
     def _body(self, chat: Chat) -> bytes:
         content: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": picture.url()}} for picture in chat.pictures]
@@ -183,10 +234,9 @@ class OpenAIBackend:
         body |= settings.extra_body
         return json.dumps({name: value for name, value in body.items() if value is not None}).encode()
 
-    def _check(self, status: int, retry_after: str | None, text: str, chat: Chat) -> None:
-        if status == 200:
-            return
-        said = f"HTTP {status}: {' '.join(self.scrub(_message(text), chat).split())[:_SHOWN]}"
+    def _fail(self, status: int, retry_after: str | None, message: str, chat: Chat) -> NoReturn:
+        """Raise what a status means: for everybody, for this request, or for now."""
+        said = f"HTTP {status}: {' '.join(self.scrub(message, chat).split())[:_SHOWN]}"
         if status in _NEVER:
             raise ValueError(f"{self._url}: {said}; {_NEVER[status].format(key_env=self.settings.key_env)}")
         if status in _AGAIN or status >= 500:
@@ -222,16 +272,47 @@ class OpenAIBackend:
 _JSON = {"Content-Type": "application/json"}
 
 
-def _answer(content: Any, reason: Any) -> Answer:
-    if isinstance(content, list):  # some servers answer in parts
-        content = "".join(part.get("text", "") for part in content if isinstance(part, dict))
-    return Answer(text=content or "", cut=reason == "length")
+async def _lines(response: Any) -> AsyncGenerator[bytes, None]:
+    """The body at its line feeds alone; httpx also splits at U+2028 and the like, which an answer may hold.
+
+    Raises:
+        TooLong: a line does not end.
+    """
+    held = bytearray()
+    async for chunk in response.aiter_bytes():
+        *ended, rest = chunk.split(b"\n")
+        for line in ended:
+            yield bytes(held) + line
+            held.clear()
+        held += rest
+        if len(held) > _MOST:
+            raise TooLong
+    if held:
+        yield bytes(held)
 
 
-def _message(text: str) -> str:
+async def _beginning(lines: AsyncIterator[bytes]) -> bytes:
+    """As much of a body as an error's message needs."""
+    body = bytearray()
+    with suppress(TooLong):
+        async for line in lines:
+            body += line + b"\n"
+            if len(body) > _ERROR:
+                break
+    return bytes(body)
+
+
+async def _drain(lines: AsyncIterator[bytes]) -> None:
+    """Read what is left, so that the connection can be used again."""
+    async for _ in lines:
+        pass
+
+
+def _message(body: bytes) -> str:
     """The message inside an error's JSON, or the whole text."""
+    text = body.decode(errors="replace")
     try:
-        value = json.loads(text)
+        value = json_value(text)
     except ValueError:
         return text
     error = value.get("error", value) if isinstance(value, dict) else value

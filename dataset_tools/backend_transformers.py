@@ -106,7 +106,9 @@ def load_model(settings: BackendSettings) -> tuple[Any, Any]:
         options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
     try:
         processor = load_processor(settings.model)
-        network = AutoModelForImageTextToText.from_pretrained(settings.model, device_map=settings.device_map, **options)
+        network = AutoModelForImageTextToText.from_pretrained(
+            settings.model, trust_remote_code=False, use_safetensors=True, device_map=settings.device_map, **options
+        )
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:400]
         raise ValueError(
@@ -125,11 +127,11 @@ def load_processor(place: str) -> Any:
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
     try:
-        return AutoProcessor.from_pretrained(place)
+        return AutoProcessor.from_pretrained(place, trust_remote_code=False)
     except ImportError as error:
         if "torchvision" not in str(error).lower():
             raise
-        processor = PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(place))]
+        processor = PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(place, trust_remote_code=False))]
 
         class WithoutVideo(processor):  # type: ignore[misc, valid-type]
             def check_argument_for_proper_class(self, name: str, value: Any) -> Any:
@@ -137,9 +139,9 @@ def load_processor(place: str) -> Any:
 
         # The check compares class names, and images are all that is ever given.
         WithoutVideo.__name__ = processor.__name__
-        tokenizer = AutoTokenizer.from_pretrained(place)
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
         return WithoutVideo(
-            image_processor=AutoImageProcessor.from_pretrained(place, use_fast=False),
+            image_processor=AutoImageProcessor.from_pretrained(place, trust_remote_code=False, use_fast=False),
             tokenizer=tokenizer,
             video_processor=None,
             chat_template=tokenizer.chat_template,

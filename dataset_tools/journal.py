@@ -11,8 +11,9 @@ import os
 import sqlite3
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from byg_plugin.documents import json_value, utf8
 
@@ -57,28 +58,39 @@ class Journal:
 
 
 def mend_last_line(path: Path) -> None:
-    """Where the last line feed is missing: add it to a whole record (of an editor that leaves it out), cut off a torn one."""
+    """Where the last line feed is missing: add it to a whole record (of an editor that leaves it out), cut off a torn one.
+
+    Raises:
+        OSError: the file cannot be read or written.
+    """
     if not path.is_file():
         return
     with path.open("r+b") as file:
         end = file.seek(0, os.SEEK_END)
-        last, start = b"", end
+        last, start, block = b"", end, _BLOCK
         while start and b"\n" not in last:
-            start = max(0, start - _BLOCK)
+            start = max(0, start - block)
+            block *= 2  # or a long line is read as often as it has blocks
             file.seek(start)
             last = file.read(end - start)
         last = last[last.rfind(b"\n") + 1 :]
         if not last:
             return
-        try:
-            json_value(last)  # no beginning of an object is one
-        except (json.JSONDecodeError, UnicodeDecodeError):
+        if _is_torn(last):
             file.truncate(end - len(last))
-            return
-        except ValueError:  # nested without end, which no line of ours is: its reader says so, nothing is cut off
-            pass
-        file.seek(end)
-        file.write(b"\n")
+        else:
+            file.seek(end)
+            file.write(b"\n")
+
+
+def _is_torn(line: bytes) -> bool:
+    try:
+        json_value(line)  # no beginning of an object is one
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        return True
+    except ValueError:
+        pass  # nested without end, thousands of digits: nothing that we have written; whoever reads it says so
+    return False
 
 
 def numbered_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -119,10 +131,24 @@ def write_records(path: Path, records: Iterable[Mapping[str, Any]], check: Calla
     Raises:
         ValueError: it cannot be written.
     """
+    with replacing(path, check) as file:
+        file.writelines(map(_line, records))
+
+
+@contextmanager
+def replacing(path: Path, check: Callable[[Path], object] | None = None) -> Iterator[BinaryIO]:
+    """A file that takes the place of `path` when it is written whole and on the disk.
+
+    Args:
+        check: as of `write_records`.
+
+    Raises:
+        ValueError: it cannot be written.
+    """
     partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
     try:
         with partial.open("wb") as file:
-            file.writelines(map(_line, records))
+            yield file
             file.flush()
             os.fsync(file.fileno())
         if check:
@@ -143,25 +169,43 @@ def _line(record: Mapping[str, Any]) -> bytes:
 
 
 class Done:
-    """A set of names on the disk: its memory does not grow. It is made anew from the files at each start."""
+    """A set of names on the disk: its memory does not grow. It is made anew from the files at each start.
+
+    Raises:
+        ValueError: the place for temporary files cannot be written; all methods.
+    """
 
     def __init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="byg-done-")
-        self._db = sqlite3.connect(str(Path(self._folder.name) / "done.sqlite"), check_same_thread=False, isolation_level=None)
-        # It is thrown away at the end: no journal, no sync.
-        self._db.executescript("PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; CREATE TABLE done (name TEXT PRIMARY KEY) WITHOUT ROWID;")
+        with self._writing():
+            self._folder = tempfile.TemporaryDirectory(prefix="byg-done-")
+            self._db = sqlite3.connect(str(Path(self._folder.name) / "done.sqlite"), check_same_thread=False, isolation_level=None)
+            # It is thrown away at the end: no journal, no sync.
+            self._db.executescript(
+                "PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; CREATE TABLE done (name TEXT PRIMARY KEY) WITHOUT ROWID;"
+            )
 
     def add(self, names: Iterable[str]) -> None:
         """Names that are done."""
-        self._db.execute("BEGIN")
-        self._db.executemany("INSERT OR IGNORE INTO done VALUES (?)", ((name,) for name in names))
-        self._db.execute("COMMIT")
+        with self._writing():
+            self._db.execute("BEGIN")
+            self._db.executemany("INSERT OR IGNORE INTO done VALUES (?)", ((name,) for name in names))
+            self._db.execute("COMMIT")
 
     def claim(self, name: str) -> bool:
         """Add a name; whether it was new."""
-        return self._db.execute("INSERT OR IGNORE INTO done VALUES (?)", (name,)).rowcount == 1
+        with self._writing():
+            return self._db.execute("INSERT OR IGNORE INTO done VALUES (?)", (name,)).rowcount == 1
 
     def close(self) -> None:
         """Remove the files."""
         self._db.close()
         self._folder.cleanup()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.OperationalError, OSError) as error:
+            raise ValueError(
+                f"{tempfile.tempdir or 'temporary files'}: cannot be written ({error}); make room there, or name another place in $TMPDIR"
+            ) from error

@@ -8,12 +8,26 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import json_repair
 
-_THINKING = r"(?:think|thinking|thought|reasoning)"
-_FENCE = re.compile(r"```[ \t]*[\w+-]*[ \t]*\r?\n?(.*?)```", re.DOTALL)
+# Tags by what they are called: <think>, <seed:think>, <|begin_of_thought|>, <|END_THINKING|>, [THINK]. Lengths are bounded, or a
+# long word would be searched again from each of its letters.
+_TAG = r"[\w:.-]{0,20}(?:think|thought|reason|reflect|analysis|scratch_?pad|rationale|monologue)[\w:.-]{0,20}"
+_CLOSING = re.compile(
+    rf"</{_TAG}>|<\|/{_TAG}\|>|<\|end[_-]{_TAG}\|>|<\|{_TAG}[_-]end\|>|\[/think(?:ing)?\]|◁/think(?:ing)?▷|<unused95>"
+    r"|<\|channel\|>final<\|message\|>",
+    re.IGNORECASE,
+)
+# At the start of a line: inside an object it is a text's.
+_OPENING = re.compile(
+    rf"^[ \t]*(?:<{_TAG}(?:\s[^<>]{{0,200}})?>|<\|(?!end[_-]){_TAG}(?<![_-]end)\|>|\[think(?:ing)?\]|◁think(?:ing)?▷|<unused94>"
+    r"|<\|channel\|>(?:analysis|commentary)<\|message\|>)",
+    re.IGNORECASE | re.MULTILINE,
+)
+_LABEL = re.compile(r"[ \t]*[\w+-]*[ \t]*\r?\n?")  # of a fence: its language
 # Names that models give to the fields, after case and separators are gone.
 _ALIASES = {
     "sourcecaption": "src_caption",
@@ -26,8 +40,13 @@ _ALIASES = {
     "category": "edit_type",
     "edittype": "edit_type",
 }
-_PLACEHOLDER = re.compile(r"\s*(?:\.{2,}|…|<[^<>]*>|\[[^\[\]]*\]|string)?\s*")
+_PLACEHOLDER = re.compile(r"(?:\.{2,}|…|<[^<>]*>|\[[^\[\]]*\]|string)?")
 _DEEPEST = 4  # an answer inside {"result": {...}} is found, one deeper than this is not looked for
+# What asks for a few sentences is never answered by more; repairs of more would take minutes.
+_LONGEST = 100_000  # characters after the thinking
+_MOST_PIECES = 200
+_MOST_BRACES = 1000
+_QUOTED = 200  # characters of a wrong value that a message shows
 
 
 class Unparsable(ValueError):
@@ -44,9 +63,18 @@ def parse_answer(text: str, fields: Sequence[str]) -> dict[str, str]:
     Raises:
         Unparsable: there is none (with what is wrong of the nearest one), or several that differ.
     """
-    answer = without_thinking(text)
-    if not answer.strip():
+    answer = without_thinking(text).strip()
+    if not answer:
         raise Unparsable("empty", "the answer is empty")
+    if len(answer) > _LONGEST:
+        raise Unparsable("too_long", f"the answer has {len(answer)} characters; {_LONGEST} are read")
+    try:
+        return _parse(answer, fields)
+    except RecursionError:
+        raise Unparsable("no_object", "the answer is nested without end") from None
+
+
+def _parse(answer: str, fields: Sequence[str]) -> dict[str, str]:
     whole: list[dict[str, str]] = []
     nearest: Unparsable | None = None
     for candidate in _candidates(answer):
@@ -57,7 +85,7 @@ def parse_answer(text: str, fields: Sequence[str]) -> dict[str, str]:
             continue
         for value in _objects(parsed):
             found = _by_field(value, fields)
-            if not found or all(_PLACEHOLDER.fullmatch(text) for text in found.values() if isinstance(text, str)):
+            if not found or all(_is_placeholder(text) for text in found.values() if isinstance(text, str)):
                 continue
             try:
                 item = _texts(found, fields)
@@ -76,27 +104,47 @@ def parse_answer(text: str, fields: Sequence[str]) -> dict[str, str]:
 
 
 def without_thinking(text: str) -> str:
-    """What follows the thinking. Some servers leave out the opening tag, which their prompt had.
+    """What is said outside the thinking, whatever tags it stands in. Some servers leave out the opening tag, which their prompt had.
 
     Raises:
-        Unparsable: the thinking does not end.
+        Unparsable: the thinking does not end, and nothing stands before it.
     """
-    ends = list(re.finditer(rf"</{_THINKING}>", text, re.IGNORECASE))
-    answer = text[ends[-1].end() :] if ends else text
-    if re.match(rf"\s*<{_THINKING}>", answer, re.IGNORECASE):
-        raise Unparsable("unfinished_thinking", "the answer ends inside the thinking")
+    end = 0
+    for closing in _CLOSING.finditer(text):
+        end = closing.end()
+    answer = text[end:]
+    if opening := _OPENING.search(answer):
+        answer = answer[: opening.start()]
+        if not answer.strip():
+            raise Unparsable("unfinished_thinking", "the answer ends inside the thinking")
     return answer
+
+
+def is_silent(text: str) -> bool:
+    """Whether nothing stands in an answer but thinking that has ended."""
+    try:
+        return not without_thinking(text).strip()
+    except Unparsable:
+        return False
 
 
 def _candidates(text: str) -> Iterator[list[str]]:
     """Groups of pieces that may hold the object, the likeliest first."""
     # A fence inside a text of the object would cut it: then the whole answer comes next.
-    yield [piece for fenced in _FENCE.findall(text) for piece in (list(_braced(fenced)) or ([fenced] if "{" in fenced else []))]
+    yield [piece for fenced in _fenced(text) for piece in (list(_braced(fenced)) or ([fenced] if "{" in fenced else []))]
     yield list(_braced(text))
     first, last = text.find("{"), text.rfind("}")
     if first >= 0:
         yield [text[first : last + 1] if last > first else text[first:]]
         yield [text[first:]]
+
+
+def _fenced(text: str) -> Iterator[str]:
+    """What stands in closed fences. Not by one regular expression: over an open one it takes the square of the length."""
+    parts = text.split("```")
+    for fenced in parts[1:-1:2]:
+        label = _LABEL.match(fenced)
+        yield fenced[label.end() :] if label else fenced
 
 
 def _braced(text: str) -> Iterator[str]:
@@ -129,26 +177,33 @@ def _read(pieces: Iterable[str]) -> list[Any]:
     """
     values = []
     problem: Unparsable | None = None
-    for piece in pieces:
+    pieces = iter(pieces)
+    for piece in islice(pieces, _MOST_PIECES):
         try:
             values.append(json.loads(piece, strict=False, object_pairs_hook=_object))
+        except Unparsable:
+            raise
         except RecursionError:
             problem = Unparsable("no_object", "the answer is nested without end")
-        except json.JSONDecodeError:
+        except ValueError:  # no JSON, or a number of more digits than Python reads
             try:
                 values.append(_repaired(piece))
             except Unparsable as error:
                 problem = error
+    if next(pieces, None) is not None:
+        raise Unparsable("several", f"more than {_MOST_PIECES} objects; one is asked for")
     if problem and not values:
         raise problem
     return values
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1 and len({repr(v) for n, v in pairs if n == name}) > 1]:
-        raise Unparsable("several", f"{', '.join(twice)} appears twice with different values")
-    return dict(pairs)
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found and repr(found[name]) != repr(value):
+            raise Unparsable("several", f"{name[:_QUOTED]} appears twice with different values")
+        found[name] = value
+    return found
 
 
 def _repaired(piece: str) -> Any:
@@ -156,13 +211,16 @@ def _repaired(piece: str) -> Any:
     # A text that was cut off reads like a whole one once it is closed.
     if not cut.endswith(("}", '"', "'", "”", "]")):
         raise Unparsable("truncated", f"the answer is cut off after {piece[-40:]!r}")
+    if piece.count("{") + piece.count("[") > _MOST_BRACES:
+        raise Unparsable("no_object", f"not JSON, and more than {_MOST_BRACES} objects and lists")
     try:
         value = json_repair.loads(piece)
+        said = _said(value)
     except (ValueError, RecursionError) as error:
         raise Unparsable("no_object", f"not JSON ({error})") from error
     if not isinstance(value, (dict, list)):
         raise Unparsable("no_object", "not JSON, and not to be repaired")
-    if _letters(_said(value)) != _letters(_unescaped(piece)):
+    if _letters(said) != _letters(_unescaped(piece)):
         raise Unparsable("ambiguous", "not JSON, and a repair would lose or move words; are quotation marks inside texts escaped?")
     return value
 
@@ -173,6 +231,10 @@ def _said(value: Any) -> str:
     if isinstance(value, list):
         return " ".join(map(_said, value))
     return {None: "null", True: "true", False: "false"}.get(value, "") if value is None or isinstance(value, bool) else str(value)
+
+
+def _is_placeholder(text: str) -> bool:
+    return _PLACEHOLDER.fullmatch(text.strip()) is not None
 
 
 def _letters(text: str) -> str:
@@ -222,10 +284,10 @@ def _texts(found: Mapping[str, Any], fields: Sequence[str]) -> dict[str, str]:
         if isinstance(value, list) and len(value) == 1:
             value = value[0]
         if not isinstance(value, str):
-            raise Unparsable("not_text", f"{name} = {value!r} is not one text")
+            raise Unparsable("not_text", f"{name} = {repr(value)[:_QUOTED]} is not one text")
         texts[name] = " ".join(value.split())
     if broken := [name for name, value in texts.items() if any(0xD800 <= ord(char) < 0xE000 for char in value)]:
         raise Unparsable("not_text", f"{', '.join(broken)} holds half a surrogate pair")
-    if empty := [name for name, value in texts.items() if not value or _PLACEHOLDER.fullmatch(value)]:
+    if empty := [name for name, value in texts.items() if _is_placeholder(value)]:
         raise Unparsable("missing_fields", f"missing or empty: {', '.join(empty)}")
     return texts

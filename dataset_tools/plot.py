@@ -10,14 +10,14 @@ from byg_plugin.training.extras import require
 
 from . import backend_rules
 from .balance import PRIORITY
-from .journal import read_records
+from .journal import read_records, replacing
 
 
 def plot_summary(tuples: Path) -> Path:
     """Draw `<stem>.summary.png` beside the file, which has at least one record.
 
     Raises:
-        ValueError: matplotlib is missing, or a line is no JSON.
+        ValueError: matplotlib is missing, a line is no JSON, or it cannot be written.
     """
     require("matplotlib", "the summary's picture", "data")
     from matplotlib.figure import Figure
@@ -49,5 +49,6 @@ def plot_summary(tuples: Path) -> Path:
     right.set_ylabel("tuples")
     right.legend()
     path = tuples.with_name(f"{tuples.stem}.summary.png")
-    figure.savefig(path, dpi=110)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=110, format="png")
     return path

@@ -75,14 +75,13 @@ class Results:
         self.tally = Tally()
         try:
             make_writable(out.parent)
-        except OSError as error:
-            raise ValueError(f"out = {out}: cannot be written: {error.strerror or error}; choose another place") from error
-        try:
             self._lock = FileLock(out.with_name(f".{out.name}.lock"))
             self._lock.acquire(timeout=0)
-        except Timeout as error:
+            mend_last_line(self.rejects)
+        except Timeout as error:  # an OSError too
             raise ValueError(f"out = {out}: another process is writing it; for several machines give each its --shard") from error
-        mend_last_line(self.rejects)
+        except OSError as error:
+            raise ValueError(f"out = {out}: cannot be written: {error.strerror or error}; choose another place") from error
         if retry and self.rejects.is_file():
             write_records(self.rejects, (r for r in read_records(self.rejects) if retry not in ("all", r.get("kind"))))
         self._accepted, self._rejected = Journal(self.out), Journal(self.rejects)

@@ -32,14 +32,17 @@ from PIL import Image
 
 from byg_plugin import _cli, families
 from byg_plugin.data import clips
+from byg_plugin.data.tuples import is_unicode
+from byg_plugin.documents import json_value
 from byg_plugin.folders import make_writable
 from byg_plugin.training.extras import require
 
 from .backend import seed_of
-from .journal import numbered_records, write_records
+from .journal import numbered_records, replacing, write_records
 from .settings import RenderSettings, read_settings
 from .video import hold_out, video_tuple
 
+_LIBRARIES = (["diffusers"], ["transformers"], [None])  # that parts of a pipeline come from
 # What the picture depends on; a clip made with others is not taken for one of these.
 _OF_THE_PICTURE = ("model", "width", "height", "frames", "fps", "steps", "guidance", "guidance_2", "negative", "dtype")
 
@@ -76,7 +79,7 @@ def jobs(settings: RenderSettings) -> list[Job]:
         texts = {}
         for name in ("id", "prompt", "caption", "style"):
             value = record.get(name)
-            if not isinstance(value, str) or not value.strip():
+            if not isinstance(value, str) or not value.strip() or not is_unicode(value):
                 raise ValueError(f"{path}: line {number}: {name} = {value!r}; a line has id, prompt, caption and style, as texts")
             texts[name] = value.strip()
         file = _file_name(texts["id"])
@@ -126,7 +129,7 @@ def render(settings: RenderSettings, mine: Sequence[Job], device: Any, show: boo
     """Render jobs one after another on one device.
 
     Raises:
-        ValueError: the pipeline cannot be loaded, or makes values that are no picture.
+        ValueError: the pipeline cannot be loaded, makes values that are no picture, or a file cannot be written.
     """
     import torch
 
@@ -152,9 +155,7 @@ def render(settings: RenderSettings, mine: Sequence[Job], device: Any, show: boo
         ).frames[0]
         if not np.isfinite(frames).all():
             raise ValueError(f"{job.name}: the pipeline made values that are not finite with dtype = {settings.dtype!r}; use bfloat16")
-        _write(job.settings_file, json.dumps(job.record(settings), ensure_ascii=False, indent=1))
-        # Its presence says that it is done: last, and in one step.
-        clips.write_clip(job.clip, _images(frames), settings.fps, job.record(settings))
+        _write(job, frames, settings)
 
 
 def load_pipeline(settings: RenderSettings, device: Any) -> Any:
@@ -169,8 +170,10 @@ def load_pipeline(settings: RenderSettings, device: Any) -> Any:
     from diffusers import AutoencoderKLWan, WanPipeline
 
     try:
-        vae = AutoencoderKLWan.from_pretrained(settings.model, subfolder="vae", torch_dtype=torch.float32)
-        pipe = WanPipeline.from_pretrained(settings.model, vae=vae, torch_dtype=getattr(torch, settings.dtype))
+        _refuse_foreign_code(WanPipeline.load_config(settings.model))
+        vae = AutoencoderKLWan.from_pretrained(settings.model, subfolder="vae", use_safetensors=True, torch_dtype=torch.float32)
+        dtype = getattr(torch, settings.dtype)
+        pipe = WanPipeline.from_pretrained(settings.model, trust_remote_code=False, use_safetensors=True, vae=vae, torch_dtype=dtype)
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"model = {settings.model!r} cannot be loaded as a Wan pipeline: {reason}") from error
@@ -180,6 +183,15 @@ def load_pipeline(settings: RenderSettings, device: Any) -> Any:
     else:
         pipe.to(device)
     return pipe
+
+
+def _refuse_foreign_code(index: Mapping[str, Any]) -> None:
+    """Not left to diffusers: earlier versions import whatever module a folder's model_index.json names."""
+    named = {"_class_name": index.get("_class_name"), **{part: value for part, value in index.items() if not part.startswith("_")}}
+    for part, value in named.items():
+        own = not isinstance(value, str) if part == "_class_name" else isinstance(value, list) and value[:1] not in _LIBRARIES
+        if own:
+            raise ValueError(f"model_index.json: {part} = {value} is code of its own, which is never run")
 
 
 def write_tuples(settings: RenderSettings, every: Sequence[Job]) -> tuple[Path, int]:
@@ -204,16 +216,23 @@ def _images(frames: np.ndarray) -> Iterator[Image.Image]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json_value(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
 
 
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".partial-{path.name}")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+def _write(job: Job, frames: np.ndarray, settings: RenderSettings) -> None:
+    import av
+
+    record = job.record(settings)
+    with replacing(job.settings_file) as file:
+        file.write(json.dumps(record, ensure_ascii=False, indent=1).encode())
+    try:
+        # Its presence says that it is done: last, and in one step.
+        clips.write_clip(job.clip, _images(frames), settings.fps, record)
+    except (OSError, av.error.FFmpegError) as error:
+        raise ValueError(f"{job.clip}: cannot be written: {error.strerror or error}; make room and run the same command again") from error
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

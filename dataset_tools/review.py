@@ -77,6 +77,7 @@ def _serve(tuples: Path, root: Path, host: str, port: int, names: Sequence[str])
     from ._review_app import make_app
     from ._review_guard import LOOPBACK_NAMES
     from ._review_store import Review
+    from ._review_wire import server_config
 
     allowed = [*LOOPBACK_NAMES, host, *names]
     with Review(tuples) as review, _listen(host, port, names) as listening:
@@ -84,9 +85,7 @@ def _serve(tuples: Path, root: Path, host: str, port: int, names: Sequence[str])
         _introduce(review, root)
         where = f"[{host}]" if ":" in host else host
         _cli.say(f"http://{where}:{listening.getsockname()[1]}/   (Ctrl-C ends it)")
-        # "none": no websockets. Requests in flight at Ctrl-C are short.
-        config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, ws="none", timeout_graceful_shutdown=2)
-        uvicorn.Server(config).run(sockets=[listening])
+        uvicorn.Server(server_config(app)).run(sockets=[listening])
 
 
 def _introduce(review: Review, root: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import json
 import re
 import sys
 from collections.abc import Sequence
@@ -13,17 +12,18 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from byg_plugin.training.config import NonNegative, Positive, Section, Seed
+from byg_plugin.documents import json_value, toml_table
+from byg_plugin.training.config import NonNegative, Section, Seed
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
+_SHOWN = 200  # characters of a wrong value
 SECTIONS = ("generate", "captions", "render")
 EDIT_MODEL = "Qwen/Qwen3-VL-30B-A3B-Thinking"
 TEXT_MODEL = "Qwen/Qwen3-VL-30B-A3B-Instruct"
-Seconds = Annotated[float, Field(gt=0.0)]
+Seconds = Annotated[float, Field(gt=0.0, le=7 * 86400.0)]
+# More than anybody has: one more zero than was meant is said at once, not after hours or by a machine without memory.
+Count = Annotated[int, Field(gt=0, le=10_000)]
+Tokens = Annotated[int, Field(gt=0, le=10_000_000)]
+Side = Annotated[int, Field(gt=0, le=16_384)]
 
 
 class BackendSettings(Section):
@@ -37,7 +37,7 @@ class BackendSettings(Section):
         None, description="Server's address up to /v1; default: $OPENAI_BASE_URL, then http://127.0.0.1:8000/v1 (vLLM's own)."
     )
     key_env: str = Field("OPENAI_API_KEY", description="Environment variable that holds the server's key; it may be unset.")
-    in_flight: Positive = Field(32, description="Requests at once.")
+    in_flight: Count = Field(32, description="Requests at once.")
     timeout: Seconds = Field(600.0, description="Seconds an answer may take, thinking included.")
     retry_for: Seconds = Field(900.0, description="Seconds that a request is tried again on 429, 5xx, timeouts and cut connections.")
     stream: bool = Field(False, description="Ask for streamed answers: gateways that cut silent connections keep them open.")
@@ -47,11 +47,11 @@ class BackendSettings(Section):
     )
     temperature: Annotated[float, Field(ge=0.0)] = Field(1.0, description="Sampling temperature; 0 = greedy.")
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = Field(0.95, description="Nucleus sampling.")
-    max_tokens: Positive = Field(8192, description="Tokens an answer may have, thinking included.")
-    image_side: Annotated[int, Field(ge=64)] = Field(
+    max_tokens: Tokens = Field(8192, description="Tokens an answer may have, thinking included.")
+    image_side: Annotated[int, Field(ge=64, le=16_384)] = Field(
         1024, description="Larger images are sent scaled down to this longest side, in pixels."
     )
-    batch_size: Positive = Field(4, description="transformers: requests generated at once.")
+    batch_size: Count = Field(4, description="transformers: requests generated at once.")
     device_map: str = Field("auto", description="transformers: where the weights go: auto, cuda:0, cpu.")
     load_4bit: bool = Field(False, description="transformers: weights in 4 bits (bitsandbytes extra, CUDA).")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field("auto", description="transformers: dtype of the weights.")
@@ -65,9 +65,9 @@ class BackendSettings(Section):
     @field_validator("shard")
     @classmethod
     def _check_shard(cls, text: str) -> str:
-        match = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", text)
+        match = re.fullmatch(r"([1-9][0-9]{0,5})/([1-9][0-9]{0,5})", text)
         if not match or int(match[1]) > int(match[2]):
-            raise ValueError(f"shard = {text!r}: i/n with i from 1 to n, e.g. 1/4")
+            raise ValueError(f"shard = {_brief(text)}: i/n with i from 1 to n, e.g. 1/4")
         return text
 
     @property
@@ -121,11 +121,11 @@ class RenderSettings(Section):
     captions: str = Field(description="JSONL of prompts, as prepare_captions.py writes it.")
     out: str = Field(description="Folder of the clips; tuples.jsonl is written into it.")
     model: str = Field("Wan-AI/Wan2.2-T2V-A14B-Diffusers", description="Diffusers folder or hub id of a Wan text-to-video pipeline.")
-    width: Positive = Field(832, description="Pixels.")
-    height: Positive = Field(480, description="Pixels.")
-    frames: Positive = Field(81, description="Frames a clip, 4n + 1.")
-    fps: Annotated[float, Field(gt=0.0)] = Field(16.0, description="Frames a second of the files (Wan: 16, the 5B 24).")
-    steps: Positive = Field(40, description="Sampling steps.")
+    width: Side = Field(832, description="Pixels.")
+    height: Side = Field(480, description="Pixels.")
+    frames: Count = Field(81, description="Frames a clip, 4n + 1.")
+    fps: Annotated[float, Field(gt=0.0, le=1000.0)] = Field(16.0, description="Frames a second of the files (Wan: 16, the 5B 24).")
+    steps: Count = Field(40, description="Sampling steps.")
     guidance: Annotated[float, Field(ge=1.0)] = Field(4.0, description="Classifier-free guidance (of the high-noise expert).")
     guidance_2: Annotated[float, Field(ge=1.0)] | None = Field(3.0, description="The same of the low-noise expert; ignored without one.")
     negative: str | None = Field(None, description="Text that guidance leads away from; default: Wan's own.")
@@ -183,15 +183,23 @@ def _section(path: Path, section: str) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"--config {path}: no such file")
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raw = toml_table(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
         raise ValueError(f"--config {path}: not valid TOML: {error}") from error
     if unknown := [name for name in raw if name not in SECTIONS]:
-        raise ValueError(f"--config {path}: unknown section or key {unknown[0]!r}; sections are {', '.join(SECTIONS)}")
+        raise ValueError(f"--config {path}: unknown section or key {_brief(unknown[0])}; sections are {', '.join(SECTIONS)}")
     table = raw.get(section, {})
     if not isinstance(table, dict):
-        raise ValueError(f"--config {path}: {section} = {table!r} is no section; write [{section}]")
+        raise ValueError(f"--config {path}: {section} = {_brief(table)} is no section; write [{section}]")
     return dict(table)
+
+
+def _brief(value: Any) -> str:
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of more digits than Python writes, nesting of more levels
+        return f"({type(value).__name__})"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def _shown(value: Any) -> str:
@@ -205,8 +213,8 @@ def _value(model: type[Section], name: str, text: Any) -> Any:
     if not isinstance(text, str) or (kinds & {str, Literal} and dict not in kinds):
         return text
     try:
-        return json.loads(text)
-    except json.JSONDecodeError:
+        return json_value(text)
+    except ValueError:
         return text
 
 
@@ -214,9 +222,9 @@ def _explain(model: type[Section], item: Any) -> str:
     location = ".".join(map(str, item["loc"]))
     if item["type"] == "extra_forbidden":
         close = difflib.get_close_matches(location, model.model_fields, n=1)
-        return f"unknown key {location} = {item['input']!r}" + (f"; did you mean {close[0]}?" if close else "")
+        return f"unknown key {location} = {_brief(item['input'])}" + (f"; did you mean {close[0]}?" if close else "")
     described = model.model_fields[location].description if location in model.model_fields else ""
     if item["type"] == "missing":
         return f"{location} is missing: {described}"
     message = item["msg"].removeprefix("Value error, ")
-    return message if item["type"] == "value_error" else f"{location} = {item['input']!r}: {message} ({described})"
+    return message if item["type"] == "value_error" else f"{location} = {_brief(item['input'])}: {message} ({described})"

@@ -34,6 +34,19 @@ def _camel(name: str) -> str:
     return first + "".join(part.title() for part in rest)
 
 
+# Tags that models are known to think in.
+THINKING = {
+    "<thinking>": "</thinking>",
+    "<reasoning>": "</reasoning>",
+    "[THINK]": "[/THINK]",
+    "<seed:think>": "</seed:think>",
+    "<|begin_of_thought|>": "<|end_of_thought|>",
+    "<|START_THINKING|>": "<|END_THINKING|>",
+    "◁think▷": "◁/think▷",
+    "<unused94>": "<unused95>",
+    "<|channel|>analysis<|message|>": "<|end|><|start|>assistant<|channel|>final<|message|>",
+}
+
 KINDS: dict[str, tuple[Callable[[Answer], str], str | None]] = {
     # --- form: to be read as it is meant ---
     "plain": (_dump, None),
@@ -42,6 +55,18 @@ KINDS: dict[str, tuple[Callable[[Answer], str], str | None]] = {
     "thinking": (lambda a: f"<think>\nThe photo shows a car. {{not json}}\n</think>\n\n{_dump(a)}", None),
     "thinking without opening tag": (lambda a: f"So I choose color. A draft: {_dump(a, instruction='draft')}\n</think>\n{_dump(a)}", None),
     "thinking twice": (lambda a: f"<think>a</think> hm <think>b</think>{_dump(a)}", None),
+    **{
+        f"thinking in {opening}": (
+            lambda a, o=opening, c=closing: f"{o}\nIt has a car. {_dump(a, instruction='draft')}\n{c}\n{_dump(a)}",
+            None,
+        )
+        for opening, closing in THINKING.items()
+    },
+    **{
+        f"thinking up to {closing}": (lambda a, c=closing: f"A draft: {_dump(a, instruction='draft')}\n{c}\n\n{_dump(a)}", None)
+        for closing in THINKING.values()
+    },
+    "thinking behind the answer": (lambda a: f"{_dump(a)}\n<think>\nOr rather {_dump(a, instruction='draft')}", None),
     "fence": (lambda a: f"```json\n{_dump(a)}\n```", None),
     "fence without language": (lambda a: f"```\n{_dump(a)}\n```", None),
     "fence in capitals and prose": (lambda a: f"Here is the JSON:\n\n```JSON\n{_dump(a)}\n```\nI hope this helps!", None),
@@ -71,6 +96,11 @@ KINDS: dict[str, tuple[Callable[[Answer], str], str | None]] = {
     "empty": (lambda a: "", "empty"),
     "blank": (lambda a: " \n\t", "empty"),
     "only thinking": (lambda a: "<think>The picture shows a car", "unfinished_thinking"),
+    **{
+        f"only thinking in {opening}": (lambda a, o=opening: f"{o}\nA draft: {_dump(a, instruction='draft')}", "unfinished_thinking")
+        for opening in THINKING
+    },
+    "unfinished thinking behind prose": (lambda a: f"Sure.\n<think>\nA draft: {_dump(a)}", "no_object"),
     "thinking and nothing": (lambda a: "<think>done</think>\n", "empty"),
     "refusal": (lambda a: "I'm sorry, but I can't help with this image.", "no_object"),
     "prose": (lambda a: f"Change it: {a['instruction']}", "no_object"),
@@ -89,6 +119,9 @@ KINDS: dict[str, tuple[Callable[[Answer], str], str | None]] = {
     "list of several": (lambda a: f"[{_dump(a)}, {_dump(a, instruction='another one')}]", "several"),
     "a key twice": (lambda a: _dump(a)[:-1] + ', "instruction": "another one"}', "several"),
     "a list": (lambda a: json.dumps(list(a.values())), "no_object"),
+    "nested deeply": (lambda a: _dump(a)[:-1] + ', "x": ' + "[" * 20_000 + "]" * 20_000 + "}", "no_object"),
+    "braces without end": (lambda a: "{" * 50_000, "truncated"),
+    "a number of 5,000 digits": (lambda a: json.dumps(a)[:-1] + ', "x": ' + "1" * 5000 + "}", None),
     "html error page": (lambda a: "<html><body><h1>502 Bad Gateway</h1></body></html>", "no_object"),
     # --- whole, and against a rule ---
     "reverse refers back": (lambda a: _dump(a, reverse_instruction="restore the original color"), "RULE:reverse_refers_back"),

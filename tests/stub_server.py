@@ -6,6 +6,9 @@ corpus     the corpus of failure kinds, by the number in the caption; repair tur
 hostile    corpus, and of each number the first request meets 429, 500, a cut connection, HTML, silence, ...
 echo       errors, answers and, of each fourth number, fields that repeat the key and the prompt
 down, refuse, key, model   503, 400, 401, 404 each time
+
+PLAN may have "shape": where an answer's text stands and how it ends, see SHAPES; "busy": each first request of a number gets
+HTTP 200 with an error inside.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import asyncio
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,16 @@ from answer_corpus import FIELDS, KINDS
 
 NAMES = list(KINDS)
 SLOW = 7  # this number's first request of a hostile plan is never answered
+
+
+# Messages that servers send for one text.
+SHAPES: dict[str, Callable[[str], dict[str, Any]]] = {
+    "content": lambda text: {"content": text, "reasoning_content": "hidden {}"},
+    "reasoning_content": lambda text: {"content": None, "reasoning_content": text},
+    "tool_calls": lambda text: {"content": None, "tool_calls": [{"index": 0, "function": {"name": "answer", "arguments": text}}]},
+    "parts": lambda text: {"content": [{"type": "text", "text": text[:9]}, {"type": "text", "text": text[9:]}]},
+    "silent": lambda text: {"content": None},
+}
 
 
 def kind_of(number: int) -> str:
@@ -124,18 +138,24 @@ class Server:
             if fault == 6 and body.get("stream"):
                 stream(writer, "<think>half an ", cut=True)
                 return False
+        if self.plan.get("busy") and attempt == 1:
+            busy = {"error": {"message": "busy", "code": 503}}
+            return send(writer, 200, f"data: {json.dumps(busy)}\n\n".encode() if body.get("stream") else json.dumps(busy).encode())
         make, refusal = KINDS[kind_of(number)]
         content = "<think>hm</think>" + json.dumps(fields)
         if mode != "good" and (refusal is None or not repair or number % 2):
             content = make(fields)
-        return reply(writer, content, body)
+        return reply(writer, content, body, self.plan.get("shape", "content"))
 
 
-def reply(writer: asyncio.StreamWriter, content: str, body: dict[str, Any]) -> bool:
-    if body.get("stream"):
+def reply(writer: asyncio.StreamWriter, content: str, body: dict[str, Any], shape: str = "content") -> bool:
+    message = {"role": "assistant", **SHAPES[shape](content)}
+    if body.get("stream") and shape == "content":
         stream(writer, content)
         return True
-    message = {"role": "assistant", "content": content, "reasoning_content": "hidden {}"}
+    if body.get("stream"):
+        choice = {"index": 0, "delta": message, "finish_reason": None}
+        return send(writer, 200, f"data: {json.dumps({'choices': [choice]})}\n\ndata: [DONE]\n\n".encode())
     return send(writer, 200, json.dumps({"choices": [{"index": 0, "message": message, "finish_reason": "stop"}]}).encode())
 
 

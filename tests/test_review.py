@@ -6,30 +6,38 @@ skipped; with BYG_REQUIRE_BROWSER=1, as CI sets it, they fail.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import http.client
 import json
 import os
 import re
+import select
 import shutil
+import socket
 import subprocess
 import sys
+import threading
 import time
+import urllib.parse
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import pytest
+import uvicorn
 from PIL import Image
 from playwright.sync_api import Browser, Page, Playwright, expect, sync_playwright
 
 from byg_plugin.data.clips import write_clip
 from byg_plugin.data.tuples import TEXTS, read_tuples_file
 from dataset_tools import _review_store
+from dataset_tools._review_app import make_app
 from dataset_tools._review_export import export_reviewed
 from dataset_tools._review_items import Item, read_items
 from dataset_tools._review_store import Review, StaleError, journal_path, read_decisions
+from dataset_tools._review_wire import server_config
 
 REPOSITORY = Path(__file__).parents[1]
 MARKUP = '<img src=x onerror="window.broken = true"><b>bold</b> & </textarea><script>window.broken = true</script>'
@@ -107,9 +115,12 @@ def test_a_line_that_a_kill_has_cut_is_left_out_wherever_it_was_cut(tuples: Path
 def test_a_damaged_line_before_the_last_is_named(tuples: Path):
     with Review(tuples) as review:
         decide(review, 0, "kept")
-    journal_path(tuples).write_bytes(b'{"key": "a", "sta\n' + journal_path(tuples).read_bytes())
-    with pytest.raises(ValueError, match=r"tuples\.review\.jsonl: line 1 is damaged"):
-        Review(tuples)
+    good = journal_path(tuples).read_bytes()
+    levels = [b'{"key": "a", "status": "open", "texts": {"x": ' + b"[" * deep + b"]" * deep + b"}}" for deep in (900, 100_000)]
+    for line in (b'{"key": "a", "sta', *levels, b"[" * 100_000, b"1" * 5000):
+        journal_path(tuples).write_bytes(line + b"\n" + good)
+        with pytest.raises(ValueError, match=r"tuples\.review\.jsonl: line 1 is damaged"):
+            Review(tuples)
 
 
 def test_a_full_disk_leaves_state_and_journal_as_they_were(tuples: Path, monkeypatch: pytest.MonkeyPatch):
@@ -425,6 +436,115 @@ def test_bodies_that_are_no_change_are_refused(shared: Server, body: bytes):
     status, _, _ = shared.ask("/api/tuples/0", "POST", body, Content_Type="application/json", Origin=shared.url.rstrip("/"))
     assert status == (413 if len(body) > 100_000 else 400)
     assert statuses(shared.tuples)[0] == "open"
+
+
+@pytest.mark.parametrize("body", [b"[" * 100_000, b'{"texts": ' * 50_000, b'{"key": "k", "revision": ' + b"9" * 5000 + b"}"])
+def test_bodies_that_no_reader_takes_are_bad_requests(shared: Server, body: bytes):
+    status, _, said = shared.ask("/api/tuples/0", "POST", body, Content_Type="application/json", Origin=shared.url.rstrip("/"))
+    assert status == 400 and said.startswith(b"not JSON: ") and len(said) > 20
+
+
+@pytest.mark.parametrize("number", ["9" * 5000, "0" * 5000, "9" * 10, "1_0", "\u0663", "-0", "+0", "%00", "NaN", "0x0", "9" * 9])
+def test_numbers_that_name_no_tuple(shared: Server, number: str):
+    quoted = urllib.parse.quote(number, safe="%")
+    bad = 400 if len(number) > 9 else 404
+    for path in (f"/api/tuples/{quoted}", f"/media/{quoted}/source"):
+        status, _, said = shared.ask(path)
+        assert status == bad and (b"9 digits" in said) == (bad == 400)
+    headers = {"Content_Type": "application/json", "Origin": shared.url.rstrip("/")}
+    assert shared.ask(f"/api/tuples/{quoted}", "POST", {}, **headers)[0] == bad
+
+
+@pytest.mark.parametrize("part", ["bytes=" + "9" * 5000 + "-", "bytes=-" + "9" * 5000, "bytes=0-" + "9" * 5000, "bytes=x-y", "=" * 99])
+def test_parts_that_no_file_has(shared: Server, part: str):
+    assert shared.ask("/media/0/source", Range=part)[0] in (200, 206, 400, 416)
+
+
+# ---- requests that do not end
+
+
+@pytest.fixture
+def impatient(tuples: Path) -> Iterator[int]:
+    """The port of a server of this process that waits half a second."""
+    with Review(tuples) as review, socket.create_server(("127.0.0.1", 0)) as listening:
+        server = uvicorn.Server(server_config(make_app(review, tuples.parent, patience=0.5), patience=0.5))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        yield listening.getsockname()[1]
+        server.should_exit = True
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
+
+
+_HEAD = "POST /api/tuples/0 HTTP/1.1\r\nHost: 127.0.0.1:PORT\r\nOrigin: http://127.0.0.1:PORT\r\nContent-Type: application/json\r\n"
+_GET = "GET /api/index HTTP/1.1\r\nHost: 127.0.0.1:PORT\r\n"
+
+
+@pytest.mark.parametrize(
+    ("said", "answer"),
+    [
+        ("", b""),
+        ("GET", b""),
+        (_GET, b""),
+        (_GET + "\r\n" + _GET, b"HTTP/1.1 200 "),
+        (_HEAD + "Content-Length: 100\r\n\r\n", b"HTTP/1.1 408 "),
+        (_HEAD + "Content-Length: 100\r\n\r\n{", b"HTTP/1.1 408 "),
+        (_HEAD + "Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n", b"HTTP/1.1 408 "),
+        (_GET + "Content-Length: 100\r\n\r\n{", b"HTTP/1.1 200 "),
+        (_HEAD.replace("Origin", "Other") + "Content-Length: 100\r\n\r\n{", b"HTTP/1.1 403 "),
+    ],
+)
+@pytest.mark.parametrize("dripping", [False, True])
+def test_half_a_request_is_let_go_of(impatient: int, said: str, answer: bytes, dripping: bool):
+    """20 at once; those that drip send a byte every tenth of a second."""
+    begun = time.monotonic()
+    open_ones = [socket.create_connection(("127.0.0.1", impatient), timeout=PATIENCE) for _ in range(20)]
+    for one in open_ones:
+        one.sendall(said.replace("PORT", str(impatient)).encode())
+    left, got = list(open_ones), dict.fromkeys(open_ones, b"")
+    while left:
+        assert time.monotonic() - begun < 20, f"{len(left)} of 20 are still open"
+        for one in select.select(left, [], [], 0.1)[0]:
+            try:
+                data = one.recv(1 << 16)
+            except ConnectionError:
+                data = b""
+            got[one] += data
+            if not data:
+                left.remove(one)
+        for one in left if dripping else ():
+            with contextlib.suppress(ConnectionError):
+                one.send(b"x")
+    assert all(contents.startswith(answer) and (answer or not contents) for contents in got.values())
+    for one in open_ones:
+        one.close()
+    connection = http.client.HTTPConnection("127.0.0.1", impatient, timeout=PATIENCE)
+    connection.request("GET", "/api/index")
+    assert connection.getresponse().status == 200
+    connection.close()
+
+
+def test_a_request_that_comes_slowly_but_in_time_is_answered_and_a_connection_is_used_again(impatient: int, tuples: Path):
+    connection = http.client.HTTPConnection("127.0.0.1", impatient, timeout=PATIENCE)
+    for _ in range(5):  # longer than the limit in all
+        time.sleep(0.2)
+        connection.request("GET", "/api/tuples/0")
+        assert connection.getresponse().read().startswith(b"{")
+    connection.close()
+    with socket.create_connection(("127.0.0.1", impatient), timeout=PATIENCE) as slow:
+        for part in (_GET[:20], _GET[20:], "Connection: close\r\n\r\n"):
+            slow.sendall(part.replace("PORT", str(impatient)).encode())
+            time.sleep(0.1)
+        assert slow.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
+
+
+def test_a_body_that_breaks_off_is_no_defect_of_the_server(tuples: Path, serve: Callable[..., Server], capfd: pytest.CaptureFixture[str]):
+    server = serve(tuples)
+    with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) as one:
+        one.sendall((_HEAD + "Content-Length: 100\r\n\r\n{").replace("PORT", str(server.port)).encode())
+    assert server.ask("/api/index")[0] == 200
+    time.sleep(0.3)
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_answers_forbid_guessing_and_other_sites(shared: Server):

@@ -18,6 +18,7 @@ from tools_helpers import KEY, photos, records, run, start, stub
 
 from byg_plugin.data.rules import EDIT_TYPES, RULES
 from byg_plugin.data.tuples import read_tuples_file
+from dataset_tools.settings import GenerateSettings, read_settings
 
 
 def files(out: Path) -> tuple[dict[str, dict], dict[str, dict]]:
@@ -58,6 +59,19 @@ def test_a_good_server(tmp_path: Path, options: list[str]) -> None:
     assert len({entry["options"]["seed"] for entry in asked}) == 24
     styled = [entry for entry in asked if "style_change" in entry["offered"]]
     assert styled and all("watercolor" in entry["text"] and "ukiyo-e" in entry["text"] for entry in styled)
+
+
+@pytest.mark.parametrize("shape", ["reasoning_content", "tool_calls", "parts"])
+@pytest.mark.parametrize("options", [[], ["--stream"]])
+def test_answers_that_stand_elsewhere_and_errors_that_are_sent_as_answers(tmp_path: Path, shape: str, options: list[str]) -> None:
+    photos(tmp_path / "photos", 6)
+    out = tmp_path / "t.jsonl"
+    with stub(tmp_path / "s", "good", shape=shape, busy=True) as server:
+        done = run("generate_edits", "--images", tmp_path / "photos", "--out", out, "--base-url", server.url, *options)
+        assert done.returncode == 0, done.stderr
+        assert len(server.requests) == 12
+    accepted, rejected = files(out)
+    assert len(accepted) == 6 and not rejected and not any("repaired" in record["meta"] for record in accepted.values())
 
 
 @pytest.mark.parametrize("options", [[], ["--stream"]])
@@ -244,6 +258,15 @@ def test_no_key_and_no_prompt_in_outputs_rejects_or_logs(tmp_path: Path) -> None
     assert "[key]" in said and "[prompt]" in said  # it was there
 
 
+def test_a_server_that_puts_all_answers_elsewhere_rejects_nothing(tmp_path: Path) -> None:
+    photos(tmp_path / "photos", 5)
+    out = tmp_path / "t.jsonl"
+    with stub(tmp_path / "s", "good", shape="silent") as server:
+        done = run("generate_edits", "--images", tmp_path / "photos", "--out", out, "--base-url", server.url)
+    assert done.returncode == 2 and "--reasoning-parser and --tool-call-parser" in done.stderr and "Traceback" not in done.stderr
+    assert files(out) == ({}, {})
+
+
 @pytest.mark.parametrize(
     ("mode", "said"),
     [
@@ -381,6 +404,46 @@ def test_bad_settings(tmp_path: Path, arguments: list[str], said: str, monkeypat
     monkeypatch.chdir(tmp_path)
     done = run("generate_edits", *arguments)
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr and "secret" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("in_flight", "1000000000000", "in_flight = 1000000000000: Input should be less than or equal to 10000"),
+        ("batch_size", "9" * 5000, "batch_size = "),
+        ("limit", "1" * 5000, "limit = "),
+        ("shard", "1/" + "9" * 5000, "shard = '1/9"),
+        ("timeout", "1e300", "timeout = 1e+300"),
+        ("timeout", "Infinity", "timeout = inf"),
+        ("extra_body", "[" * 100_000, "extra_body = '[["),
+        ("extra_body", "[" * 100_000 + "]" * 100_000, "extra_body = '[["),
+        ("extra_body", '{"a": ' + "1" * 5000 + "}", "extra_body = "),
+    ],
+)
+def test_values_beyond_all_bounds_are_named_and_not_repeated_whole(option: str, value: str, said: str) -> None:
+    with pytest.raises(ValueError, match="^options:") as caught:
+        read_settings(GenerateSettings, "generate", "", ["--images", ".", "--out", "o", f"--{option.replace('_', '-')}", value])
+    assert said in str(caught.value) and len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[generate]\nx = " + "[" * 100_000,
+        "[generate]\nx = " + "[" * 100_000 + "]" * 100_000,
+        "[generate]\nx = " + "1" * 5000,
+        "[generate]\n" + "a." * 1000 + "b = 1",
+        "[generate",
+        "generate = 3",
+        "generate = [" + '"x",' * 10_000 + "]",
+        '"' + "x" * 10_000 + '" = 1',
+    ],
+)
+def test_a_configuration_that_is_none_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "c.toml").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"^(--config )?.*c\.toml") as caught:
+        read_settings(GenerateSettings, "generate", "", ["--config", str(tmp_path / "c.toml")])
+    assert len(str(caught.value)) < 1000
 
 
 def test_config_file_and_options_over_it(tmp_path: Path) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
+from tools_helpers import full_disk
 
-from dataset_tools.journal import Journal, read_records, write_records
+from dataset_tools import pool
+from dataset_tools.journal import Done, Journal, read_records, write_records
+from dataset_tools.plot import plot_summary
 from dataset_tools.pool import Results
 
 RECORD = {"source": "a.png", "caption": "ü 'quoted' {braces} \u2028 end"}
@@ -77,20 +82,77 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
 
 def test_what_is_no_record_is_named(tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl"
-    for line, said in (
+    lines = (
         (b"{no", "line 2 is not JSON"),
-        (b"[" * 100_000, r"line 2 is not JSON \(nested too deeply"),
         (b"[]", "line 2 is list"),
         ("{ü}".encode("latin-1"), "line 2 is not JSON"),
-    ):
+        (b'{"n": ' * 100_000, "line 2 is not JSON"),
+        (b'{"n": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "line 2 is not JSON .nested too deeply"),
+        (b'{"n": ' + b"1" * 5000 + b"}", "line 2 is not JSON"),
+    )
+    for line, said in lines:
         path.write_bytes(b'{"n": 1}\n' + line + b"\n")
         with pytest.raises(ValueError, match=said):
             list(read_records(path))
 
 
-def test_a_last_line_that_is_nested_without_end_is_not_cut_off(tmp_path: Path) -> None:
+@pytest.mark.parametrize("line", [b"[" * 100_000 + b"]" * 100_000, b'{"n": ' + b"1" * 5000 + b"}"])
+def test_a_last_line_that_only_its_readers_refuse_is_not_cut_off(tmp_path: Path, line: bytes) -> None:
     path = tmp_path / "t.jsonl"
-    line = b"[" * 100_000 + b"]" * 100_000
-    path.write_bytes(line)
+    path.write_bytes(b'{"n": 1}\n' + line)
     Journal(path).close()
-    assert path.read_bytes() == line + b"\n"
+    assert path.read_bytes() == b'{"n": 1}\n' + line + b"\n"
+
+
+def test_a_long_last_line_is_read_about_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_bytes(b'{"n": 1}\n{"x": "' + b"y" * 10_000_000)
+    monkeypatch.setattr("dataset_tools.journal._BLOCK", 64)
+    started = time.process_time()
+    Journal(path).close()
+    assert path.read_bytes() == b'{"n": 1}\n' and time.process_time() - started < 2
+
+
+# --- a full disk ---
+
+
+def test_a_full_disk_is_one_line_and_what_was_there_stays(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    long = {"source": "a.png", "x": "y" * 5000}
+    journal = Journal(path)
+    journal.append([RECORD])
+    with full_disk(2000), pytest.raises(ValueError, match="t.jsonl: cannot be written: .*; make room and run the same command again"):
+        journal.append([long])
+    journal.close()
+    Journal(path).close()
+    assert list(read_records(path)) == [RECORD]
+    with full_disk(2000), pytest.raises(ValueError, match="t.jsonl: cannot be written"):
+        write_records(path, [long])
+    with full_disk(2000), pytest.raises(ValueError, match=r"t.summary.png: cannot be written"):
+        plot_summary(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["t.jsonl"] and list(read_records(path)) == [RECORD]
+
+
+def test_a_full_place_for_temporary_files_is_named() -> None:
+    with full_disk(2000), pytest.raises(ValueError, match=r"cannot be written \(.*TMPDIR"):
+        Done().add(str(number) for number in range(5000))
+    done = Done()
+    try:
+        with full_disk(2000), pytest.raises(ValueError, match=r"cannot be written \(.*TMPDIR"):
+            for number in range(5000):
+                done.claim(str(number))
+    finally:
+        done.close()
+
+
+def test_a_disk_without_room_for_side_files_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "t.rejects.jsonl").write_text('{"n": 1}')
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")  # as write() raises it: without a file's name
+
+    for name in ("mend_last_line", "make_writable"):
+        with monkeypatch.context() as patched:
+            patched.setattr(pool, name, refuse)
+            with pytest.raises(ValueError, match="out = .*t.jsonl: cannot be written: No space left on device"):
+                Results(tmp_path / "t.jsonl", name="source", label=str)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 from answer_corpus import FIELDS, KINDS
@@ -22,6 +23,7 @@ def test_corpus_is_worth_its_name() -> None:
     assert len(KINDS) >= 50
     texts = [make(GOOD) for make, _ in KINDS.values()]
     assert len(set(texts)) >= len(KINDS) - 1  # escaped unicode is plain here
+    assert len(KINDS) % 2, "or the stub server meets each kind with numbers of one parity alone"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -79,3 +81,36 @@ def test_thinking_without_an_end() -> None:
     assert without_thinking("a </think> b") == " b"
     with pytest.raises(Unparsable, match="inside the thinking"):
         without_thinking("x</think> <think> again")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("```" + " " * 99_000, "no_object"),
+        ("```" + "a" * 99_000, "no_object"),
+        ("```json\n{" * 9_000, "several"),
+        ("<" + "think" * 19_000, "no_object"),
+        ("\n<think" * 12_000, "no_object"),
+        ("{" * 99_000, "truncated"),
+        ('{"a": ' * 16_000 + '"', "no_object"),
+        ("[" * 99_000, "no_object"),
+        ("{x}" * 33_000, "several"),
+        ("{" + ", ".join(f'"k{number}": 1' for number in range(7_000)) + "}", "no_object"),
+        (json.dumps({**GOOD, "instruction": " " * 98_000 + "x" + " " * 1000}), None),
+        (json.dumps({**GOOD, "instruction": ["x" * 90_000, "y"]}), "not_text"),
+        (json.dumps(GOOD) + " " * 100_000, None),
+        (json.dumps(GOOD) + "." * 100_000, "too_long"),
+        ("<think>" + "x" * 5_000_000 + "</think>" + json.dumps(GOOD), None),
+    ],
+    ids=lambda value: value[:12] if isinstance(value, str) else "read",
+)
+def test_no_answer_takes_long(text: str, reason: str | None) -> None:
+    started = time.process_time()
+    said = None
+    try:
+        assert set(parse_answer(text, FIELDS)) == set(FIELDS)
+    except Unparsable as error:
+        said = error.reason
+        assert len(str(error)) < 1000
+    assert said == reason
+    assert time.process_time() - started < 5

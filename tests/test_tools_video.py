@@ -15,7 +15,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from PIL import Image
 from tiny import _tokenizer
 from tiny_wan import TEXT_TOKENS, tiny_umt5, tiny_vae, tiny_wan
-from tools_helpers import ENVIRONMENT, KEY, REPOSITORY, records, run, stub
+from tools_helpers import ENVIRONMENT, KEY, REPOSITORY, full_disk, records, run, stub
 
 from byg_plugin.data import clips
 from byg_plugin.data.dataset import split_tuples
@@ -23,7 +23,7 @@ from byg_plugin.data.rules import check_texts
 from byg_plugin.data.tuples import TEXTS, read_tuples_file
 from dataset_tools import render_videos
 from dataset_tools.prepare_captions import sampled_frames, table_inputs
-from dataset_tools.settings import CaptionsSettings
+from dataset_tools.settings import CaptionsSettings, RenderSettings
 from dataset_tools.video import STYLES, hold_out, other_style, plain_style, style_hint, video_tuple, wrap
 
 
@@ -282,6 +282,39 @@ def test_bad_settings(tmp_path: Path, pipeline: Path, more: tuple[str, ...], sai
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="torchrun on Windows needs libuv builds")
+@pytest.mark.parametrize("room", [100, 1000])  # for the settings file alone neither, for the clip neither
+def test_a_full_disk_is_named_and_leaves_no_clip(tmp_path: Path, room: int) -> None:
+    settings = RenderSettings(captions="c.jsonl", out=str(tmp_path), model="m", width=64, height=64, frames=9)
+    (tmp_path / "p.jsonl").write_text('{"id": "a", "prompt": "p", "caption": "c", "style": "s"}\n')
+    (job,) = render_videos.jobs(settings.model_copy(update={"captions": str(tmp_path / "p.jsonl")}))
+    job.clip.parent.mkdir()
+    job.settings_file.parent.mkdir()
+    frames = np.random.default_rng(0).random((9, 64, 64, 3))
+    with full_disk(room), pytest.raises(ValueError, match=r"a\.(json|mp4): cannot be written: .*make room"):
+        render_videos._write(job, frames, settings)
+    assert not list(job.clip.parent.iterdir()) and job.settings_file.is_file() == (room == 1000)
+    render_videos._write(job, frames, settings)
+    assert render_videos.missing([job], settings) == []
+
+
+@pytest.mark.parametrize("contents", [b"[" * 100_000, b'{"id": ' + b"1" * 5000 + b"}", b"\xff", b"[]", b""])
+def test_damaged_settings_beside_a_clip_are_other_settings(tmp_path: Path, contents: bytes) -> None:
+    settings = RenderSettings(captions=str(tmp_path / "p.jsonl"), out=str(tmp_path))
+    (tmp_path / "p.jsonl").write_text('{"id": "a", "prompt": "p", "caption": "c", "style": "s"}\n')
+    (job,) = render_videos.jobs(settings)
+    for path, data in ((job.clip, b"x"), (job.settings_file, contents)):
+        path.parent.mkdir()
+        path.write_bytes(data)
+    with pytest.raises(ValueError, match="was rendered with other settings"):
+        render_videos.missing([job], settings)
+
+
+def test_a_prompt_with_half_a_character_is_named(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"id": "a", "prompt": "p \\ud800", "caption": "c", "style": "s"}\n')
+    with pytest.raises(ValueError, match="line 1: prompt"):
+        render_videos.jobs(RenderSettings(captions=str(tmp_path / "p.jsonl"), out=str(tmp_path)))
+
+
 def test_two_processes_share_the_prompts(tmp_path: Path, pipeline: Path) -> None:
     prompts(tmp_path / "p.jsonl", 4)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

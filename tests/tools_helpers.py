@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 
 REPOSITORY = Path(__file__).parents[1]
@@ -73,6 +74,18 @@ def run(tool: str, *arguments: Any, **environment: str) -> subprocess.CompletedP
     process = start(tool, *arguments, **environment)
     out, errors = process.communicate()
     return subprocess.CompletedProcess(process.args, process.returncode, out, errors)
+
+
+@contextmanager
+def full_disk(room: int) -> Iterator[None]:
+    """No file of this process grows beyond `room` bytes: what a full disk does, to every library that writes."""
+    resource = pytest.importorskip("resource", reason="limits of a file's size are POSIX")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def records(path: Path) -> list[dict[str, Any]]:

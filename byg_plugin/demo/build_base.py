@@ -448,9 +448,10 @@ def _flow_loss(
 
 def _load(folder: Path, network: FluxTransformer2DModel, encoders: TextEncoders) -> None:
     """Weights of a base that `save` wrote."""
-    network.load_state_dict(FluxTransformer2DModel.from_pretrained(folder / "transformer").float().state_dict())
-    encoders.clip.load_state_dict(CLIPTextModel.from_pretrained(folder / "text_encoder").state_dict())
-    encoders.t5.load_state_dict(T5EncoderModel.from_pretrained(folder / "text_encoder_2").state_dict())
+    transformer = FluxTransformer2DModel.from_pretrained(folder / "transformer", use_safetensors=True)
+    network.load_state_dict(transformer.float().state_dict())
+    encoders.clip.load_state_dict(CLIPTextModel.from_pretrained(folder / "text_encoder", use_safetensors=True).state_dict())
+    encoders.t5.load_state_dict(T5EncoderModel.from_pretrained(folder / "text_encoder_2", use_safetensors=True).state_dict())
 
 
 def _optimizers(parameters: list[nn.Parameter], budget: Budget) -> list[torch.optim.Optimizer]:
@@ -563,7 +564,7 @@ def load_vae(folder: Path) -> AutoencoderKL:
         OSError: no VAE is there.
         RuntimeError: its weights' shapes are not those of `VAE_CONFIG`.
     """
-    trained = AutoencoderKL.from_pretrained(folder)
+    trained = AutoencoderKL.from_pretrained(folder, use_safetensors=True)
     vae = AutoencoderKL(**VAE_CONFIG | {name: trained.config[name] for name in ("shift_factor", "scaling_factor")})
     vae.load_state_dict(trained.state_dict())
     return vae.eval()

@@ -174,8 +174,8 @@ def from_folder(kind: Any, place: str | Path, part: str, **dtype: torch.dtype) -
     """`kind.from_pretrained` of a local folder or hub id, safetensors only."""
     folder = part_folder(place, part)
     if folder is None:
-        options = {"subfolder": PARTS[part].folder, "use_safetensors": True, **dtype}
-        model = _hub(lambda: kind.from_pretrained(str(place), **options), place)
+        inside = PARTS[part].folder
+        model = _hub(lambda: kind.from_pretrained(str(place), subfolder=inside, use_safetensors=True, **dtype), place)
         _refuse_not_finite(model, Path(place))
         return model
     _refuse_other_class(read_json(folder / "config.json"), kind, folder)
@@ -531,10 +531,16 @@ def load_tokenizer(place: str | Path, part: str, length: int) -> PreTrainedToken
         for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
             if (folder / name).is_file():
                 read_json(folder / name)  # the library's own reader ends in a traceback
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        try:
+            return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        except ValueError as error:
+            reason = " ".join(str(error).split())[:300]
+            remedy = "use the base model's tokenizer; code from a model folder is never run"
+            raise ValueError(f"{folder}: its tokenizer cannot be loaded ({reason}); {remedy}") from error
     path = Path(place).expanduser()
     if not path.exists():
-        return _hub(lambda: AutoTokenizer.from_pretrained(str(place), subfolder=str(PARTS[part].tokenizer_folder)), place)
+        inside = str(PARTS[part].tokenizer_folder)
+        return _hub(lambda: AutoTokenizer.from_pretrained(str(place), subfolder=inside, trust_remote_code=False), place)
     shipped = PARTS[part].tokenizer
     assert shipped is not None, part
     name, special = shipped
