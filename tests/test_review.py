@@ -787,7 +787,7 @@ def test_closing_right_after_a_key_loses_nothing(tuples: Path, serve: Callable[.
     until(lambda: statuses(tuples)[0] == "fixed")
 
 
-def until(true: Callable[[], bool], seconds: float = 5) -> None:
+def until(true: Callable[[], bool], seconds: float = PATIENCE) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, "did not come to pass"

@@ -218,7 +218,7 @@ def test_ctrl_c_keeps_what_is_done_and_leaves_no_traceback(tmp_path: Path) -> No
 
 def test_two_processes_never_write_one_file(tmp_path: Path) -> None:
     photos(tmp_path / "photos", 30)
-    with stub(tmp_path / "s", "good", seconds=3) as server:
+    with stub(tmp_path / "s", "good", seconds=60) as server:
         arguments = ("--images", tmp_path / "photos", "--out", tmp_path / "t.jsonl", "--base-url", server.url)
         first = start("generate_edits", *arguments)
         while not server.requests:
