@@ -195,6 +195,20 @@ def test_pixels_are_square(tmp_path: Path, suffix: str, aspect: Fraction | None,
     assert [image.size for image in images] == [size] * 3 and [number_of(image) for image in images] == [0, 1, 2]
 
 
+@pytest.mark.parametrize(
+    ("stored_size", "aspect", "size"),
+    [
+        ((1440, 1080), Fraction(4, 3), (1920, 1080)),
+        ((720, 576), Fraction(16, 15), (768, 576)),
+        ((720, 480), Fraction(8, 9), (720, 540)),
+        ((1280, 720), Fraction(1279, 1280), (1280, 720)),
+        ((1280, 720), Fraction(-2), (1280, 720)),
+    ],
+)
+def test_the_short_side_grows(stored_size: tuple[int, int], aspect: Fraction, size: tuple[int, int]):
+    assert square_pixels(*stored_size, aspect) == size
+
+
 def test_pixels_are_made_square_before_the_picture_is_turned(tmp_path: Path):
     path = with_matrix(encode(tmp_path / "a.mp4", shades(3), sample_aspect_ratio=Fraction(2)), (0, 1, -1, 0))
     assert clips.clip_info(path).size == (48, 128) == next(clips.read_clip(path, 1)).size
