@@ -7,6 +7,7 @@ import os
 import random
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import av
@@ -103,6 +104,34 @@ def test_packets_that_give_no_frame_are_not_counted_and_move_no_other(tmp_path: 
     assert shown == sorted(set(shown)) and shown[-1] == 27
     # Each at the time that the whole clip shows it.
     assert numbers(path, clip.frames_at(16), 16) == [max(n for n in shown if n <= k) for k in range(shown[0], 28)]
+
+
+@pytest.mark.parametrize(
+    ("packets", "decoded", "times"),
+    [
+        # (time of the packet, times of the frames that the decoder gives for it)
+        ([0, 4, 2, 1, 3], [[], [], [0], [1], [2, 3, 4]], [0, 1, 2, 3, 4]),
+        ([0, 4, 2, 1, 3], [[], [], [0], [1], [3, 4]], [0, 1, 3, 4]),  # it drops one in silence: the others keep their times
+        ([0, 1, 2, 3, 4], [[], [], [0], [3], [2, 4, 1]], [0, 1, 2, 3, 4]),  # what the packets carry is the order of decoding
+        ([0, 4, 2, 1, 3], [[], [], [0], [4], [2, 1, 5]], [0, 4, 4, 4, 5]),  # time does not go back
+    ],
+)
+def test_times_of_frames(packets: list[int], decoded: list[list[int]], times: list[int]):
+    given = [
+        SimpleNamespace(
+            pts=time,
+            dts=None,
+            time_base=1,
+            duration=1,
+            size=1,
+            is_discard=False,
+            decode=lambda frames=frames: [SimpleNamespace(time=t) for t in frames],
+        )
+        for time, frames in zip(packets, decoded, strict=True)
+    ]
+    stream = SimpleNamespace(codec_context=SimpleNamespace(has_b_frames=True))
+    frames = clips._frames(Path("a.mkv"), SimpleNamespace(demux=lambda _: iter(given)), stream)
+    assert [frame.time for frame in frames] == times
 
 
 def test_the_trimmed_clip_is_one(tmp_path: Path):
