@@ -7,6 +7,7 @@ import os
 import random
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import av
@@ -105,6 +106,34 @@ def test_packets_that_give_no_frame_are_not_counted_and_move_no_other(tmp_path: 
     assert numbers(path, clip.frames_at(16), 16) == [max(n for n in shown if n <= k) for k in range(shown[0], 28)]
 
 
+@pytest.mark.parametrize(
+    ("packets", "decoded", "times"),
+    [
+        # (time of the packet, times of the frames that the decoder gives for it)
+        ([0, 4, 2, 1, 3], [[], [], [0], [1], [2, 3, 4]], [0, 1, 2, 3, 4]),
+        ([0, 4, 2, 1, 3], [[], [], [0], [1], [3, 4]], [0, 1, 3, 4]),  # it drops one in silence: the others keep their times
+        ([0, 1, 2, 3, 4], [[], [], [0], [3], [2, 4, 1]], [0, 1, 2, 3, 4]),  # what the packets carry is the order of decoding
+        ([0, 4, 2, 1, 3], [[], [], [0], [4], [2, 1, 5]], [0, 4, 4, 4, 5]),  # time does not go back
+    ],
+)
+def test_times_of_frames(packets: list[int], decoded: list[list[int]], times: list[int]):
+    given = [
+        SimpleNamespace(
+            pts=time,
+            dts=None,
+            time_base=1,
+            duration=1,
+            size=1,
+            is_discard=False,
+            decode=lambda frames=frames: [SimpleNamespace(time=t) for t in frames],
+        )
+        for time, frames in zip(packets, decoded, strict=True)
+    ]
+    stream = SimpleNamespace(codec_context=SimpleNamespace(has_b_frames=True))
+    frames = clips._frames(Path("a.mkv"), SimpleNamespace(demux=lambda _: iter(given)), stream)
+    assert [frame.time for frame in frames] == times
+
+
 def test_the_trimmed_clip_is_one(tmp_path: Path):
     with av.open(str(trimmed(tmp_path / "a.mp4"))) as container:
         discarded = [packet.is_discard for packet in container.demux(container.streams.video[0]) if packet.size]
@@ -193,6 +222,20 @@ def test_pixels_are_square(tmp_path: Path, suffix: str, aspect: Fraction | None,
     images = list(clips.read_clip(path, 3))
     assert clips.clip_info(path).size == size == square_pixels(64, 48, aspect)
     assert [image.size for image in images] == [size] * 3 and [number_of(image) for image in images] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("stored_size", "aspect", "size"),
+    [
+        ((1440, 1080), Fraction(4, 3), (1920, 1080)),
+        ((720, 576), Fraction(16, 15), (768, 576)),
+        ((720, 480), Fraction(8, 9), (720, 540)),
+        ((1280, 720), Fraction(1279, 1280), (1280, 720)),
+        ((1280, 720), Fraction(-2), (1280, 720)),
+    ],
+)
+def test_the_short_side_grows(stored_size: tuple[int, int], aspect: Fraction, size: tuple[int, int]):
+    assert square_pixels(*stored_size, aspect) == size
 
 
 def test_pixels_are_made_square_before_the_picture_is_turned(tmp_path: Path):
