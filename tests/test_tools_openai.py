@@ -15,6 +15,7 @@ import pytest
 from dataset_tools import backend_openai
 from dataset_tools.backend import Answer, Chat, Refused
 from dataset_tools.backend_openai import OpenAIBackend
+from dataset_tools.completions import Completion, NoCompletion
 from dataset_tools.settings import BackendSettings
 
 TEXT = '{"caption": "a red car on a wet street",\u2028 "style": "photo"}'
@@ -305,3 +306,12 @@ def test_a_stream_that_never_ends_is_given_up_at_the_timeout() -> None:
     endless = events(*[ping] * 10, done=False).replace(b"Content-Length: ", b"Content-Length: 99")
     (answer,), _ = ask([endless], stream=True, timeout=1.0, retry_for=0.5)
     assert isinstance(answer, ValueError) and "no answer within 1 s" in str(answer)
+
+
+def test_nesting_that_the_reader_takes_and_python_does_not_is_no_completion() -> None:
+    deep: Any = "x"
+    for _ in range(5000):
+        deep = [deep]
+    for value in ({"choices": [{"message": {"content": deep}}]}, {"error": deep}, {"error": {"message": deep}}):
+        with pytest.raises(NoCompletion):
+            Completion(1000).add(value)

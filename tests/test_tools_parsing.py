@@ -114,3 +114,13 @@ def test_no_answer_takes_long(text: str, reason: str | None) -> None:
         assert len(str(error)) < 1000
     assert said == reason
     assert time.process_time() - started < 5
+
+
+@pytest.mark.parametrize("depth", [100, 300, 600, 900, 5000])
+def test_nesting_at_any_depth_is_no_traceback(depth: int) -> None:
+    nested = "[" * depth + "]" * depth
+    for text in (json.dumps(GOOD).replace('"paint the car blue"', nested), json.dumps(GOOD)[:-1] + f', "x": {nested}, "x": {nested}}}'):
+        try:
+            assert parse_answer(text, FIELDS) == GOOD
+        except Unparsable as error:
+            assert error.reason in ("not_text", "no_object", "several")
