@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from byg_plugin.documents import toml_table
 from dataset_tools import settings
 from dataset_tools.balance import PRIORITY
-from dataset_tools.settings import CaptionsSettings, GenerateSettings, RenderSettings, read_settings, tomllib
+from dataset_tools.settings import CaptionsSettings, GenerateSettings, RenderSettings, read_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
@@ -48,7 +49,7 @@ def test_documented_weights_are_the_programs() -> None:
 @pytest.mark.parametrize("name", ["data_images", "data_videos"])
 def test_recipes_are_read_whole(name: str) -> None:
     path = ROOT / "configs" / f"{name}.toml"
-    sections = tomllib.loads(path.read_text(encoding="utf-8"))
+    sections = toml_table(path.read_text(encoding="utf-8"))
     assert set(sections) <= set(settings.SECTIONS)
     needed = {"generate": ["--images", "x", "--out", "y"], "captions": ["--table", "x"], "render": []}
     models = {"generate": GenerateSettings, "captions": CaptionsSettings, "render": RenderSettings}

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import time
+from typing import Any
 
 import pytest
 from answer_corpus import FIELDS, KINDS
 
+from dataset_tools import parsing
 from dataset_tools.parsing import Unparsable, parse_answer, without_thinking
 
 GOOD = {
@@ -124,3 +126,12 @@ def test_nesting_at_any_depth_is_no_traceback(depth: int) -> None:
             assert parse_answer(text, FIELDS) == GOOD
         except Unparsable as error:
             assert error.reason in ("not_text", "no_object", "several")
+
+
+def test_nesting_that_the_reader_takes_and_python_does_not_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    deep: Any = "x"
+    for _ in range(5000):  # how deep a reader goes hangs on Python's version
+        deep = [deep, "y"]
+    monkeypatch.setattr(parsing, "_read", lambda pieces: [{**GOOD, "instruction": deep}])
+    with pytest.raises(Unparsable, match="nested without end"):
+        parse_answer(json.dumps(GOOD), FIELDS)
