@@ -94,6 +94,7 @@ def test_thinking_without_an_end() -> None:
         ("<" + "think" * 19_000, "no_object"),
         ("\n<think" * 12_000, "no_object"),
         ("{" * 99_000, "truncated"),
+        ("{" * 99_000 + "}", "no_object"),
         ('{"a": ' * 16_000 + '"', "no_object"),
         ("[" * 99_000, "no_object"),
         ("{x}" * 33_000, "several"),
