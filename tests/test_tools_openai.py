@@ -7,7 +7,7 @@ import gzip
 import json
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ import pytest
 from dataset_tools import backend_openai
 from dataset_tools.backend import Answer, Chat, Refused
 from dataset_tools.backend_openai import OpenAIBackend
+from dataset_tools.completions import Completion, NoCompletion, TooLong
 from dataset_tools.settings import BackendSettings
 
 TEXT = '{"caption": "a red car on a wet street",\u2028 "style": "photo"}'
@@ -305,3 +306,32 @@ def test_a_stream_that_never_ends_is_given_up_at_the_timeout() -> None:
     endless = events(*[ping] * 10, done=False).replace(b"Content-Length: ", b"Content-Length: 99")
     (answer,), _ = ask([endless], stream=True, timeout=1.0, retry_for=0.5)
     assert isinstance(answer, ValueError) and "no answer within 1 s" in str(answer)
+
+
+def test_nesting_that_the_reader_takes_and_python_does_not_is_no_completion() -> None:
+    deep: Any = "x"
+    for _ in range(5000):
+        deep = [deep]
+    for value in ({"choices": [{"message": {"content": deep}}]}, {"error": deep}, {"error": {"message": deep}}):
+        with pytest.raises(NoCompletion):
+            Completion(1000).add(value)
+
+
+def test_a_line_without_end_is_given_up_while_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend_openai, "_MOST", 10_000)
+    sent_chunks = 0
+
+    class Endless:
+        async def aiter_bytes(self) -> AsyncIterator[bytes]:
+            nonlocal sent_chunks
+            while sent_chunks < 1000:
+                sent_chunks += 1
+                yield b"x" * 1000
+
+    async def read() -> None:
+        async for _ in backend_openai._lines(Endless()):
+            pass
+
+    with pytest.raises(TooLong):
+        asyncio.run(read())
+    assert sent_chunks == 11

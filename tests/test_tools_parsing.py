@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import time
+from typing import Any
 
 import pytest
 from answer_corpus import FIELDS, KINDS
 
+from dataset_tools import parsing
 from dataset_tools.parsing import Unparsable, parse_answer, without_thinking
 
 GOOD = {
@@ -92,6 +94,7 @@ def test_thinking_without_an_end() -> None:
         ("<" + "think" * 19_000, "no_object"),
         ("\n<think" * 12_000, "no_object"),
         ("{" * 99_000, "truncated"),
+        ("{" * 99_000 + "}", "no_object"),
         ('{"a": ' * 16_000 + '"', "no_object"),
         ("[" * 99_000, "no_object"),
         ("{x}" * 33_000, "several"),
@@ -114,3 +117,22 @@ def test_no_answer_takes_long(text: str, reason: str | None) -> None:
         assert len(str(error)) < 1000
     assert said == reason
     assert time.process_time() - started < 5
+
+
+@pytest.mark.parametrize("depth", [100, 300, 600, 900, 5000])
+def test_nesting_at_any_depth_is_no_traceback(depth: int) -> None:
+    nested = "[" * depth + "]" * depth
+    for text in (json.dumps(GOOD).replace('"paint the car blue"', nested), json.dumps(GOOD)[:-1] + f', "x": {nested}, "x": {nested}}}'):
+        try:
+            assert parse_answer(text, FIELDS) == GOOD
+        except Unparsable as error:
+            assert error.reason in ("not_text", "no_object", "several")
+
+
+def test_nesting_that_the_reader_takes_and_python_does_not_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    deep: Any = "x"
+    for _ in range(5000):  # how deep a reader goes hangs on Python's version
+        deep = [deep, "y"]
+    monkeypatch.setattr(parsing, "_read", lambda pieces: [{**GOOD, "instruction": deep}])
+    with pytest.raises(Unparsable, match="nested without end"):
+        parse_answer(json.dumps(GOOD), FIELDS)
