@@ -3,7 +3,8 @@
 A *place* is a diffusers folder (root, or the part's own folder), a hub id (`owner/name`), or one .safetensors file.
 fp8 weights are upcast; scaled fp8 (`scale_weight`, `weight_scale`) is multiplied out. All else is refused by name.
 Configurations and tokenizers of single files come from `assets/`; sizes are read off the tensors' shapes.
-Models are built on the meta device and take each tensor as it is read: there is never a second copy.
+Models are built on the meta device and take each tensor as it is read: there is never a second copy. Each is looked at once for
+NaN and infinite values; a folder's headers and index are read before its weights.
 """
 
 from __future__ import annotations
@@ -170,7 +171,11 @@ def part_folder(place: str | Path, part: str) -> Path | None:
 
 
 def from_folder(kind: Any, place: str | Path, part: str, **dtype: torch.dtype) -> Any:
-    """`kind.from_pretrained` of a local folder or hub id, safetensors only."""
+    """`kind.from_pretrained` of a local folder or hub id, safetensors only.
+
+    Raises:
+        ValueError: it holds another model, a file is missing or damaged, or a weight is NaN or infinite.
+    """
     folder = part_folder(place, part)
     if folder is None:
         options = {"subfolder": PARTS[part].folder, "use_safetensors": True, **dtype}
