@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -341,8 +342,11 @@ class Weights:
     def __enter__(self) -> Weights:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._file.__exit__(*error)
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._file.__exit__(kind, error, trace)
+        # Sizes are read off the shapes, and names converted, as those of a whole file of this part.
+        if isinstance(error, (ValueError, LookupError, ZeroDivisionError)) and not str(error).startswith(str(self.path)):
+            raise self.error(f"its tensors' names or shapes are none of {PARTS[self.part].label} ({error})") from error
 
     def error(self, reason: str) -> ValueError:
         """The refusal of this file: its path, why, and what to use instead."""
@@ -389,6 +393,8 @@ class Weights:
         """The factor of an fp8 weight: one number, or one a row as (rows, 1)."""
         if self._slice(name).get_dtype() not in _FP8:
             return None
+        if not self.shape(name):
+            raise self.error(f"{name} is one number in fp8")
         layer = name.removesuffix(".weight")
         found = [layer + suffix for suffix in _SCALES if layer + suffix in self.names]
         if not found:
