@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -71,11 +71,11 @@ def load(
             Loader().load_lora_weights({name: tensor.clone() for name, tensor in tensors.items()})
         except Exception as error:  # whatever it raises is the answer
             raise Refused(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
-    found = {}
+    found: dict[str, Applied] = {}
     for name, layer in network.named_modules():
         if isinstance(layer, LoraLayer):
             (adapter,) = layer.lora_A
-            up, down = layer.lora_B[adapter].weight.data, layer.lora_A[adapter].weight.data
+            up, down = (cast(Tensor, matrices[adapter].weight.data) for matrices in (layer.lora_B, layer.lora_A))
             if up.is_meta or down.is_meta:
                 raise Refused(f"it finds no values for a matrix of {name}, and would fail when the network runs")
             found[name] = up, down, float(layer.scaling[adapter])

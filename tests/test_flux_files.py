@@ -675,3 +675,29 @@ def test_a_tokenizer_nested_without_end(tmp_path: Path, name: str):
     (tmp_path / "tokenizer" / name).write_text(DEEP)
     with pytest.raises(ValueError, match=f"{name}: cannot be read as JSON"):
         flux_files.load_clip_l(tmp_path, dtype=F32)
+
+
+@pytest.mark.parametrize("name", ["img_in.weight", "double_blocks.0.img_attn.qkv.weight", "double_blocks.0.img_attn.norm.query_norm.scale"])
+@pytest.mark.parametrize("shape", [None, (), (3,), (2, 2, 2), (0, 4)])
+@pytest.mark.parametrize("dtype", [F32, torch.float8_e4m3fn])
+def test_shapes_that_are_none_of_flux(tmp_path: Path, name: str, shape: tuple[int, ...] | None, dtype: torch.dtype):
+    state = {n: t.contiguous() for n, t in flux_files.to_native_layout(tiny_flux().state_dict()).items()}
+    del state[name]
+    path = tmp_path / "f.safetensors"
+    save_file(state if shape is None else state | {name: torch.ones(shape).to(dtype)}, path)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: "):
+        flux_files.load_flux_transformer(path, dtype=F32)
+
+
+@pytest.mark.parametrize("name", ["decoder.conv_in.weight", "decoder.mid.attn_1.q.weight", "encoder.down.0.block.0.conv1.bias"])
+def test_a_vae_without_one_tensor(tmp_path: Path, name: str):
+    names = [
+        "decoder.up.0.block.0.conv1.weight",
+        "decoder.conv_in.weight",
+        "decoder.mid.attn_1.q.weight",
+        "encoder.down.0.block.0.conv1.bias",
+    ]
+    path = tmp_path / "ae.safetensors"
+    save_file({n: torch.ones(8, 8, 3, 3) for n in names if n != name}, path)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: "):
+        flux_files.load_flux_vae(path, dtype=F32)

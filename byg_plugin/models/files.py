@@ -3,7 +3,8 @@
 A *place* is a diffusers folder (root, or the part's own folder), a hub id (`owner/name`), or one .safetensors file.
 fp8 weights are upcast; scaled fp8 (`scale_weight`, `weight_scale`) is multiplied out. All else is refused by name.
 Configurations and tokenizers of single files come from `assets/`; sizes are read off the tensors' shapes.
-Models are built on the meta device and take each tensor as it is read: there is never a second copy.
+Models are built on the meta device and take each tensor as it is read: there is never a second copy. Each is looked at once for
+NaN and infinite values; a folder's headers and index are read before its weights.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -171,7 +173,11 @@ def part_folder(place: str | Path, part: str) -> Path | None:
 
 
 def from_folder(kind: Any, place: str | Path, part: str, **dtype: torch.dtype) -> Any:
-    """`kind.from_pretrained` of a local folder or hub id, safetensors only."""
+    """`kind.from_pretrained` of a local folder or hub id, safetensors only.
+
+    Raises:
+        ValueError: it holds another model, a file is missing or damaged, or a weight is NaN or infinite.
+    """
     folder = part_folder(place, part)
     if folder is None:
         inside = PARTS[part].folder
@@ -336,8 +342,11 @@ class Weights:
     def __enter__(self) -> Weights:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._file.__exit__(*error)
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._file.__exit__(kind, error, trace)
+        # Sizes are read off the shapes, and names converted, as those of a whole file of this part.
+        if isinstance(error, (ValueError, LookupError, ZeroDivisionError)) and not str(error).startswith(str(self.path)):
+            raise self.error(f"its tensors' names or shapes are none of {PARTS[self.part].label} ({error})") from error
 
     def error(self, reason: str) -> ValueError:
         """The refusal of this file: its path, why, and what to use instead."""
@@ -384,6 +393,8 @@ class Weights:
         """The factor of an fp8 weight: one number, or one a row as (rows, 1)."""
         if self._slice(name).get_dtype() not in _FP8:
             return None
+        if not self.shape(name):
+            raise self.error(f"{name} is one number in fp8")
         layer = name.removesuffix(".weight")
         found = [layer + suffix for suffix in _SCALES if layer + suffix in self.names]
         if not found:
