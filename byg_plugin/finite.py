@@ -46,9 +46,8 @@ def refuse_not_finite(tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor
 
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether `is_finite` holds for all of these floating-point tensors, on one device: fused, with one transfer. For every step."""
-    tensors = [tensor for tensor in tensors if tensor.numel()]
-    if not tensors:
+    """Whether `is_finite` holds for all of these floating-point tensors of one device. Fused, with one transfer: for every step."""
+    if not tensors or bool(torch.stack(torch._foreach_norm(list(tensors))).isfinite().all()):
         return True
-    # The largest magnitude, not a sum: that of finite values may overflow.
-    return bool(torch.stack(torch._foreach_norm(tensors, math.inf)).isfinite().all())
+    # The squares of finite values may overflow.
+    return all(is_finite(tensor) for tensor in tensors)

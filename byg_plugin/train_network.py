@@ -1,6 +1,7 @@
 """Train an editing LoRA.
 
 accelerate launch byg_plugin/train_network.py --config configs/flux_image.toml [--set train.steps=100] [--resume latest]
+accelerate launch byg_plugin/train_network.py --config ... --resume FOLDER --discard-later    go on from an earlier checkpoint
 python byg_plugin/train_network.py --config ... --print-config     the resolved configuration
 python byg_plugin/train_network.py --config ... --dry-run          what would be trained, and the memory sum
 """
