@@ -11,12 +11,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from byg_plugin.lora_formats import expert_files
 from byg_plugin.training.config import Config, load_config
 from byg_plugin.training.extras import require_training_extras
+
+if TYPE_CHECKING:
+    import torch
 
 
 def write_data(out: Path, write_dataset: Callable[..., Path], sizes: Mapping[str, int]) -> None:
