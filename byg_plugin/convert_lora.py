@@ -12,17 +12,23 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if __package__ in (None, ""):  # run as a file: Python put this folder on the path, not the one that holds the package
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from byg_plugin import lora_formats
+from byg_plugin import families
+
+if TYPE_CHECKING:
+    from byg_plugin.lora_formats import Lost
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     args = _parser().parse_args(argv)
     try:
+        if not args.lora.expanduser().is_file():
+            raise ValueError(f"{args.lora}: no such file; give a LoRA as .safetensors")
         return _check(args) if args.check else _convert(args)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -33,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="convert_lora.py", description=__doc__.splitlines()[0])
     parser.add_argument("lora", type=Path, help="LoRA file (.safetensors)")
     action = parser.add_mutually_exclusive_group(required=True)
-    action.add_argument("--to", choices=lora_formats.FORMATS, help="format to convert to")
+    action.add_argument("--to", choices=families.LORA_FORMATS, help="format to convert to")
     action.add_argument("--check", action="store_true", help="report what each tool would load of the file as it is")
     parser.add_argument("--out", type=Path, help="file to write (with --to)")
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
@@ -41,8 +47,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tools",
         nargs="+",
-        choices=lora_formats.FORMATS,
-        default=lora_formats.FORMATS,
+        choices=families.LORA_FORMATS,
+        default=families.LORA_FORMATS,
         help="tools that --check asks about (default: all)",
     )
     parser.add_argument("--modules", action="store_true", help="with --check: list every layer, also those that load")
@@ -54,6 +60,8 @@ def _convert(args: argparse.Namespace) -> int:
         raise ValueError("--to needs --out: the file to write")
     if args.out.exists() and not args.overwrite:
         raise ValueError(f"{args.out} exists; give another --out, or --overwrite")
+    from byg_plugin import lora_formats  # torch: seconds
+
     tensors, metadata = lora_formats.read_lora(args.lora)
     family = lora_formats.guess_family(tensors, metadata)
     converted = lora_formats.convert(tensors, args.to, family=family, allow_loss=args.allow_loss)
@@ -66,6 +74,8 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
+    from byg_plugin import lora_formats  # torch: seconds
+
     report = lora_formats.check(*lora_formats.read_lora(args.lora, as_stored=True), tools=args.tools)
     print(f"{args.lora}: {report.modules} layers, format {report.format}")
     for tool in report.tools:
@@ -82,7 +92,7 @@ def _check(args: argparse.Namespace) -> int:
     return 1 if report.loses else 0
 
 
-def _by_reason(lost: Sequence[lora_formats.Lost]) -> dict[str, list[str]]:
+def _by_reason(lost: Sequence[Lost]) -> dict[str, list[str]]:
     reasons: dict[str, list[str]] = {}
     for item in lost:
         reasons.setdefault(item.why, []).append(item.name)

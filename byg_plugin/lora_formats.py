@@ -26,7 +26,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -36,8 +35,8 @@ from torch import Tensor
 from byg_plugin import families
 from byg_plugin.models import flux_names, wan_names
 
-Format = Literal["diffusers", "comfyui", "musubi"]
-FORMATS: tuple[Format, ...] = ("diffusers", "comfyui", "musubi")
+Format = families.LoraFormat
+FORMATS = families.LORA_FORMATS
 
 
 @dataclass(frozen=True)
@@ -67,8 +66,7 @@ FAMILIES = {
     "flux": Family("flux", flux_names.find_native, flux_names.find_part, ("double_blocks.", "single_blocks."), 3072),
     **dict.fromkeys(families.WAN, _WAN),
 }
-# What follows a file's stem, by the expert that it is for.
-EXPERT_SUFFIXES = {"transformer": "_high_noise", "transformer_2": "_low_noise"}
+EXPERT_SUFFIXES = families.EXPERT_SUFFIXES
 
 # Naming of the keys: prefix -> whose layer names follow. The order matters: the first that fits is taken.
 _PREFIXES = (

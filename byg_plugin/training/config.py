@@ -727,7 +727,7 @@ def _explain(item: Any, raw: dict[str, Any]) -> str:
     """One validation error as a sentence with key, value and remedy."""
     location = [str(part) for part in item["loc"]]
     key = _short(".".join(location))
-    value = _shown(item.get("input"))
+    value = shown(item.get("input"))
     if item["type"] == "extra_forbidden":
         return f"unknown key {key} = {value}; {_nearest(location)}"
     if item["type"] == "missing":
@@ -741,7 +741,8 @@ def _explain(item: Any, raw: dict[str, Any]) -> str:
     return f"{key} = {value}: {message[0].lower()}{message[1:]}" + (f" ({described})" if described else "")
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value as Python writes it, shortened."""
     try:
         return _short(repr(value))
     except ValueError:  # Python's: more digits than it writes
