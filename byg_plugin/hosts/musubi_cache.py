@@ -16,7 +16,7 @@ import hashlib
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -202,6 +202,9 @@ def check(dataset_config: Path, family: str, tuples: Sequence[EditTuple]) -> int
         ValueError: latents or roles are not cached, texts have changed, or items and tuples do not match.
     """
     items = latents_of(dataset_config, family)
+    for path, _ in _latent_files(dataset_config, family):
+        if why := _wrong_latents(path):
+            raise ValueError(f"{path}: {why}; remove it and cache the latents again with the host's script")
     stale, missing = [], []
     for item, texts in matched(items, tuples):
         found = header(item.path).get("byg.texts")
@@ -238,7 +241,7 @@ def _wrong_entries(path: Path, family: str, count: int) -> str | None:
                 wanted = count if part == "pooled" else rows
                 if len(names) != 1 or len(shape := shapes[names[0]]) != 2 or shape[0] != wanted or not shape[1]:
                     return f"{role} has {part} of shape {[shapes[name] for name in names]}, ({wanted}, width) is needed"
-                if file.get_slice(names[0]).get_dtype() not in ("F32", "F16", "BF16"):
+                if file.get_slice(names[0]).get_dtype() not in _FLOATS:
                     return f"{names[0]} holds no floating-point numbers"
     return None
 
@@ -257,16 +260,34 @@ def latents_of(dataset_config: Path, family: str) -> list[Item]:
 
 def cached_items(dataset_config: Path, family: str) -> list[Item]:
     """The items whose latents are cached, by the host's naming of files; of a clip cut in several places, once."""
+    return list({item.path: item for _, item in _latent_files(dataset_config, family)}.values())
+
+
+def _latent_files(dataset_config: Path, family: str) -> Iterator[tuple[Path, Item]]:
     name = ARCHITECTURES[family][0]
-    found: dict[Path, Item] = {}
     for folder, is_video in cache_folders(dataset_config):
         position = r"_\d+-\d+(?:-\d+)?" if is_video else ""
         pattern = re.compile(rf"(.+){position}_\d+x\d+_{name}\.safetensors")
         for path in sorted(folder.glob(f"*_{name}.safetensors")):
             if match := pattern.fullmatch(path.name):
                 text = folder / f"{match[1]}_{name}_te.safetensors"
-                found.setdefault(text, Item(stem=match[1], path=text))
-    return list(found.values())
+                yield path, Item(stem=match[1], path=text)
+
+
+def _wrong_latents(path: Path) -> str | None:
+    """What is wrong with a latent cache file, by its header; None: nothing."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            kept = [file.get_slice(key) for key in file.keys() if key.startswith("latents_")]  # noqa: SIM118
+            found = [(one.get_dtype(), one.get_shape()) for one in kept]
+    except (OSError, SafetensorError) as error:
+        return f"not a readable cache file ({error})"
+    if not found or any(dtype not in _FLOATS or len(shape) < 3 or not all(shape) for dtype, shape in found):
+        return f"latents of {found or 'no name that the host gives them'}, and (channels, frames, height, width) in 16 or 32 bit are needed"
+    return None
+
+
+_FLOATS = ("F32", "F16", "BF16")
 
 
 def cache_folders(dataset_config: Path) -> list[tuple[Path, bool]]:
@@ -296,9 +317,7 @@ def datasets(dataset_config: Path) -> list[dict[str, Any]]:
         raise ValueError(f"musubi.dataset_config = {dataset_config}: not a dataset TOML of musubi-tuner: {error}") from error
     general, listed = raw.get("general", {}), raw.get("datasets")
     if not isinstance(general, dict) or not isinstance(listed, list) or not all(isinstance(dataset, dict) for dataset in listed):
-        raise ValueError(
-            f"musubi.dataset_config = {dataset_config}: not a dataset TOML of musubi-tuner: it has no tables [[datasets]]"
-        )
+        raise ValueError(f"musubi.dataset_config = {dataset_config}: not a dataset TOML of musubi-tuner: it has no tables [[datasets]]")
     found = [{**general, **dataset} for dataset in listed]
     for dataset in found:
         if why := _wrong(dataset):

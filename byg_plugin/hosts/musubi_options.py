@@ -221,7 +221,7 @@ def _named(config: Config) -> list[str]:
             found.append(f"musubi.{name} = {shown(value)}: must not be above {largest:,}")
     swapped, most = given.get("blocks_to_swap"), _MOST_SWAPPED[config.model.family]
     if isinstance(swapped, int) and swapped > most:
-        found.append(f"musubi.blocks_to_swap = {swapped}: {config.model.family} has no more than {most} to swap")
+        found.append(f"musubi.blocks_to_swap = {shown(swapped)}: {config.model.family} has no more than {most} to swap")
     optimizer, scheduler = given.get("optimizer_type"), given.get("lr_scheduler")
     if isinstance(optimizer, str) and "." not in optimizer and optimizer.lower() not in ("adamw", "adamw8bit", "adafactor"):
         of_torch = [name for name, kind in vars(torch.optim).items() if isinstance(kind, type)]
