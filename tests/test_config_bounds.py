@@ -208,8 +208,8 @@ def test_dots_inside_texts_are_no_nesting(tmp_path: Path):
 def test_a_file_of_another_kind_is_not_read_whole(tmp_path: Path):
     path = tmp_path / "model.safetensors"
     with path.open("wb") as file:
-        file.truncate(3 << 30)
-    with pytest.raises(ValueError, match="has 3,221,225,472 bytes, it is no configuration"):
+        file.truncate(2 << 20)
+    with pytest.raises(ValueError, match="has 2,097,152 bytes, it is no configuration"):
         load_config(path)
 
 
