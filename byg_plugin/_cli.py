@@ -19,9 +19,22 @@ _OURS = (_PACKAGE, _PACKAGE.parent / "dataset_tools")
 def common_parser(description: str, *, config_required: bool = True) -> argparse.ArgumentParser:
     """A parser with `--config FILE` and repeatable `--set section.key=value`."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--config", required=config_required, metavar="FILE", help="TOML configuration")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a key; repeatable")
+    parser.add_argument("--config", required=config_required, type=not_empty, metavar="FILE", help="TOML configuration")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help="override a key; repeatable, one assignment each, the last one of a key counts",
+    )
     return parser
+
+
+def not_empty(text: str) -> str:
+    """An argument's type. An empty one, e.g. of a shell variable that is not set, must not pass for one that is not given."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty: leave the option out, or say what is meant")
+    return text
 
 
 def run(main: Callable[[], object]) -> None:

@@ -13,11 +13,15 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if __package__ in (None, ""):  # run as a file: Python put this folder on the path, not the one that holds the package
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from byg_plugin import _cli, lora_diffusers, lora_files, lora_formats
+from byg_plugin import _cli, families
+
+if TYPE_CHECKING:
+    from byg_plugin.lora_formats import Lost
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -28,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         SystemExit: with 1 when a tool would lose something.
     """
     args = _parser().parse_args(argv)
+    if not args.lora.expanduser().is_file():
+        raise ValueError(f"{args.lora}: no such file; give a LoRA as .safetensors")
     if not args.check:
         _convert(args)
     elif _check(args):
@@ -38,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="convert_lora.py", description=__doc__.splitlines()[0])
     parser.add_argument("lora", type=Path, help="LoRA file (.safetensors)")
     action = parser.add_mutually_exclusive_group(required=True)
-    action.add_argument("--to", choices=lora_formats.FORMATS, help="format to convert to")
+    action.add_argument("--to", choices=families.LORA_FORMATS, help="format to convert to")
     action.add_argument("--check", action="store_true", help="report what each tool would load of the file as it is")
     parser.add_argument("--out", type=Path, help="file to write (with --to)")
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
@@ -46,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tools",
         nargs="+",
-        choices=lora_formats.FORMATS,
+        choices=families.LORA_FORMATS,
         help="tools that --check asks about (default: all; diffusers where it is installed)",
     )
     parser.add_argument("--modules", action="store_true", help="with --check: list every layer, also those that load")
@@ -58,6 +64,8 @@ def _convert(args: argparse.Namespace) -> None:
         raise ValueError("--to needs --out: the file to write")
     if args.out.exists() and not args.overwrite:
         raise ValueError(f"{args.out} exists; give another --out, or --overwrite")
+    from byg_plugin import lora_files, lora_formats  # torch: seconds
+
     tensors, metadata = lora_files.read_lora(args.lora)
     with lora_files.naming(args.lora):
         family = lora_formats.guess_family(tensors, metadata)
@@ -71,6 +79,8 @@ def _convert(args: argparse.Namespace) -> None:
 
 def _check(args: argparse.Namespace) -> bool:
     """Print the report; returns whether a tool would lose something."""
+    from byg_plugin import lora_diffusers, lora_files, lora_formats  # torch: seconds
+
     stored = lora_files.read_stored(args.lora)
     lacking = None if args.tools else lora_diffusers.missing()
     tools = args.tools or [tool for tool in lora_formats.FORMATS if tool != "diffusers" or lacking is None]
@@ -95,7 +105,7 @@ def _check(args: argparse.Namespace) -> bool:
     return report.loses
 
 
-def _by_reason(lost: Sequence[lora_formats.Lost]) -> dict[str, list[str]]:
+def _by_reason(lost: Sequence[Lost]) -> dict[str, list[str]]:
     reasons: dict[str, list[str]] = {}
     for item in lost:
         reasons.setdefault(item.why, []).append(item.name)

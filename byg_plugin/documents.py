@@ -7,6 +7,7 @@ thousands of digits are a `ValueError` of Python's own already.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,13 @@ else:
     import tomli as tomllib
 
 _TOO_DEEP = "nested too deeply to be meant"
+_MOST_DEPTH = 100  # dotted keys nest without recursion, and whoever prints or checks the value recurses
+_QUOTED = re.compile(r"'[^']*'|" r'"(?:[^"\\]|\\.)*"')
+BACKSLASH = """in "..." a backslash begins an escape: write a path in single quotes, 'C:\\models\\flux', or with /"""
+
+
+class TooDeep(ValueError):
+    """Nesting without end."""
 
 
 _MARKS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
@@ -61,7 +69,7 @@ def json_value(text: str | bytes, *, unique_keys: bool = False, strict: bool = T
     try:
         return json.loads(text, object_pairs_hook=pairs, strict=strict)
     except RecursionError:
-        raise ValueError(_TOO_DEEP) from None
+        raise TooDeep(_TOO_DEEP) from None
 
 
 def toml_table(text: str) -> dict[str, Any]:
@@ -71,10 +79,36 @@ def toml_table(text: str) -> dict[str, Any]:
         ValueError: it is none (`tomllib.TOMLDecodeError` where a place can be told), is nested too deeply, or holds an integer of
             more digits than Python reads.
     """
+    # Before it is read: the reader's time for a dotted key grows with the square of its parts.
+    if any(line.count(".") > _MOST_DEPTH and _QUOTED.sub("", line).count(".") > _MOST_DEPTH for line in text.split("\n")):
+        raise TooDeep(_TOO_DEEP)
     try:
-        return tomllib.loads(text)
+        table = tomllib.loads(text)
     except RecursionError:
-        raise ValueError(_TOO_DEEP) from None
+        raise TooDeep(_TOO_DEEP) from None
+    except tomllib.TOMLDecodeError as error:
+        raise tomllib.TOMLDecodeError(f"{error}{_advice(text, str(error))}") from error
+    if _depth_above(table, _MOST_DEPTH):
+        raise TooDeep(_TOO_DEEP)
+    return table
+
+
+def _advice(text: str, message: str) -> str:
+    """A Windows path in a string with escapes is the usual reason for a backslash in the line that is wrong."""
+    where = re.search(r"line (\d+)", message)
+    lines = text.split("\n")
+    line = lines[int(where[1]) - 1] if where and int(where[1]) <= len(lines) else ""
+    return f"; {BACKSLASH}" if re.search(r'".*\\', line) else ""
+
+
+def _depth_above(value: Any, most: int) -> bool:
+    """Level by level: no recursion."""
+    level = [value]
+    for _ in range(most):
+        level = [part for one in level if isinstance(one, dict | list) for part in (one.values() if isinstance(one, dict) else one)]
+        if not level:
+            return False
+    return True
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -27,26 +27,22 @@ if __package__ in (None, ""):
 import argparse
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from PIL import Image, ImageOps
-from torch import Tensor
 
-from byg_plugin import _cli, families, sampling
+from byg_plugin import _cli, families
 from byg_plugin.data.buckets import Size, bucket_for, crop_to_bucket, to_tensor
 from byg_plugin.data.clips import SUFFIXES as CLIP_SUFFIXES
 from byg_plugin.data.clips import Clip, clip_info, is_clip, read_clip, write_clip
 from byg_plugin.data.media import image_size, load_image, to_rgb
 from byg_plugin.folders import make_writable
 from byg_plugin.images import frames_of, save_png, side_by_side, to_pil
-from byg_plugin.lora_files import naming, read_lora
-from byg_plugin.lora_formats import expert_files, read_named
 from byg_plugin.models import make_family
 from byg_plugin.progress import Progress
 from byg_plugin.training.config import Config, DatasetConfig, load_config, parse_config
@@ -54,11 +50,28 @@ from byg_plugin.training.device import resolve_device
 from byg_plugin.training.extras import require_model_extras
 from byg_plugin.user_files import files_in, hidden_in
 
+# torch, and what imports it, comes where it is used: wrong arguments are told without it, whose import takes seconds.
+if TYPE_CHECKING:
+    from torch import Tensor
+
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 MOST_STRENGTH = 100.0  # the base is lost well before; beyond, networks overflow
 _STRENGTHS = f"a number from -{MOST_STRENGTH:g} to {MOST_STRENGTH:g}"
 _MAX_SEED = 2**63 - 1  # what torch's generators take
 _TOLD_CUT = 0.2  # of a picture's pixels
+
+
+def _without_gradient(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.no_grad()` as a decorator that does not import torch."""
+
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        import torch
+
+        with torch.no_grad():
+            return function(*args, **kwargs)
+
+    return run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,14 +134,18 @@ class EditPipeline:
             sampler: keys of `[sample]`: solver, cfg_high_noise, cfg_low_noise, negative.
 
         Raises:
-            ValueError: the file or a value is unusable.
+            ValueError: the file or a value is unusable, or the LoRA's family has no use for one.
         """
+        from byg_plugin.lora_files import naming, read_lora
+        from byg_plugin.lora_formats import expert_files, read_named
+
         with naming(lora):
             _, metadata = read_lora(next(iter(expert_files(lora).values())))
             section = {"path": model, "device": device, "dtype": dtype, "quantization": quantization}
             raw = _from_metadata(metadata, config, {key: value for key, value in section.items() if value is not None})
             tensors, _ = read_named(lora, metadata["byg.family"])
             raw["lora"] = _lora_section(tensors, metadata)
+        _refuse_unused(metadata["byg.family"], {"guidance": guidance, **sampler})
         if guidance is not None:
             raw["conditioning"]["guidance"] = guidance
         if resolution is not None:
@@ -136,7 +153,10 @@ class EditPipeline:
             if resolution < 256:
                 raw["dataset"]["bucket_step"] = None  # the family's own
         raw["sample"] |= {key: value for key, value in sampler.items() if value is not None}
-        return cls(parse_config(raw, origin="edit"), tensors, strength=strength, origin=lora)
+        resolved = parse_config(raw, origin="edit")
+        if sampler.get("negative") is not None and resolved.negative is None:
+            raise ValueError("negative (--negative) is not used at guidance 1: leave it out, or raise cfg_high_noise (--cfg-high)")
+        return cls(resolved, tensors, strength=strength, origin=lora)
 
     def __call__(
         self,
@@ -150,7 +170,7 @@ class EditPipeline:
         """One edited image, of the size of the source's bucket (never larger than the source)."""
         return self.batch([source], [instruction], steps=steps, schedule=schedule, seeds=[seed])[0][1]
 
-    @torch.no_grad()
+    @_without_gradient
     def batch(
         self,
         sources: Sequence[str | Path | Image.Image],
@@ -173,6 +193,8 @@ class EditPipeline:
         """
         if not len(sources) == len(instructions) == len(seeds):
             raise ValueError(f"a batch needs as many instructions and seeds as sources: {len(sources)}, {len(instructions)}, {len(seeds)}")
+        import torch
+
         for seed in seeds:
             if not 0 <= seed <= _MAX_SEED:
                 raise ValueError(f"seed = {seed} is out of range: 0 to {_MAX_SEED}")
@@ -183,7 +205,7 @@ class EditPipeline:
         decoded = self._edit(pixels, instructions, steps=steps, schedule=schedule, seeds=seeds, guided=guided, on_step=on_step)
         return [(picture, to_pil(edit[:, 0])) for picture, edit in zip(pictures, decoded, strict=True)]
 
-    @torch.no_grad()
+    @_without_gradient
     def clip(
         self,
         source: str | Path,
@@ -208,6 +230,8 @@ class EditPipeline:
             ValueError: the family edits images alone, or the clip is unreadable or shorter than `frames`.
             FloatingPointError: the edit is not finite.
         """
+        import torch
+
         if not 0 <= seed <= _MAX_SEED:
             raise ValueError(f"seed = {seed} is out of range: 0 to {_MAX_SEED}")
         pictures, fps = self._prepare_clip(Path(source), frames)
@@ -227,6 +251,10 @@ class EditPipeline:
         on_step: Any,
     ) -> Tensor:
         """Pixels (B, 3, F, H, W) in [-1, 1] -> their edits."""
+        import torch
+
+        from byg_plugin import sampling
+
         negative = self.config.negative if guided else None
         self.encode(instructions)
         if negative is not None and negative not in self._texts:
@@ -252,9 +280,11 @@ class EditPipeline:
         return sampling.finite(self.config, self.family.decode_latents(self._vae, edits), "the decoded pixels")
 
     def _text_batch(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        import torch
+
         return {name: torch.stack([self._texts[text][name] for text in texts]).to(self.device) for name in self._texts[texts[0]]}
 
-    @torch.no_grad()
+    @_without_gradient
     def encode(self, texts: Iterable[str]) -> None:
         """Encode texts that are not known yet. Call it once with all texts: the encoders are loaded for each call."""
         new = sorted({text for text in texts if text not in self._texts})
@@ -306,6 +336,7 @@ class EditPipeline:
     def _load(self) -> None:
         if self._host is None:
             from byg_plugin.hosts import make_host
+            from byg_plugin.lora_files import naming
 
             host = make_host(self.config, self.family, self.device, fresh=False)
             with naming(self._origin):
@@ -336,7 +367,7 @@ def _from_metadata(metadata: Mapping[str, str], config: Config | None, model: Ma
     if config is None:
         section: dict[str, Any] = {"family": family}
         expected = family
-        raw: dict[str, Any] = {"dataset": {"tuples": "", "cache_dir": ""}, "output": {"dir": "."}}
+        raw: dict[str, Any] = {"dataset": {"tuples": ".", "cache_dir": "."}, "output": {"dir": "."}}
         raw["sample"] = {}
     else:
         raw = config.model_dump(include={"model", "dataset", "sample", "output"})
@@ -353,7 +384,8 @@ def _from_metadata(metadata: Mapping[str, str], config: Config | None, model: Ma
     try:
         raw["conditioning"] = {
             "position": metadata["byg.position"],
-            "guidance": float(metadata["byg.guidance"]),
+            # Wan has none; what stood in its configuration was not used.
+            **({} if family in families.WAN else {"guidance": float(metadata["byg.guidance"])}),
             "max_text_tokens": int(metadata["byg.max_text_tokens"]),
         }
         raw["dataset"]["resolution"] = int(metadata["byg.resolution"])
@@ -367,6 +399,27 @@ def _from_metadata(metadata: Mapping[str, str], config: Config | None, model: Ma
     in_float32 = raw["model"].get("dtype") == "float32"
     raw["train"] = {"steps": 1, "mixed_precision": config.train.mixed_precision if config else "no" if in_float32 else "bf16"}
     return raw
+
+
+_OPTIONS = {
+    "guidance": "--guidance",
+    "cfg_high_noise": "--cfg-high",
+    "cfg_low_noise": "--cfg-low",
+    "negative": "--negative",
+    "solver": "--solver",
+}
+
+
+def _refuse_unused(family: str, given: Mapping[str, Any]) -> None:
+    """What a family has no place for is an error, not an option without effect."""
+    if family in families.WAN:
+        foreign = ["guidance", *([] if families.has_experts(family) else ["cfg_low_noise"])]
+        remedy = "its guidance is cfg_high_noise (--cfg-high)" + (" and cfg_low_noise (--cfg-low)" if families.has_experts(family) else "")
+    else:
+        foreign = ["cfg_high_noise", "cfg_low_noise", "negative", *(["solver"] if given.get("solver") == "unipc" else [])]
+        remedy = "its guidance is the embedding, guidance (--guidance)"
+    if unused := [f"{name} ({_OPTIONS[name]}) = {given[name]!r}" for name in foreign if given.get(name) is not None]:
+        raise ValueError(f"{', '.join(unused)}: not for {family}, leave it out; {remedy}")
 
 
 def _lora_section(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -441,20 +494,21 @@ def jobs_of(args: argparse.Namespace, config: Config | None = None) -> list[Job]
 
 def _parser() -> argparse.ArgumentParser:
     parser = _cli.common_parser(__doc__ or "", config_required=False)
-    parser.add_argument("--model", help="base model: diffusers folder or hub id (instead of the one in --config)")
-    parser.add_argument("--lora", required=True, help="LoRA file (.safetensors)")
-    parser.add_argument("--source", help="image or clip, or folder of them")
+    parser.add_argument("--model", type=_cli.not_empty, help="base model: diffusers folder or hub id (instead of the one in --config)")
+    parser.add_argument("--lora", required=True, type=_cli.not_empty, help="LoRA file (.safetensors)")
+    parser.add_argument("--source", type=_cli.not_empty, help="image or clip, or folder of them")
     parser.add_argument("--instruction", help="what to change")
     parser.add_argument(
         "--tuples",
+        type=_cli.not_empty,
         help="JSONL or folder of tuples: edit each source by its instruction; relative sources start from dataset.image_root of --config, "
         "or the file's folder",
     )
-    parser.add_argument("--out", default="edits", help="folder of the results (default: edits)")
+    parser.add_argument("--out", type=_cli.not_empty, default="edits", help="folder of the results (default: edits)")
     parser.add_argument(
         "--steps",
-        type=positive_whole_number,
-        help="steps of the sampler (default: sample.steps of --config, or 20; Wan: the published 40 or 50)",
+        type=whole_number(1, 1000),
+        help="steps of the sampler, at most 1000 (default: sample.steps of --config, or 20; Wan: the published 40 or 50)",
     )
     parser.add_argument(
         "--schedule",
@@ -462,69 +516,123 @@ def _parser() -> argparse.ArgumentParser:
         help="nodes of the sampler (default: the LoRA's byg.schedule, which wins over sample.schedule of --config)",
     )
     parser.add_argument(
-        "--seed", type=seed_number, default=0, help="seed of the noise, 0 to 2^63 - 1 (default 0; image i, counted from 0, uses seed + i)"
+        "--seed",
+        type=whole_number(0, _MAX_SEED),
+        default=0,
+        help="seed of the noise, 0 to 2^63 - 1 (default 0; image i, counted from 0, uses seed + i)",
     )
-    parser.add_argument("--frames", type=positive_whole_number, help="frames of a clip (default: the most up to 81; rounded to 4n + 1)")
+    parser.add_argument(
+        "--frames", type=whole_number(1, 10_000), help="frames of a clip (default: the most up to 81; rounded down to 4n + 1)"
+    )
     parser.add_argument(
         "--solver",
         choices=["auto", "euler", "unipc", "unipc_diffusers"],
         help="default: the configuration's, or auto (Wan: unipc, at Wan's own times)",
     )
     parser.add_argument(
-        "--cfg-high", type=finite_number, help="Wan: guidance scale of the (high-noise) expert, 1 = none (default: published)"
+        "--cfg-high", type=number(1, 100), help="Wan: guidance scale of the (high-noise) expert, 1 = none (default: published)"
     )
-    parser.add_argument("--cfg-low", type=finite_number, help="Wan: guidance scale of the low-noise expert (default: published)")
+    parser.add_argument("--cfg-low", type=number(1, 100), help="Wan: guidance scale of the low-noise expert (default: published)")
     parser.add_argument(
         "--show-unguided", action="store_true", help="Wan: also the edit at guidance scale 1, third in the side-by-side; half as long again"
     )
     parser.add_argument("--negative", help="Wan: text that guidance leads away from (default: published)")
-    parser.add_argument("--guidance", type=finite_number, help="guidance embedding (default: the LoRA's)")
-    parser.add_argument("--strength", type=strength_number, default=1.0, help="scale of the LoRA, -100 to 100 (default 1 = as trained)")
-    parser.add_argument("--resolution", type=positive_whole_number, help="about resolution x resolution pixels (default: the LoRA's)")
-    parser.add_argument("--batch-size", type=positive_whole_number, default=1, help="images of one size edited at once (default 1)")
+    parser.add_argument("--guidance", type=number(0, 1000), help="FLUX: guidance embedding (default: the LoRA's)")
+    parser.add_argument(
+        "--strength",
+        type=number(-MOST_STRENGTH, MOST_STRENGTH),
+        default=1.0,
+        help=f"scale of the LoRA, {-MOST_STRENGTH:g} to {MOST_STRENGTH:g} (default 1 = as trained)",
+    )
+    parser.add_argument("--resolution", type=whole_number(16, 4096), help="about resolution x resolution pixels (default: the LoRA's)")
+    parser.add_argument(
+        "--batch-size",
+        type=whole_number(1, 1024),
+        default=1,
+        help="images of one size edited at once (default 1); clips are edited one by one",
+    )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], help="default: the configuration's, or auto")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="default: the configuration's, or bfloat16")
     parser.add_argument("--quantization", choices=["none", "fp8", "int8", "nf4"], help="default: the configuration's, or none")
     return parser
 
 
-def positive_whole_number(text: str) -> int:
+def whole_number(least: int, most: int) -> Callable[[str], int]:
     """An argument's type."""
-    return _whole_number(text, 1, None, "a positive whole number")
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{_shown(text)} is not a whole number from {least} to {most}")
+        return value
+
+    return parse
 
 
-def seed_number(text: str) -> int:
+def number(least: float, most: float) -> Callable[[str], float]:
     """An argument's type."""
-    return _whole_number(text, 0, _MAX_SEED, f"a whole number from 0 to {_MAX_SEED}")
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{_shown(text)} is not a number from {least:g} to {most:g}")
+        return value
+
+    return parse
 
 
-def _whole_number(text: str, least: int, most: int | None, what: str) -> int:
-    try:
-        value = int(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from error
-    if value < least or (most is not None and value > most):
-        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
-    return value
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 40 else f"{text[:40]}...")
 
 
-def finite_number(text: str) -> float:
-    """An argument's type."""
-    try:
-        value = float(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from error
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
-    return value
+def check_arguments(args: argparse.Namespace, jobs: Sequence[Job]) -> None:
+    """What would be without effect, or stop late, before anything heavy is imported.
+
+    Raises:
+        ValueError: names the option.
+    """
+    clips = sum(is_clip(job.source) for job in jobs)
+    if args.frames is not None and not clips:
+        raise ValueError(f"--frames {args.frames} is for clips, and there is none among the sources: leave it out")
+    if args.batch_size > 1 and clips == len(jobs):
+        raise ValueError(f"--batch-size {args.batch_size} is for images, clips are edited one by one: leave it out")
+    if args.seed + len(jobs) - 1 > _MAX_SEED:
+        raise ValueError(f"--seed {args.seed}: edit i uses seed + i, and {len(jobs)} edits go beyond {_MAX_SEED}; lower it")
+    if args.model is None and not args.config:
+        raise ValueError("name the base model: --model FOLDER_OR_HUB_ID, or --config with a [model] section")
+    # Either file of a pair, or their common name.
+    lora = Path(args.lora).expanduser()
+    if not any(
+        lora.with_name(name).is_file() for name in (lora.name, *(f"{lora.stem}{s}.safetensors" for s in families.EXPERT_SUFFIXES.values()))
+    ):
+        raise ValueError(f"--lora {args.lora}: no such file; give a LoRA as .safetensors")
 
 
-def strength_number(text: str) -> float:
-    """An argument's type."""
-    value = finite_number(text)
-    if abs(value) > MOST_STRENGTH:
-        raise argparse.ArgumentTypeError(f"{text!r} is not {_STRENGTHS}; 1 = as trained")
-    return value
+# Keys that the LoRA knows better than --config, and the options that stand above it.
+_FROM_LORA = {"conditioning.guidance": "guidance", "dataset.resolution": "resolution", "sample.schedule": "schedule"}
+
+
+def check_overrides(args: argparse.Namespace, given: Config | None, resolved: Config) -> None:
+    """A `--set` whose value the LoRA's own has replaced is an error.
+
+    Raises:
+        ValueError: names key, both values and the option that has the last word.
+    """
+    for override in args.set:
+        key = override.partition("=")[0].replace(" ", "")
+        option = _FROM_LORA.get(key)
+        if option is None or getattr(args, option) is not None:
+            continue
+        section, name = key.split(".")
+        asked, used = (getattr(getattr(config, section), name) for config in (given, resolved))
+        if asked != used:
+            raise ValueError(f"--set {override}: edits do not take it from --config, and use {used!r}; give --{option} {asked}")
 
 
 def _tell_cut(source: Path, size: Size, bucket: Size, dataset: DatasetConfig) -> None:
@@ -550,6 +658,7 @@ def main() -> None:
         raise ValueError("--set overrides a key of --config: give --config, or use edit's own options")
     config = load_config(args.config, args.set) if args.config else None
     jobs = jobs_of(args, config)
+    check_arguments(args, jobs)
     out = Path(args.out)
     _check_out(out, jobs)
     pipe = EditPipeline.from_lora(
@@ -567,6 +676,7 @@ def main() -> None:
         cfg_low_noise=args.cfg_low,
         negative=args.negative,
     )
+    check_overrides(args, config, pipe.config)
     if args.show_unguided and pipe.config.negative is None:
         raise ValueError("--show-unguided: nothing is guided here (FLUX takes guidance as an input; for Wan drop --cfg-high, --cfg-low)")
     passes = [True, False] if args.show_unguided else [True]

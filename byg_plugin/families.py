@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,10 @@ WAN_NEGATIVE = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
     "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
 )
+LoraFormat = Literal["diffusers", "comfyui", "musubi"]
+LORA_FORMATS: tuple[LoraFormat, ...] = ("diffusers", "comfyui", "musubi")
+# What follows the stem of a LoRA file, by the expert that it is for.
+EXPERT_SUFFIXES = {"transformer": "_high_noise", "transformer_2": "_low_noise"}
 POSITIONS = {"flux": ("same", "kontext"), **dict.fromkeys(WAN, ("same", "bernini"))}
 
 

@@ -25,7 +25,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -38,8 +37,8 @@ from byg_plugin.lora_files import read_lora as read_lora
 from byg_plugin.lora_files import write_lora as write_lora
 from byg_plugin.models import flux_names, wan_names
 
-Format = Literal["diffusers", "comfyui", "musubi"]
-FORMATS: tuple[Format, ...] = ("diffusers", "comfyui", "musubi")
+Format = families.LoraFormat
+FORMATS = families.LORA_FORMATS
 
 
 @dataclass(frozen=True)
@@ -140,8 +139,7 @@ _FLUX = Family(
     partial(flux_names.linears, 19, 38, guidance=True),
 )
 FAMILIES = {"flux": _FLUX, **dict.fromkeys(families.WAN, _WAN)}
-# What follows a file's stem, by the expert that it is for.
-EXPERT_SUFFIXES = {"transformer": "_high_noise", "transformer_2": "_low_noise"}
+EXPERT_SUFFIXES = families.EXPERT_SUFFIXES
 
 # Naming of the keys: prefix -> whose layer names follow. The order matters: the first that fits is taken.
 _PREFIXES = (

@@ -54,7 +54,10 @@ def main() -> None:
     if args.print_config:
         print(config.to_json())
         return
-    # After --print-config: these import torch and diffusers, seconds.
+    from byg_plugin.data.tuples import check_places
+
+    check_places(config.dataset)
+    # After what needs neither: these import torch and diffusers, seconds.
     if config.model.host == "musubi":
         from byg_plugin.hosts import musubi
 

@@ -16,7 +16,7 @@ from diffusers import FluxPipeline
 from PIL import Image
 from tiny import fill_caches, make_trainer, model_folder, run_config, tiny_config, tiny_texts, wake, workspace
 
-from byg_plugin import EditPipeline, _cli, convert_lora, edit
+from byg_plugin import EditPipeline, _cli, convert_lora, edit, sampling
 from byg_plugin.data.buckets import crop_to_bucket, to_tensor
 from byg_plugin.data.media import load_image
 from byg_plugin.hosts.diffusers import DiffusersHost
@@ -111,7 +111,7 @@ def test_a_batch_of_two_is_two_of_one(lora: Path, monkeypatch: pytest.MonkeyPatc
         latents.append(sample(*args))
         return latents[-1]
 
-    monkeypatch.setattr(edit.sampling, "sample", keep)
+    monkeypatch.setattr(sampling, "sample", keep)
     pipe, texts = pipeline(lora), ["add the snow", "remove the sky"]
     together = pipe.batch([photo(0), photo(1)], texts, steps=3, seeds=[1, 2])
     for i in (0, 1):
@@ -505,17 +505,26 @@ def test_wrong_commands(lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("--strength", "nan", "'nan' is not a finite number"),
+        ("--strength", "nan", "'nan' is not a number from -100 to 100"),
         ("--strength", "1e300", "'1e300' is not a number from -100 to 100"),
         ("--strength", "-100.5", "'-100.5' is not a number from -100 to 100"),
-        ("--guidance", "inf", "'inf' is not a finite number"),
+        ("--guidance", "inf", "'inf' is not a number from 0 to 1000"),
         ("--guidance", "much", "'much' is not a number"),
         ("--seed", "-1", "'-1' is not a whole number from 0 to 9223372036854775807"),
         ("--seed", str(2**63), "is not a whole number from 0 to"),
         ("--seed", "1.5", "'1.5' is not a whole number from 0 to"),
-        ("--steps", "0", "'0' is not a positive whole number"),
-        ("--batch-size", "two", "'two' is not a positive whole number"),
-        ("--resolution", "-5", "'-5' is not a positive whole number"),
+        ("--steps", "0", "'0' is not a whole number from 1 to 1000"),
+        ("--steps", "1001", "'1001' is not a whole number from 1 to 1000"),
+        ("--steps", "9" * 5000, "...' is not a whole number from 1 to 1000"),
+        ("--frames", "10001", "is not a whole number from 1 to 10000"),
+        ("--cfg-high", "0.5", "'0.5' is not a number from 1 to 100"),
+        ("--cfg-low", "1e39", "'1e39' is not a number from 1 to 100"),
+        ("--model", "", "is empty: leave the option out"),
+        ("--tuples", " ", "is empty: leave the option out"),
+        ("--config", "", "is empty: leave the option out"),
+        ("--out", "", "is empty: leave the option out"),
+        ("--batch-size", "two", "'two' is not a whole number from 1 to 1024"),
+        ("--resolution", "-5", "'-5' is not a whole number from 16 to 4096"),
     ],
 )
 def test_wrong_numbers(

@@ -143,3 +143,106 @@ def test_sizes_for_the_metadata(tmp_path: Path):
     (tmp_path / "dataset.toml").write_text("[general\n", encoding="utf-8")
     with pytest.raises(ValueError, match="not a dataset TOML"):
         musubi_cache.sizes(tmp_path / "dataset.toml")
+
+
+# --- what others have written ---
+
+DATASETS = {
+    "not TOML": ("[general\n", "not a dataset TOML"),
+    "nested": ("a = " + "[" * 50_000, "nested too deeply"),
+    "dotted": ("a." * 200_000 + "b = 1", "nested too deeply"),
+    "backslash": ('[[datasets]]\ncache_directory = "C:\\models\\x"', "single quotes"),
+    "no datasets": ("[general]\n", r"no tables \[\[datasets\]\]"),
+    "datasets a table": ("[datasets]\na = 1", r"no tables \[\[datasets\]\]"),
+    "datasets of numbers": ("datasets = [1, 2]", r"no tables \[\[datasets\]\]"),
+    "general a number": ("general = 1\ndatasets = []", r"no tables \[\[datasets\]\]"),
+    "folder a number": ("[[datasets]]\ncache_directory = 5", "cache_directory = 5 is not a text"),
+    "folder with a tab": ('[[datasets]]\ncache_directory = "C:\\temp"', r"cache_directory = .* holds the control character"),
+    "folder empty": ('[[datasets]]\nimage_directory = ""', "image_directory = '' is empty"),
+    "three sides": ("[[datasets]]\nresolution = [1, 2, 3]", r"resolution = \[1, 2, 3\] is not what musubi-tuner takes"),
+    "a text": ('[[datasets]]\nresolution = "512"', "resolution = '512' is not what"),
+    "beyond reason": (f"[[datasets]]\nresolution = {'9' * 4000}", "resolution = 999.*characters"),
+    "negative": ("[[datasets]]\nresolution = [-1, 2]", "resolution = "),
+    "frames a number": ("[[datasets]]\ntarget_frames = 5", "target_frames = 5 is not what .* a list"),
+    "frames of texts": ('[[datasets]]\ntarget_frames = ["5"]', "target_frames = "),
+}
+
+
+@pytest.mark.parametrize(("text", "says"), DATASETS.values(), ids=DATASETS)
+def test_a_dataset_toml_of_another_shape_is_named(tmp_path: Path, text: str, says: str):
+    path = tmp_path / "dataset.toml"
+    path.write_text(text, encoding="utf-8")
+    for read in (musubi_cache.sizes, lambda place: musubi_cache.cached_items(place, "wan")):
+        with pytest.raises(ValueError, match=f"musubi.dataset_config = .*dataset.toml: .*{says}") as caught:
+            read(path)
+        assert len(str(caught.value)) < 1000
+
+
+def test_a_dataset_toml_as_it_should_be(tmp_path: Path):
+    path = tmp_path / "dataset.toml"
+    path.write_text("[[datasets]]\ncache_directory = 'C:\\temp'\nresolution = 512\ntarget_frames = [1, 25]", encoding="utf-8")
+    assert musubi_cache.sizes(path) == (512, 25)
+    assert musubi_cache.cache_folders(path) == [(Path("C:\\temp"), False)]
+
+
+INSTRUCTION = "varlen_byg_instruction"
+ENTRIES = {
+    "no lengths": {f"{INSTRUCTION}_lengths_int64": None},
+    "lengths of another count": {f"{INSTRUCTION}_lengths_int64": torch.tensor([1, 1])},
+    "lengths of two dimensions": {f"{INSTRUCTION}_lengths_int64": torch.tensor([[1]])},
+    "lengths as floats": {f"{INSTRUCTION}_lengths_int64": torch.tensor([2.0])},
+    "lengths below 0": {f"{INSTRUCTION}_lengths_int64": torch.tensor([-1])},
+    "lengths beyond the rows": {f"{INSTRUCTION}_lengths_int64": torch.tensor([10**12])},
+    "three dimensions": {f"{INSTRUCTION}_umt5_bfloat16": torch.zeros(1, 2, WIDTH, dtype=torch.bfloat16)},
+    "no width": {f"{INSTRUCTION}_umt5_bfloat16": torch.zeros(2, 0, dtype=torch.bfloat16)},
+    "integers": {f"{INSTRUCTION}_umt5_bfloat16": torch.zeros(2, WIDTH, dtype=torch.int32)},
+    "booleans": {f"{INSTRUCTION}_umt5_bfloat16": torch.zeros(2, WIDTH, dtype=torch.bool)},
+    "no text": {f"{INSTRUCTION}_umt5_bfloat16": None},
+    "two texts": {f"{INSTRUCTION}_umt5_float32": torch.zeros(2, WIDTH)},
+}
+
+
+@pytest.mark.parametrize("changes", ENTRIES.values(), ids=ENTRIES)
+def test_cached_texts_of_another_shape_are_named_before_training(tmp_path: Path, changes: dict[str, Tensor | None]):
+    dataset, tuples = write_dataset(tmp_path, ["a"]), [edit_tuple("a.png")]
+    write_all(dataset, tuples)
+    assert musubi_cache.check(dataset, "wan", tuples) == 1
+    path = tmp_path / "cache" / "a_wan_te.safetensors"
+    metadata = musubi_cache.header(path)
+    save_file({name: value for name, value in (load_file(path) | changes).items() if value is not None}, path, metadata)
+    with pytest.raises(ValueError, match=r"a_wan_te\.safetensors: .*instruction.*; remove it and run .*cache_text_encoder_outputs"):
+        musubi_cache.check(dataset, "wan", tuples)
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"latents_2x4x6_int32": torch.zeros(16, 2, 4, 6, dtype=torch.int32)},
+        {"latents_2x4x6_bool": torch.zeros(16, 2, 4, 6, dtype=torch.bool)},
+        {"latents_2x0x6_bfloat16": torch.zeros(16, 2, 0, 6).bfloat16()},
+        {"latents_6_bfloat16": torch.zeros(4, 6).bfloat16()},
+        {"other": torch.zeros(16, 2, 4, 6)},
+        {},
+    ],
+    ids=["integers", "booleans", "empty", "flat", "other names", "nothing"],
+)
+def test_cached_latents_of_another_shape_are_named_before_training(tmp_path: Path, tensors: dict[str, Tensor]):
+    dataset, tuples = write_dataset(tmp_path, ["a"]), [edit_tuple("a.png")]
+    write_all(dataset, tuples)
+    (path,) = (tmp_path / "cache").glob("*_0048x0032_wan.safetensors")
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=r"a_0048x0032_wan\.safetensors: latents of .*cache the latents again"):
+        musubi_cache.check(dataset, "wan", tuples)
+    path.write_bytes(b"broken")
+    with pytest.raises(ValueError, match=r"a_0048x0032_wan\.safetensors: not a readable cache file"):
+        musubi_cache.check(dataset, "wan", tuples)
+
+
+def test_a_text_that_is_not_finite_is_named(tmp_path: Path):
+    write_all(write_dataset(tmp_path, ["a"]), [edit_tuple("a.png")])
+    path = tmp_path / "cache" / "a_wan_te.safetensors"
+    tensors = load_file(path)
+    tensors[f"{INSTRUCTION}_umt5_bfloat16"][0, 0] = float("nan")
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match="a cached instruction holds NaN or infinite values: remove the host's text cache"):
+        musubi_cache.texts_of_batch(collated([path]), 1, "wan", [0.0], 8)

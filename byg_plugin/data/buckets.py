@@ -7,11 +7,11 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from byg_plugin.training.config import DatasetConfig
 
 Size = tuple[int, int]
@@ -97,4 +97,6 @@ def crop_to_bucket(image: Image.Image, bucket: Size, frame: Size | None = None) 
 
 def to_tensor(image: Image.Image) -> Tensor:
     """8-bit RGB -> (3, H, W) float32 in [-1, 1]."""
+    import torch  # not above: edit.py's arguments are checked without it
+
     return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 127.5 - 1

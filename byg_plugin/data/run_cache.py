@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Literal
 
 from byg_plugin import _cli
-from byg_plugin.data import cache
 from byg_plugin.data.tuples import read_tuples
 from byg_plugin.training.config import Config, load_config
 
@@ -23,9 +22,11 @@ def run(what: Literal["latents", "texts"], config_path: str, overrides: Sequence
         return
     tuples = read_tuples(config.dataset)
 
+    # After what may be wrong in configuration and tuples: these import torch, seconds.
     from accelerate import PartialState
     from accelerate.utils import gather_object
 
+    from byg_plugin.data import cache
     from byg_plugin.models import make_family
     from byg_plugin.training.device import resolve_device
     from byg_plugin.training.extras import require_model_extras

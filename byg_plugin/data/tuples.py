@@ -73,10 +73,21 @@ def read_tuples(dataset: DatasetConfig) -> list[EditTuple]:
     Raises:
         ValueError: the place is missing, or lists every problem of its tuples (the first 20 in words).
     """
+    check_places(dataset)
     root = Path(dataset.image_root) if dataset.image_root else None
-    if root is not None and not root.is_dir():
-        raise ValueError(f"dataset.image_root = {root}: no such folder")
     return read_tuples_file(Path(dataset.tuples), root, rules=dataset.rules)
+
+
+def check_places(dataset: DatasetConfig) -> None:
+    """Whether a `[dataset]` section's tuples and images are there at all, without reading them.
+
+    Raises:
+        ValueError: one is missing.
+    """
+    if dataset.image_root and not Path(dataset.image_root).is_dir():
+        raise ValueError(f"dataset.image_root = {dataset.image_root}: no such folder")
+    if not Path(dataset.tuples).exists():
+        raise ValueError(f"dataset.tuples = {dataset.tuples}: no such file or folder")
 
 
 def read_tuples_file(path: Path, root: Path | None = None, *, rules: Literal["error", "warn"] = "error") -> list[EditTuple]:

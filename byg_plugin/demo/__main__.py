@@ -28,9 +28,10 @@ def run_demo(out: Path, overrides: list[str], train_tuples: int = TRAIN_TUPLES, 
         train_tuples: tuples in the training set.
         eval_tuples: held-out edits that are measured.
     """
+    base = Path(__file__).parent / "base"
+    commands.settings(out, "demo.toml", base, overrides)  # a wrong one is told before anything is made
     commands.write_data(out, world.write_dataset, {"train": train_tuples, "eval": eval_tuples})
     print(f"{train_tuples} training tuples (no targets) in {out / 'train'}, {eval_tuples} held-out edits in {out / 'eval'}")
-    base = Path(__file__).parent / "base"
     edits, seconds = commands.cache_train_edit(out, "demo.toml", base, overrides, ["--batch-size", "16"])
 
     truths = world.load_scenes(out / "eval")

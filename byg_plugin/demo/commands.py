@@ -11,12 +11,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from byg_plugin.lora_formats import expert_files
 from byg_plugin.training.config import Config, load_config
 from byg_plugin.training.extras import require_training_extras
+
+if TYPE_CHECKING:
+    import torch
 
 
 def write_data(out: Path, write_dataset: Callable[..., Path], sizes: Mapping[str, int]) -> None:
@@ -25,6 +26,27 @@ def write_data(out: Path, write_dataset: Callable[..., Path], sizes: Mapping[str
     for split, tuples in sizes.items():
         if not (out / split / "tuples.jsonl").exists():
             write_dataset(out / split, tuples, seed=0, split=split)
+
+
+def settings(out: Path, recipe: str, base: Path, overrides: Sequence[str]) -> tuple[list[str | Path], Config]:
+    """The options of all commands, and the configuration that they make.
+
+    Raises:
+        ValueError: an override is wrong.
+    """
+    config = _configs(recipe) / recipe
+    places = {
+        "model.path": base,
+        "dataset.tuples": out / "train" / "tuples.jsonl",
+        "dataset.cache_dir": out / "cache",
+        "output.dir": out / "training",
+    }
+    # JSON strings are TOML strings: a Windows path's backslashes survive.
+    every = [*(f"{key}={json.dumps(str(value))}" for key, value in places.items()), *overrides]
+    options: list[str | Path] = ["--config", config]
+    for override in every:
+        options += ["--set", override]
+    return options, load_config(config, every)
 
 
 def cache_train_edit(out: Path, recipe: str, base: Path, overrides: Sequence[str], edit_options: Sequence[str]) -> tuple[Path, float]:
@@ -43,20 +65,9 @@ def cache_train_edit(out: Path, recipe: str, base: Path, overrides: Sequence[str
     Raises:
         ValueError: the folder was trained with other settings.
     """
-    config = _configs(recipe) / recipe
-    places = {
-        "model.path": base,
-        "dataset.tuples": out / "train" / "tuples.jsonl",
-        "dataset.cache_dir": out / "cache",
-        "output.dir": out / "training",
-    }
-    options: list[str | Path] = ["--config", config]
-    for key, value in places.items():
-        # JSON strings are TOML strings: a Windows path's backslashes survive.
-        options += ["--set", f"{key}={json.dumps(str(value))}"]
-    for override in [*_precision(overrides), *overrides]:
-        options += ["--set", override]
-    resolved = load_config(config, [str(word) for word in options[2:] if word != "--set"])
+    from byg_plugin.lora_formats import expert_files  # torch: seconds
+
+    options, resolved = settings(out, recipe, base, [*_precision(overrides), *overrides])
     require_training_extras(resolved)  # the training's own check, before the caching
     suffix = "-ema" if resolved.objective.ema_decay else ""
     lora = Path(resolved.output.dir) / f"{resolved.output.name}{suffix}.safetensors"
@@ -74,6 +85,8 @@ def cache_train_edit(out: Path, recipe: str, base: Path, overrides: Sequence[str
 
 def _precision(overrides: Sequence[str]) -> list[str]:
     """float32 where the CPU has no instructions for bfloat16: a step takes ten times as long with it there."""
+    import torch  # not above: a wrong override is told without it
+
     if any(override.startswith("train.mixed_precision") for override in overrides):
         return []
     # About 0.2 with instructions for it, 1.1 and 30 without.
@@ -85,6 +98,8 @@ def _precision(overrides: Sequence[str]) -> list[str]:
 
 def _seconds_of_product(dtype: torch.dtype) -> float:
     """Of one like those of the training, at its fastest."""
+    import torch
+
     left, right = torch.ones(2048, 256, dtype=dtype), torch.ones(256, 256, dtype=dtype)
     seconds = []
     for _ in range(10):

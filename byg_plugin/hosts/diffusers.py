@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from byg_plugin.hosts import start_lora
+from byg_plugin.hosts.patterns import full_matches
 from byg_plugin.hosts.quantize import after_eval_, quantize_
 from byg_plugin.hosts.residency import OneExpertOnDevice
 from byg_plugin.lora_formats import split_experts
@@ -319,13 +319,11 @@ def matched_linears(network: nn.Module, pattern: str) -> list[str]:
     """Names of the modules that `lora.targets` matches.
 
     Raises:
-        ValueError: the pattern is not a regular expression, matches nothing, or matches something that is no linear.
+        ValueError: the pattern is not a regular expression, takes too long, matches nothing, or matches something that is no linear.
     """
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"lora.targets = {pattern!r} is not a regular expression: {error}") from error
-    matched = [(name, module) for name, module in network.named_modules() if compiled.fullmatch(name)]
+    # PEFT matches the same names by the same pattern after this.
+    names = set(full_matches(pattern, (name for name, _ in network.named_modules()), "lora.targets"))
+    matched = [(name, module) for name, module in network.named_modules() if name in names]
     if not matched:
         linears = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
         shown = [name for name in linears if "blocks." in name] or linears

@@ -15,9 +15,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,14 +26,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from byg_plugin.data.tuples import TEXTS, EditTuple
+from byg_plugin.documents import toml_table
+from byg_plugin.finite import is_finite
 from byg_plugin.lora_files import write_lora
 from byg_plugin.objectives.base import Text
+from byg_plugin.training.config import shown, why_no_place
 from byg_plugin.user_files import is_hidden
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 PARTS = {"wan": ("umt5",), "flux": ("t5", "pooled")}
 ARCHITECTURES = {"wan": ("wan", "wan"), "flux": ("fk", "flux_kontext")}
@@ -168,6 +165,8 @@ def texts_of_batch(batch: Mapping[str, Any], size: int, family: str, choice: Seq
                 _one(row, length.tolist(), number, part == "pooled") for row, length, number in zip(rows, lengths, choice, strict=True)
             ]
             named[part] = torch.cat(chosen) if part == "pooled" else torch.stack([_filled(one, tokens, family) for one in chosen])
+            if not is_finite(named[part]):
+                raise ValueError(f"a cached {role} holds NaN or infinite values: remove the host's text cache and {_REMEDY}")
         found[role] = named
     return found
 
@@ -204,6 +203,9 @@ def check(dataset_config: Path, family: str, tuples: Sequence[EditTuple]) -> int
         ValueError: latents or roles are not cached, texts have changed, or items and tuples do not match.
     """
     items = latents_of(dataset_config, family)
+    for path, _ in _latent_files(dataset_config, family):
+        if why := _wrong_latents(path):
+            raise ValueError(f"{path}: {why}; remove it and cache the latents again with the host's script")
     stale, missing = [], []
     for item, texts in matched(items, tuples):
         found = header(item.path).get("byg.texts")
@@ -211,6 +213,8 @@ def check(dataset_config: Path, family: str, tuples: Sequence[EditTuple]) -> int
             missing.append(item.stem)
         elif found != digest(texts):
             stale.append(item.stem)
+        elif why := _wrong_entries(item.path, family, len(texts)):
+            raise ValueError(f"{item.path}: {why}; remove it and {_REMEDY}")
     complaints = [
         f"{len(names)} of {len(items)} items {what} ({', '.join(names[:_SHOWN])})"
         for names, what in ((missing, "have no cached texts"), (stale, "have texts that have changed since they were cached"))
@@ -219,6 +223,28 @@ def check(dataset_config: Path, family: str, tuples: Sequence[EditTuple]) -> int
     if complaints:
         raise ValueError(f"{'; '.join(complaints)}: {_REMEDY}")
     return len(items)
+
+
+def _wrong_entries(path: Path, family: str, count: int) -> str | None:
+    """What is wrong with the roles in a text cache file of `count` tuples, by its header and the lengths; None: nothing."""
+    with safe_open(path, framework="pt") as file:
+        shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+        for role in TEXTS:
+            lengths = f"{_PREFIX}{role}_lengths_int64"
+            if shapes.get(lengths) != [count]:
+                return f"{lengths} has shape {shapes.get(lengths)}, and there are {count} tuples"
+            counted = file.get_tensor(lengths)
+            if counted.dtype != torch.int64 or not bool((counted > 0).all()):
+                return f"{lengths} = {shown(counted.tolist())} are no lengths of texts"
+            rows = int(counted.sum())
+            for part in PARTS[family]:
+                names = [key for key in shapes if key.startswith(f"{_PREFIX}{role}_{part}_")]
+                wanted = count if part == "pooled" else rows
+                if len(names) != 1 or len(shape := shapes[names[0]]) != 2 or shape[0] != wanted or not shape[1]:
+                    return f"{role} has {part} of shape {[shapes[name] for name in names]}, ({wanted}, width) is needed"
+                if file.get_slice(names[0]).get_dtype() not in _FLOATS:
+                    return f"{names[0]} holds no floating-point numbers"
+    return None
 
 
 def latents_of(dataset_config: Path, family: str) -> list[Item]:
@@ -235,16 +261,34 @@ def latents_of(dataset_config: Path, family: str) -> list[Item]:
 
 def cached_items(dataset_config: Path, family: str) -> list[Item]:
     """The items whose latents are cached, by the host's naming of files; of a clip cut in several places, once."""
+    return list({item.path: item for _, item in _latent_files(dataset_config, family)}.values())
+
+
+def _latent_files(dataset_config: Path, family: str) -> Iterator[tuple[Path, Item]]:
     name = ARCHITECTURES[family][0]
-    found: dict[Path, Item] = {}
     for folder, is_video in cache_folders(dataset_config):
         position = r"_\d+-\d+(?:-\d+)?" if is_video else ""
         pattern = re.compile(rf"(.+){position}_\d+x\d+_{name}\.safetensors")
         for path in sorted(folder.glob(f"*_{name}.safetensors")):
             if not is_hidden(path.name) and (match := pattern.fullmatch(path.name)):
                 text = folder / f"{match[1]}_{name}_te.safetensors"
-                found.setdefault(text, Item(stem=match[1], path=text))
-    return list(found.values())
+                yield path, Item(stem=match[1], path=text)
+
+
+def _wrong_latents(path: Path) -> str | None:
+    """What is wrong with a latent cache file, by its header; None: nothing."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            kept = [file.get_slice(key) for key in file.keys() if key.startswith("latents_")]  # noqa: SIM118
+            found = [(one.get_dtype(), one.get_shape()) for one in kept]
+    except (OSError, SafetensorError) as error:
+        return f"not a readable cache file ({error})"
+    if not found or any(dtype not in _FLOATS or len(shape) < 3 or not all(shape) for dtype, shape in found):
+        return f"latents of {found or 'no name that the host gives them'}, and (channels, frames, height, width) in 16 or 32 bit are needed"
+    return None
+
+
+_FLOATS = ("F32", "F16", "BF16")
 
 
 def cache_folders(dataset_config: Path) -> list[tuple[Path, bool]]:
@@ -269,11 +313,38 @@ def datasets(dataset_config: Path) -> list[dict[str, Any]]:
         ValueError: not readable as such.
     """
     try:
-        raw = tomllib.loads(dataset_config.read_text(encoding="utf-8-sig"))
-        found = [{**raw.get("general", {}), **dataset} for dataset in raw["datasets"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        raw = toml_table(dataset_config.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
         raise ValueError(f"musubi.dataset_config = {dataset_config}: not a dataset TOML of musubi-tuner: {error}") from error
+    general, listed = raw.get("general", {}), raw.get("datasets")
+    if not isinstance(general, dict) or not isinstance(listed, list) or not all(isinstance(dataset, dict) for dataset in listed):
+        raise ValueError(f"musubi.dataset_config = {dataset_config}: not a dataset TOML of musubi-tuner: it has no tables [[datasets]]")
+    found = [{**general, **dataset} for dataset in listed]
+    for dataset in found:
+        if why := _wrong(dataset):
+            raise ValueError(f"musubi.dataset_config = {dataset_config}: {why}")
     return found
+
+
+def _wrong(dataset: Mapping[str, Any]) -> str | None:
+    """What is wrong with the keys of a dataset that are read here; the host reads the others."""
+    for key in ("cache_directory", "image_directory", "video_directory"):
+        if key in dataset and (why := why_no_place(dataset[key]) if isinstance(dataset[key], str) else "is not a text"):
+            return f"{key} = {shown(dataset[key])} {why}"
+    for key, sizes in (("resolution", (2,)), ("target_frames", range(1, _MOST_LENGTHS))):
+        value = dataset.get(key, [1, 1])
+        several = [value, value] if key == "resolution" and not isinstance(value, list) else value
+        if not isinstance(several, list) or len(several) not in sizes or not all(_is_count(one) for one in several):
+            return f"{key} = {shown(value)} is not what musubi-tuner takes there: {_MEANT[key]}"
+    return None
+
+
+_MOST_LENGTHS = 1000
+_MEANT = {"resolution": "[width, height] or one number, up to 65,536 pixels", "target_frames": "a list of numbers of frames"}
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= 65_536
 
 
 def sizes(dataset_config: Path) -> tuple[int, int]:
@@ -283,9 +354,5 @@ def sizes(dataset_config: Path) -> tuple[int, int]:
         resolution = dataset.get("resolution", [960, 544])
         width, height = resolution if isinstance(resolution, list) else (resolution, resolution)
         side = max(side, (width * height) ** 0.5)
-        frames = max([frames, *_ints(dataset.get("target_frames", []))])
+        frames = max([frames, *dataset.get("target_frames", [])])
     return round(side), frames
-
-
-def _ints(values: Iterable[Any]) -> list[int]:
-    return [value for value in values if isinstance(value, int)]

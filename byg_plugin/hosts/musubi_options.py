@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from byg_plugin.lora_files import read_lora
-from byg_plugin.training.config import Config
+from byg_plugin.training.config import Config, shown, why_no_place
 
 _KINDS = {str: "str", int: "int", float: "float", pathlib.Path: "path", None: "str"}
 
@@ -136,16 +136,16 @@ def problems(config: Config, surface: Surface) -> list[str]:
         if name not in surface:
             found.append(_unknown(name, value, surface))
         elif name in REFUSED:
-            found.append(f"musubi.{name} = {value!r} cannot be honoured: {REFUSED[name]}")
+            found.append(f"musubi.{name} = {shown(value)} cannot be honoured: {REFUSED[name]}")
         elif why := _wrong_type(value, surface[name]):
-            found.append(f"musubi.{name} = {value!r}: {why}")
+            found.append(f"musubi.{name} = {shown(value)}: {why}")
     return found + _needed(config) + _named(config) + _together(config)
 
 
 def _unknown(name: str, value: Any, surface: Surface) -> str:
     close = difflib.get_close_matches(name.replace("-", "_").lstrip("_"), surface, n=1, cutoff=0.6)
     advice = f"did you mean musubi.{close[0]}?" if close else "this version of musubi-tuner has no such option"
-    return f"unknown key musubi.{name} = {value!r}; {advice}"
+    return f"unknown key musubi.{name} = {shown(value)}; {advice}"
 
 
 def _wrong_type(value: Any, option: Option) -> str | None:
@@ -169,15 +169,25 @@ def _wrong_scalar(value: Any, option: Option) -> str | None:
     wanted = {"flag": "true or false", "str": "a text", "path": "a path", "int": "a whole number", "float": "a number"}
     if not fits[option.kind]:
         return f"must be {wanted.get(option.kind, 'a text or a number')}"
-    if is_number and not math.isfinite(value):
+    if is_number and not abs(value) < math.inf:  # unlike math.isfinite, also for integers beyond every float
         return "must be finite"
     if is_number and value < 0:
         return "must not be negative"
+    if is_number and value > _MOST[isinstance(value, int)]:
+        return f"must not be above {_MOST[isinstance(value, int)]:g}"
+    if isinstance(value, str) and value and (why := why_no_place(value)):
+        return why
     if option.choices is not None and value not in option.choices:
         close = difflib.get_close_matches(str(value), [str(choice) for choice in option.choices], n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         return f"must be one of {', '.join(map(repr, option.choices))}{hint}"
     return None
+
+
+# Of a float, float32's largest; of an integer, int64's.
+_MOST = (3.4e38, 2**63 - 1)
+# What would start as many processes, or hold a step back as long, as it says.
+_AT_MOST = {"max_data_loader_n_workers": 256, "gradient_accumulation_steps": 100_000, "max_train_epochs": 10**6, "max_train_steps": 10**8}
 
 
 def _needed(config: Config) -> list[str]:
@@ -193,7 +203,7 @@ def _needed(config: Config) -> list[str]:
         found.append(f"musubi.dit_high_noise: {config.model.family} has one network; leave it out")
     for name in ("dit", "dit_high_noise", "dataset_config", "sample_prompts", "network_weights"):
         place = given.get(name)
-        if isinstance(place, str) and place and not pathlib.Path(place).is_file():
+        if isinstance(place, str) and place and not why_no_place(place) and not pathlib.Path(place).is_file():
             found.append(f"musubi.{name} = {place!r}: no such file")
         elif name == "network_weights" and isinstance(place, str) and place:
             found += _unreadable_lora(place)
@@ -218,9 +228,12 @@ def _named(config: Config) -> list[str]:
     for name in ("save_every_n_steps", "save_every_n_epochs", "sample_every_n_steps", "sample_every_n_epochs"):
         if given.get(name) == 0:
             found.append(f"musubi.{name} = 0: the host divides by it; leave it out for never")
+    for name, largest in _AT_MOST.items():
+        if isinstance(value := given.get(name), int) and value > largest:
+            found.append(f"musubi.{name} = {shown(value)}: must not be above {largest:,}")
     swapped, most = given.get("blocks_to_swap"), _MOST_SWAPPED[config.model.family]
     if isinstance(swapped, int) and swapped > most:
-        found.append(f"musubi.blocks_to_swap = {swapped}: {config.model.family} has no more than {most} to swap")
+        found.append(f"musubi.blocks_to_swap = {shown(swapped)}: {config.model.family} has no more than {most} to swap")
     optimizer, scheduler = given.get("optimizer_type"), given.get("lr_scheduler")
     if isinstance(optimizer, str) and "." not in optimizer and optimizer.lower() not in ("adamw", "adamw8bit", "adafactor"):
         of_torch = [name for name, kind in vars(torch.optim).items() if isinstance(kind, type)]
@@ -272,7 +285,7 @@ def _together(config: Config) -> list[str]:
     if given.get("sample_prompts"):
         for name in ("vae", *ENCODERS["flux" if config.model.family == "flux" else "wan"]):
             place = given.get(name)
-            if not isinstance(place, str) or not pathlib.Path(place).is_file():
+            if not isinstance(place, str) or why_no_place(place) or not pathlib.Path(place).is_file():
                 found.append(f"musubi.sample_prompts needs musubi.{name} = {place!r}: no such file")
     if given.get("persistent_data_loader_workers") and given.get("max_data_loader_n_workers") == 0:
         found.append("musubi.persistent_data_loader_workers needs workers: set musubi.max_data_loader_n_workers above 0, or leave it out")

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from byg_plugin.models.base import Family
-
 if TYPE_CHECKING:
+    from byg_plugin.models.base import Family
     from byg_plugin.training.config import Config
 
 

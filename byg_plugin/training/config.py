@@ -9,18 +9,15 @@ from __future__ import annotations
 
 import difflib
 import json
-import sys
+import re
+import unicodedata
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from byg_plugin import families
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from byg_plugin.documents import BACKSLASH, TooDeep, toml_table
 
 
 class Section(BaseModel):
@@ -29,12 +26,66 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
+_LEAST, _MOST = 1e-12, 1e6  # of what is multiplied into weights, losses and gradients, which are float32
+
+
+def _not_lost(value: float) -> float:
+    if 0 < value < _LEAST:
+        raise ValueError(f"is below {_LEAST}, it would be lost in float32's rounding; 0 = none")
+    return value
+
+
+def why_no_place(text: str) -> str | None:
+    """What is wrong with the text of a path or a hub id, wherever it points; None: nothing."""
+    if not text:
+        return "is empty: name a place, or leave the key out"
+    if control := next((letter for letter in text if unicodedata.category(letter) == "Cc"), None):
+        return f"holds the control character {control!r}; {BACKSLASH}"
+    if any(len(part.encode(errors="surrogatepass")) > _MOST_NAME for part in re.split(r"[/\\]", text)):
+        return f"has a name of more than {_MOST_NAME} bytes between its slashes, which no file system takes"
+    return None
+
+
+_MOST_NAME = 255  # bytes of one name, on every usual file system
+_MOST_STEM = 128  # of a LoRA: suffixes follow, and a whole path on Windows has 260
+
+
+def _place(text: str) -> str:
+    if why := why_no_place(text):
+        raise ValueError(why)
+    return text
+
+
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"is not a regular expression: {error}") from error
+    return text
+
+
+_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+
+
+def _stem(text: str) -> str:
+    if _RESERVED.fullmatch(text):
+        raise ValueError("is a device's name on Windows; choose another name, e.g. byg_lora")
+    # Windows and macOS do not tell upper from lower case in file names.
+    if text.lower() == "training":
+        raise ValueError("a checkpoint keeps its own state in training.safetensors; choose another name, e.g. byg_lora")
+    return text
+
+
+Positive = Annotated[int, Field(ge=1, le=10**9)]
+NonNegative = Annotated[int, Field(ge=0, le=10**9)]
+Steps = Annotated[int, Field(ge=0, le=10**8)]  # at a tenth of a second each, four months
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
-Weight = Annotated[float, Field(ge=0.0)]
+Weight = Annotated[float, Field(ge=0.0, le=_MOST), AfterValidator(_not_lost)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
+Shift = Annotated[float, Field(ge=1e-3, le=1e3)]
+Scale = Annotated[float, Field(ge=1.0, le=100.0)]
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]  # what torch's generators take
+Place = Annotated[str, AfterValidator(_place)]
 
 
 class ModelConfig(Section):
@@ -46,17 +97,17 @@ class ModelConfig(Section):
     host: Literal["diffusers", "musubi"] = Field(
         "diffusers", description="Training host; `diffusers` is the embedded one, `musubi` an installed musubi-tuner."
     )
-    host_path: str | None = Field(
+    host_path: Place | None = Field(
         None, description="Folder of a musubi-tuner checkout; default: the `musubi_tuner` that is installed in this environment."
     )
-    path: str | None = Field(None, description="Diffusers folder or hub id with every part of the model.")
-    transformer: str | None = Field(
+    path: Place | None = Field(None, description="Diffusers folder or hub id with every part of the model.")
+    transformer: Place | None = Field(
         None, description="Single .safetensors file or folder of the DiT (Wan2.2-A14B: high-noise expert); overrides `path`."
     )
-    transformer_2: str | None = Field(None, description="The same of Wan2.2-A14B's low-noise expert; overrides `path`.")
-    vae: str | None = Field(None, description="Single .safetensors file or folder of the VAE; overrides `path`.")
-    t5: str | None = Field(None, description="Single .safetensors file or folder of the T5 encoder (Wan: UMT5); overrides `path`.")
-    clip: str | None = Field(None, description="Single .safetensors file or folder of CLIP-L; overrides `path`.")
+    transformer_2: Place | None = Field(None, description="The same of Wan2.2-A14B's low-noise expert; overrides `path`.")
+    vae: Place | None = Field(None, description="Single .safetensors file or folder of the VAE; overrides `path`.")
+    t5: Place | None = Field(None, description="Single .safetensors file or folder of the T5 encoder (Wan: UMT5); overrides `path`.")
+    clip: Place | None = Field(None, description="Single .safetensors file or folder of CLIP-L; overrides `path`.")
     dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="Dtype of the frozen weights.")
     quantization: Literal["none", "fp8", "int8", "nf4"] = Field(
         "none",
@@ -103,25 +154,32 @@ class ModelConfig(Section):
         return place
 
 
+Frames = Annotated[int, Field(ge=1, le=10_000)]
+AtOnce = Annotated[int, Field(ge=1, le=1024)]
+"""What is in memory together."""
+
+
 class DatasetConfig(Section):
     """What is trained on, and where its encodings are cached."""
 
-    tuples: str = Field(description="JSONL of edit tuples, or a folder of images with same-stem .json tuples.")
+    tuples: Place = Field(description="JSONL of edit tuples, or a folder of images with same-stem .json tuples.")
     rules: Literal["error", "warn"] = Field(
         "error", description="What becomes of texts that break a hard rule of Appendix D.1 (byg_plugin/data/rules.py)."
     )
-    image_root: str | None = Field(None, description="Folder that relative `source` paths start from; default: the tuples' own.")
-    cache_dir: str = Field(description="Folder of cached latents and text encodings.")
+    image_root: Place | None = Field(None, description="Folder that relative `source` paths start from; default: the tuples' own.")
+    cache_dir: Place = Field(description="Folder of cached latents and text encodings.")
     resolution: Annotated[int, Field(ge=16, le=4096)] = Field(
         512, description="Target size: buckets have about resolution x resolution pixels, never more than the image or clip has."
     )
-    frames: Positive = Field(
-        1, description="Frames of a clip, rounded down to what the family takes (Wan: 4n + 1); default for Wan: 81. Images have one."
+    frames: Frames = Field(
+        1,
+        description="Frames of a clip, rounded down to what the family takes (Wan: 4n + 1); default for Wan: 81. Images have one. "
+        "At most 10,000: a clip goes through the network in one piece.",
     )
-    min_frames: Positive | None = Field(
+    min_frames: Frames | None = Field(
         None, description="Shorter clips are taken with their own length if they have this many; default: `frames`, others are too short."
     )
-    fps: Annotated[float, Field(gt=0.0, le=240.0)] | None = Field(
+    fps: Annotated[float, Field(ge=0.1, le=240.0)] | None = Field(
         None, description="Frames a second that clips are read at; default: what the family was trained on (Wan: 16, the 5B 24)."
     )
     vae_tiling: bool = Field(False, description="Wan's VAE works in tiles of 256 pixels: less memory, slightly other latents.")
@@ -137,8 +195,10 @@ class DatasetConfig(Section):
         0,
         description="Tuples held out for validation loss and previews (whole sources), unless tuples name a `split` of their own.",
     )
-    cache_batch_size: Positive = Field(1, description="Images or texts encoded at once while caching.")
-    workers: NonNegative = Field(0, description="Loader processes a rank that read the cache (0 = in the training process).")
+    cache_batch_size: AtOnce = Field(1, description="Images or texts encoded at once while caching; at most 1,024, all are in memory.")
+    workers: Annotated[int, Field(ge=0, le=256)] = Field(
+        0, description="Loader processes a rank that read the cache (0 = in the training process); at most 256, each has memory of its own."
+    )
 
 
 class ConditioningConfig(Section):
@@ -149,10 +209,13 @@ class ConditioningConfig(Section):
         description="Positions of the source tokens: the noisy tokens' own; FLUX also first id 1 as stock Kontext tools (kontext), "
         "Wan also turned as ComfyUI's in-context latents (bernini).",
     )
-    guidance: Annotated[float, Field(ge=0.0)] = Field(
+    guidance: Annotated[float, Field(ge=0.0, le=1000.0)] = Field(
         3.5, description="Value of FLUX's guidance embedding for edit, EMA and base, in training and editing. Wan has none."
     )
     max_text_tokens: Annotated[int, Field(ge=4, le=512)] = Field(512, description="T5 or UMT5 tokens a text is padded or cut to.")
+
+
+_LEAST_RANGE = 1e-6  # of t, which is float32
 
 
 class ObjectiveConfig(Section):
@@ -164,16 +227,19 @@ class ObjectiveConfig(Section):
     lambda_prior: Weight = Field(1.0, description="Weight of forward and reverse prior losses.")
     lambda_id: Weight = Field(0.2, description="Weight of the identity loss.")
     alpha: Weight = Field(0.1, description="Weight of the MSE inside the prior loss.")
-    ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
-        0.99, description="Decay of the rollout's weights, an optimizer step; 0 = current weights."
+    ema_decay: Annotated[float, Field(ge=0.0, le=0.99999)] = Field(
+        0.99,
+        description="Decay of the rollout's weights, an optimizer step; 0 = current weights. At most 0.99999: a mean over 100,000 steps.",
     )
-    rollout_steps: Annotated[int, Field(ge=2)] = Field(10, description="Euler steps from noise to y_0.")
+    rollout_steps: Annotated[int, Field(ge=2, le=1000)] = Field(
+        10, description="Euler steps from noise to y_0; each is a pass through the network, at most 1,000."
+    )
     rollout_schedule: Literal["uniform", "shifted"] = Field("uniform", description="Nodes of the rollout (family's shift).")
     t_distribution: Literal["uniform", "logit_normal"] = Field("uniform", description="Law of the training t.")
-    t_shift: Annotated[float, Field(gt=0.0)] = Field(1.0, description="t <- s t / (1 + (s - 1) t); 1 = none.")
+    t_shift: Shift = Field(1.0, description="t <- s t / (1 + (s - 1) t); 1 = none.")
     t_min: Probability = Field(0.0, description="Smallest t that is drawn.")
     t_max: Probability = Field(1.0, description="Largest t that is drawn.")
-    identity_warmup_steps: NonNegative = Field(200, description="First optimizer steps that train the identity term alone.")
+    identity_warmup_steps: Steps = Field(200, description="First optimizer steps that train the identity term alone.")
     identity_probability: Probability = Field(0.15, description="Chance that a later step trains the identity term alone.")
     identity_step_weight: Weight = Field(1.0, description="Weight of the identity term on an identity step.")
     frozen_batch: Literal[1, 2, 4] = Field(2, description="Frozen-base velocities of one sample evaluated at once.")
@@ -193,11 +259,20 @@ class ObjectiveConfig(Section):
     def _check(self) -> ObjectiveConfig:
         if self.t_min >= self.t_max:
             raise ValueError(f"objective.t_min = {self.t_min} must be below objective.t_max = {self.t_max}: the range of t is empty")
-        terms = (self.lambda_cycle and self.cycle, self.lambda_prior and self.prior, self.lambda_id)
-        if self.name == "unpaired_cycle" and not any(terms):
+        if self.t_max - self.t_min < _LEAST_RANGE:
             raise ValueError(
-                "objective.lambda_cycle, objective.lambda_prior and objective.lambda_id are all 0 or switched off: nothing is left "
-                "to train; give one of them a weight"
+                f"objective.t_min = {self.t_min} and objective.t_max = {self.t_max} are one number in float32: the range of t is empty"
+            )
+        prior = self.lambda_prior and self.prior and (self.directional or self.alpha)
+        if self.name == "unpaired_cycle" and not (self.lambda_cycle and self.cycle) and not prior and not self.lambda_id:
+            raise ValueError(
+                "objective.lambda_cycle, objective.lambda_prior and objective.lambda_id are all 0 or switched off (a prior without "
+                "directional needs objective.alpha): nothing is left to train; give one of them a weight"
+            )
+        if self.name == "unpaired_cycle" and self.identity_probability == 1 and not self.identity_step_weight:
+            raise ValueError(
+                "objective.identity_probability = 1 makes every step an identity step, and objective.identity_step_weight = 0 trains "
+                "nothing on those: change one of them"
             )
         if self.merge_identity and self.graph == "joint":
             raise ValueError("objective.merge_identity batches passes of graph = 'sequential'; set one of the two")
@@ -207,19 +282,23 @@ class ObjectiveConfig(Section):
 class LoraConfig(Section):
     """The trained adapter."""
 
-    rank: Positive = Field(64, description="Rank of every adapted linear.")
-    alpha: Annotated[float, Field(gt=0.0)] | None = Field(None, description="Scale numerator (scale = alpha / rank); default: rank.")
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.0, description="Dropout on the adapter's input.")
-    targets: str | None = Field(
+    rank: Annotated[int, Field(ge=1, le=4096)] = Field(
+        64, description="Rank of every adapted linear; at most 4,096, above a linear's width it adds nothing."
+    )
+    alpha: Annotated[float, Field(ge=1e-6, le=_MOST)] | None = Field(
+        None, description="Scale numerator (scale = alpha / rank); default: rank."
+    )
+    dropout: Annotated[float, Field(ge=0.0, le=0.99)] = Field(0.0, description="Dropout on the adapter's input.")
+    targets: Annotated[str, Field(min_length=1), AfterValidator(_pattern)] | None = Field(
         None, description="Regular expression that a whole module name must match; default: attention and MLP linears of all blocks."
     )
-    init_from: str | None = Field(
+    init_from: Place | None = Field(
         None, description="Earlier LoRA file to start from (same family and rank); of two experts, either file of the pair."
     )
     experts: Literal["separate", "shared", "high_noise", "low_noise"] = Field(
         "separate", description="Wan2.2-A14B: a LoRA an expert, one in both, or one expert alone beside `other_expert`."
     )
-    other_expert: str | None = Field(None, description="LoRA file of the expert that is not trained; its weights stay as they are.")
+    other_expert: Place | None = Field(None, description="LoRA file of the expert that is not trained; its weights stay as they are.")
 
     @model_validator(mode="after")
     def _check(self) -> LoraConfig:
@@ -242,44 +321,54 @@ class LoraConfig(Section):
 class TrainConfig(Section):
     """The loop."""
 
-    steps: Positive = Field(description="Optimizer steps.")
-    global_batch_size: Positive = Field(8, description="Tuples an optimizer step = processes x accumulation x batch_size.")
-    batch_size: Positive = Field(1, description="Tuples a process and micro-step.")
-    lr: Annotated[float, Field(gt=0.0)] = Field(3e-4, description="Peak learning rate.")
+    steps: Annotated[int, Field(ge=1, le=10**8)] = Field(description="Optimizer steps.")
+    global_batch_size: Annotated[int, Field(ge=1, le=100_000)] = Field(
+        8,
+        description="Tuples an optimizer step = processes x accumulation x batch_size; at most 100,000, all are one step.",
+    )
+    batch_size: AtOnce = Field(1, description="Tuples a process and micro-step; at most 1,024, all are in memory.")
+    lr: Annotated[float, Field(ge=_LEAST, le=_MOST)] = Field(3e-4, description="Peak learning rate.")
     optimizer: Literal["adamw", "adamw8bit", "muon"] = Field(
         "adamw", description="adamw8bit needs the bitsandbytes extra, muon (torch's own; betas are not used) torch 2.9 or later."
     )
     weight_decay: Weight = Field(1e-2, description="AdamW's decoupled weight decay.")
     betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="AdamW's moment decays.", strict=False)
     lr_schedule: Literal["constant", "cosine"] = Field("constant", description="Shape after the warm-up; cosine ends at 0.")
-    lr_warmup_steps: NonNegative = Field(0, description="Steps of linear warm-up of the learning rate.")
+    lr_warmup_steps: Steps = Field(0, description="Steps of linear warm-up of the learning rate.")
     max_grad_norm: Weight = Field(1.0, description="Gradients are clipped to this global norm; 0 = not clipped.")
     mixed_precision: Literal["no", "bf16"] = Field("bf16", description="Autocast of the network's forward passes.")
     seed: Seed = Field(0, description="Seed of data order, t, noise and LoRA initialisation.")
-    log_every: Positive = Field(1, description="Steps between log lines.")
-    save_every: NonNegative = Field(500, description="Steps between checkpoints; 0 = only at the end.")
+    log_every: Annotated[int, Field(ge=1, le=10**8)] = Field(1, description="Steps between log lines.")
+    save_every: Steps = Field(500, description="Steps between checkpoints; 0 = only at the end.")
     keep_last: NonNegative = Field(3, description="Checkpoints kept; 0 = all.")
-    validate_every: NonNegative = Field(0, description="Steps between validation losses; 0 = never.")
+    validate_every: Steps = Field(0, description="Steps between validation losses; 0 = never.")
     tracker: Literal["tensorboard", "wandb", "none"] = Field("tensorboard", description="Where curves go; wandb is an extra.")
+
+
+SampleSteps = Annotated[int, Field(ge=1, le=1000)]
 
 
 class SampleConfig(Section):
     """Previews during training, and the defaults of `edit.py`."""
 
-    every: NonNegative = Field(0, description="Steps between previews (and one at step 0); 0 = never.")
-    items: Positive = Field(4, description="Tuples previewed, from the validation items where there are any.")
-    steps: Positive = Field(20, description="Euler steps of an edit.")
+    every: Steps = Field(0, description="Steps between previews (and one at step 0); 0 = never.")
+    items: Annotated[int, Field(ge=1, le=1000)] = Field(
+        4, description="Tuples previewed, from the validation items where there are any; at most 1,000, training waits for them."
+    )
+    steps: SampleSteps = Field(20, description="Euler steps of an edit; at most 1,000, the network tells no more times apart.")
     schedule: Literal["uniform", "shifted"] = Field("shifted", description="Nodes of the sampler (family's own shift).")
     solver: Literal["auto", "euler", "unipc", "unipc_diffusers"] = Field(
         "auto",
         description="auto = what the family is published with: FLUX Euler, Wan unipc, which is UniPC at the times of Wan's own code; "
         "unipc_diffusers takes those of diffusers' pipelines.",
     )
-    cfg_high_noise: Annotated[float, Field(ge=1.0)] | None = Field(
+    cfg_high_noise: Scale | None = Field(
         None, description="Wan: classifier-free guidance of the (high-noise) expert, 1 = none; default: the published one."
     )
-    cfg_low_noise: Annotated[float, Field(ge=1.0)] | None = Field(None, description="The same of the low-noise expert.")
-    negative: str | None = Field(None, description="Wan: text of the branch that guidance leads away from; default: the published one.")
+    cfg_low_noise: Scale | None = Field(None, description="The same of the low-noise expert.")
+    negative: Annotated[str, Field(max_length=10_000)] | None = Field(
+        None, description="Wan: text of the branch that guidance leads away from; default: the published one."
+    )
     seed: Seed = Field(0, description="Seed of the previews' noise.")
     weights: Literal["ema", "live"] = Field("ema", description="Which LoRA weights the previews use.")
 
@@ -287,19 +376,15 @@ class SampleConfig(Section):
 class OutputConfig(Section):
     """Where results go."""
 
-    dir: str = Field(description="Folder of checkpoints, logs, previews and the final LoRA.")
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
-        "byg_lora", description="File stem of the LoRA; not `training`, which is the checkpoint's own file."
+    dir: Place = Field(description="Folder of checkpoints, logs, previews and the final LoRA.")
+    # No full stop at the end: Windows drops it.
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9_-])?$", max_length=_MOST_STEM), AfterValidator(_stem)] = (
+        Field(
+            "byg_lora",
+            description="File stem of the LoRA: letters, digits, `.`, `_`, `-`, at most 128 (suffixes follow); not `training`, which is "
+            "the checkpoint's own file.",
+        )
     )
-
-    @model_validator(mode="after")
-    def _check(self) -> OutputConfig:
-        # Windows and macOS do not tell upper from lower case in file names.
-        if self.name.lower() == "training":
-            raise ValueError(
-                f"output.name = {self.name!r}: a checkpoint keeps its own state in training.safetensors; choose another name, e.g. byg_lora"
-            )
-        return self
 
 
 # What musubi-tuner has options of its own for: our key -> its option. These are not read on that host.
@@ -386,7 +471,7 @@ class Config(Section):
     def _defaults_of_the_family(cls, raw: Any) -> Any:
         model = raw.get("model") if isinstance(raw, dict) else None
         family = model.get("family") if isinstance(model, dict) else None
-        if family not in families.WAN:
+        if not isinstance(family, str) or family not in families.WAN:
             return raw
         own = {**_VIDEO_DEFAULTS, "sample": {"steps": families.WAN[family].steps}}
         filled = dict(raw)
@@ -462,6 +547,17 @@ class Config(Section):
                 )
             if self.dataset.frames > 1 or self.dataset.min_frames:
                 raise ValueError(f"dataset.frames = {self.dataset.frames}: {family} takes images, set dataset.frames = 1")
+            if self.dataset.fps:
+                raise ValueError(f"dataset.fps = {self.dataset.fps} is for clips, {family} takes images: leave it out")
+            if self.dataset.vae_tiling:
+                raise ValueError(f"dataset.vae_tiling is for Wan's VAE, model.family is {family!r}: leave it out")
+        elif self.conditioning.guidance != ConditioningConfig.model_fields["guidance"].default:
+            raise ValueError(
+                f"conditioning.guidance = {self.conditioning.guidance} is FLUX's guidance embedding, which {family} has not: leave it out "
+                "(sample.cfg_high_noise and sample.cfg_low_noise guide previews and edits)"
+            )
+        if self.sample.cfg_low_noise is not None and not families.has_experts(family):
+            raise ValueError(f"sample.cfg_low_noise is for families of two experts, {family} has one network: set sample.cfg_high_noise")
         if self.lora.experts != "separate" and not families.has_experts(family):
             raise ValueError(f"lora.experts = {self.lora.experts!r}: {family} has one network, leave it out")
         if self.dataset.min_frames and self.dataset.min_frames > self.dataset.frames:
@@ -488,6 +584,28 @@ class Config(Section):
         if self.cfg_at(True) == self.cfg_at(False) == 1.0:
             return None
         return families.WAN_NEGATIVE if self.sample.negative is None else self.sample.negative
+
+    @model_validator(mode="after")
+    def _check_that_it_trains(self) -> Config:
+        objective, train = self.objective, self.train
+        # With [musubi] max_train_epochs the host alone knows the steps.
+        known = "max_train_epochs" not in self.musubi
+        if (
+            objective.name == "unpaired_cycle"
+            and not objective.identity_step_weight
+            and objective.identity_warmup_steps >= train.steps
+            and known
+        ):
+            raise ValueError(
+                f"objective.identity_warmup_steps = {objective.identity_warmup_steps} makes all of train.steps = {train.steps} identity "
+                "steps, and objective.identity_step_weight = 0 trains nothing on those: change one of them"
+            )
+        if train.lr * train.weight_decay >= 1:
+            raise ValueError(
+                f"train.weight_decay = {train.weight_decay} at train.lr = {train.lr}: a step multiplies the weights by "
+                "1 - lr x weight_decay, which leaves nothing of them; lower one of them"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check(self) -> Config:
@@ -531,12 +649,16 @@ class Config(Section):
         return json.dumps(self.model_dump(mode="json"), indent=2)
 
 
+_MOST_BYTES = 2**20
+_MOST_PROBLEMS = 20
+
+
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Read a TOML file and `section.key=value` overrides into a `Config`.
 
     Args:
         path: the TOML file.
-        overrides: `section.key=value`, the value in TOML syntax (a bare word is taken as a string).
+        overrides: `section.key=value`, the value in TOML syntax (a bare word is taken as a string); the last one of a key counts.
 
     Raises:
         ValueError: the file is missing or not TOML, or any key, type or combination is wrong.
@@ -544,9 +666,11 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"--config {path}: no such file")
+    if (size := path.stat().st_size) > _MOST_BYTES:
+        raise ValueError(f"--config {path}: has {size:,} bytes, it is no configuration; give a TOML file")
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # Windows editors write a BOM
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raw = toml_table(path.read_text(encoding="utf-8-sig"))  # Windows editors write a BOM
+    except ValueError as error:
         raise ValueError(f"--config {path}: not valid TOML: {error}") from error
     for override in overrides:
         _apply_override(raw, override)
@@ -558,39 +682,81 @@ def parse_config(raw: dict[str, Any], origin: str = "configuration") -> Config:
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        lines = [_explain(item) for item in error.errors(include_url=False)]
-        raise ValueError(f"{origin}:\n" + "\n".join(f"  - {line}" for line in lines)) from error
+        problems = error.errors(include_url=False)
+        lines = [_explain(item, raw) for item in problems[:_MOST_PROBLEMS]]
+        more = f"\n  ... and {len(problems) - _MOST_PROBLEMS} more" if len(problems) > _MOST_PROBLEMS else ""
+        raise ValueError(f"{origin}:\n" + "\n".join(f"  - {line}" for line in lines) + more) from error
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
-    section, dot, name = key.strip().partition(".")
-    if not separator or not dot or not name:
-        raise ValueError(f"--set {override}: expected section.key=value, e.g. --set train.steps=100")
-    try:
-        value = tomllib.loads(f"value = {text.strip()}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()
+    section, dot, name = (part.strip() for part in key.partition("."))
+    if not separator or not dot or not _BARE_KEY.fullmatch(section) or not _BARE_KEY.fullmatch(name):
+        raise ValueError(f"--set {_short(override)}: expected section.key=value, e.g. --set train.steps=100")
     table = raw.setdefault(section, {})
     if not isinstance(table, dict):
-        raise ValueError(f"--set {override}: [{section}] is not a section of the configuration")
-    table[name] = value
+        raise ValueError(f"--set {_short(override)}: [{section}] is not a section of the configuration")
+    try:
+        table[name] = _override_value(text.strip())
+    except ValueError as error:
+        raise ValueError(f"--set {_short(override)}: {error}") from error
 
 
-def _explain(item: Any) -> str:
+_BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
+_ASSIGNMENT = re.compile(r"\s([A-Za-z0-9_-]+)\.[A-Za-z0-9_-]+\s*=")
+
+
+def _override_value(text: str) -> Any:
+    """A value in TOML syntax; what is none is a text, unless it looks like something that was meant otherwise."""
+    try:
+        found = toml_table(f"value = {text}")
+    except ValueError as error:
+        if text[:1] in ("'", '"') or text[-1:] in ("'", '"'):
+            raise ValueError(f"broken quoting: {error}") from error
+        if "\n" in text or any(match[1] in Config.model_fields for match in _ASSIGNMENT.finditer(text)):
+            raise ValueError(_TWO) from error
+        if isinstance(error, TooDeep):
+            raise
+        return text
+    if len(found) > 1:
+        raise ValueError(_TWO)
+    return found["value"]
+
+
+_TWO = "one assignment each: give --set once for every key; a text with blanks or line feeds stands in quotes"
+
+
+def _explain(item: Any, raw: dict[str, Any]) -> str:
     """One validation error as a sentence with key, value and remedy."""
     location = [str(part) for part in item["loc"]]
-    key = ".".join(location)
-    value = item.get("input")
+    key = _short(".".join(location))
+    value = shown(item.get("input"))
     if item["type"] == "extra_forbidden":
-        return f"unknown key {key} = {value!r}; {_nearest(location)}"
+        return f"unknown key {key} = {value}; {_nearest(location)}"
     if item["type"] == "missing":
         return f"{key} is missing: {_describe(location) or 'add this section'}"
     message = item["msg"].removeprefix("Value error, ")
-    if not location or item["type"] == "value_error":
+    if not location or (item["type"] == "value_error" and len(location) == 1):
         return message
     described = _describe(location)
-    return f"{key} = {value!r}: {message[0].lower()}{message[1:]}" + (f" ({described})" if described else "")
+    if isinstance(model := raw.get("model"), dict) and model.get("host") == "musubi" and key in _OF_MUSUBI:  # filled from there
+        key = f"musubi.{_OF_MUSUBI[key]}"
+    return f"{key} = {value}: {message[0].lower()}{message[1:]}" + (f" ({described})" if described else "")
+
+
+def shown(value: Any) -> str:
+    """A value as Python writes it, shortened."""
+    try:
+        return _short(repr(value))
+    except ValueError:  # Python's: more digits than it writes
+        return "a number of thousands of digits"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}... ({len(text):,} characters)"
+
+
+_MOST_SHOWN = 200
 
 
 def _section_model(name: str) -> type[BaseModel] | None:
@@ -615,6 +781,7 @@ def _filled_from(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
         return value if isinstance(value, kind) and not isinstance(value, bool) and (kind is str or value >= least) else None
 
     family = sections["model"].get("family", "flux")
+    family = family if isinstance(family, str) else ""  # the schema refuses it
     lora = {"rank": given("network_dim", int, 1), "experts": "shared" if families.has_experts(family) else None}
     train = {"steps": given("max_train_steps", int, 1) or 1600, "seed": given("seed", int), "global_batch_size": 1}
     output = {"dir": given("output_dir", str) or ".", "name": given("output_name", str)}
@@ -622,7 +789,7 @@ def _filled_from(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {
         # What was written there is unknown to these sections, and is told.
         **{name: {**sections[name], **{k: v for k, v in section.items() if v is not None}} for name, section in filled.items()},
-        "dataset": {"cache_dir": "", "frames": 81 if family in families.WAN else 1, **sections["dataset"]},
+        "dataset": {"cache_dir": ".", "frames": 81 if family in families.WAN else 1, **sections["dataset"]},
     }
 
 

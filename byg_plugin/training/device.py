@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 
 def resolve_device(name: str) -> torch.device:
@@ -11,6 +14,8 @@ def resolve_device(name: str) -> torch.device:
     Raises:
         ValueError: CUDA is asked for and there is none.
     """
+    import torch  # not above: edit.py's arguments are checked without it
+
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
         built = "this torch was built without CUDA" if torch.version.cuda is None else "torch finds no CUDA device"
