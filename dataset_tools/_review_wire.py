@@ -32,7 +32,10 @@ def server_config(app: ASGIApp, patience: float = PATIENCE) -> uvicorn.Config:
 
 
 class _Connection(H11Protocol):
-    """A connection that is closed `seconds` after it was last served, unless a request's headers have come in whole by then."""
+    """A connection that is closed where a request's headers, once it is open or has sent a byte, are not whole within `seconds`.
+
+    One that sends nothing after an answer is uvicorn's to close.
+    """
 
     seconds = PATIENCE
     _limit: asyncio.TimerHandle | None = None
@@ -43,10 +46,6 @@ class _Connection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        self._watch()
-
-    def on_response_complete(self) -> None:
-        super().on_response_complete()
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -37,7 +37,8 @@ _MOST = 16 << 20  # bytes of a body or a line, and characters of an answer; memo
 _ERROR = 64 << 10  # bytes of a body that is an error
 _PARTING = 1.0  # seconds that a stream may take to end after its [DONE]
 _TRIES = 3  # of one request whose answer has nothing in it, as long as no answer had
-_SILENT = 24  # such answers, and it is the server
+_PAUSE = 0.5  # seconds before it is asked again, in which others may be answered
+_SILENT = 24  # such answers, and it is the server; an image has two requests, so at most four are rejected before
 
 
 class _Again(Exception):
@@ -100,6 +101,7 @@ class OpenAIBackend:
             answer: Answer = await attempts(self._attempt, chat)
             tries = 1
             while self._is_doubtful(answer) and tries < _TRIES:
+                await asyncio.sleep(_PAUSE * tries)
                 answer = await attempts(self._attempt, replace(chat, seed=chat.seed + tries))
                 tries += 1
         except _Again as error:

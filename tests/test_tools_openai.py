@@ -8,7 +8,7 @@ import json
 import re
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 
@@ -21,7 +21,12 @@ from dataset_tools.settings import BackendSettings
 TEXT = '{"caption": "a red car on a wet street",\u2028 "style": "photo"}'
 DRAFT = '<think>{"caption": "draft"}</think>'
 OTHER = "It is a picture of a {red} car."
-Raw = bytes | Callable[[dict[str, Any]], bytes]
+Raw: TypeAlias = bytes | Callable[[dict[str, Any]], bytes]
+
+
+@pytest.fixture(autouse=True)
+def without_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend_openai, "_PAUSE", 0.0)
 
 
 def sent(body: bytes, kind: str = "application/json", status: int = 200, headers: str = "") -> bytes:
