@@ -28,7 +28,8 @@ class Refused(Exception):
 def missing() -> str | None:
     """What has to be installed before diffusers can be asked; None: nothing."""
     lacking = [name for name in ("diffusers", "peft") if importlib.util.find_spec(name) is None]
-    return f"{' and '.join(lacking)} is not installed: pip install 'byg-plugin[diffusers]'" if lacking else None
+    are = "are" if len(lacking) > 1 else "is"
+    return f"{' and '.join(lacking)} {are} not installed: pip install 'byg-plugin[diffusers]'" if lacking else None
 
 
 def load(

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from byg_plugin import families, lora_files
 
-# The same names as ever, for those who convert: read, convert, write.
+# Reading and writing stay names of this module too: who converts needs all three.
 from byg_plugin.lora_files import naming
 from byg_plugin.lora_files import read_lora as read_lora
 from byg_plugin.lora_files import write_lora as write_lora

@@ -411,9 +411,9 @@ def test_without_diffusers_the_command_says_so(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(lora_diffusers.importlib.util, "find_spec", lambda name: None)
     assert status(path, "--check") == 1
     said = capfd.readouterr().out
-    assert "diffusers: not asked, because diffusers and peft is not installed: pip install" in said and "comfyui: loads 24" in said
+    assert "diffusers: not asked, because diffusers and peft are not installed: pip install" in said and "comfyui: loads 24" in said
     assert status(path, "--check", "--tools", "diffusers") == 2
-    assert "is asked of diffusers, and diffusers and peft is not installed" in capfd.readouterr().err
+    assert "is asked of diffusers, and diffusers and peft are not installed" in capfd.readouterr().err
 
 
 # --- the command ---

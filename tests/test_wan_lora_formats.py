@@ -76,8 +76,9 @@ def loaded_by_diffusers(tensors: dict[str, Tensor]) -> int:
 
 @pytest.mark.parametrize("naming", NAMINGS)
 def test_the_report_is_what_diffusers_does(naming: str):
-    tensors = NAMINGS[naming]
+    tensors = {name: tensor.clone() for name, tensor in NAMINGS[naming].items()}
     report = lora_formats.check(tensors, OURS, tools=["diffusers"]).tools[0]
+    assert all(torch.equal(tensor, NAMINGS[naming][name]) for name, tensor in tensors.items()), "diffusers multiplies in place"
     assert len(report.loaded) + len(report.lost) == sum(
         key.endswith((".lora_A.weight", ".lora_down.weight", ".lora_A.default.weight")) for key in tensors
     )
