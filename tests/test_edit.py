@@ -358,7 +358,7 @@ def test_an_edit_that_is_no_number_is_an_error(
         return make
 
     if where == "latents":
-        monkeypatch.setattr(edit.sampling, "sample", spoilt(sample))
+        monkeypatch.setattr(sampling, "sample", spoilt(sample))
     else:
         monkeypatch.setattr(FluxFamily, "decode_latents", spoilt(FluxFamily.decode_latents))
     arguments = ["--source", photo(), "--instruction", "add the snow", "--out", tmp_path / "out", "--steps", 1]
@@ -374,7 +374,7 @@ def test_a_preview_that_is_no_number_is_told_and_not_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, what: str
 ):
     if what == "the latents of the edit":
-        monkeypatch.setattr(edit.sampling, "sample", lambda *args: torch.full_like(args[1], float("nan")))
+        monkeypatch.setattr(sampling, "sample", lambda *args: torch.full_like(args[1], float("nan")))
     else:
         monkeypatch.setattr(FluxFamily, "decode_latents", lambda self, vae, latents: torch.full((1, 3, 1, 64, 64), float("nan")))
     config = run_config(tmp_path / "out", sample={"items": 1, "steps": 1})
@@ -388,7 +388,7 @@ def test_a_preview_that_is_no_number_is_told_and_not_written(
 def test_overflow_of_float16_is_named(lora: Path):
     pipe = pipeline(lora, dtype="float16")
     with pytest.raises(FloatingPointError, match='the latents .*model.dtype = "float16" overflows beyond 65504: use bfloat16'):
-        edit.sampling.finite(pipe.config, torch.tensor([1.0, float("inf")]), "the latents of the edit")
+        sampling.finite(pipe.config, torch.tensor([1.0, float("inf")]), "the latents of the edit")
 
 
 @pytest.mark.parametrize("key", ["lora_A.weight", "lora_B.weight"])
