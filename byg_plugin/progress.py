@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
@@ -66,6 +68,20 @@ class Progress(tqdm):
         else:
             file.write(s + end)
             file.flush()
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """No bars of transformers and diffusers while they load local weights, but on a terminal: they know carriage returns alone."""
+    names = () if _is_terminal(sys.stderr) else ("transformers.utils.logging", "diffusers.utils.logging")
+    barring = [module for name in names if (module := sys.modules.get(name)) and module.is_progress_bar_enabled()]
+    for module in barring:
+        module.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for module in barring:
+            module.enable_progress_bar()
 
 
 def _is_terminal(file: Any) -> bool:

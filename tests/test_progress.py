@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import model_folder
 
 from byg_plugin import progress
+from byg_plugin.models.files import from_folder
 from byg_plugin.progress import Progress
 
 ROOT = Path(__file__).parents[1]
@@ -93,3 +95,17 @@ def test_no_command_makes_bars_of_its_own():
     ours = [path for room in ("byg_plugin", "dataset_tools", "benchmarks") for path in (ROOT / room).rglob("*.py")]
     assert len(ours) > 100
     assert [path.name for path in ours if re.search(r"(import|from) tqdm", path.read_text(encoding="utf-8"))] == ["progress.py"]
+
+
+def test_libraries_load_without_bars_into_a_log_and_are_as_they_were_afterwards(capsys: pytest.CaptureFixture[str]):
+    from transformers import T5EncoderModel
+    from transformers.utils import logging
+
+    before, folder = logging.is_progress_bar_enabled(), model_folder()
+    capsys.readouterr()
+    from_folder(T5EncoderModel, folder, "t5")
+    assert "\r" not in capsys.readouterr().err and logging.is_progress_bar_enabled() == before
+    with pytest.raises(KeyError), progress.quiet_loading():
+        assert not logging.is_progress_bar_enabled()
+        raise KeyError
+    assert logging.is_progress_bar_enabled() == before

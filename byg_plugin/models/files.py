@@ -30,6 +30,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from byg_plugin.documents import json_value
 from byg_plugin.finite import first_not_finite, is_finite
+from byg_plugin.progress import quiet_loading
 from byg_plugin.user_files import files_in, is_hidden
 
 
@@ -187,7 +188,8 @@ def from_folder(kind: Any, place: str | Path, part: str, **dtype: torch.dtype) -
     _refuse_other_class(read_json(folder / "config.json"), kind, folder)
     _weight_files(folder)
     try:
-        model = kind.from_pretrained(str(folder), use_safetensors=True, local_files_only=True, **dtype)
+        with quiet_loading():
+            model = kind.from_pretrained(str(folder), use_safetensors=True, local_files_only=True, **dtype)
     except OSError as error:
         raise ValueError(f"{folder}: cannot be loaded ({error}); download this part again") from error
     _refuse_not_finite(model, folder)
