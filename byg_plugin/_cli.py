@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import re
 import sys
@@ -41,7 +42,7 @@ def run(main: Callable[[], object]) -> None:
     """Run a command and end the process as its outcome asks.
 
     Exit code 2 and a message without a traceback: a `ValueError` or `FloatingPointError` (a loss that is not finite) that
-    this package raised, a device out of memory, a file that cannot be read or written. Ctrl-C is 130. Anything else, also a
+    this package raised, a device out of memory, a file that cannot be read or written, a full disk. Ctrl-C is 130. Anything else, also a
     `ValueError` raised in another library, is our defect: it keeps its traceback, and Python exits with 1.
     """
     for stream in (sys.stdout, sys.stderr):
@@ -56,9 +57,10 @@ def run(main: Callable[[], object]) -> None:
         # A loader process's error is its traceback as text.
         _fail(str(error).rpartition("\nValueError: ")[2].rstrip(), error)
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno not in _FULL:
             raise
-        _fail(f"{error.filename}: {error.strerror or error}", error)
+        # Of a full disk, write() does not tell the file's name, also inside the host or a library.
+        _fail(f"{error.filename or 'a file could not be written'}: {error.strerror or error}", error)
     except RuntimeError as error:
         if not _is_out_of_memory(error):
             raise
@@ -69,6 +71,7 @@ def run(main: Callable[[], object]) -> None:
         raise SystemExit(130) from None
 
 
+_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}  # Windows may lack quotas
 _LESS_MEMORY = (
     'To need less memory: model.quantization = "fp8" (or int8, nf4), a smaller dataset.resolution, objective.frozen_batch = 1, '
     "model.gradient_checkpointing = true, for clips a smaller dataset.frames, of two experts model.offload_inactive_expert = true; while "

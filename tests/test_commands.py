@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import os
@@ -102,6 +103,11 @@ def test_a_file_that_may_not_be_opened_is_named_with_the_reason(tmp_path: Path):
     assert code == 2 and said == f"error: {tmp_path / 'none'}: No such file or directory\n"
     code, said = ended(raising(OSError("nobody knows which file")), tmp_path / "log3")
     assert code != 2 and "Traceback" in said
+
+
+def test_a_full_disk_is_a_line_also_where_nobody_names_the_file(tmp_path: Path):
+    code, said = ended(raising(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))), tmp_path / "log")
+    assert code == 2 and one_line_error(said) == "error: a file could not be written: No space left on device\n"
 
 
 def test_a_value_error_of_another_library_keeps_its_traceback(tmp_path: Path):
