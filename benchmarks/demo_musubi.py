@@ -26,14 +26,15 @@ from torch import nn
 
 from benchmarks.tiny_world_run import base_digest, commit, write_json
 from byg_plugin import _cli
-from byg_plugin.data import run_cache
+from byg_plugin import caching as run_cache
+from byg_plugin.config.sections import Config, load_config, parse_config
 from byg_plugin.data.dataset import CachedTuples
 from byg_plugin.demo import metrics, sheet, world
 from byg_plugin.demo.__main__ import EVAL_TUPLES, TRAIN_TUPLES
 from byg_plugin.demo.commands import run as run_command
-from byg_plugin.hosts import musubi, musubi_cache
 from byg_plugin.models import flux_files, make_family
-from byg_plugin.training.config import Config, load_config, parse_config
+from byg_plugin.musubi import cache as musubi_cache
+from byg_plugin.musubi import host as musubi
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = ROOT / "byg_plugin" / "demo" / "base"

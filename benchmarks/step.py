@@ -36,13 +36,13 @@ from benchmarks import step_meters as meters
 from benchmarks import step_report as report
 from benchmarks.provenance import ROOT
 from byg_plugin import _cli, timesteps
+from byg_plugin.config.sections import Config, ObjectiveConfig, load_config, parse_config
 from byg_plugin.hosts.diffusers import DiffusersHost
 from byg_plugin.models import flux_files, wan, wan_files
 from byg_plugin.models.flux import FluxFamily
 from byg_plugin.models.wan import WanFamily
 from byg_plugin.objectives import make_objective
 from byg_plugin.objectives.base import Batch, Velocity
-from byg_plugin.training.config import Config, ObjectiveConfig, load_config, parse_config
 from byg_plugin.training.loop import TEXT_ROLES
 
 # --- what is measured ---

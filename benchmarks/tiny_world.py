@@ -35,9 +35,9 @@ from benchmarks import tiny_world_run as runs
 from benchmarks.provenance import ROOT
 from benchmarks.tiny_world_run import Plan
 from byg_plugin import _cli
+from byg_plugin.config.sections import Config, load_config
 from byg_plugin.demo import world
 from byg_plugin.progress import Progress
-from byg_plugin.training.config import Config, load_config
 from byg_plugin.training.loop import Interrupted
 
 TRAIN_EDITS_PER_TYPE = 256

@@ -26,6 +26,7 @@ from PIL import Image
 
 from benchmarks import provenance
 from byg_plugin import sampling
+from byg_plugin.config.sections import Config
 from byg_plugin.data import cache
 from byg_plugin.data.buckets import to_tensor
 from byg_plugin.data.tuples import read_tuples
@@ -34,7 +35,6 @@ from byg_plugin.hosts import make_host
 from byg_plugin.images import frames_of
 from byg_plugin.models import make_family
 from byg_plugin.objectives.base import Velocity
-from byg_plugin.training.config import Config
 from byg_plugin.training.loop import Trainer, versions
 
 FORMAT = 1  # raise when results change in a way that neither configuration nor data nor base shows

@@ -22,7 +22,7 @@ def main() -> None:
     parser = _cli.common_parser(__doc__ or "")
     parser.add_argument("--prune", action="store_true", help="then remove entries that this configuration does not use")
     args = parser.parse_args()
-    from byg_plugin.data.run_cache import run
+    from byg_plugin.caching import run
 
     run("latents", args.config, args.set, prune=args.prune)
 

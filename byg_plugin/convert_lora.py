@@ -21,7 +21,7 @@ if __package__ in (None, ""):  # run as a file: Python put this folder on the pa
 from byg_plugin import _cli, families
 
 if TYPE_CHECKING:
-    from byg_plugin.lora_formats import Lost
+    from byg_plugin.lora.formats import Lost
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -64,7 +64,8 @@ def _convert(args: argparse.Namespace) -> None:
         raise ValueError("--to needs --out: the file to write")
     if args.out.exists() and not args.overwrite:
         raise ValueError(f"{args.out} exists; give another --out, or --overwrite")
-    from byg_plugin import lora_files, lora_formats  # torch: seconds
+    from byg_plugin.lora import files as lora_files
+    from byg_plugin.lora import formats as lora_formats  # torch: seconds
 
     tensors, metadata = lora_files.read_lora(args.lora)
     with lora_files.naming(args.lora):
@@ -79,7 +80,9 @@ def _convert(args: argparse.Namespace) -> None:
 
 def _check(args: argparse.Namespace) -> bool:
     """Print the report; returns whether a tool would lose something."""
-    from byg_plugin import lora_diffusers, lora_files, lora_formats  # torch: seconds
+    from byg_plugin.lora import diffusers as lora_diffusers
+    from byg_plugin.lora import files as lora_files
+    from byg_plugin.lora import formats as lora_formats  # torch: seconds
 
     stored = lora_files.read_stored(args.lora)
     lacking = None if args.tools else lora_diffusers.missing()

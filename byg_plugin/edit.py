@@ -37,6 +37,9 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image, ImageOps
 
 from byg_plugin import _cli, families
+from byg_plugin.config.device import resolve_device
+from byg_plugin.config.extras import require_model_extras
+from byg_plugin.config.sections import Config, DatasetConfig, load_config, parse_config
 from byg_plugin.data.buckets import Size, bucket_for, crop_to_bucket, to_tensor
 from byg_plugin.data.clips import SUFFIXES as CLIP_SUFFIXES
 from byg_plugin.data.clips import Clip, clip_info, is_clip, read_clip, write_clip
@@ -45,9 +48,6 @@ from byg_plugin.folders import make_writable
 from byg_plugin.images import frames_of, save_png, side_by_side, to_pil
 from byg_plugin.models import make_family
 from byg_plugin.progress import Progress
-from byg_plugin.training.config import Config, DatasetConfig, load_config, parse_config
-from byg_plugin.training.device import resolve_device
-from byg_plugin.training.extras import require_model_extras
 from byg_plugin.user_files import files_in, hidden_in
 
 # torch, and what imports it, comes where it is used: wrong arguments are told without it, whose import takes seconds.
@@ -136,8 +136,8 @@ class EditPipeline:
         Raises:
             ValueError: the file or a value is unusable, or the LoRA's family has no use for one.
         """
-        from byg_plugin.lora_files import naming, read_lora
-        from byg_plugin.lora_formats import expert_files, read_named
+        from byg_plugin.lora.files import naming, read_lora
+        from byg_plugin.lora.formats import expert_files, read_named
 
         with naming(lora):
             _, metadata = read_lora(next(iter(expert_files(lora).values())))
@@ -336,7 +336,7 @@ class EditPipeline:
     def _load(self) -> None:
         if self._host is None:
             from byg_plugin.hosts import make_host
-            from byg_plugin.lora_files import naming
+            from byg_plugin.lora.files import naming
 
             host = make_host(self.config, self.family, self.device, fresh=False)
             with naming(self._origin):

@@ -14,7 +14,7 @@ from byg_plugin.models.base import Family, Text
 from byg_plugin.objectives.base import Velocity
 
 if TYPE_CHECKING:
-    from byg_plugin.training.config import Config
+    from byg_plugin.config.sections import Config
 
 
 def sampling_nodes(family: Family, steps: int, schedule: str, latent_shape: tuple[int, ...]) -> Tensor:

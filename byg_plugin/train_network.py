@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 from byg_plugin import _cli, families
 
 if TYPE_CHECKING:
+    from byg_plugin.config.sections import Config
     from byg_plugin.models.base import Family
-    from byg_plugin.training.config import Config
 
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def main() -> None:
     """The command; `_cli.run` turns errors into one line."""
     args = _parser().parse_args()
     _check_arguments(args)
-    from byg_plugin.training.config import load_config
+    from byg_plugin.config.sections import load_config
 
     config = load_config(args.config, args.set)
     if args.print_config:
@@ -59,7 +59,7 @@ def main() -> None:
     check_places(config.dataset)
     # After what needs neither: these import torch and diffusers, seconds.
     if config.model.host == "musubi":
-        from byg_plugin.hosts import musubi
+        from byg_plugin.musubi import host as musubi
 
         if args.dry_run:
             musubi.dry_run(config)
@@ -70,9 +70,9 @@ def main() -> None:
                 )
             print(f"LoRA: {musubi.train(config, args.resume)}", flush=True)
         return
+    from byg_plugin.config.device import resolve_device
+    from byg_plugin.config.extras import require_model_extras
     from byg_plugin.models import make_family
-    from byg_plugin.training.device import resolve_device
-    from byg_plugin.training.extras import require_model_extras
 
     device = resolve_device(config.model.device)
     require_model_extras(config)
@@ -106,9 +106,9 @@ def train(config: Config, family: Family, device: Any, resume: str | None, *, di
 
     from accelerate import Accelerator, InitProcessGroupKwargs
 
+    from byg_plugin.config.extras import require_training_extras
     from byg_plugin.folders import alone_in
     from byg_plugin.training.checkpoint import make_room
-    from byg_plugin.training.extras import require_training_extras
     from byg_plugin.training.loop import Interrupted, Trainer, versions
 
     require_training_extras(config)

@@ -14,9 +14,9 @@ from dataclasses import replace
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
+from byg_plugin.config.extras import require
 from byg_plugin.documents import json_value
 from byg_plugin.progress import Progress
-from byg_plugin.training.extras import require
 
 from .backend import Answer, Chat, Refused, redact
 from .completions import Completion, ServerError, TooLong

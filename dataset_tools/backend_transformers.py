@@ -6,7 +6,7 @@ import asyncio
 from contextlib import suppress
 from typing import Any
 
-from byg_plugin.training.extras import require
+from byg_plugin.config.extras import require
 
 from .backend import Answer, Chat, redact
 from .settings import BackendSettings

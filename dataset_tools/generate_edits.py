@@ -24,10 +24,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from byg_plugin import _cli
+from byg_plugin.config.extras import require
 from byg_plugin.data import media
 from byg_plugin.data.rules import Finding, check_texts, is_photorealistic
 from byg_plugin.data.tuples import IMAGE_SUFFIXES, TEXTS
-from byg_plugin.training.extras import require
 
 from . import backend_rules, prompts
 from .asking import Attempt

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from byg_plugin.config.extras import require
 from byg_plugin.data.tuples import IMAGE_SUFFIXES, is_file, path_words, unwritable
 from byg_plugin.documents import json_value, other_encoding, utf8
-from byg_plugin.training.extras import require
 from byg_plugin.user_files import is_hidden
 
 from .journal import numbered_records

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+from byg_plugin.config.extras import require
 from byg_plugin.data.tuples import TEXTS
-from byg_plugin.training.extras import require
 
 from . import backend_rules
 from .balance import PRIORITY

@@ -24,10 +24,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from byg_plugin import _cli
+from byg_plugin.config.extras import require
 from byg_plugin.data import clips
 from byg_plugin.data.rules import Finding
 from byg_plugin.data.tuples import unwritable
-from byg_plugin.training.extras import require
 
 from . import prompts
 from .asking import Attempt

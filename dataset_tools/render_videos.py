@@ -31,11 +31,11 @@ import numpy as np
 from PIL import Image
 
 from byg_plugin import _cli, families
+from byg_plugin.config.extras import require
 from byg_plugin.data import clips
 from byg_plugin.data.tuples import is_unicode
 from byg_plugin.documents import json_value
 from byg_plugin.folders import make_writable
-from byg_plugin.training.extras import require
 
 from .backend import seed_of
 from .journal import numbered_records, replacing, write_records
@@ -247,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if left:
         from accelerate import PartialState
 
-        from byg_plugin.training.device import resolve_device
+        from byg_plugin.config.device import resolve_device
 
         state = PartialState(cpu=resolve_device(settings.device).type == "cpu")
         first = state.is_main_process

@@ -29,7 +29,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from byg_plugin import _cli
-from byg_plugin.training.extras import require
+from byg_plugin.config.extras import require
 
 if TYPE_CHECKING:
     from ._review_store import Review

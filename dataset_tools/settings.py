@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from byg_plugin.config.sections import NonNegative, Section, Seed
 from byg_plugin.documents import json_value, toml_table
-from byg_plugin.training.config import NonNegative, Section, Seed
 
 _SHOWN = 200  # characters of a wrong value
 SECTIONS = ("generate", "captions", "render")

@@ -19,7 +19,7 @@ from PIL import Image
 from tiny import tiny_config
 from torch import Tensor, nn
 
-from byg_plugin.training.config import Config
+from byg_plugin.config.sections import Config
 
 ROLES = ("src_caption", "tgt_caption", "instruction", "reverse_instruction")
 CPU = torch.device("cpu")
@@ -120,7 +120,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
     import byg_plugin.models
     from byg_plugin import _cli
-    from byg_plugin.data import run_cache
+    from byg_plugin import caching as run_cache
 
     def slow_family(config: Config) -> FakeFamily:
         family = FakeFamily(config)

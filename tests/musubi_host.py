@@ -14,10 +14,11 @@ from safetensors.torch import save_file
 from tiny import tiny_config, tiny_flux, tiny_texts
 from torch import Tensor
 
-from byg_plugin.hosts import musubi
-from byg_plugin.hosts.musubi import Host
-from byg_plugin.models import flux_files, wan_names
-from byg_plugin.training.config import Config, parse_config
+from byg_plugin.config.sections import Config, parse_config
+from byg_plugin.lora import wan_names
+from byg_plugin.models import flux_files
+from byg_plugin.musubi import host as musubi
+from byg_plugin.musubi.host import Host
 
 PLACE = os.environ.get("MUSUBI_TUNER", "")
 needs_host = [
@@ -155,7 +156,7 @@ class Rig:
         (folder / "dataset.toml").write_text('[general]\nresolution = [32, 32]\n[[datasets]]\nimage_directory = "."\n', encoding="utf-8")
         self.host = open_tiny(family)
         self.config = host_config(folder, family, **sections)
-        from byg_plugin.hosts import musubi_options
+        from byg_plugin.musubi import options as musubi_options
 
         self.args = musubi_options.arguments(self.config, self.host.parser())
         reset_accelerate()
@@ -214,7 +215,7 @@ def record_surfaces(path: Path) -> None:
     """Write down what the host's parsers take, for tests without the host."""
     import json
 
-    from byg_plugin.hosts import musubi_options
+    from byg_plugin.musubi import options as musubi_options
 
     found = {family: musubi_options.surface_to_json(musubi_options.surface_of(open_tiny(family).parser())) for family in (T2V, "flux")}
     path.write_text(json.dumps({"wan": found[T2V], "flux": found["flux"]}, indent=1, sort_keys=True) + "\n", encoding="utf-8")

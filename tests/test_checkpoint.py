@@ -256,7 +256,7 @@ def test_a_run_without_ema_goes_on_with_one_only_if_it_had_none(tmp_path: Path):
 
 @pytest.mark.parametrize("lora", [{}, {"experts": "shared"}, {"experts": "low_noise"}, {"experts": "high_noise"}])
 def test_the_layout_of_two_experts_is_the_host_s(tmp_path: Path, lora: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
-    from byg_plugin.hosts import start_lora
+    from byg_plugin.lora import start as start_lora
 
     lora = lora | ({"other_expert": "other.safetensors"} if "noise" in lora.get("experts", "") else {})
     config = wan_config(tmp_path, lora=lora)

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from byg_plugin import lora_formats
-from byg_plugin.models import flux_names
+from byg_plugin.lora import flux_names
+from byg_plugin.lora import formats as lora_formats
 
 CHECKOUT = os.environ.get("COMFYUI")
 pytestmark = [

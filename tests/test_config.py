@@ -10,8 +10,8 @@ from typing import Any
 import pydantic
 import pytest
 
+from byg_plugin.config.sections import Config, load_config, parse_config, reference
 from byg_plugin.data.buckets import bucket_for
-from byg_plugin.training.config import Config, load_config, parse_config, reference
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 RECIPES = sorted(CONFIGS.glob("*.toml"))

@@ -11,10 +11,10 @@ from typing import Any, get_args
 import pytest
 from torch import nn
 
+from byg_plugin.config.sections import Config, load_config, parse_config
 from byg_plugin.documents import toml_table
 from byg_plugin.hosts import diffusers
 from byg_plugin.hosts.patterns import full_matches
-from byg_plugin.training.config import Config, load_config, parse_config
 
 MINIMAL = """
 [model]

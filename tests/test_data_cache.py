@@ -17,12 +17,12 @@ from icc import P3, rgb
 from PIL import Image
 from safetensors.torch import save
 
+from byg_plugin.config.sections import Config
 from byg_plugin.data import cache
 from byg_plugin.data.buckets import crop_to_bucket, to_tensor
 from byg_plugin.data.cache import Keys, Processes, Summary, cache_latents, cache_texts, latent_store, text_store
 from byg_plugin.data.media import load_image
 from byg_plugin.data.tuples import read_tuples
-from byg_plugin.training.config import Config
 
 
 def run(config: Config, family: FakeFamily | None = None, **options: Any) -> tuple[FakeFamily, Summary, Summary]:

@@ -15,10 +15,10 @@ from data_fakes import CPU, FakeFamily, entries, picture, record, write_tuples
 from tiny_wan import wan_config
 from torch import Tensor, nn
 
+from byg_plugin.config.sections import Config
 from byg_plugin.data import cache, clips
 from byg_plugin.data.dataset import CachedTuples
 from byg_plugin.data.tuples import read_tuples
-from byg_plugin.training.config import Config
 
 
 def write_as(path: Path, frames: int, fps: int) -> Path:

@@ -21,13 +21,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import tiny_config
 
+from byg_plugin.config.sections import Config
 from byg_plugin.data import buckets
 from byg_plugin.data.cache import Keys, cache_latents, cache_texts, latent_store
 from byg_plugin.data.dataset import BucketBatches, CachedTuples, collate
 from byg_plugin.data.media import load_image
 from byg_plugin.data.tuples import read_tuples
 from byg_plugin.models import make_family
-from byg_plugin.training.config import Config
 
 REPOSITORY = Path(__file__).parents[1]
 BASE = REPOSITORY / "byg_plugin" / "demo" / "base"

@@ -15,10 +15,10 @@ from data_fakes import CPU, ROLES, FakeFamily, data_set, hashed, picture, record
 from safetensors.torch import save
 from tiny import tiny_config
 
+from byg_plugin.config.sections import Config
 from byg_plugin.data.cache import Keys, cache_latents, cache_texts, texts_of
 from byg_plugin.data.dataset import BucketBatches, CachedTuples, collate, split_tuples
 from byg_plugin.data.tuples import EditTuple, read_tuples
-from byg_plugin.training.config import Config
 
 
 def cached(config: Config, family: FakeFamily | None = None) -> Config:

@@ -17,10 +17,10 @@ from icc import ADOBE, INKS, P3, SRGB, cmyk, grey, in_srgb, lab_in_srgb, rgb
 from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 
+from byg_plugin.config.sections import DatasetConfig
 from byg_plugin.data.buckets import all_buckets, bucket_for, bucket_step, crop_to_bucket, is_below_resolution, to_tensor
 from byg_plugin.data.media import MAX_SIDE, READER, image_size, load_image, look, to_rgb
 from byg_plugin.images import save_png
-from byg_plugin.training.config import DatasetConfig
 from dataset_tools.backend import encode_image
 
 QUADRANTS = np.array([[[200, 30, 30], [30, 200, 30]], [[30, 30, 200], [220, 220, 30]]], dtype=np.uint8)

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from data_fakes import ROLES, picture, record, write_tuples
 
+from byg_plugin.config.sections import DatasetConfig
 from byg_plugin.data.tuples import EditTuple, read_tuples, read_tuples_file
-from byg_plugin.training.config import DatasetConfig
 
 
 @pytest.fixture

@@ -4,14 +4,14 @@ import re
 from pathlib import Path
 
 import byg_plugin
-from byg_plugin.training import config
+from byg_plugin.config import sections as config
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_configuration_reference_is_current():
     written = (ROOT / "docs/configuration.md").read_text(encoding="utf-8")
-    assert written.endswith(config.reference()), "run: python -m byg_plugin.training.config > docs/configuration.md"
+    assert written.endswith(config.reference()), "run: python -m byg_plugin.config.sections > docs/configuration.md"
 
 
 def test_every_option_has_a_sentence():

@@ -20,7 +20,7 @@ from byg_plugin import EditPipeline, _cli, convert_lora, edit, sampling
 from byg_plugin.data.buckets import crop_to_bucket, to_tensor
 from byg_plugin.data.media import load_image
 from byg_plugin.hosts.diffusers import DiffusersHost
-from byg_plugin.lora_formats import read_lora, write_lora
+from byg_plugin.lora.formats import read_lora, write_lora
 from byg_plugin.models import flux_files
 from byg_plugin.models.flux import FluxFamily
 from byg_plugin.sampling import sample, sampling_nodes, seeded_noise
@@ -162,7 +162,7 @@ def test_a_configuration_gives_the_model_and_options_override_it(lora: Path):
 
 
 def test_converted_loras_edit_alike(lora: Path, tmp_path: Path):
-    from byg_plugin.lora_formats import convert
+    from byg_plugin.lora.formats import convert
 
     tensors, metadata = read_lora(lora)
     write_lora(tmp_path / "musubi.safetensors", convert(tensors, "musubi"), metadata)

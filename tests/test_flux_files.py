@@ -14,7 +14,8 @@ from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpo
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from byg_plugin.models import files, flux_files, flux_names
+from byg_plugin.lora import flux_names
+from byg_plugin.models import files, flux_files
 
 BF16, F32 = torch.bfloat16, torch.float32
 

@@ -16,14 +16,14 @@ from tiny import TINY_FLUX, make_host, model_folder, tiny_config, tiny_flux, tin
 from torch import Tensor, nn
 
 from byg_plugin import timesteps
+from byg_plugin.config.sections import Config
 from byg_plugin.hosts import quantize
 from byg_plugin.hosts.diffusers import DiffusersHost, lora_shapes, matched_linears
-from byg_plugin.lora_formats import write_lora
+from byg_plugin.lora.formats import write_lora
 from byg_plugin.models import flux_files
 from byg_plugin.models.flux import DEFAULT_TARGETS, FluxFamily
 from byg_plugin.objectives import make_objective
 from byg_plugin.objectives.base import Batch
-from byg_plugin.training.config import Config
 
 
 def host_config(tmp_path: Path, **sections: dict[str, Any]) -> Config:
@@ -401,7 +401,7 @@ def test_a_16_bit_weight_is_freed_before_the_next_is_quantised(monkeypatch: pyte
 
 
 def test_bitsandbytes_missing_names_the_install_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from byg_plugin.training import extras
+    from byg_plugin.config import extras
 
     monkeypatch.setattr(extras, "find_spec", lambda name: None if name == "bitsandbytes" else object())
     config = host_config(tmp_path, model={"quantization": "nf4", "dtype": "bfloat16", "path": str(tmp_path / "never read")})

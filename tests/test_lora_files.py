@@ -21,8 +21,11 @@ from safetensors.torch import load_file, save_file
 from test_lora_formats import DOUBLE_ONLY, METADATA, full_size_peft, output, peft_lora, status, tiny_flux
 from torch import Tensor
 
-from byg_plugin import convert_lora, lora_diffusers, lora_files, lora_formats
-from byg_plugin.hosts.musubi_options import _needed
+from byg_plugin import convert_lora
+from byg_plugin.lora import diffusers as lora_diffusers
+from byg_plugin.lora import files as lora_files
+from byg_plugin.lora import formats as lora_formats
+from byg_plugin.musubi.options import _needed
 
 Q = "transformer.transformer_blocks.0.attn.to_q"
 A, B = f"{Q}.lora_A.weight", f"{Q}.lora_B.weight"

@@ -16,8 +16,10 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from byg_plugin import _cli, convert_lora, lora_formats
-from byg_plugin.models import flux_files, flux_names
+from byg_plugin import _cli, convert_lora
+from byg_plugin.lora import flux_names
+from byg_plugin.lora import formats as lora_formats
+from byg_plugin.models import flux_files
 
 DOUBLE_ONLY = (
     r"transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"

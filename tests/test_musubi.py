@@ -38,12 +38,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from byg_plugin import lora_formats
 from byg_plugin.data.tuples import TEXTS
-from byg_plugin.hosts import musubi, musubi_cache, musubi_options, musubi_trainer
 from byg_plugin.hosts.diffusers import DiffusersHost
-from byg_plugin.hosts.musubi_fields import BlockSwap
+from byg_plugin.lora import formats as lora_formats
 from byg_plugin.models import make_family
+from byg_plugin.musubi import cache as musubi_cache
+from byg_plugin.musubi import host as musubi
+from byg_plugin.musubi import options as musubi_options
+from byg_plugin.musubi import trainer as musubi_trainer
+from byg_plugin.musubi.fields import BlockSwap
 from byg_plugin.objectives import make_objective
 from byg_plugin.objectives.base import Batch
 from byg_plugin.timesteps import uniform_nodes
@@ -519,7 +522,7 @@ def write_config(folder: Path, family: str, out: str = "out", **options: Any) ->
 
 def run_here(config_path: Path, resume: str | None = None) -> Path:
     """Train in this process, by the host's own loop."""
-    from byg_plugin.training.config import load_config
+    from byg_plugin.config.sections import load_config
 
     config = load_config(config_path)
     open_tiny(config.model.family)
@@ -689,7 +692,7 @@ def test_readmes_commands_lead_to_a_preview(tmp_path: Path):
 
 
 def test_a_wrong_option_stops_before_anything_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from byg_plugin.training.config import load_config
+    from byg_plugin.config.sections import load_config
 
     write_work(tmp_path, T2V)
     monkeypatch.setattr(musubi, "make_trainer", lambda *_: pytest.fail("the run went on"))

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from byg_plugin.data.tuples import TEXTS, EditTuple
-from byg_plugin.hosts import musubi_cache
-from byg_plugin.hosts.musubi_cache import Item
+from byg_plugin.musubi import cache as musubi_cache
+from byg_plugin.musubi.cache import Item
 
 WIDTH = 6
 ENCODER = "t5.safetensors:1|bf16|8"

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from toy_fields import toy_batch
 
-from byg_plugin.hosts.musubi_fields import BlockSwap, MusubiFields
+from byg_plugin.config.sections import ObjectiveConfig
+from byg_plugin.hosts.ema import EmaWeights
+from byg_plugin.musubi.fields import BlockSwap, MusubiFields
 from byg_plugin.objectives.base import Text
 from byg_plugin.objectives.unpaired_cycle import UnpairedCycle
-from byg_plugin.training.config import ObjectiveConfig
-from byg_plugin.training.ema import EmaWeights
 
 BLOCKS, BOUNDARY = 6, 0.5
 

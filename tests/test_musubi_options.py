@@ -12,9 +12,9 @@ import torch
 from musubi_host import A14B, T2V, host_config
 from safetensors.torch import save_file
 
-from byg_plugin.hosts import musubi_options
-from byg_plugin.hosts.musubi_options import REFUSED, Surface
-from byg_plugin.training.config import Config, load_config, parse_config
+from byg_plugin.config.sections import Config, load_config, parse_config
+from byg_plugin.musubi import options as musubi_options
+from byg_plugin.musubi.options import REFUSED, Surface
 
 RECORDED = json.loads((Path(__file__).parent / "golden" / "musubi_surfaces.json").read_text(encoding="utf-8"))
 
@@ -261,7 +261,7 @@ def test_recipes_name_options_that_the_host_has(name: str):
 
 
 def test_a_missing_host_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    from byg_plugin.hosts import musubi
+    from byg_plugin.musubi import host as musubi
 
     config = host_config(folder, T2V)
     model = config.model.model_copy(update={"host_path": str(folder)})
@@ -273,7 +273,7 @@ def test_a_missing_host_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_clips_are_not_edited_with_the_diffusers_that_the_host_pins(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    from byg_plugin.training import extras
+    from byg_plugin.config import extras
 
     monkeypatch.setattr(extras, "version", lambda package: "0.32.1")
     extras.require_model_extras(host_config(folder, "flux"))
@@ -283,7 +283,7 @@ def test_clips_are_not_edited_with_the_diffusers_that_the_host_pins(folder: Path
 
 @pytest.mark.parametrize("variable", ["ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"])
 def test_engines_that_step_inside_backward_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch, variable: str):
-    from byg_plugin.hosts import musubi
+    from byg_plugin.musubi import host as musubi
 
     monkeypatch.setenv(variable, "true")
     with pytest.raises(ValueError, match="run plain multi-GPU"):
@@ -297,7 +297,7 @@ def test_engines_that_step_inside_backward_are_refused(folder: Path, monkeypatch
 def test_the_patch_of_imports_is_guarded_and_undone(monkeypatch: pytest.MonkeyPatch):
     import torch
 
-    from byg_plugin.hosts import musubi
+    from byg_plugin.musubi import host as musubi
 
     patches, asked = musubi._patches(), torch.cuda.current_device
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -313,7 +313,7 @@ def test_the_patch_of_imports_is_guarded_and_undone(monkeypatch: pytest.MonkeyPa
 def test_held_out_tuples_are_not_trained_on(folder: Path):
     from PIL import Image
 
-    from byg_plugin.hosts import musubi
+    from byg_plugin.musubi import host as musubi
 
     lines = []
     for name, more in (("a", {}), ("b", {"split": "validation"})):
@@ -325,7 +325,7 @@ def test_held_out_tuples_are_not_trained_on(folder: Path):
 
 
 def test_a_latent_cache_is_the_hosts(folder: Path):
-    from byg_plugin.data import run_cache
+    from byg_plugin import caching as run_cache
 
     (folder / "run.toml").write_text('[model]\nfamily = "wan2.1-t2v-1.3b"\nhost = "musubi"\n[dataset]\ntuples = "x"\n', encoding="utf-8")
     with pytest.raises(ValueError, match="host's own wan_cache_latents.py"):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny import _tokenizer
 from torch import Tensor
 
-from byg_plugin.hosts import musubi
+from byg_plugin.musubi import host as musubi
 
 pytestmark = needs_host
 TEXTS = ["make the sky blue", "a photo of a dog in the house"]

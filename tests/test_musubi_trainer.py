@@ -13,9 +13,10 @@ from musubi_host import A14B, T2V, host_config
 from torch import Tensor, nn
 
 from byg_plugin.data.tuples import TEXTS
-from byg_plugin.hosts import musubi, musubi_trainer
-from byg_plugin.hosts.musubi_trainer import UnpairedCycleTrainer
-from byg_plugin.training.ema import EmaWeights
+from byg_plugin.hosts.ema import EmaWeights
+from byg_plugin.musubi import host as musubi
+from byg_plugin.musubi import trainer as musubi_trainer
+from byg_plugin.musubi.trainer import UnpairedCycleTrainer
 from byg_plugin.training.loop import share_of_high_noise
 
 

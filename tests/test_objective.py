@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from toy_fields import RecordedFields, ToyFields, numbers, relative_difference, toy_batch, toy_network
 
+from byg_plugin.config.sections import ObjectiveConfig
 from byg_plugin.objectives import Paired, UnpairedCycle, make_objective
 from byg_plugin.objectives.base import Backward, Batch, Metrics, cat_text
-from byg_plugin.training.config import ObjectiveConfig
 from byg_plugin.training.distributed import average_gradients
 
 EXACT = 1e-12

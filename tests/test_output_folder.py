@@ -19,10 +19,10 @@ import torch
 from tiny import curve, in_child, make_trainer, run_config
 
 from byg_plugin import folders, train_network
-from byg_plugin.hosts import musubi
+from byg_plugin.config.sections import Config
 from byg_plugin.models.flux import FluxFamily
+from byg_plugin.musubi import host as musubi
 from byg_plugin.training import checkpoint, loop, preview
-from byg_plugin.training.config import Config
 
 ROOT = Path(__file__).parents[1]
 needs_posix = pytest.mark.skipif(os.name != "posix", reason="signals and devices of a POSIX system")

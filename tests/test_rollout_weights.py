@@ -13,10 +13,10 @@ from test_host import backward, base_of, batch_of, ema_of, gradients, host_confi
 from tiny import curve, make_host, make_trainer, run_config, tiny_flux, wake
 from torch import Tensor
 
+from byg_plugin.config.sections import Config
 from byg_plugin.hosts.diffusers import DiffusersHost, _is_lora_layer
 from byg_plugin.objectives import make_objective
 from byg_plugin.objectives.base import Metrics
-from byg_plugin.training.config import Config
 from byg_plugin.training.memory import memory_sum
 
 PLAIN: dict[str, Any] = {"rollout_weights": "swap", "frozen_batch": 1, "merge_identity": False}

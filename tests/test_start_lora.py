@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from byg_plugin.hosts import start_lora
+from byg_plugin.config.sections import Config
 from byg_plugin.hosts.diffusers import DiffusersHost
-from byg_plugin.lora_formats import convert
+from byg_plugin.lora import start as start_lora
+from byg_plugin.lora.formats import convert
 from byg_plugin.models import make_family
-from byg_plugin.training.config import Config
 
 CPU = torch.device("cpu")
 Change = Callable[[dict[str, Tensor]], dict[str, Tensor]]

@@ -23,12 +23,12 @@ from benchmarks import demo_musubi  # noqa: E402
 from benchmarks import tiny_world as study  # noqa: E402
 from benchmarks import tiny_world_report as report  # noqa: E402
 from benchmarks import tiny_world_run as runs  # noqa: E402
+from byg_plugin.config.sections import Config, load_config  # noqa: E402
 from byg_plugin.demo import metrics, world  # noqa: E402
 from byg_plugin.edit import EditPipeline  # noqa: E402
 from byg_plugin.hosts import make_host  # noqa: E402
 from byg_plugin.models import make_family  # noqa: E402
 from byg_plugin.training.checkpoint import save_file  # noqa: E402
-from byg_plugin.training.config import Config, load_config  # noqa: E402
 from byg_plugin.training.loop import Interrupted, lora_metadata  # noqa: E402
 
 EVAL_EDITS = max(stage.eval_edits for stage in study.STAGES.values())  # before `little_data`

@@ -23,11 +23,12 @@ from safetensors.torch import load_file
 from tiny import curve, in_child, make_trainer, run_config, wake, workspace
 
 from byg_plugin import train_network
+from byg_plugin.config import extras
+from byg_plugin.config.sections import Config
 from byg_plugin.models.flux import FluxFamily
-from byg_plugin.training import checkpoint, extras, loop, preview
-from byg_plugin.training.config import Config
+from byg_plugin.randomness import coin, generator
+from byg_plugin.training import checkpoint, loop, preview
 from byg_plugin.training.loop import Trainer, learning_rate
-from byg_plugin.training.randomness import coin, generator
 
 ROOT = Path(__file__).parents[1]
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from byg_plugin.config.sections import parse_config
 from byg_plugin.demo import build_video_base, video_metrics, video_world
 from byg_plugin.demo.video import BASE
 from byg_plugin.models import make_family
-from byg_plugin.training.config import parse_config
 
 LITTLE = build_video_base.Budget(vae_share=1e-4, vae_batch=1, clips=6, flow_steps=3, high_steps=3, low_steps=3, flow_batch=2)
 # What the shipped base has to reach: share of samples that follow their caption, in colours, shapes and ways.

@@ -11,7 +11,7 @@ from tiny import FEW_STEPS
 from byg_plugin.data.clips import clip_info, read_clip
 from byg_plugin.demo import build_video_base, video_world
 from byg_plugin.demo.video import run_demo
-from byg_plugin.lora_formats import read_lora
+from byg_plugin.lora.formats import read_lora
 
 
 @pytest.fixture(scope="module")

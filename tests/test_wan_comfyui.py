@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 from tiny_wan import TEXT_TOKENS, TEXT_WIDTH, tiny_wan, wan_config, wan_latents, wan_texts
 from torch import Tensor
 
-from byg_plugin import lora_formats
-from byg_plugin.models import make_family, wan_files, wan_names
+from byg_plugin.lora import formats as lora_formats
+from byg_plugin.lora import wan_names
+from byg_plugin.models import make_family, wan_files
 from byg_plugin.models.wan import to_wan_timestep
 
 CHECKOUT = os.environ.get("COMFYUI")

@@ -13,7 +13,8 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 from safetensors.torch import save_file
 from tiny_wan import tiny_umt5, tiny_vae, tiny_wan, wan_folder, wan_latents, wan_texts, write_wan
 
-from byg_plugin.models import files, wan_files, wan_names
+from byg_plugin.lora import wan_names
+from byg_plugin.models import files, wan_files
 from byg_plugin.models.wan import _saved_boundary
 
 BF16, F32 = torch.bfloat16, torch.float32

@@ -13,16 +13,16 @@ from safetensors.torch import load_file
 from tiny import wake
 from tiny_wan import A14B, T2V, tiny_wan, wan_config, wan_latents, wan_texts
 
-from byg_plugin import lora_formats
+from byg_plugin.config.sections import Config
 from byg_plugin.hosts import residency
 from byg_plugin.hosts.diffusers import DiffusersHost, lora_shapes
 from byg_plugin.hosts.quantize import Fp8Linear
 from byg_plugin.hosts.residency import OneExpertOnDevice
+from byg_plugin.lora import formats as lora_formats
 from byg_plugin.models import make_family, wan_files
 from byg_plugin.models.wan import HIGH, LOW, to_wan_timestep
 from byg_plugin.objectives import make_objective
 from byg_plugin.objectives.base import Batch
-from byg_plugin.training.config import Config
 
 CPU = torch.device("cpu")
 X, SOURCE, TEXT = wan_latents(3, 1), wan_latents(3, 2), wan_texts(3, 9)

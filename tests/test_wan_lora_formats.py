@@ -12,8 +12,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from tiny_wan import A14B, tiny_wan
 from torch import Tensor
 
-from byg_plugin import convert_lora, lora_formats
-from byg_plugin.models import wan_names
+from byg_plugin import convert_lora
+from byg_plugin.lora import formats as lora_formats
+from byg_plugin.lora import wan_names
 
 BLOCKS, WIDTH = 2, 24
 OURS = {"byg.family": A14B}  # says what the tiny network's width cannot

@@ -19,16 +19,17 @@ from PIL import Image
 from tiny import curve, wake
 from tiny_wan import A14B, T2V, wan_config, wan_folder
 
-from byg_plugin import EditPipeline, edit, lora_formats, timesteps
+from byg_plugin import EditPipeline, edit, timesteps
+from byg_plugin.config.sections import Config
 from byg_plugin.data import cache, clips
 from byg_plugin.data.tuples import read_tuples
+from byg_plugin.lora import formats as lora_formats
 from byg_plugin.models import make_family
 from byg_plugin.models.wan import HIGH, LOW
+from byg_plugin.randomness import coin
 from byg_plugin.train_network import dry_run
 from byg_plugin.training import checkpoint, loop, preview
-from byg_plugin.training.config import Config
 from byg_plugin.training.loop import Trainer
-from byg_plugin.training.randomness import coin
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -12,7 +12,7 @@ from PIL import Image
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from byg_plugin.training.config import DatasetConfig
+    from byg_plugin.config.sections import DatasetConfig
 
 Size = tuple[int, int]
 """(width, height) in pixels."""

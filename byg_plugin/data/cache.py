@@ -30,13 +30,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from byg_plugin.config.sections import Config
 from byg_plugin.data import buckets, clips, media
 from byg_plugin.data.tuples import TEXTS, EditTuple
 from byg_plugin.documents import json_value
 from byg_plugin.finite import first_not_finite, is_finite, refuse_not_finite
 from byg_plugin.models.base import Family
 from byg_plugin.progress import Progress
-from byg_plugin.training.config import Config
 
 # Raise when load_image, crop_to_bucket or to_tensor give other pixels of every file; of some alone: media.READER, clips.READER.
 PREPROCESSING = "1"

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from byg_plugin.config.extras import require
 from byg_plugin.data.colour import TO_BT709_OPTIONS, UNSPECIFIED, refuse_not_sdr, tag_bt709, to_bt709, to_rgb_options
 from byg_plugin.data.media import MAX_SIDE, to_rgb
 from byg_plugin.data.orientation import square_pixels, turn_of
-from byg_plugin.training.extras import require
 
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 # Seconds. Time stamps are rounded to a file's own clock: .mkv and .webm have thousandths, so a difference of two can be wrong by

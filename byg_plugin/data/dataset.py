@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from byg_plugin.config.sections import Config
 from byg_plugin.data.cache import Keys, Picture, Spec, Store, latent_store, lost_tuples, read_lost, text_store, texts_beside
 from byg_plugin.data.tuples import TEXTS, EditTuple, read_tuples
 from byg_plugin.models.base import Family
-from byg_plugin.training.config import Config
-from byg_plugin.training.randomness import generator
+from byg_plugin.randomness import generator
 
 _SHOWN = 3
 logger = logging.getLogger(__name__)

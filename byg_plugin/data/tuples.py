@@ -21,7 +21,7 @@ from byg_plugin.documents import json_value, other_encoding, utf8
 from byg_plugin.user_files import files_in, hidden_in
 
 if TYPE_CHECKING:
-    from byg_plugin.training.config import DatasetConfig
+    from byg_plugin.config.sections import DatasetConfig
 
 TEXTS = ("src_caption", "tgt_caption", "instruction", "reverse_instruction")
 OPTIONAL = ("edit_type", "target", "id", "split", "meta")

@@ -38,8 +38,8 @@ from transformers import UMT5Config, UMT5EncoderModel
 from byg_plugin.demo import build_base, sheet, video_metrics, video_world, world
 from byg_plugin.families import WAN
 from byg_plugin.models.wan import exact_time, to_wan_timestep
+from byg_plugin.randomness import derived_seed, generator
 from byg_plugin.training.checkpoint import save_file
-from byg_plugin.training.randomness import derived_seed, generator
 
 FAMILY = "wan2.2-t2v-a14b"
 BOUNDARY = float(WAN[FAMILY].boundary or 0)

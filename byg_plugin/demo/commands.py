@@ -13,8 +13,8 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from byg_plugin.training.config import Config, load_config
-from byg_plugin.training.extras import require_training_extras
+from byg_plugin.config.extras import require_training_extras
+from byg_plugin.config.sections import Config, load_config
 
 if TYPE_CHECKING:
     import torch
@@ -65,7 +65,7 @@ def cache_train_edit(out: Path, recipe: str, base: Path, overrides: Sequence[str
     Raises:
         ValueError: the folder was trained with other settings.
     """
-    from byg_plugin.lora_formats import expert_files  # torch: seconds
+    from byg_plugin.lora.formats import expert_files  # torch: seconds
 
     options, resolved = settings(out, recipe, base, [*_precision(overrides), *overrides])
     require_training_extras(resolved)  # the training's own check, before the caching

@@ -12,8 +12,8 @@ from byg_plugin.models.base import Family
 from byg_plugin.objectives.base import Velocity, VelocityFields
 
 if TYPE_CHECKING:
-    from byg_plugin.training.config import Config
-    from byg_plugin.training.ema import EmaWeights
+    from byg_plugin.config.sections import Config
+    from byg_plugin.hosts.ema import EmaWeights
 
 
 class Host(VelocityFields, Protocol):

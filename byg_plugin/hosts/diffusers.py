@@ -11,19 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from byg_plugin.hosts import start_lora
+from byg_plugin.config.extras import require_model_extras
+from byg_plugin.hosts.ema import EmaWeights
 from byg_plugin.hosts.patterns import full_matches
 from byg_plugin.hosts.quantize import after_eval_, quantize_
 from byg_plugin.hosts.residency import OneExpertOnDevice
-from byg_plugin.lora_formats import split_experts
+from byg_plugin.lora import start as start_lora
+from byg_plugin.lora.formats import split_experts
 from byg_plugin.models.base import Family
 from byg_plugin.objectives.base import Text, Velocity
 from byg_plugin.timesteps import is_high
-from byg_plugin.training.ema import EmaWeights
-from byg_plugin.training.extras import require_model_extras
 
 if TYPE_CHECKING:
-    from byg_plugin.training.config import Config
+    from byg_plugin.config.sections import Config
 
 _ADAPTER = "byg"
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from byg_plugin.config.sections import Config
     from byg_plugin.models.base import Family
-    from byg_plugin.training.config import Config
 
 
 def make_family(config: Config) -> Family:

@@ -19,7 +19,7 @@ from byg_plugin.models.base import Text
 from byg_plugin.models.flux_tokens import PATCH, pack, pack_length, position_ids, unpack
 
 if TYPE_CHECKING:
-    from byg_plugin.training.config import Config
+    from byg_plugin.config.sections import Config
 
 # Attention and MLP linears of all double and single blocks: 19 x 12 + 38 x 5 = 418 modules in FLUX.1-dev. Modulation,
 # norms, embedders and the head stay frozen: no tool loads a LoRA of all of them.

@@ -22,7 +22,8 @@ from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerBase, T5Config, T5EncoderModel
 
-from byg_plugin.models import files, flux_names
+from byg_plugin.lora import flux_names
+from byg_plugin.models import files
 
 _BESIDE_CLIP = ("text_projection.weight", "position_ids")
 

@@ -27,7 +27,7 @@ from byg_plugin.models import files, wan_files
 from byg_plugin.models.base import Text
 
 if TYPE_CHECKING:
-    from byg_plugin.training.config import Config
+    from byg_plugin.config.sections import Config
 
 # Attention and feed-forward linears of all blocks: 10 a block, 400 in a 14B expert. The rest stays frozen: not every tool
 # loads a LoRA of it.

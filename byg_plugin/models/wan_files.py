@@ -22,7 +22,8 @@ from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 
-from byg_plugin.models import files, wan_names
+from byg_plugin.lora import wan_names
+from byg_plugin.models import files
 
 # What diffusers keeps in float32 too: Wan computes time embedding, norms and modulation so.
 _FLOAT32 = ("time_embedder", "scale_shift_table", "norm2.")

@@ -9,7 +9,7 @@ from byg_plugin.objectives.paired import Paired
 from byg_plugin.objectives.unpaired_cycle import UnpairedCycle
 
 if TYPE_CHECKING:
-    from byg_plugin.training.config import ObjectiveConfig
+    from byg_plugin.config.sections import ObjectiveConfig
 
 
 def make_objective(config: ObjectiveConfig) -> Objective:

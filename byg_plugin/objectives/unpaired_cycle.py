@@ -34,7 +34,7 @@ from byg_plugin import flow, timesteps
 from byg_plugin.objectives.base import Backward, Batch, Metrics, Text, Velocity, VelocityFields, cat_text
 
 if TYPE_CHECKING:
-    from byg_plugin.training.config import ObjectiveConfig
+    from byg_plugin.config.sections import ObjectiveConfig
 
 
 class Frozen(NamedTuple):

@@ -23,21 +23,21 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from byg_plugin import __version__, sampling, timesteps
+from byg_plugin.config.sections import Config, ObjectiveConfig
 from byg_plugin.data.dataset import BucketBatches, CachedTuples, collate
 from byg_plugin.documents import json_value
 from byg_plugin.finite import all_finite, first_not_finite
 from byg_plugin.folders import DISCARDED, make_writable, set_aside, write_text
 from byg_plugin.hosts import make_host
-from byg_plugin.hosts.start_lora import check_start
-from byg_plugin.lora_formats import EXPERT_SUFFIXES
+from byg_plugin.lora.formats import EXPERT_SUFFIXES
+from byg_plugin.lora.start import check_start
 from byg_plugin.models.base import Family
 from byg_plugin.objectives import make_objective
 from byg_plugin.objectives.base import Batch, Metrics
 from byg_plugin.progress import Progress
+from byg_plugin.randomness import coin, derived_seed, generator
 from byg_plugin.training import checkpoint, preview
-from byg_plugin.training.config import Config, ObjectiveConfig
 from byg_plugin.training.distributed import any_rank, average_gradients, broadcast_from_first, mean_over_ranks
-from byg_plugin.training.randomness import coin, derived_seed, generator
 
 logger = get_logger(__name__)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from byg_plugin.training.config import Config
+from byg_plugin.config.sections import Config
 
 GIB = 2**30
 _STORED_BYTES = {"fp8": 1.0, "int8": 1.0, "nf4": 0.5 + 4 / 64}  # nf4: 4 bits and one float32 scale a 64-block

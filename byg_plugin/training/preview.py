@@ -15,10 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 from byg_plugin import folders, sampling
+from byg_plugin.config.sections import Config
 from byg_plugin.data.clips import write_clip
 from byg_plugin.images import frames_of, save_png, side_by_side, strip
 from byg_plugin.models.base import Family, Text
-from byg_plugin.training.config import Config
 
 if TYPE_CHECKING:
     from byg_plugin.data.dataset import CachedTuples

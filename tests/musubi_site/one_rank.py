@@ -12,8 +12,8 @@ import accelerate
 import torch
 from torch import nn
 
-from byg_plugin.hosts import musubi
-from byg_plugin.training.config import load_config
+from byg_plugin.config.sections import load_config
+from byg_plugin.musubi import host as musubi
 
 _prepare = accelerate.Accelerator.prepare_model
 trainers: list[Any] = []

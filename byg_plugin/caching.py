@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Literal
 
 from byg_plugin import _cli
+from byg_plugin.config.sections import Config, load_config
 from byg_plugin.data.tuples import read_tuples
-from byg_plugin.training.config import Config, load_config
 
 
 def run(what: Literal["latents", "texts"], config_path: str, overrides: Sequence[str], *, prune: bool) -> None:
@@ -26,10 +26,10 @@ def run(what: Literal["latents", "texts"], config_path: str, overrides: Sequence
     from accelerate import PartialState
     from accelerate.utils import gather_object
 
+    from byg_plugin.config.device import resolve_device
+    from byg_plugin.config.extras import require_model_extras
     from byg_plugin.data import cache
     from byg_plugin.models import make_family
-    from byg_plugin.training.device import resolve_device
-    from byg_plugin.training.extras import require_model_extras
 
     require_model_extras(config)
     device = resolve_device(config.model.device)
@@ -78,6 +78,6 @@ def _in_musubi(what: Literal["latents", "texts"], config: Config, *, prune: bool
     if what == "latents":
         script = "flux_kontext_cache_latents.py" if config.model.family == "flux" else "wan_cache_latents.py"
         raise ValueError(f"model.host = 'musubi': latents are cached by the host's own {script} with its dataset TOML")
-    from byg_plugin.hosts import musubi
+    from byg_plugin.musubi import host as musubi
 
     musubi.cache_texts(config, prune=prune)

@@ -838,4 +838,4 @@ def reference() -> str:
 
 
 if __name__ == "__main__":
-    print("# Configuration\n\nMade by `python -m byg_plugin.training.config > docs/configuration.md`.\n\n" + reference(), end="")
+    print("# Configuration\n\nMade by `python -m byg_plugin.config.sections > docs/configuration.md`.\n\n" + reference(), end="")

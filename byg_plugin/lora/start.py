@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from byg_plugin.lora_files import naming, read_lora
-from byg_plugin.lora_formats import convert, read_named
+from byg_plugin.lora.files import naming, read_lora
+from byg_plugin.lora.formats import convert, read_named
 
 if TYPE_CHECKING:
-    from byg_plugin.training.config import Config
+    from byg_plugin.config.sections import Config
 
 logger = logging.getLogger(__name__)
 

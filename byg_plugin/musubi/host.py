@@ -24,12 +24,13 @@ import torch
 from torch import Tensor
 
 from byg_plugin import families
+from byg_plugin.config.sections import Config
 from byg_plugin.data.dataset import split_tuples
 from byg_plugin.data.tuples import TEXTS, EditTuple, read_tuples
 from byg_plugin.folders import alone_in
-from byg_plugin.hosts import musubi_cache, musubi_options
-from byg_plugin.hosts.musubi_trainer import make_trainer, read_state, states
-from byg_plugin.training.config import Config
+from byg_plugin.musubi import cache as musubi_cache
+from byg_plugin.musubi import options as musubi_options
+from byg_plugin.musubi.trainer import make_trainer, read_state, states
 from byg_plugin.training.loop import share_of_high_noise
 
 logger = logging.getLogger(__name__)
@@ -293,7 +294,7 @@ def _encoder_identity(config: Config, family: str) -> str:
 @torch.no_grad()
 def encode_texts(host: Host, config: Config, texts: Sequence[str]) -> dict[str, dict[str, Tensor]]:
     """Encodings by text, with the host's encoders and settings, on the CPU."""
-    from byg_plugin.training.device import resolve_device
+    from byg_plugin.config.device import resolve_device
 
     device = resolve_device(config.model.device)
     if host.family == "wan":

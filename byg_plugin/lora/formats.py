@@ -29,13 +29,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from byg_plugin import families, lora_files
+from byg_plugin import families
+from byg_plugin.lora import files as lora_files
+from byg_plugin.lora import flux_names, wan_names
 
 # Reading and writing stay names of this module too: who converts needs all three.
-from byg_plugin.lora_files import naming
-from byg_plugin.lora_files import read_lora as read_lora
-from byg_plugin.lora_files import write_lora as write_lora
-from byg_plugin.models import flux_names, wan_names
+from byg_plugin.lora.files import naming
+from byg_plugin.lora.files import read_lora as read_lora
+from byg_plugin.lora.files import write_lora as write_lora
 
 Format = families.LoraFormat
 FORMATS = families.LORA_FORMATS
@@ -640,7 +641,7 @@ def _asked_of_diffusers(
     family: Family,
 ) -> list[str | None]:
     """Of each module why diffusers would not load it as it was trained; where that is so, in the words of `known` if there are any."""
-    from byg_plugin import lora_diffusers
+    from byg_plugin.lora import diffusers as lora_diffusers
 
     if lacking := lora_diffusers.missing():
         raise ValueError(f"what diffusers loads is asked of diffusers, and {lacking}; or name the other tools with --tools")

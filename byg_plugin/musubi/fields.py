@@ -21,9 +21,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from byg_plugin.hosts.ema import EmaWeights
 from byg_plugin.objectives.base import Text, Velocity
 from byg_plugin.timesteps import is_high
-from byg_plugin.training.ema import EmaWeights
 
 
 class BlockSwap:

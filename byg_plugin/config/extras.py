@@ -6,7 +6,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 
 from byg_plugin import families
-from byg_plugin.training.config import Config
+from byg_plugin.config.sections import Config
 
 _WITH_WAN = (0, 35)  # of diffusers, which has it as we call it
 

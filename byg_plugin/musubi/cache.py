@@ -25,12 +25,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from byg_plugin.config.sections import shown, why_no_place
 from byg_plugin.data.tuples import TEXTS, EditTuple
 from byg_plugin.documents import toml_table
 from byg_plugin.finite import is_finite
-from byg_plugin.lora_files import write_lora
+from byg_plugin.lora.files import write_lora
 from byg_plugin.objectives.base import Text
-from byg_plugin.training.config import shown, why_no_place
 from byg_plugin.user_files import is_hidden
 
 PARTS = {"wan": ("umt5",), "flux": ("t5", "pooled")}
