@@ -51,3 +51,9 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
         return True
     # The squares of finite values may overflow.
     return all(is_finite(tensor) for tensor in tensors)
+
+
+def not_finite(metrics: Mapping[str, Tensor]) -> list[str]:
+    """Names of what is infinite or nan. One transfer for all: a read of each would wait for the device that many times a step."""
+    finite = torch.stack([value.float() for value in metrics.values()]).isfinite().tolist()
+    return [name for name, good in zip(metrics, finite, strict=True) if not good]

@@ -371,7 +371,7 @@ def test_a_missing_extra_names_its_install_line(toml: Path, tmp_path: Path, scri
 def test_edit_without_diffusers_names_its_install_line(tmp_path: Path):
     from safetensors.torch import save_file
 
-    from byg_plugin.training.loop import lora_metadata
+    from byg_plugin.lora.metadata import lora_metadata
 
     metadata = lora_metadata(run_config(tmp_path), 1, "live")
     name = "transformer.transformer_blocks.0.attn.to_q"

@@ -17,7 +17,7 @@ from byg_plugin.hosts.ema import EmaWeights
 from byg_plugin.musubi import host as musubi
 from byg_plugin.musubi import trainer as musubi_trainer
 from byg_plugin.musubi.trainer import UnpairedCycleTrainer
-from byg_plugin.training.loop import share_of_high_noise
+from byg_plugin.objectives.draws import share_of_high_noise
 
 
 class Fields:

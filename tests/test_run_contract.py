@@ -12,9 +12,9 @@ import torch
 from diffusers import WanTransformer3DModel
 from tiny_wan import tiny_wan, wan_config
 
+from byg_plugin.lora.metadata import lora_metadata
 from byg_plugin.train_network import _check_launch
 from byg_plugin.training import checkpoint
-from byg_plugin.training.loop import lora_metadata
 from byg_plugin.training.memory import memory_sum, report
 
 SHORT = {"train": {"steps": 1, "save_every": 1}}

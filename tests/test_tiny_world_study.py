@@ -27,9 +27,10 @@ from byg_plugin.config.sections import Config, load_config  # noqa: E402
 from byg_plugin.demo import metrics, world  # noqa: E402
 from byg_plugin.edit import EditPipeline  # noqa: E402
 from byg_plugin.hosts import make_host  # noqa: E402
+from byg_plugin.lora.metadata import lora_metadata  # noqa: E402
 from byg_plugin.models import make_family  # noqa: E402
 from byg_plugin.training.checkpoint import save_file  # noqa: E402
-from byg_plugin.training.loop import Interrupted, lora_metadata  # noqa: E402
+from byg_plugin.training.loop import Interrupted  # noqa: E402
 
 EVAL_EDITS = max(stage.eval_edits for stage in study.STAGES.values())  # before `little_data`
 FEW = [

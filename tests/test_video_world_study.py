@@ -23,9 +23,9 @@ from benchmarks import video_world as clips  # noqa: E402
 from byg_plugin.demo import video_world  # noqa: E402
 from byg_plugin.edit import EditPipeline  # noqa: E402
 from byg_plugin.hosts import make_host  # noqa: E402
+from byg_plugin.lora.metadata import lora_metadata  # noqa: E402
 from byg_plugin.models import make_family  # noqa: E402
 from byg_plugin.training.checkpoint import save_file  # noqa: E402
-from byg_plugin.training.loop import lora_metadata  # noqa: E402
 
 LITTLE = dataclasses.replace(
     clips.SUBJECT,

@@ -26,6 +26,7 @@ from byg_plugin.data.tuples import read_tuples
 from byg_plugin.lora import formats as lora_formats
 from byg_plugin.models import make_family
 from byg_plugin.models.wan import HIGH, LOW
+from byg_plugin.objectives.draws import law_of_t
 from byg_plugin.randomness import coin
 from byg_plugin.train_network import dry_run
 from byg_plugin.training import checkpoint, loop, preview
@@ -144,7 +145,7 @@ def test_t_of_a_run_has_the_configured_law_whatever_the_processes(tmp_path: Path
     assert torch.equal(alone, together)
     by_step = timesteps.is_high(alone, 0.875).view(300, 2)
     assert torch.equal(by_step[:, 0], by_step[:, 1])
-    law = loop.law_of_t(config.objective)
+    law = law_of_t(config.objective)
     grid = [0.5, 0.7, 0.8, 0.9, 0.95, 0.98]
     for point in grid:
         assert (alone >= point).float().mean().item() == pytest.approx(timesteps.probability_above(point, **law), abs=0.07)

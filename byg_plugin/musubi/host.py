@@ -31,7 +31,7 @@ from byg_plugin.folders import alone_in
 from byg_plugin.musubi import cache as musubi_cache
 from byg_plugin.musubi import options as musubi_options
 from byg_plugin.musubi.trainer import make_trainer, read_state, states
-from byg_plugin.training.loop import share_of_high_noise
+from byg_plugin.objectives.draws import share_of_high_noise
 
 logger = logging.getLogger(__name__)
 

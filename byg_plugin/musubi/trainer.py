@@ -29,16 +29,17 @@ from byg_plugin.data.buckets import crop_to_bucket, to_tensor
 from byg_plugin.data.media import load_image
 from byg_plugin.data.tuples import TEXTS
 from byg_plugin.documents import json_value
-from byg_plugin.finite import all_finite, first_not_finite, refuse_not_finite
+from byg_plugin.finite import all_finite, first_not_finite, not_finite, refuse_not_finite
 from byg_plugin.hosts.ema import EmaWeights
+from byg_plugin.lora.metadata import lora_metadata
 from byg_plugin.models import flux_tokens
 from byg_plugin.musubi import cache as musubi_cache
 from byg_plugin.musubi.fields import BlockSwap, MusubiFields
 from byg_plugin.objectives import make_objective
 from byg_plugin.objectives.base import Batch, Text, Velocity
+from byg_plugin.objectives.draws import draw_t, is_identity_step, share_of_high_noise, side_of
 from byg_plugin.randomness import generator
 from byg_plugin.training.checkpoint import save_file
-from byg_plugin.training.loop import draw_t, is_identity_step, lora_metadata, not_finite, share_of_high_noise, side_of
 
 if TYPE_CHECKING:
     from byg_plugin.musubi.host import Host

@@ -22,20 +22,22 @@ from accelerate.logging import get_logger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from byg_plugin import __version__, sampling, timesteps
-from byg_plugin.config.sections import Config, ObjectiveConfig
+from byg_plugin import __version__, sampling
+from byg_plugin.config.sections import Config
 from byg_plugin.data.dataset import BucketBatches, CachedTuples, collate
 from byg_plugin.documents import json_value
-from byg_plugin.finite import all_finite, first_not_finite
+from byg_plugin.finite import all_finite, first_not_finite, not_finite
 from byg_plugin.folders import DISCARDED, make_writable, set_aside, write_text
 from byg_plugin.hosts import make_host
 from byg_plugin.lora.formats import EXPERT_SUFFIXES
+from byg_plugin.lora.metadata import lora_metadata
 from byg_plugin.lora.start import check_start
 from byg_plugin.models.base import Family
 from byg_plugin.objectives import make_objective
 from byg_plugin.objectives.base import Batch, Metrics
+from byg_plugin.objectives.draws import draw_t, is_identity_step, share_of_high_noise, side_of
 from byg_plugin.progress import Progress
-from byg_plugin.randomness import coin, derived_seed, generator
+from byg_plugin.randomness import derived_seed, generator
 from byg_plugin.training import checkpoint, preview
 from byg_plugin.training.distributed import any_rank, average_gradients, broadcast_from_first, mean_over_ranks
 
@@ -577,95 +579,6 @@ def _layout(config: Config, family: Family, device: torch.device) -> checkpoint.
         lora={name: checkpoint.kind(torch.empty(shape, device="meta")) for name, shape in shapes.items()},
         optimizer={name: states[shape] for name, shape in shapes.items()},
     )
-
-
-def law_of_t(objective: ObjectiveConfig) -> dict[str, Any]:
-    """The keywords of `timesteps` that say how t is distributed."""
-    return {"distribution": objective.t_distribution, "s": objective.t_shift, "t_min": objective.t_min, "t_max": objective.t_max}
-
-
-def share_of_high_noise(config: Config, boundary: float | None) -> float | None:
-    """Probability that a step trains the high-noise expert; None for a family without experts.
-
-    Raises:
-        ValueError: the law of t never reaches an expert that is to be trained.
-    """
-    if boundary is None:
-        return None
-    objective = config.objective
-    share = timesteps.probability_above(boundary, **law_of_t(objective))
-    wanted = {"high_noise": share, "low_noise": 1 - share}
-    if config.lora.experts in wanted:
-        wanted = {config.lora.experts: wanted[config.lora.experts]}
-    for expert, probability in wanted.items():
-        if not probability:
-            raise ValueError(
-                f"objective.t_min = {objective.t_min} and objective.t_max = {objective.t_max} lie on one side of the experts' boundary "
-                f"t = {boundary}: the {expert.replace('_', '-')} expert would never be trained; widen them"
-            )
-    return {"high_noise": 1.0, "low_noise": 0.0}.get(config.lora.experts, share)
-
-
-def is_identity_step(config: Config, step: int) -> bool:
-    """Whether an optimizer step (from 0) has the identity loss alone: in the warm-up, then by a toss, the same on every rank."""
-    objective = config.objective
-    if objective.name != "unpaired_cycle":
-        return False
-    return step < objective.identity_warmup_steps or coin(config.train.seed, step, objective.identity_probability)
-
-
-def side_of(config: Config, high_share: float | None, step: int) -> bool | None:
-    """Whether an optimizer step trains the high-noise expert: one toss, the same on every rank; None without experts."""
-    return None if high_share is None else coin(config.train.seed, step, high_share, "expert")
-
-
-def draw_t(objective: ObjectiveConfig, size: int, rng: torch.Generator, boundary: float | None, high: bool | None) -> Tensor:
-    """(size,) times of the configured law; `high` (of `side_of`): on that side of the experts' boundary."""
-    law = law_of_t(objective)
-    if high is None:
-        return timesteps.sample_t(size, rng, **law)
-    assert boundary is not None
-    return timesteps.sample_t_beside(size, rng, boundary, high, **law)
-
-
-def not_finite(metrics: Mapping[str, Tensor]) -> list[str]:
-    """Names of what is infinite or nan. One transfer for all: a read of each would wait for the device that many times a step."""
-    finite = torch.stack([value.float() for value in metrics.values()]).isfinite().tolist()
-    return [name for name, good in zip(metrics, finite, strict=True) if not good]
-
-
-def lora_metadata(
-    config: Config, step: int, weights: str, family: Family | None = None, suffix: str = "", base: str | None = None
-) -> dict[str, str]:
-    """Metadata of a LoRA file: what a reader needs and what a maker wants to know. No paths, prompts or keys.
-
-    `family` adds what only video has; `suffix` is what follows the file's stem, and names the expert of a pair; `base` is the base's
-    place, where `[model]` does not have it.
-    """
-    expert = {value: key for key, value in EXPERT_SUFFIXES.items()}.get(suffix)
-    base = base or config.model.part(expert or "transformer")
-    video = {}
-    if family is not None and family.boundary is not None:
-        video = {"byg.boundary": repr(family.boundary), "byg.expert": suffix.removeprefix("_") or "both"}
-    if family is not None and config.dataset.frames > 1:
-        video |= {"byg.frames": str(family.clip_frames(config.dataset.frames)), "byg.fps": repr(config.fps)}
-    return {
-        **video,
-        "byg.version": __version__,
-        "byg.family": config.model.family,
-        "byg.position": config.conditioning.position,
-        "byg.guidance": repr(config.conditioning.guidance),
-        "byg.max_text_tokens": str(config.conditioning.max_text_tokens),
-        "byg.rank": str(config.lora.rank),
-        "byg.alpha": str(config.lora.rank),  # the scale is folded into B
-        "byg.base": base.replace("\\", "/").rstrip("/").rpartition("/")[2],
-        "byg.resolution": str(config.dataset.resolution),
-        "byg.schedule": config.sample.schedule,
-        "byg.targets": config.lora.targets or "",
-        "byg.objective": config.objective.model_dump_json(),
-        "byg.weights": weights,
-        "byg.step": str(step),
-    }
 
 
 def versions() -> dict[str, str]:

@@ -1,0 +1,46 @@
+"""The metadata of our LoRA files."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from byg_plugin import __version__
+from byg_plugin.lora.formats import EXPERT_SUFFIXES
+
+if TYPE_CHECKING:
+    from byg_plugin.config.sections import Config
+    from byg_plugin.models.base import Family
+
+
+def lora_metadata(
+    config: Config, step: int, weights: str, family: Family | None = None, suffix: str = "", base: str | None = None
+) -> dict[str, str]:
+    """Metadata of a LoRA file: what a reader needs and what a maker wants to know. No paths, prompts or keys.
+
+    `family` adds what only video has; `suffix` is what follows the file's stem, and names the expert of a pair; `base` is the base's
+    place, where `[model]` does not have it.
+    """
+    expert = {value: key for key, value in EXPERT_SUFFIXES.items()}.get(suffix)
+    base = base or config.model.part(expert or "transformer")
+    video = {}
+    if family is not None and family.boundary is not None:
+        video = {"byg.boundary": repr(family.boundary), "byg.expert": suffix.removeprefix("_") or "both"}
+    if family is not None and config.dataset.frames > 1:
+        video |= {"byg.frames": str(family.clip_frames(config.dataset.frames)), "byg.fps": repr(config.fps)}
+    return {
+        **video,
+        "byg.version": __version__,
+        "byg.family": config.model.family,
+        "byg.position": config.conditioning.position,
+        "byg.guidance": repr(config.conditioning.guidance),
+        "byg.max_text_tokens": str(config.conditioning.max_text_tokens),
+        "byg.rank": str(config.lora.rank),
+        "byg.alpha": str(config.lora.rank),  # the scale is folded into B
+        "byg.base": base.replace("\\", "/").rstrip("/").rpartition("/")[2],
+        "byg.resolution": str(config.dataset.resolution),
+        "byg.schedule": config.sample.schedule,
+        "byg.targets": config.lora.targets or "",
+        "byg.objective": config.objective.model_dump_json(),
+        "byg.weights": weights,
+        "byg.step": str(step),
+    }
