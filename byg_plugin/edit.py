@@ -153,7 +153,7 @@ class EditPipeline:
             if resolution < 256:
                 raw["dataset"]["bucket_step"] = None  # the family's own
         raw["sample"] |= {key: value for key, value in sampler.items() if value is not None}
-        resolved = parse_config(raw, origin="edit")
+        resolved = parse_config(raw, origin=f"{lora} (its metadata byg.*), or an option of this edit")
         if sampler.get("negative") is not None and resolved.negative is None:
             raise ValueError("negative (--negative) is not used at guidance 1: leave it out, or raise cfg_high_noise (--cfg-high)")
         return cls(resolved, tensors, strength=strength, origin=lora)
@@ -416,7 +416,7 @@ def _refuse_unused(family: str, given: Mapping[str, Any]) -> None:
         foreign = ["guidance", *([] if families.has_experts(family) else ["cfg_low_noise"])]
         remedy = "its guidance is cfg_high_noise (--cfg-high)" + (" and cfg_low_noise (--cfg-low)" if families.has_experts(family) else "")
     else:
-        foreign = ["cfg_high_noise", "cfg_low_noise", "negative", *(["solver"] if given.get("solver") == "unipc" else [])]
+        foreign = ["cfg_high_noise", "cfg_low_noise", "negative", *(["solver"] if given.get("solver") in ("unipc", "unipc_diffusers") else [])]
         remedy = "its guidance is the embedding, guidance (--guidance)"
     if unused := [f"{name} ({_OPTIONS[name]}) = {given[name]!r}" for name in foreign if given.get(name) is not None]:
         raise ValueError(f"{', '.join(unused)}: not for {family}, leave it out; {remedy}")

@@ -87,7 +87,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
     """An option that would not be honoured beside another is refused, not ignored."""
     if args.print_config and args.dry_run:
         raise ValueError("--print-config and --dry-run each do one thing and stop: give one of them")
-    if args.resume == "":
+    if args.resume is not None and not args.resume.strip():
         raise ValueError('--resume "": give latest or the folder of a checkpoint, or leave --resume out to start anew')
     if args.resume is not None and (args.print_config or args.dry_run):
         raise ValueError(f"--resume does nothing with {'--print-config' if args.print_config else '--dry-run'}: leave it out")
