@@ -70,6 +70,13 @@ def main() -> None:
                 )
             print(f"LoRA: {musubi.train(config, args.resume)}", flush=True)
         return
+    from byg_plugin import places
+
+    places.check_model(config, *places.NETWORKS, "vae", *places.ENCODERS)
+    if config.lora.init_from and args.resume is None:
+        places.check_lora(config.lora.init_from, "lora.init_from = ")
+    if config.lora.other_expert:
+        places.check_lora(config.lora.other_expert, "lora.other_expert = ")
     from byg_plugin.models import make_family
     from byg_plugin.training.device import resolve_device
     from byg_plugin.training.extras import require_model_extras

@@ -206,7 +206,9 @@ def test_dots_inside_texts_are_no_nesting(tmp_path: Path):
     assert load_config(config_file(tmp_path, MINIMAL + f"[lora]\ntargets = '{targets}'")).lora.targets == targets
 
 
-@pytest.mark.parametrize("line", ["# " + "." * 120, "a = [" + "0.5, " * 120 + "]", "a = 1  # e.g. " + "x.y. " * 60], ids=["rule", "list", "words"])
+@pytest.mark.parametrize(
+    "line", ["# " + "." * 120, "a = [" + "0.5, " * 120 + "]", "a = 1  # e.g. " + "x.y. " * 60], ids=["rule", "list", "words"]
+)
 def test_dots_that_join_no_keys_are_no_nesting(line: str):
     assert len(toml_table(line)) <= 1
 
