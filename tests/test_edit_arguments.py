@@ -115,9 +115,7 @@ def test_an_override_that_the_lora_decides(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, override: str, option: list[str], says: str | None
 ):
     toml = tmp_path / "c.toml"
-    toml.write_text(
-        'model.path = "."\ndataset = {tuples = "t", cache_dir = "c"}\ntrain.steps = 1\noutput.dir = "o"', encoding="utf-8"
-    )
+    toml.write_text('model.path = "."\ndataset = {tuples = "t", cache_dir = "c"}\ntrain.steps = 1\noutput.dir = "o"', encoding="utf-8")
     (tmp_path / "a.png").touch()
     words = ["--config", toml, "--set", override, "--lora", lora_file(tmp_path, "flux"), "--source", tmp_path / "a.png"]
     monkeypatch.setattr(sys, "argv", ["edit.py", *map(str, words), "--instruction", "add", "--out", str(tmp_path / "o"), *option])
