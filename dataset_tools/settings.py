@@ -183,7 +183,7 @@ def _section(path: Path, section: str) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"--config {path}: no such file")
     try:
-        raw = toml_table(path.read_text(encoding="utf-8-sig"))
+        raw = toml_table(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"--config {path}: not valid TOML: {error}") from error
     if unknown := [name for name in raw if name not in SECTIONS]:

@@ -313,7 +313,7 @@ def datasets(dataset_config: Path) -> list[dict[str, Any]]:
         ValueError: not readable as such.
     """
     try:
-        raw = toml_table(dataset_config.read_text(encoding="utf-8-sig"))
+        raw = toml_table(dataset_config.read_bytes())
     except (OSError, ValueError) as error:
         raise ValueError(f"musubi.dataset_config = {dataset_config}: not a dataset TOML of musubi-tuner: {error}") from error
     general, listed = raw.get("general", {}), raw.get("datasets")
