@@ -19,6 +19,7 @@ else:
     import tomli as tomllib
 
 _TOO_DEEP = "nested too deeply to be meant"
+_TOO_LONG = "it holds an integer of more digits than are read"
 _MOST_DEPTH = 100  # dotted keys nest without recursion, and whoever prints or checks the value recurses
 _QUOTED = re.compile(r"'[^']*'|" r'"(?:[^"\\]|\\.)*"')
 _KEY_PART = re.compile(r"[ \t]*[A-Za-z0-9_-]*[ \t]*")
@@ -72,6 +73,10 @@ def json_value(text: str | bytes, *, unique_keys: bool = False, strict: bool = T
         return json.loads(text, object_pairs_hook=pairs, strict=strict)
     except RecursionError:
         raise TooDeep(_TOO_DEEP) from None
+    except ValueError as error:
+        if _is_of_digits(error):
+            raise ValueError(_TOO_LONG) from None
+        raise
 
 
 def toml_table(document: str | bytes) -> dict[str, Any]:
@@ -91,11 +96,16 @@ def toml_table(document: str | bytes) -> dict[str, Any]:
         raise TooDeep(_TOO_DEEP) from None
     except tomllib.TOMLDecodeError as error:
         raise tomllib.TOMLDecodeError(f"{error}{_advice(text, str(error))}") from error
+    except ValueError as error:
+        if _is_of_digits(error):
+            raise ValueError(_TOO_LONG) from None
+        raise
     if _depth_above(table, _MOST_DEPTH):
         raise TooDeep(_TOO_DEEP)
     return table
 
 
+<<<<<<< HEAD
 def _dotted(line: str) -> int:
     """Parts of the longest dotted key that a line can hold. Dots of quoted texts, comments, sentences and lists of numbers are none."""
     longest = run = 1
@@ -103,6 +113,11 @@ def _dotted(line: str) -> int:
         run = run + 1 if _KEY_PART.fullmatch(part) else 1
         longest = max(longest, run)
     return longest
+=======
+def _is_of_digits(error: ValueError) -> bool:
+    """Whether it is Python's own for an integer of thousands of digits, whose advice is for programmers."""
+    return "set_int_max_str_digits" in str(error)
+>>>>>>> attack2
 
 
 def _advice(text: str, message: str) -> str:
