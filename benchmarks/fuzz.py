@@ -487,14 +487,6 @@ def run_round(name: str, number: int, seconds: float, keep: Path) -> Tally:
             elif lost and name != "caches":
                 wrong(f"lost or changed by reading {path.name}: {lost}", path, data)
 
-        for path in whole:  # what is imported at the first input is no input's time
-            if (outcome := _outcome(reader, folder, path)) != "taken":
-                raise AssertionError(f"{path.name}, a whole file, is not taken: {outcome}")
-            if reader.resets:
-                shutil.rmtree(folder)
-                folder.mkdir()
-                reader.make(folder)
-
         def wrong(what: str, path: Path, data: bytes) -> None:
             kept = keep / f"{name}-{hashlib.sha256(what.encode()).hexdigest()[:8]}{path.suffix}"
             if not kept.is_file() or kept.stat().st_size > len(data):
@@ -502,6 +494,13 @@ def run_round(name: str, number: int, seconds: float, keep: Path) -> Tally:
             tally.findings[f"{what} ({kept.name})"] += 1
 
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+            for path in whole:  # what is imported at the first input is no input's time
+                if (outcome := _outcome(reader, folder, path)) != "taken":
+                    raise AssertionError(f"{path.name}, a whole file, is not taken: {outcome}")
+                if reader.resets:
+                    shutil.rmtree(folder)
+                    folder.mkdir()
+                    reader.make(folder)
             attempt()
     return tally
 

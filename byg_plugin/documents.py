@@ -105,7 +105,6 @@ def toml_table(document: str | bytes) -> dict[str, Any]:
     return table
 
 
-<<<<<<< HEAD
 def _dotted(line: str) -> int:
     """Parts of the longest dotted key that a line can hold. Dots of quoted texts, comments, sentences and lists of numbers are none."""
     longest = run = 1
@@ -113,11 +112,11 @@ def _dotted(line: str) -> int:
         run = run + 1 if _KEY_PART.fullmatch(part) else 1
         longest = max(longest, run)
     return longest
-=======
+
+
 def _is_of_digits(error: ValueError) -> bool:
     """Whether it is Python's own for an integer of thousands of digits, whose advice is for programmers."""
     return "set_int_max_str_digits" in str(error)
->>>>>>> attack2
 
 
 def _advice(text: str, message: str) -> str:

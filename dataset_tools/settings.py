@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from byg_plugin.documents import json_value, toml_table, utf8
+from byg_plugin.documents import json_value, toml_table
 from byg_plugin.training.config import NonNegative, Section, Seed
 
 _SHOWN = 200  # characters of a wrong value
@@ -189,11 +189,7 @@ def _section(path: Path, section: str) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"--config {path}: no such file")
     try:
-<<<<<<< HEAD
         raw = toml_table(path.read_bytes())
-=======
-        raw = toml_table(utf8(path.read_bytes()))
->>>>>>> attack2
     except ValueError as error:
         raise ValueError(f"--config {path}: not valid TOML: {error}") from error
     if unknown := [name for name in raw if name not in SECTIONS]:

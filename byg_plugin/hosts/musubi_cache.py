@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from byg_plugin.data.tuples import TEXTS, EditTuple
-from byg_plugin.documents import toml_table, utf8
+from byg_plugin.documents import toml_table
 from byg_plugin.finite import is_finite
 from byg_plugin.lora_files import write_lora
 from byg_plugin.objectives.base import Text
@@ -313,11 +313,7 @@ def datasets(dataset_config: Path) -> list[dict[str, Any]]:
         ValueError: not readable as such.
     """
     try:
-<<<<<<< HEAD
         raw = toml_table(dataset_config.read_bytes())
-=======
-        raw = toml_table(utf8(dataset_config.read_bytes()))
->>>>>>> attack2
     except (OSError, ValueError) as error:
         raise ValueError(f"musubi.dataset_config = {dataset_config}: not a dataset TOML of musubi-tuner: {error}") from error
     general, listed = raw.get("general", {}), raw.get("datasets")

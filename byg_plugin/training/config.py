@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from byg_plugin import families
-from byg_plugin.documents import BACKSLASH, TooDeep, toml_table, utf8
+from byg_plugin.documents import BACKSLASH, TooDeep, toml_table
 
 
 class Section(BaseModel):
@@ -669,11 +669,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     if (size := path.stat().st_size) > _MOST_BYTES:
         raise ValueError(f"--config {path}: has {size:,} bytes, it is no configuration; give a TOML file")
     try:
-<<<<<<< HEAD
         raw = toml_table(path.read_bytes())
-=======
-        raw = toml_table(utf8(path.read_bytes()))
->>>>>>> attack2
     except ValueError as error:
         raise ValueError(f"--config {path}: not valid TOML: {error}") from error
     for override in overrides:
