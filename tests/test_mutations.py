@@ -22,7 +22,7 @@ def _stale(mutation: Mutation) -> list[str]:
     found = []
     if (count := (ROOT / mutation.file).read_text(encoding="utf-8").count(mutation.old)) != 1:
         found.append(f"`old` stands {count} times in {mutation.file}")
-    for test in mutation.tests:
+    for test in filter(lambda argument: ".py" in argument, mutation.tests):  # others are options of pytest
         file, _, name = test.partition("::")
         path, function = ROOT / file, name.partition("[")[0]
         said = path.read_text(encoding="utf-8") if path.is_file() else ""
