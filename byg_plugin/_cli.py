@@ -38,6 +38,11 @@ def not_empty(text: str) -> str:
     return text
 
 
+def given_path(text: str) -> Path:
+    """An argument's type; see `not_empty`: an empty path is the folder that one happens to be in."""
+    return Path(not_empty(text))
+
+
 def run(main: Callable[[], object]) -> None:
     """Run a command and end the process as its outcome asks.
 

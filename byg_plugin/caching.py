@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from byg_plugin import _cli
+from byg_plugin import _cli, places
 from byg_plugin.config.sections import Config, load_config
 from byg_plugin.data.tuples import read_tuples
 
@@ -21,6 +21,7 @@ def run(what: Literal["latents", "texts"], config_path: str, overrides: Sequence
         _in_musubi(what, config, prune=prune)
         return
     tuples = read_tuples(config.dataset)
+    places.check_model(config, "vae", *(places.ENCODERS if what == "texts" else ()))
 
     # After what may be wrong in configuration and tuples: these import torch, seconds.
     from accelerate import PartialState

@@ -19,8 +19,10 @@ else:
     import tomli as tomllib
 
 _TOO_DEEP = "nested too deeply to be meant"
+_TOO_LONG = "it holds an integer of more digits than are read"
 _MOST_DEPTH = 100  # dotted keys nest without recursion, and whoever prints or checks the value recurses
 _QUOTED = re.compile(r"'[^']*'|" r'"(?:[^"\\]|\\.)*"')
+_KEY_PART = re.compile(r"[ \t]*[A-Za-z0-9_-]*[ \t]*")
 BACKSLASH = """in "..." a backslash begins an escape: write a path in single quotes, 'C:\\models\\flux', or with /"""
 
 
@@ -71,17 +73,22 @@ def json_value(text: str | bytes, *, unique_keys: bool = False, strict: bool = T
         return json.loads(text, object_pairs_hook=pairs, strict=strict)
     except RecursionError:
         raise TooDeep(_TOO_DEEP) from None
+    except ValueError as error:
+        if _is_of_digits(error):
+            raise ValueError(_TOO_LONG) from None
+        raise
 
 
-def toml_table(text: str) -> dict[str, Any]:
-    """A TOML document.
+def toml_table(document: str | bytes) -> dict[str, Any]:
+    """A TOML document; of bytes also what editors put around it: a byte order mark, any line ends.
 
     Raises:
-        ValueError: it is none (`tomllib.TOMLDecodeError` where a place can be told), is nested too deeply, or holds an integer of
-            more digits than Python reads.
+        ValueError: it is none (`tomllib.TOMLDecodeError` where a place can be told), is not in UTF-8, is nested too deeply, or holds
+            an integer of more digits than Python reads.
     """
+    text = document if isinstance(document, str) else utf8(document).replace("\r\n", "\n").replace("\r", "\n")
     # Before it is read: the reader's time for a dotted key grows with the square of its parts.
-    if any(line.count(".") > _MOST_DEPTH and _QUOTED.sub("", line).count(".") > _MOST_DEPTH for line in text.split("\n")):
+    if any(line.count(".") > _MOST_DEPTH and _dotted(line) > _MOST_DEPTH for line in text.split("\n")):
         raise TooDeep(_TOO_DEEP)
     try:
         table = tomllib.loads(text)
@@ -89,9 +96,27 @@ def toml_table(text: str) -> dict[str, Any]:
         raise TooDeep(_TOO_DEEP) from None
     except tomllib.TOMLDecodeError as error:
         raise tomllib.TOMLDecodeError(f"{error}{_advice(text, str(error))}") from error
+    except ValueError as error:
+        if _is_of_digits(error):
+            raise ValueError(_TOO_LONG) from None
+        raise
     if _depth_above(table, _MOST_DEPTH):
         raise TooDeep(_TOO_DEEP)
     return table
+
+
+def _dotted(line: str) -> int:
+    """Parts of the longest dotted key that a line can hold. Dots of quoted texts, comments, sentences and lists of numbers are none."""
+    longest = run = 1
+    for part in _QUOTED.sub("", line).partition("#")[0].split("."):
+        run = run + 1 if _KEY_PART.fullmatch(part) else 1
+        longest = max(longest, run)
+    return longest
+
+
+def _is_of_digits(error: ValueError) -> bool:
+    """Whether it is Python's own for an integer of thousands of digits, whose advice is for programmers."""
+    return "set_int_max_str_digits" in str(error)
 
 
 def _advice(text: str, message: str) -> str:

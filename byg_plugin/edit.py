@@ -47,6 +47,7 @@ from byg_plugin.data.media import image_size, load_image, to_rgb
 from byg_plugin.folders import make_writable
 from byg_plugin.images import frames_of, save_png, side_by_side, to_pil
 from byg_plugin.models import make_family
+from byg_plugin.places import ENCODERS, NETWORKS, check_lora, check_model, check_place
 from byg_plugin.progress import Progress
 from byg_plugin.user_files import files_in, hidden_in
 
@@ -153,7 +154,7 @@ class EditPipeline:
             if resolution < 256:
                 raw["dataset"]["bucket_step"] = None  # the family's own
         raw["sample"] |= {key: value for key, value in sampler.items() if value is not None}
-        resolved = parse_config(raw, origin="edit")
+        resolved = parse_config(raw, origin=f"{lora} (its metadata byg.*), or an option of this edit")
         if sampler.get("negative") is not None and resolved.negative is None:
             raise ValueError("negative (--negative) is not used at guidance 1: leave it out, or raise cfg_high_noise (--cfg-high)")
         return cls(resolved, tensors, strength=strength, origin=lora)
@@ -416,7 +417,12 @@ def _refuse_unused(family: str, given: Mapping[str, Any]) -> None:
         foreign = ["guidance", *([] if families.has_experts(family) else ["cfg_low_noise"])]
         remedy = "its guidance is cfg_high_noise (--cfg-high)" + (" and cfg_low_noise (--cfg-low)" if families.has_experts(family) else "")
     else:
-        foreign = ["cfg_high_noise", "cfg_low_noise", "negative", *(["solver"] if given.get("solver") == "unipc" else [])]
+        foreign = [
+            "cfg_high_noise",
+            "cfg_low_noise",
+            "negative",
+            *(["solver"] if given.get("solver") in ("unipc", "unipc_diffusers") else []),
+        ]
         remedy = "its guidance is the embedding, guidance (--guidance)"
     if unused := [f"{name} ({_OPTIONS[name]}) = {given[name]!r}" for name in foreign if given.get(name) is not None]:
         raise ValueError(f"{', '.join(unused)}: not for {family}, leave it out; {remedy}")
@@ -606,12 +612,7 @@ def check_arguments(args: argparse.Namespace, jobs: Sequence[Job]) -> None:
         raise ValueError(f"--seed {args.seed}: edit i uses seed + i, and {len(jobs)} edits go beyond {_MAX_SEED}; lower it")
     if args.model is None and not args.config:
         raise ValueError("name the base model: --model FOLDER_OR_HUB_ID, or --config with a [model] section")
-    # Either file of a pair, or their common name.
-    lora = Path(args.lora).expanduser()
-    if not any(
-        lora.with_name(name).is_file() for name in (lora.name, *(f"{lora.stem}{s}.safetensors" for s in families.EXPERT_SUFFIXES.values()))
-    ):
-        raise ValueError(f"--lora {args.lora}: no such file; give a LoRA as .safetensors")
+    check_lora(args.lora, "--lora ")
 
 
 # Keys that the LoRA knows better than --config, and the options that stand above it.
@@ -659,6 +660,10 @@ def main() -> None:
     config = load_config(args.config, args.set) if args.config else None
     jobs = jobs_of(args, config)
     check_arguments(args, jobs)
+    if args.model is not None:
+        check_place(args.model, "--model ")
+    elif config is not None and config.model.host == "diffusers":
+        check_model(config, *NETWORKS, "vae", *ENCODERS)
     out = Path(args.out)
     _check_out(out, jobs)
     pipe = EditPipeline.from_lora(

@@ -70,6 +70,13 @@ def main() -> None:
                 )
             print(f"LoRA: {musubi.train(config, args.resume)}", flush=True)
         return
+    from byg_plugin import places
+
+    places.check_model(config, *places.NETWORKS, "vae", *places.ENCODERS)
+    if config.lora.init_from and args.resume is None:
+        places.check_lora(config.lora.init_from, "lora.init_from = ")
+    if config.lora.other_expert:
+        places.check_lora(config.lora.other_expert, "lora.other_expert = ")
     from byg_plugin.config.device import resolve_device
     from byg_plugin.config.extras import require_model_extras
     from byg_plugin.models import make_family
@@ -87,7 +94,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
     """An option that would not be honoured beside another is refused, not ignored."""
     if args.print_config and args.dry_run:
         raise ValueError("--print-config and --dry-run each do one thing and stop: give one of them")
-    if args.resume == "":
+    if args.resume is not None and not args.resume.strip():
         raise ValueError('--resume "": give latest or the folder of a checkpoint, or leave --resume out to start anew')
     if args.resume is not None and (args.print_config or args.dry_run):
         raise ValueError(f"--resume does nothing with {'--print-config' if args.print_config else '--dry-run'}: leave it out")

@@ -28,9 +28,10 @@ def export_reviewed(tuples: Path, target: Path, root: Path) -> Counter[str]:
     Raises:
         ValueError: nothing is kept, `target` is a file of the review, or the trainer would refuse a tuple: nothing is written.
     """
+    undecided = read_items(tuples)
     if target.resolve() in (tuples.resolve(), journal_path(tuples).resolve()):
         raise ValueError(f"--export {target}: is a file of the review itself; choose another name")
-    items, _, _ = read_decisions(journal_path(tuples), read_items(tuples))
+    items, _, _ = read_decisions(journal_path(tuples), undecided)
     chosen = [item for item in items if item.status in REVIEWED]
     if not chosen:
         raise ValueError(f"{tuples}: nothing in it is kept or fixed so far ({journal_path(tuples)}); review it first")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from byg_plugin.data.tuples import TEXTS, is_unicode, load_json
+from byg_plugin.documents import other_encoding
 
 _SHOWN = 20
 
@@ -85,8 +86,11 @@ def read_items(tuples: Path) -> list[Item]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    data = path.read_bytes()
+    if other := other_encoding(data):
+        raise ValueError(f"{path}: {other} text; save the file as UTF-8")
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         bad = error.object[: error.start].count(b"\n") + 1
         raise ValueError(f"{path}: line {bad} is not UTF-8 text ({error.reason}); save the file as UTF-8") from error

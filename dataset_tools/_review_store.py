@@ -86,9 +86,9 @@ class Review:
     """
 
     def __init__(self, tuples: Path) -> None:
+        undecided = read_items(tuples)
         self.tuples = tuples
         self.journal = journal_path(tuples)
-        undecided = read_items(tuples)
         self._one_process = FileLock(f"{self.journal}.lock")
         try:
             self._one_process.acquire(timeout=0)

@@ -25,7 +25,7 @@ from .video import hold_out
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command; see the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("tuples", type=Path, metavar="FILE", help="JSONL of tuples, changed in place")
+    parser.add_argument("tuples", type=_cli.given_path, metavar="FILE", help="JSONL of tuples, changed in place")
     parser.add_argument("--per-style", type=int, default=4, help="sources held out of each meta.source_style (default 4; paper: 4)")
     args = parser.parse_args(arguments)
     if not args.tuples.is_file():

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from byg_plugin.config.extras import require
-from byg_plugin.data.tuples import IMAGE_SUFFIXES, is_file, path_words, unwritable
+from byg_plugin.data.tuples import IMAGE_SUFFIXES, is_file, is_unicode, path_words, unwritable
 from byg_plugin.documents import json_value, other_encoding, utf8
 from byg_plugin.user_files import is_hidden
 
@@ -73,13 +73,8 @@ def folder_images(folder: Path, base: Path, style: str | None, others: Counter[s
                 said = value if isinstance(value, dict) else {}
         except (ValueError, OSError) as error:
             problem = problem or f"{beside.name} beside it cannot be read: {error}"
-        yield ImageInput(
-            source=source_name(path, base),
-            path=path,
-            caption=_text(said.get("caption")) or caption,
-            style=_text(said.get("style")) or style,
-            problem=problem,
-        )
+        texts = {"caption": _text(said.get("caption")) or caption, "style": _text(said.get("style")) or style}
+        yield ImageInput(source=source_name(path, base), path=path, **texts, problem=problem or _broken(texts))
 
 
 def files_below(folder: Path, suffixes: Sequence[str], others: Counter[str]) -> Iterator[Path]:
@@ -127,14 +122,21 @@ def table_images(
         if name is None:
             yield ImageInput(source=f"{path.name}#{number}", path=path, problem=f"row {number} names no image")
             continue
+        texts = {"caption": _text(columns.get(_folded(caption))), "style": _text(columns.get(_folded(style))) or default_style}
         place = Path(name) if Path(name).is_absolute() else root / name.replace("\\", "/")
         yield ImageInput(
             source=source_name(place, base),
             path=place,
-            caption=_text(columns.get(_folded(caption))),
-            style=_text(columns.get(_folded(style))) or default_style,
-            problem=unwritable(_place(place, base)) or (None if is_file(place) else f"no such file {path_words(name, root)}"),
+            **texts,
+            problem=unwritable(_place(place, base))
+            or (None if is_file(place) else f"no such file {path_words(name, root)}")
+            or _broken(texts),
         )
+
+
+def _broken(texts: Mapping[str, str | None]) -> str | None:
+    """What keeps an image's texts out of a tuple; None for nothing."""
+    return next((f"its {name} holds a broken character: {text!r}" for name, text in texts.items() if text and not is_unicode(text)), None)
 
 
 def table_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:

@@ -168,6 +168,10 @@ def _line(record: Mapping[str, Any]) -> bytes:
         return json.dumps(record).encode() + b"\n"
 
 
+def _stored(name: str) -> bytes:
+    return name.encode(errors="surrogatepass")  # JSON can hold half a surrogate pair
+
+
 class Done:
     """A set of names on the disk: its memory does not grow. It is made anew from the files at each start.
 
@@ -181,20 +185,20 @@ class Done:
             self._db = sqlite3.connect(str(Path(self._folder.name) / "done.sqlite"), check_same_thread=False, isolation_level=None)
             # It is thrown away at the end: no journal, no sync.
             self._db.executescript(
-                "PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; CREATE TABLE done (name TEXT PRIMARY KEY) WITHOUT ROWID;"
+                "PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; CREATE TABLE done (name BLOB PRIMARY KEY) WITHOUT ROWID;"
             )
 
     def add(self, names: Iterable[str]) -> None:
         """Names that are done."""
         with self._writing():
             self._db.execute("BEGIN")
-            self._db.executemany("INSERT OR IGNORE INTO done VALUES (?)", ((name,) for name in names))
+            self._db.executemany("INSERT OR IGNORE INTO done VALUES (?)", ((_stored(name),) for name in names))
             self._db.execute("COMMIT")
 
     def claim(self, name: str) -> bool:
         """Add a name; whether it was new."""
         with self._writing():
-            return self._db.execute("INSERT OR IGNORE INTO done VALUES (?)", (name,)).rowcount == 1
+            return self._db.execute("INSERT OR IGNORE INTO done VALUES (?)", (_stored(name),)).rowcount == 1
 
     def close(self) -> None:
         """Remove the files."""

@@ -64,12 +64,14 @@ class Results:
         retry: kind of rejects to take back first; "" = none, "all".
 
     Raises:
-        ValueError: another process writes them, a line is no JSON, or they cannot be written.
+        ValueError: another process writes them, a line is no JSON, `out` is a folder, or they cannot be written.
     """
 
     def __init__(self, out: Path, *, name: str, label: Callable[[Mapping[str, Any]], str], retry: str = ""):
         from filelock import FileLock, Timeout
 
+        if out.is_dir():
+            raise ValueError(f"out = {out}: is a folder; name the JSONL file to write")
         self.out, self.rejects = out, out.with_name(f"{out.stem}.rejects.jsonl")
         self.name = name
         self.tally = Tally()

@@ -27,7 +27,7 @@ from byg_plugin import _cli
 from byg_plugin.config.extras import require
 from byg_plugin.data import clips
 from byg_plugin.data.rules import Finding
-from byg_plugin.data.tuples import unwritable
+from byg_plugin.data.tuples import is_unicode, unwritable
 
 from . import prompts
 from .asking import Attempt
@@ -75,8 +75,8 @@ def _captions(path: Path, settings: CaptionsSettings) -> Iterator[Row]:
         if not known and caption is None and settings.caption_column not in row:
             raise ValueError(f"{path}: no column {settings.caption_column!r} (--caption-column); it has {', '.join(map(str, row))}")
         known = True
-        name = column(row, settings.id_column)
-        yield Row(name=str(name or f"row{number}"), caption=str(caption or "").strip())
+        name = str(column(row, settings.id_column) or f"row{number}").encode(errors="backslashreplace").decode()
+        yield Row(name=name, caption=str(caption or "").strip())
 
 
 def clip_inputs(settings: CaptionsSettings, others: Counter[str]) -> Iterator[Row]:
@@ -121,6 +121,8 @@ class Captioner:
         attempt = Attempt(settings=settings, field=_NAME[row.clip is not None], name=row.name, seed=seed)
         if row.clip is None and not row.caption:
             return attempt.rejected("input", "no_caption", "the row has no caption")
+        if row.caption and not is_unicode(row.caption):
+            return attempt.rejected("input", "input", f"the caption holds a broken character: {row.caption!r}")
         if row.clip is not None and (why := unwritable(row.name)):
             return attempt.rejected("input", "input", why)
         try:

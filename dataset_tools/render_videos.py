@@ -23,6 +23,7 @@ import json
 import os
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -96,7 +97,8 @@ def jobs(settings: RenderSettings) -> list[Job]:
         )
     if not made:
         raise ValueError(f"{path}: no prompt in it")
-    if twice := [job.name for job in made if sum(job.clip == other.clip for other in made) > 1]:
+    clips_of = Counter(job.clip for job in made)
+    if twice := [job.name for job in made if clips_of[job.clip] > 1]:
         raise ValueError(f"{path}: the id {twice[0]!r} stands twice; each prompt needs its own")
     return made
 

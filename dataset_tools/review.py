@@ -40,9 +40,9 @@ _PORT = 7860
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command; see the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("tuples", type=Path, metavar="FILE", help="JSONL file of tuples")
-    parser.add_argument("--root", type=Path, metavar="DIR", help="folder of the images and clips; default: the file's folder")
-    parser.add_argument("--export", type=Path, metavar="OUT", help="write the kept and fixed tuples to OUT, serve nothing")
+    parser.add_argument("tuples", type=_cli.given_path, metavar="FILE", help="JSONL file of tuples")
+    parser.add_argument("--root", type=_cli.given_path, metavar="DIR", help="folder of the images and clips; default: the file's folder")
+    parser.add_argument("--export", type=_cli.given_path, metavar="OUT", help="write the kept and fixed tuples to OUT, serve nothing")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine only)")
     parser.add_argument("--port", type=int, default=_PORT, help=f"default {_PORT}; 0: any free one")
     parser.add_argument(

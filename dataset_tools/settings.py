@@ -32,11 +32,11 @@ class BackendSettings(Section):
     backend: Literal["openai", "transformers", "rules"] = Field(
         "openai", description="openai = any OpenAI-compatible server; transformers = in this process; rules = no model, from captions."
     )
-    model: str = Field(EDIT_MODEL, description="Model as the server calls it, or hub id or folder for transformers.")
+    model: str = Field(EDIT_MODEL, min_length=1, description="Model as the server calls it, or hub id or folder for transformers.")
     base_url: str | None = Field(
-        None, description="Server's address up to /v1; default: $OPENAI_BASE_URL, then http://127.0.0.1:8000/v1 (vLLM's own)."
+        None, min_length=1, description="Server's address up to /v1; default: $OPENAI_BASE_URL, then http://127.0.0.1:8000/v1 (vLLM's own)."
     )
-    key_env: str = Field("OPENAI_API_KEY", description="Environment variable that holds the server's key; it may be unset.")
+    key_env: str = Field("OPENAI_API_KEY", min_length=1, description="Environment variable that holds the server's key; it may be unset.")
     in_flight: Count = Field(32, description="Requests at once.")
     timeout: Seconds = Field(600.0, description="Seconds an answer may take, thinking included.")
     retry_for: Seconds = Field(900.0, description="Seconds that a request is tried again on 429, 5xx, timeouts and cut connections.")
@@ -52,7 +52,7 @@ class BackendSettings(Section):
         1024, description="Larger images are sent scaled down to this longest side, in pixels."
     )
     batch_size: Count = Field(4, description="transformers: requests generated at once.")
-    device_map: str = Field("auto", description="transformers: where the weights go: auto, cuda:0, cpu.")
+    device_map: str = Field("auto", min_length=1, description="transformers: where the weights go: auto, cuda:0, cpu.")
     load_4bit: bool = Field(False, description="transformers: weights in 4 bits (bitsandbytes extra, CUDA).")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field("auto", description="transformers: dtype of the weights.")
     seed: Seed = Field(0, description="Seed of every draw; the server gets one made of it and the input's name.")
@@ -80,10 +80,12 @@ class BackendSettings(Section):
 class GenerateSettings(BackendSettings):
     """Images to edit tuples."""
 
-    images: str = Field(description="Folder of images (searched whole; same-stem .txt = caption), or a .jsonl, .csv or .parquet table.")
-    out: str = Field(description="JSONL of tuples; rejects, summary and plot lie beside it.")
-    image_root: str | None = Field(None, description="What relative paths of a table start from; default: its folder.")
-    image_column: str = Field("image", description="Table: column of the image's path.")
+    images: str = Field(
+        min_length=1, description="Folder of images (searched whole; same-stem .txt = caption), or a .jsonl, .csv or .parquet table."
+    )
+    out: str = Field(min_length=1, description="JSONL of tuples; rejects, summary and plot lie beside it.")
+    image_root: str | None = Field(None, min_length=1, description="What relative paths of a table start from; default: its folder.")
+    image_column: str = Field("image", min_length=1, description="Table: column of the image's path.")
     caption_column: str = Field("caption", description="Table: column of the caption; may be missing.")
     style_column: str = Field("style", description="Table: column that says how an image is made (photo, anime, ...); may be missing.")
     style: str | None = Field(None, description="How images are made that say nothing of it themselves.")
@@ -96,10 +98,12 @@ class GenerateSettings(BackendSettings):
 class CaptionsSettings(BackendSettings):
     """Captions of a table to prompts for video, or clips to tuples."""
 
-    model: str = Field(TEXT_MODEL, description="Model that cleans captions (text alone) or describes clips.")
-    table: str | None = Field(None, description="Table of captions (.csv, .parquet, .jsonl), e.g. VideoUFO's.")
-    clips: str | None = Field(None, description="Instead: a folder of clips that exist already; the model describes their frames.")
-    out: str = Field(description="JSONL of prompts, or, with clips, of tuples.")
+    model: str = Field(TEXT_MODEL, min_length=1, description="Model that cleans captions (text alone) or describes clips.")
+    table: str | None = Field(None, min_length=1, description="Table of captions (.csv, .parquet, .jsonl), e.g. VideoUFO's.")
+    clips: str | None = Field(
+        None, min_length=1, description="Instead: a folder of clips that exist already; the model describes their frames."
+    )
+    out: str = Field(min_length=1, description="JSONL of prompts, or, with clips, of tuples.")
     caption_column: str = Field("Detailed Caption", description="Column of the caption (case and _ do not matter).")
     id_column: str = Field("ID", description="Column that names a row; rows without it are named by their number.")
     count: NonNegative = Field(400, description="Rows drawn from the table at random; 0 = all.")
@@ -118,9 +122,11 @@ class CaptionsSettings(BackendSettings):
 class RenderSettings(Section):
     """Prompts to clips with a Wan text-to-video pipeline."""
 
-    captions: str = Field(description="JSONL of prompts, as prepare_captions.py writes it.")
-    out: str = Field(description="Folder of the clips; tuples.jsonl is written into it.")
-    model: str = Field("Wan-AI/Wan2.2-T2V-A14B-Diffusers", description="Diffusers folder or hub id of a Wan text-to-video pipeline.")
+    captions: str = Field(min_length=1, description="JSONL of prompts, as prepare_captions.py writes it.")
+    out: str = Field(min_length=1, description="Folder of the clips; tuples.jsonl is written into it.")
+    model: str = Field(
+        "Wan-AI/Wan2.2-T2V-A14B-Diffusers", min_length=1, description="Diffusers folder or hub id of a Wan text-to-video pipeline."
+    )
     width: Side = Field(832, description="Pixels.")
     height: Side = Field(480, description="Pixels.")
     frames: Count = Field(81, description="Frames a clip, 4n + 1.")
@@ -183,7 +189,7 @@ def _section(path: Path, section: str) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"--config {path}: no such file")
     try:
-        raw = toml_table(path.read_text(encoding="utf-8-sig"))
+        raw = toml_table(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"--config {path}: not valid TOML: {error}") from error
     if unknown := [name for name in raw if name not in SECTIONS]:

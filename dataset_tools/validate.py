@@ -31,6 +31,7 @@ from byg_plugin.data.tuples import EditTuple, Inspected, inspect_tuples
 from .token_limits import TooLong
 
 _LINES = 12
+_MOST_JOBS = 1000
 _EXPLAIN = {
     "schema": "the line is no tuple: fields, types, JSON",
     "file": "a file is missing",
@@ -202,8 +203,10 @@ class _Memory:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command; see the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("tuples", nargs="+", type=Path, metavar="FILE", help="JSONL files, or folders of images with same-stem .json")
-    parser.add_argument("--root", type=Path, metavar="DIR", help="what relative paths start from (dataset.image_root)")
+    parser.add_argument(
+        "tuples", nargs="+", type=_cli.given_path, metavar="FILE", help="JSONL files, or folders of images with same-stem .json"
+    )
+    parser.add_argument("--root", type=_cli.given_path, metavar="DIR", help="what relative paths start from (dataset.image_root)")
     parser.add_argument("--max-tokens", type=int, default=512, help="conditioning.max_text_tokens (default 512)")
     parser.add_argument("--no-decode", action="store_true", help="do not open images and clips")
     parser.add_argument("--thorough", action="store_true", help="decode every frame of clips")
@@ -216,6 +219,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in ("jobs", "lines", "max_tokens"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1")
+    if args.jobs > _MOST_JOBS:
+        raise ValueError(f"--jobs {args.jobs}: at most {_MOST_JOBS}; each is a thread")
     report = validate(args.tuples, args.root, decode=not args.no_decode, thorough=args.thorough, jobs=args.jobs, max_tokens=args.max_tokens)
     _cli.say(report.table(args.lines))
     if not report.records:

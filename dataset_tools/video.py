@@ -99,7 +99,7 @@ def hold_out(path: Path, per_style: int) -> dict[str, int]:
     for style, sources in by_style.items():
         if per_style >= len(sources):
             raise ValueError(f"{path}: {per_style} clips of style {style!r} are to be held out, there are {len(sources)}; hold out fewer")
-        chosen |= set(sorted(sources, key=lambda source: hashlib.sha256(source.encode()).hexdigest())[:per_style])
+        chosen |= set(sorted(sources, key=lambda source: hashlib.sha256(source.encode(errors="surrogatepass")).hexdigest())[:per_style])
     write_records(path, (_marked(record, record["source"] in chosen) for record in read_records(path)))
     return {style: len(sources & chosen) for style, sources in by_style.items()}
 

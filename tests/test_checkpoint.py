@@ -228,8 +228,17 @@ def test_discarding_needs_a_checkpoint_of_this_folder(out: Path, tmp_path: Path,
 
 
 def test_an_empty_resume_is_no_fresh_start(tmp_path: Path):
-    with pytest.raises(ValueError, match='--resume "": give latest or the folder'):
-        make_trainer(run_config(tmp_path / "out"), "")
+    for empty in ("", " "):
+        with pytest.raises(ValueError, match='--resume "": give latest or the folder'):
+            make_trainer(run_config(tmp_path / "out"), empty)
+
+
+def test_a_folder_that_is_not_there_is_named(out: Path, tmp_path: Path):
+    missing = str(tmp_path / "step-000099")
+    with pytest.raises(ValueError, match=f"^--resume {re.escape(missing)}: no such folder; the last good .*step-000004: .*--resume latest"):
+        make_trainer(run_config(out, **SHORT), missing)
+    with pytest.raises(ValueError, match=f"^--resume {re.escape(missing)}: no such folder; there is no checkpoint in"):
+        make_trainer(run_config(tmp_path / "fresh"), missing)
 
 
 def test_a_checkpoint_s_optimizer_options_are_not_taken_over(out: Path, reference: Path):

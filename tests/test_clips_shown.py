@@ -549,8 +549,12 @@ def test_sizes_and_lengths_of_another_reader_are_forgotten(tmp_path: Path, monke
     files = ImageFiles.load(tmp_path)
     assert files.clip(path).frames == 20
     files.save()
-    assert list(ImageFiles.load(tmp_path).known) == [str(path)]
+    looked: list[Path] = []
+    look = clips.clip_info
+    monkeypatch.setattr(clips, "clip_info", lambda file: looked.append(file) or look(file))
+    assert ImageFiles.load(tmp_path).clip(path).frames == 20 and looked == []
+    (tmp_path / "files.json").write_text(json.dumps({str(path): [*files.known[str(path)][:5], 7, 1.25]}))  # before readers were kept
+    assert ImageFiles.load(tmp_path).clip(path).frames == 20 and looked == [path]
+    files.save()
     monkeypatch.setattr(clips, "READER", "other")
-    assert ImageFiles.load(tmp_path).known == {}
-    (tmp_path / "files.json").write_text(json.dumps({str(path): files.known[str(path)][:7]}))
-    assert ImageFiles.load(tmp_path).known == {}
+    assert ImageFiles.load(tmp_path).clip(path).frames == 20 and looked == [path, path]

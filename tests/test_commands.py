@@ -313,6 +313,49 @@ def test_missing_and_broken_config_files(tmp_path: Path):
     assert code == 2 and "not valid TOML" in one_line_error(said)
 
 
+TOOLS = ROOT / "dataset_tools"
+_RULES = ["--backend", "rules"]
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments", "said"),
+    [
+        ("generate_edits", ["--images", "", "--out", "o.jsonl", *_RULES], "images = ''"),
+        ("generate_edits", ["--images", ".", "--out", "", *_RULES], "out = ''"),
+        ("generate_edits", ["--images", ".", "--out", ".", *_RULES], "out = .: is a folder"),
+        ("prepare_captions", ["--clips", "", "--out", "o.jsonl"], "clips = ''"),
+        ("render_videos", ["--captions", "c.jsonl", "--out", ""], "out = ''"),
+        ("validate", [""], "is empty"),
+        ("hold_out", [""], "is empty"),
+        ("review", ["", "--export", "o.jsonl"], "is empty"),
+        ("review", [".", "--export", "o.jsonl"], ".: no such file"),
+        ("review", ["t.jsonl", "--root", "", "--export", "o.jsonl"], "is empty"),
+        ("import_kontext", ["--targets", ".", "--controls", "", "--out", "o.jsonl"], "is empty"),
+        ("import_kontext", ["--targets", ".", "--controls", ".", "--out", "."], "--out .: is a folder"),
+    ],
+)
+def test_an_empty_place_is_not_the_folder_one_is_in(tmp_path: Path, tool: str, arguments: list[str], said: str):
+    path = ROOT / "byg_plugin" / "data" / f"{tool}.py" if tool == "import_kontext" else TOOLS / f"{tool}.py"
+
+    def work() -> None:
+        os.chdir(tmp_path)
+        sys.argv = [str(path), *arguments]
+        runpy.run_path(str(path), run_name="__main__")
+
+    assert in_child(work, tmp_path / "log") == 2
+    printed = (tmp_path / "log").read_text(encoding="utf-8")
+    assert said in printed and "Traceback" not in printed
+    assert os.listdir(tmp_path) == ["log"]
+
+
+def test_a_configuration_in_another_encoding_is_named(tmp_path: Path):
+    (tmp_path / "c.toml").write_text("[generate]\n", encoding="utf-16")
+    for path in (ROOT / "byg_plugin" / "train_network.py", TOOLS / "generate_edits.py"):
+        done = subprocess.run([sys.executable, path, "--config", "c.toml"], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr == "error: --config c.toml: not valid TOML: UTF-16 text; save it as UTF-8\n"
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 @pytest.mark.parametrize("script", ["train_network", "cache_latents"])
 def test_cuda_asked_and_absent(toml: Path, tmp_path: Path, script: str):

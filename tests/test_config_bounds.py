@@ -138,6 +138,7 @@ PLACES = [(section, key) for section, key in fields(str) if key not in ("name", 
 def test_places_are_texts_that_a_file_system_takes(section: str, key: str):
     for value, why in [
         ("", "is empty"),
+        (" ", "is empty"),
         ("a\0b", r"control character '\x00'"),
         ("C:\temp", r"control character '\t'"),
         ("x/" + "a" * 256, "more than 255 bytes"),
@@ -203,6 +204,28 @@ def test_nesting_in_an_override():
 def test_dots_inside_texts_are_no_nesting(tmp_path: Path):
     targets = "|".join(rf"transformer_blocks\.{block}\.attn\.to_q" for block in range(60))
     assert load_config(config_file(tmp_path, MINIMAL + f"[lora]\ntargets = '{targets}'")).lora.targets == targets
+
+
+@pytest.mark.parametrize(
+    "line", ["# " + "." * 120, "a = [" + "0.5, " * 120 + "]", "a = 1  # e.g. " + "x.y. " * 60], ids=["rule", "list", "words"]
+)
+def test_dots_that_join_no_keys_are_no_nesting(line: str):
+    assert len(toml_table(line)) <= 1
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32", "latin-1"])
+def test_a_file_in_another_encoding_says_so(tmp_path: Path, encoding: str):
+    path = tmp_path / "c.toml"
+    path.write_bytes(MINIMAL.replace('path = "m"', 'path = "mé"').encode(encoding))
+    with pytest.raises(ValueError, match=r"--config .*c\.toml: not valid TOML: .*; save it as UTF-8"):
+        load_config(path)
+
+
+def test_line_ends_and_a_mark_of_editors_are_read(tmp_path: Path):
+    path, wanted = tmp_path / "c.toml", load_config(config_file(tmp_path, MINIMAL))
+    for end in ("\r\n", "\r"):
+        path.write_bytes(b"\xef\xbb\xbf" + MINIMAL.replace("\n", end).encode())
+        assert load_config(path) == wanted
 
 
 def test_a_file_of_another_kind_is_not_read_whole(tmp_path: Path):

@@ -34,6 +34,7 @@ def lora_file(folder: Path, family: str, **metadata: str) -> Path:
         ("flux", {"cfg_low_noise": 1.0}, r"cfg_low_noise \(--cfg-low\) = 1.0: not for flux"),
         ("flux", {"negative": ""}, r"negative \(--negative\) = '': not for flux"),
         ("flux", {"solver": "unipc"}, r"solver \(--solver\) = 'unipc': not for flux"),
+        ("flux", {"solver": "unipc_diffusers"}, r"solver \(--solver\) = 'unipc_diffusers': not for flux"),
         ("wan2.1-t2v-1.3b", {"negative": "blur", "cfg_high_noise": 1.0}, r"negative \(--negative\) is not used at guidance 1"),
     ],
 )
@@ -46,6 +47,14 @@ def test_guidance_in_a_wan_loras_metadata_is_of_no_use_and_no_error(tmp_path: Pa
     path = lora_file(tmp_path, "wan2.1-t2v-1.3b", **{"byg.guidance": "7.0"})
     pipe = EditPipeline.from_lora(path, model="nowhere", device="cpu", cfg_high_noise=2.0, negative="blur", solver="euler")
     assert (pipe.config.cfg_at(True), pipe.config.negative, pipe.config.sample.solver) == (2.0, "blur", "euler")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("guidance", "nan"), ("guidance", "1e400"), ("resolution", "0"), ("max_text_tokens", "-4"), ("position", "x")]
+)
+def test_values_of_metadata_that_no_option_has_are_told_with_the_file(tmp_path: Path, key: str, value: str):
+    with pytest.raises(ValueError, match=rf"l\.safetensors \(its metadata byg\.\*\)(.|\n)*\.{key} = "):
+        EditPipeline.from_lora(lora_file(tmp_path, "flux", **{f"byg.{key}": value}), model="nowhere")
 
 
 def jobs(*names: str) -> list[Job]:
@@ -106,13 +115,11 @@ def test_an_override_that_the_lora_decides(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, override: str, option: list[str], says: str | None
 ):
     toml = tmp_path / "c.toml"
-    toml.write_text(
-        'model.path = "nowhere"\ndataset = {tuples = "t", cache_dir = "c"}\ntrain.steps = 1\noutput.dir = "o"', encoding="utf-8"
-    )
+    toml.write_text('model.path = "."\ndataset = {tuples = "t", cache_dir = "c"}\ntrain.steps = 1\noutput.dir = "o"', encoding="utf-8")
     (tmp_path / "a.png").touch()
     words = ["--config", toml, "--set", override, "--lora", lora_file(tmp_path, "flux"), "--source", tmp_path / "a.png"]
     monkeypatch.setattr(sys, "argv", ["edit.py", *map(str, words), "--instruction", "add", "--out", str(tmp_path / "o"), *option])
     # Without a complaint about the override the next thing that is wrong is told: there is no model, or no picture.
-    with pytest.raises(ValueError, match=says or "nowhere|a.png") as caught:
+    with pytest.raises(ValueError, match=says or "config.json|a.png") as caught:
         edit.main()
     assert (says is None) != ("--set" in str(caught.value))

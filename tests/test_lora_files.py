@@ -264,6 +264,14 @@ def test_whose_alpha_the_configuration_beside_is(tmp_path: Path):
             ValueError, match=f"^{re.escape(str(file))}: beside several LoRAs lies adapter_config.json.*a folder of its own"
         ):
             lora_files.read_lora(file)
+    kept = (tmp_path / "adapter_config.json").read_text()
+    (tmp_path / "adapter_config.json").write_text('{"r": 64, "lora_alpha": 128}')
+    assert not lora_files.read_stored(other).outside.alphas, "a configuration of another rank is another file's"
+    other.unlink()
+    with pytest.raises(ValueError, match="says rank 64 of .*; where adapter_config.json is another LoRA's, move it away"):
+        lora_files.read_lora(renamed)
+    write(other, peft_lora(SOME)[0], {})
+    (tmp_path / "adapter_config.json").write_text(kept)
     renamed.rename(path)
     assert not lora_files.read_stored(other).outside.alphas, "the configuration is adapter_model.safetensors'"
     torch.testing.assert_close(applied(path), edited, rtol=0, atol=2e-6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -35,6 +36,24 @@ CASES = [
     *((command, ["--config", "c.toml"], 2, "error: dataset.tuples = none.jsonl: no such file or folder") for command in CONFIGURED),
     ("byg_plugin.train_network", ["--config", "c.toml", "--print-config"], 0, '"steps": 10'),
     ("byg_plugin.train_network", ["--config", "c.toml", "--dry-run"], 2, "dataset.tuples = none.jsonl: no such file"),
+    *(
+        (command, ["--config", "d.toml"], 2, "error: model.path = none/nowhere/else: no such file or folder; give one")
+        for command in CONFIGURED
+    ),
+    (
+        "byg_plugin.cache_text_encoder_outputs",
+        ["--config", "d.toml", "--set", "model.path=a/b", "--set", "model.t5=t5.safetensors"],
+        2,
+        "model.t5 = ",
+    ),
+    (
+        "byg_plugin.train_network",
+        ["--config", "d.toml", "--set", "model.path=a/b", "--set", "lora.init_from=x"],
+        2,
+        "lora.init_from = x: no",
+    ),
+    ("byg_plugin.edit", ["--model", "nowhere", "--lora", "l.safetensors", *EDIT], 2, "--model nowhere: no such file or folder"),
+    ("byg_plugin.edit", ["--config", "d.toml", "--lora", "l.safetensors", *EDIT], 2, "model.path = none/nowhere/else: no such file"),
     ("byg_plugin.edit", ["--config", "none.toml", "--lora", "l.safetensors", *EDIT], 2, "--config none.toml: no such file"),
     ("byg_plugin.edit", ["--config", "c.toml", "--set", "lora.rnk=3", "--lora", "l.safetensors", *EDIT], 2, "did you mean lora.rank?"),
     ("byg_plugin.edit", ["--model", "m", "--lora", "none.safetensors", *EDIT], 2, "--lora none.safetensors: no such file"),
@@ -68,6 +87,10 @@ TOML = 'model.path = "m"\ndataset = {tuples = "none.jsonl", cache_dir = "c"}\ntr
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("start")
     (folder / "c.toml").write_text(TOML, encoding="utf-8")
+    (folder / "d.toml").write_text(TOML.replace("none.jsonl", "d.jsonl").replace('"m"', '"none/nowhere/else"'), encoding="utf-8")
+    texts = ("a field", "a field in snow", "add the snow", "remove the snow")
+    roles = dict(zip(("src_caption", "tgt_caption", "instruction", "reverse_instruction"), texts, strict=True))
+    (folder / "d.jsonl").write_text(json.dumps({"source": "a.png", **roles}), encoding="utf-8")
     (folder / "a.png").touch()
     (folder / "l.safetensors").touch()
     return folder
@@ -82,7 +105,7 @@ def test_what_needs_no_network_imports_none(folder: Path, command: str, words: l
     assert "Traceback" not in done.stderr
     (imported,) = [line for line in done.stderr.splitlines() if line.startswith("imported:")]
     assert imported == "imported:"
-    assert {path.name for path in folder.iterdir()} == {"c.toml", "a.png", "l.safetensors"}, (
+    assert {path.name for path in folder.iterdir()} == {"c.toml", "d.toml", "d.jsonl", "a.png", "l.safetensors"}, (
         "nothing is made for a command that cannot start"
     )
 

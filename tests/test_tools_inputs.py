@@ -92,3 +92,14 @@ def test_a_row_s_path_that_leads_nowhere_says_why(tmp_path: Path, name: str, sai
     (tmp_path / "t.jsonl").write_text(json.dumps({"image": name}) + "\n")
     (item,) = table_images(tmp_path / "t.jsonl", tmp_path, root=None, image="image", caption="caption", style="style")
     assert item.problem is not None and item.problem.startswith("no such file") and said in item.problem
+
+
+def test_half_a_character_in_a_text_is_the_image_s_problem(tmp_path: Path) -> None:
+    """JSON can hold it, a tuple that is trained on cannot."""
+    (tmp_path / "a.png").touch()
+    (tmp_path / "a.json").write_text('{"caption": "a car \\ud83d"}')
+    (tmp_path / "t.jsonl").write_text('{"image": "a.png", "style": "\\ud83d"}\n{"image": "a.png", "caption": "a car"}\n')
+    (beside,) = folder_images(tmp_path, tmp_path, None, Counter())
+    of_row, whole = table_images(tmp_path / "t.jsonl", tmp_path, root=None, image="image", caption="caption", style="style")
+    assert beside.problem == r"its caption holds a broken character: 'a car \ud83d'"
+    assert of_row.problem == r"its style holds a broken character: '\ud83d'" and whole.problem is None

@@ -166,3 +166,10 @@ def test_a_disk_without_room_for_side_files_is_named(tmp_path: Path, monkeypatch
             patched.setattr(pool, name, refuse)
             with pytest.raises(ValueError, match="out = .*t.jsonl: cannot be written: No space left on device"):
                 Results(tmp_path / "t.jsonl", name="source", label=str)
+
+
+def test_names_with_half_a_character_are_known_again() -> None:
+    done = Done()
+    done.add(["\ud800", "a"])
+    assert not done.claim("\ud800") and not done.claim("a") and done.claim("\ud801") and not done.claim("\ud801")
+    done.close()

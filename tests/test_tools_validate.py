@@ -165,6 +165,7 @@ def test_several_files_and_a_root(folder: Path, tmp_path: Path) -> None:
         (["nowhere.jsonl"], "nowhere.jsonl: no such file"),
         (["--root", "nowhere", "x"], "--root nowhere: no such folder"),
         (["--jobs", "0", "x"], "at least 1"),
+        (["--jobs", "1000000", "x"], "--jobs 1000000: at most 1000"),
     ],
 )
 def test_bad_calls(arguments: list[str], said: str) -> None:

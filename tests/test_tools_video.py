@@ -136,6 +136,22 @@ def test_bad_tables(tmp_path: Path) -> None:
 # --- clips that exist ---
 
 
+def test_rows_with_half_a_character_end_no_run(tmp_path: Path) -> None:
+    rows = ['{"ID": "\\ud800", "Detailed Caption": "dog number 1"}', '{"ID": "b", "Detailed Caption": "dog \\ud800"}']
+    (tmp_path / "t.jsonl").write_text("\n".join(rows))
+    with stub(tmp_path, "good") as server:
+        done = run("prepare_captions", "--table", tmp_path / "t.jsonl", "--out", tmp_path / "o.jsonl", "--base-url", server.url)
+    assert done.returncode == 0, done.stderr
+    assert [record["id"] for record in records(tmp_path / "o.jsonl")] == [r"\ud800"]
+    (reject,) = records(tmp_path / "o.rejects.jsonl")
+    assert (reject["id"], reject["message"]) == ("b", r"the caption holds a broken character: 'dog \ud800'")
+
+
+def test_holding_out_takes_any_name(tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text('{"source": "\\ud800"}\n{"source": "b"}\n')
+    assert sum(hold_out(tmp_path / "t.jsonl", 1).values()) == 1
+
+
 def test_frames_are_sampled_over_the_whole_clip(tmp_path: Path) -> None:
     path = clip(tmp_path / "c.mp4", 12)
     levels = [float(np.asarray(picture.image()).mean()) for picture in sampled_frames(path, 3, 1024)]

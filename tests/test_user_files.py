@@ -8,8 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from data_fakes import picture, record
 from data_fakes import write_tuples as write_lines
+from safetensors.torch import save_file
 
 from byg_plugin.data.import_kontext import import_kontext
 from byg_plugin.data.tuples import read_tuples_file
@@ -67,8 +69,8 @@ def test_a_folder_of_hidden_files_alone_says_so(tmp_path: Path, command: Callabl
 
 
 def test_hidden_weights_are_passed_over(tmp_path: Path) -> None:
-    for name in ("._model.safetensors", "model.safetensors"):
-        (tmp_path / name).write_bytes(SIDECAR)
+    (tmp_path / "._model.safetensors").write_bytes(SIDECAR)
+    save_file({"w": torch.ones(1)}, tmp_path / "model.safetensors")
     assert _weight_files(tmp_path) == [tmp_path / "model.safetensors"]
 
 

@@ -27,7 +27,13 @@ def config_of(base: Path, folder: Path):
     return parse_config(
         {
             "model": {"family": build_video_base.FAMILY, "path": str(base), "dtype": "float32", "device": "cpu"},
-            "dataset": {"tuples": "", "cache_dir": str(folder), "resolution": 64, "frames": video_world.FRAMES, "fps": video_world.FPS},
+            "dataset": {
+                "tuples": str(folder),
+                "cache_dir": str(folder),
+                "resolution": 64,
+                "frames": video_world.FRAMES,
+                "fps": video_world.FPS,
+            },
             "conditioning": {"max_text_tokens": build_video_base.TEXT_TOKENS},
             "train": {"steps": 1, "mixed_precision": "no"},
             "output": {"dir": str(folder)},

@@ -37,7 +37,7 @@ def _not_lost(value: float) -> float:
 
 def why_no_place(text: str) -> str | None:
     """What is wrong with the text of a path or a hub id, wherever it points; None: nothing."""
-    if not text:
+    if not text.strip():
         return "is empty: name a place, or leave the key out"
     if control := next((letter for letter in text if unicodedata.category(letter) == "Cc"), None):
         return f"holds the control character {control!r}; {BACKSLASH}"
@@ -669,7 +669,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     if (size := path.stat().st_size) > _MOST_BYTES:
         raise ValueError(f"--config {path}: has {size:,} bytes, it is no configuration; give a TOML file")
     try:
-        raw = toml_table(path.read_text(encoding="utf-8-sig"))  # Windows editors write a BOM
+        raw = toml_table(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"--config {path}: not valid TOML: {error}") from error
     for override in overrides:

@@ -51,6 +51,8 @@ def import_kontext(targets: Path, controls: Path, out: Path) -> Imported:
     Raises:
         ValueError: a folder is missing or holds no image, images have no partner, or a text cannot be read; nothing is written.
     """
+    if out.is_dir():
+        raise ValueError(f"--out {out}: is a folder; name the JSONL file to write")
     incomplete_out = out.with_name(f"{out.stem}.incomplete.jsonl")
     problems: list[str] = []
     pairs = _pairs(_images(targets, "--targets", problems), _images(controls, "--controls", problems), controls, targets, problems)
@@ -144,9 +146,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--targets", required=True, type=Path, metavar="DIR", help="edited images, with their texts beside them")
-    parser.add_argument("--controls", required=True, type=Path, metavar="DIR", help="images before the edit, of the same names")
-    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="JSONL to write")
+    parser.add_argument("--targets", required=True, type=_cli.given_path, metavar="DIR", help="edited images, with their texts beside them")
+    parser.add_argument("--controls", required=True, type=_cli.given_path, metavar="DIR", help="images before the edit, of the same names")
+    parser.add_argument("--out", required=True, type=_cli.given_path, metavar="FILE", help="JSONL to write")
     args = parser.parse_args(arguments)
     done = import_kontext(args.targets, args.controls, args.out)
     _cli.say(f"{done.complete} tuples in {done.out}" if done.complete else f"no complete tuple, {done.out} is not written")

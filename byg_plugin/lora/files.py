@@ -254,9 +254,15 @@ def _alpha_beside(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
             raise ValueError("no object of JSON")
     except (OSError, ValueError) as error:
         raise ValueError(f"its {_PEFT_CONFIG} cannot be read ({error}), and the LoRA's alpha is in it; {_AGAIN}") from error
-    alphas = _alphas_of(config, where, tensors)
+    own = path.name == _PEFT_FILE
+    several = not own and len(list(path.parent.glob("*.safetensors"))) > 1
     ranks = {layer: len(tensor) for layer, tensor in _downs(tensors) if tensor.ndim == 2}
-    several = path.name != _PEFT_FILE and len(list(path.parent.glob("*.safetensors"))) > 1
+    if several and not config.get("rank_pattern") and config.get("r") not in ranks.values():
+        return OutsideAlpha(where, {})  # of another file there
+    try:
+        alphas = _alphas_of(config, where, tensors)
+    except ValueError as error:
+        raise ValueError(str(error) if own else f"{error}; where {_PEFT_CONFIG} is another LoRA's, move it away") from error
     if several and any(alpha != ranks[layer] for layer, alpha in alphas.items()):
         raise ValueError(f"beside several LoRAs lies {_PEFT_CONFIG}, and whose alpha it tells is unknown: give each a folder of its own")
     return OutsideAlpha(where, alphas)

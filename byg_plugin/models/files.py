@@ -30,6 +30,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from byg_plugin.documents import json_value
 from byg_plugin.finite import first_not_finite, is_finite
+from byg_plugin.places import HUB_ID
 from byg_plugin.progress import quiet_loading
 from byg_plugin.user_files import files_in, is_hidden
 
@@ -129,7 +130,6 @@ PARTS = {
     ),
 }
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
-_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 _FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 _FP8 = {"F8_E4M3", "F8_E5M2"}
 _SCALES = (".scale_weight", ".weight_scale")  # older and newer name of the same factor beside `<layer>.weight`
@@ -152,7 +152,7 @@ def single_file(place: str | Path, part: str) -> Path | None:
     if suffix == ".gguf":
         raise ValueError(f"{path}: GGUF files are quantised for inference and are not read; {use}")
     if not path.is_file():
-        if _HUB_ID.match(str(place)) and suffix != ".safetensors":
+        if HUB_ID.match(str(place)) and suffix != ".safetensors":
             return None
         raise ValueError(f"{place}: no such file or folder (for {PARTS[part].label}); {use}, or a hub id like owner/name")
     if suffix not in (".safetensors", ".sft"):

@@ -240,6 +240,8 @@ def _wrong_entries(path: Path, family: str, count: int) -> str | None:
             for part in PARTS[family]:
                 names = [key for key in shapes if key.startswith(f"{_PREFIX}{role}_{part}_")]
                 wanted = count if part == "pooled" else rows
+                if not names:
+                    return f"{role} is not cached: it has no {part}"
                 if len(names) != 1 or len(shape := shapes[names[0]]) != 2 or shape[0] != wanted or not shape[1]:
                     return f"{role} has {part} of shape {[shapes[name] for name in names]}, ({wanted}, width) is needed"
                 if file.get_slice(names[0]).get_dtype() not in _FLOATS:
@@ -313,7 +315,7 @@ def datasets(dataset_config: Path) -> list[dict[str, Any]]:
         ValueError: not readable as such.
     """
     try:
-        raw = toml_table(dataset_config.read_text(encoding="utf-8-sig"))
+        raw = toml_table(dataset_config.read_bytes())
     except (OSError, ValueError) as error:
         raise ValueError(f"musubi.dataset_config = {dataset_config}: not a dataset TOML of musubi-tuner: {error}") from error
     general, listed = raw.get("general", {}), raw.get("datasets")

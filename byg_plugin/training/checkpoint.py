@@ -330,9 +330,11 @@ def find(folder: Path, resume: str) -> Path:
     Raises:
         ValueError: there is none.
     """
-    if not resume:
+    if not resume.strip():
         raise ValueError('--resume "": give latest or the folder of a checkpoint, or leave --resume out to start anew')
     if resume != "latest":
+        if not Path(resume).is_dir():
+            raise ValueError(f"--resume {resume}: no such folder; {way_back(folder)}")
         return Path(resume)
     found = checkpoints(folder)
     if not found:

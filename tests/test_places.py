@@ -1,0 +1,67 @@
+"""What a run names is there, or is told at once: by its key, and only what this family and command need."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from byg_plugin import places
+from byg_plugin.config.sections import Config, parse_config
+
+EVERY = (*places.NETWORKS, "vae", *places.ENCODERS)
+
+
+def config(folder: Path, family: str = "flux", **model: Any) -> Config:
+    (folder / "there").mkdir(exist_ok=True)
+    (folder / "file.safetensors").touch()
+    section = {"family": family, **{key: value.replace("~", str(folder)) for key, value in model.items()}}
+    output = {"dataset": {"tuples": "t", "cache_dir": "c"}, "train": {"steps": 1}, "output": {"dir": "o"}}
+    return parse_config({"model": section, **output})
+
+
+@pytest.mark.parametrize(
+    ("family", "model"),
+    [
+        ("flux", {"path": "~/there"}),
+        ("flux", {"path": "black-forest-labs/FLUX.1-dev"}),
+        ("flux", dict.fromkeys(("transformer", "vae", "t5", "clip"), "~/file.safetensors")),
+        ("wan2.1-t2v-1.3b", dict.fromkeys(("transformer", "vae", "t5"), "~/file.safetensors")),
+        ("wan2.2-t2v-a14b", dict.fromkeys(("transformer", "transformer_2", "vae", "t5"), "~/file.safetensors")),
+    ],
+)
+def test_what_is_there_or_can_be_a_hub_id_passes(tmp_path: Path, family: str, model: dict[str, str]):
+    places.check_model(config(tmp_path, family, **model), *EVERY)
+
+
+@pytest.mark.parametrize(
+    ("family", "model", "says"),
+    [
+        ("flux", {"path": "~/gone"}, r"model\.path = .*gone: no such file or folder; give one that is there, or a hub id"),
+        ("flux", {"path": "a/b/c"}, r"model\.path = a/b/c: no such"),
+        ("flux", {"path": "~/there", "vae": "models/ae.safetensors"}, r"model\.vae = models/ae.safetensors: no such"),
+        ("flux", {"transformer": "~/file.safetensors"}, r"model\.vae is not set"),
+        ("wan2.2-t2v-a14b", {"path": "a/b", "transformer_2": "~/gone.safetensors"}, r"model\.transformer_2 = .*gone"),
+    ],
+)
+def test_what_is_nowhere_is_named_by_its_key(tmp_path: Path, family: str, model: dict[str, str], says: str):
+    with pytest.raises(ValueError, match=says):
+        places.check_model(config(tmp_path, family, **model), *EVERY)
+
+
+def test_a_command_needs_its_own_parts_alone(tmp_path: Path):
+    """Latents can be cached where the network is not."""
+    places.check_model(config(tmp_path, transformer="~/gone", vae="~/there"), "vae")
+
+
+@pytest.mark.parametrize("name", ["l.safetensors", "p_high_noise.safetensors", "p_low_noise.safetensors", "p.safetensors", "p"])
+def test_a_lora_is_a_file_or_what_a_pair_is_called(tmp_path: Path, name: str):
+    for file in ("l.safetensors", "p_high_noise.safetensors", "p_low_noise.safetensors"):
+        (tmp_path / file).touch()
+    places.check_lora(str(tmp_path / name), "--lora ")
+
+
+def test_a_lora_that_is_nowhere(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"^lora\.init_from = .*q\.safetensors: no such file; give a LoRA"):
+        places.check_lora(str(tmp_path / "q.safetensors"), "lora.init_from = ")
