@@ -3,10 +3,11 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from byg_plugin.version import __version__
+
 if TYPE_CHECKING:
     from byg_plugin.edit import EditPipeline
 
-__version__ = "0.1.0"
 __all__ = ["EditPipeline", "__version__"]
 
 

@@ -15,8 +15,6 @@ from PIL import Image
 
 from byg_plugin.data import media
 
-from .settings import BackendSettings
-
 _QUALITY = 92  # JPEG, of images that are encoded again
 _TELLING = 30  # characters from which on a line of a prompt is recognised in what comes back
 _SECRET = 8  # characters from which on a key is one; servers that want none are given an "x" or "EMPTY"
@@ -83,26 +81,6 @@ class Backend(Protocol):
         ...
 
     async def close(self) -> None: ...
-
-
-def make_backend(settings: BackendSettings, *, proven: bool = False) -> Backend:
-    """The backend of the settings.
-
-    Args:
-        settings: checked ones.
-        proven: it has answered requests of this kind before.
-
-    Raises:
-        ValueError: a package is missing, or the model cannot be loaded.
-    """
-    if settings.backend == "openai":
-        from .backend_openai import OpenAIBackend
-
-        return OpenAIBackend(settings, proven=proven)
-    from .backend_transformers import TransformersBackend
-
-    assert settings.backend == "transformers", settings.backend
-    return TransformersBackend(settings)
 
 
 def encode_image(path: Path, longest_side: int) -> Picture:

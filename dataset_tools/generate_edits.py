@@ -31,7 +31,8 @@ from byg_plugin.data.tuples import IMAGE_SUFFIXES, TEXTS
 
 from . import backend_rules, prompts
 from .asking import Attempt
-from .backend import Backend, Chat, encode_image, make_backend, seed_of
+from .backend import Backend, Chat, encode_image, seed_of
+from .backends import make_backend
 from .balance import PRIORITY, Balance
 from .inputs import TABLES, ImageInput, folder_images, in_shard, is_table, passed_over, shard_file, table_images
 from .pool import Feed, Outcome, Results, run_pool

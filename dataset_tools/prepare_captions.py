@@ -31,7 +31,8 @@ from byg_plugin.data.tuples import is_unicode, unwritable
 
 from . import prompts
 from .asking import Attempt
-from .backend import Backend, Chat, Picture, encode_frame, make_backend, seed_of
+from .backend import Backend, Chat, Picture, encode_frame, seed_of
+from .backends import make_backend
 from .inputs import column, files_below, in_shard, passed_over, shard_file, source_name, table_rows
 from .pool import Feed, Outcome, Results, run_pool
 from .settings import CaptionsSettings, read_settings

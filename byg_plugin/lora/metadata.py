@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-from byg_plugin import __version__
 from byg_plugin.lora.formats import EXPERT_SUFFIXES
+from byg_plugin.version import __version__
 
 if TYPE_CHECKING:
     from byg_plugin.config.sections import Config
-    from byg_plugin.models.base import Family
+
+
+class _Family(Protocol):
+    """What is asked of a model family (`models.base.Family`)."""
+
+    @property
+    def boundary(self) -> float | None: ...
+
+    def clip_frames(self, frames: int) -> int: ...
 
 
 def lora_metadata(
-    config: Config, step: int, weights: str, family: Family | None = None, suffix: str = "", base: str | None = None
+    config: Config, step: int, weights: str, family: _Family | None = None, suffix: str = "", base: str | None = None
 ) -> dict[str, str]:
     """Metadata of a LoRA file: what a reader needs and what a maker wants to know. No paths, prompts or keys.
 

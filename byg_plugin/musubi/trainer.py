@@ -42,7 +42,7 @@ from byg_plugin.randomness import generator
 from byg_plugin.training.checkpoint import save_file
 
 if TYPE_CHECKING:
-    from byg_plugin.musubi.host import Host
+    from byg_plugin.musubi.checkout import Host
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from accelerate.logging import get_logger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from byg_plugin import __version__, sampling
+from byg_plugin import sampling
 from byg_plugin.config.sections import Config
 from byg_plugin.data.dataset import BucketBatches, CachedTuples, collate
 from byg_plugin.documents import json_value
@@ -40,6 +40,7 @@ from byg_plugin.progress import Progress
 from byg_plugin.randomness import derived_seed, generator
 from byg_plugin.training import checkpoint, preview
 from byg_plugin.training.distributed import any_rank, average_gradients, broadcast_from_first, mean_over_ranks
+from byg_plugin.version import __version__
 
 logger = get_logger(__name__)
 

@@ -1,0 +1,138 @@
+"""A checkout of musubi-tuner: found, imported, looked at for what it can do. Beside it only `patches/` imports the host."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import inspect
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from byg_plugin import families
+from byg_plugin.config.sections import Config
+
+_TRAINERS = {"wan": ("wan_train_network", "WanNetworkTrainer"), "flux": ("flux_kontext_train_network", "FluxKontextNetworkTrainer")}
+_PARSERS = {"wan": "wan_setup_parser", "flux": "flux_kontext_setup_parser"}
+_SEAMS = (
+    "process_batch",
+    "on_transformer_loaded",
+    "extra_trainable_params",
+    "on_train_start",
+    "extra_metadata",
+    "on_post_optimizer_step",
+    "on_post_save",
+    "on_before_sample_images",
+    "on_after_sample_images",
+    "process_sample_prompts",
+    "do_inference",
+)
+_PROCESS_BATCH = ("args", "accelerator", "transformer", "network", "batch", "latents", "noise", "noise_scheduler")
+
+
+@dataclass(frozen=True)
+class Host:
+    """The host's modules that the plugin uses."""
+
+    family: str
+    """`wan` or `flux`."""
+    trainer: Any
+    """The module of the family's network trainer."""
+
+    @property
+    def trainer_class(self) -> Any:
+        return getattr(self.trainer, _TRAINERS[self.family][1])
+
+    def parser(self) -> argparse.ArgumentParser:
+        """The parser of the family's training script."""
+        return getattr(self.trainer, _PARSERS[self.family])(self.trainer.setup_parser_common())
+
+    def module(self, name: str) -> Any:
+        """Another module of the host."""
+        return _import(name)
+
+
+def family_of(config: Config) -> str:
+    """`wan` or `flux`: what the host has a trainer for."""
+    return "wan" if config.model.family in families.WAN else "flux"
+
+
+def open_host(config: Config) -> Host:
+    """Import the host and look at what it can do.
+
+    Raises:
+        ValueError: it is not there, cannot be imported, or lacks something; lists all that is missing.
+    """
+    place = _put_on_path(config.model.host_path)
+    family = family_of(config)
+    if lacking := _lacking(family):
+        raise ValueError(
+            f"musubi-tuner in {place} is not one that this plugin works with (tested: v0.3.0 and v0.3.4), it lacks:\n"
+            + "\n".join(f"  - {line}" for line in lacking)
+        )
+    return Host(family, _import(_TRAINERS[family][0]))
+
+
+def _put_on_path(host_path: str | None) -> str:
+    if host_path is not None:
+        source = Path(host_path).expanduser().resolve() / "src"
+        if not (source / "musubi_tuner").is_dir():
+            raise ValueError(f"model.host_path = {host_path}: no checkout of musubi-tuner there (no src/musubi_tuner in it)")
+        if str(source) not in sys.path:
+            sys.path.insert(0, str(source))
+    spec = importlib.util.find_spec("musubi_tuner")
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(
+            'model.host = "musubi": musubi_tuner is not installed in this environment; set model.host_path to the folder of its checkout, '
+            "or run this command in its environment"
+        )
+    return str(next(iter(spec.submodule_search_locations)))
+
+
+def _import(name: str) -> Any:
+    with _patches().imports_without_cuda():
+        return importlib.import_module(f"musubi_tuner.{name}")
+
+
+def _patches() -> Any:
+    """`patches/musubi.py`: inside the package once that is installed, beside it in a clone."""
+    name = "byg_plugin.patches.musubi"
+    if name in sys.modules:
+        return sys.modules[name]
+    file = Path(__file__).resolve().parents[2] / "patches" / "musubi.py"
+    if not file.is_file():
+        return importlib.import_module(name)
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules[name] = module
+    return module
+
+
+def _lacking(family: str) -> list[str]:
+    """What an incompatible host does not have, a line each."""
+    module, name = _TRAINERS[family]
+    try:
+        trainer = getattr(_import(module), name, None)
+    except ImportError as error:
+        return [f"a module that its {name} imports: {error} (install what its README asks for)"]
+    if trainer is None:
+        return [f"{module}.{name}"]
+    lacking = [f"the seam {name}.{seam}" for seam in _SEAMS if not callable(getattr(trainer, seam, None))]
+    if "the seam" not in "".join(lacking):
+        found = tuple(inspect.signature(trainer.process_batch).parameters)[1:]
+        if found[:6] != _PROCESS_BATCH[:6] or len(found) != 12:
+            lacking.append(f"{name}.process_batch with the parameters {', '.join(_PROCESS_BATCH)}, ...; it has {', '.join(found)}")
+    model = _import("wan.modules.model").WanModel if family == "wan" else _import("flux.flux_models").Flux
+    for switch in ("switch_block_swap_for_inference", "switch_block_swap_for_training"):
+        if not callable(getattr(model, switch, None)):
+            lacking.append(f"{model.__name__}.{switch}, without which swapped blocks are in the wrong place")
+    if family == "wan":
+        if not callable(getattr(trainer, "swap_high_low_weights", None)):
+            lacking.append(f"{name}.swap_high_low_weights, which exchanges Wan2.2's experts")
+        if "f_indices" not in inspect.signature(model.forward).parameters:
+            lacking.append("WanModel.forward(f_indices=...), which gives the source's tokens their positions")
+    return lacking
