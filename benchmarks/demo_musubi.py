@@ -27,7 +27,8 @@ from torch import nn
 from benchmarks.tiny_world_run import base_digest, commit, write_json
 from byg_plugin import _cli
 from byg_plugin import caching as run_cache
-from byg_plugin.config.sections import Config, load_config, parse_config
+from byg_plugin.config.loading import load_config, parse_config
+from byg_plugin.config.sections import Config
 from byg_plugin.data.dataset import CachedTuples
 from byg_plugin.demo import metrics, sheet, world
 from byg_plugin.demo.__main__ import EVAL_TUPLES, TRAIN_TUPLES

@@ -36,7 +36,8 @@ from benchmarks import step_meters as meters
 from benchmarks import step_report as report
 from benchmarks.provenance import ROOT
 from byg_plugin import _cli, timesteps
-from byg_plugin.config.sections import Config, ObjectiveConfig, load_config, parse_config
+from byg_plugin.config.loading import load_config, parse_config
+from byg_plugin.config.sections import Config, ObjectiveConfig
 from byg_plugin.hosts.diffusers import DiffusersHost
 from byg_plugin.models import flux_files, wan, wan_files
 from byg_plugin.models.flux import FluxFamily

@@ -35,7 +35,8 @@ from benchmarks import tiny_world_run as runs
 from benchmarks.provenance import ROOT
 from benchmarks.tiny_world_run import Plan
 from byg_plugin import _cli
-from byg_plugin.config.sections import Config, load_config
+from byg_plugin.config.loading import load_config
+from byg_plugin.config.sections import Config
 from byg_plugin.demo import world
 from byg_plugin.progress import Progress
 from byg_plugin.training.loop import Interrupted

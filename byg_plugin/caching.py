@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Literal
 
 from byg_plugin import _cli, places
-from byg_plugin.config.sections import Config, load_config
+from byg_plugin.config.loading import load_config
+from byg_plugin.config.sections import Config
 from byg_plugin.data.tuples import read_tuples
 
 

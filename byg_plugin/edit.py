@@ -39,7 +39,8 @@ from PIL import Image, ImageOps
 from byg_plugin import _cli, families
 from byg_plugin.config.device import resolve_device
 from byg_plugin.config.extras import require_model_extras
-from byg_plugin.config.sections import Config, DatasetConfig, load_config, parse_config
+from byg_plugin.config.loading import load_config, parse_config
+from byg_plugin.config.sections import Config, DatasetConfig
 from byg_plugin.data.buckets import Size, bucket_for, crop_to_bucket, to_tensor
 from byg_plugin.data.clips import SUFFIXES as CLIP_SUFFIXES
 from byg_plugin.data.clips import Clip, clip_info, is_clip, read_clip, write_clip

@@ -48,7 +48,7 @@ def main() -> None:
     """The command; `_cli.run` turns errors into one line."""
     args = _parser().parse_args()
     _check_arguments(args)
-    from byg_plugin.config.sections import load_config
+    from byg_plugin.config.loading import load_config
 
     config = load_config(args.config, args.set)
     if args.print_config:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from byg_plugin.config.sections import NonNegative, Section, Seed
+from byg_plugin.config.fields import NonNegative, Section, Seed
 from byg_plugin.documents import json_value, toml_table
 
 _SHOWN = 200  # characters of a wrong value

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from tiny import tiny_config, tiny_flux, tiny_texts
 from torch import Tensor
 
-from byg_plugin.config.sections import Config, parse_config
+from byg_plugin.config.loading import parse_config
+from byg_plugin.config.sections import Config
 from byg_plugin.lora import wan_names
 from byg_plugin.models import flux_files
 from byg_plugin.musubi import host as musubi

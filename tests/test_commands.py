@@ -118,7 +118,7 @@ def test_a_value_error_of_another_library_keeps_its_traceback(tmp_path: Path):
 
 
 def test_a_value_error_of_ours_is_a_line_also_where_a_library_raised_its_cause(tmp_path: Path):
-    from byg_plugin.config.sections import load_config, parse_config
+    from byg_plugin.config.loading import load_config, parse_config
 
     code, said = ended(lambda: parse_config({"lora": {"rank": 0}}), tmp_path / "log")
     assert code == 2 and "lora.rank = 0" in one_line_error(said)
@@ -139,7 +139,7 @@ class Broken(torch.utils.data.Dataset):
 
 
 def test_a_value_error_from_a_loader_process_is_whose_it_is(tmp_path: Path):
-    from byg_plugin.config.sections import load_config
+    from byg_plugin.config.loading import load_config
 
     def load(work: Callable[[], object]) -> Callable[[], object]:
         return lambda: list(torch.utils.data.DataLoader(Broken(work), num_workers=1))
@@ -428,7 +428,7 @@ def test_edit_without_diffusers_names_its_install_line(tmp_path: Path):
 
 
 def test_the_shipped_recipes_are_valid(tmp_path: Path):
-    from byg_plugin.config.sections import load_config
+    from byg_plugin.config.loading import load_config
 
     for path in sorted((ROOT / "configs").glob("flux*.toml")):
         config = load_config(path)

@@ -10,7 +10,8 @@ from typing import Any
 import pydantic
 import pytest
 
-from byg_plugin.config.sections import Config, load_config, parse_config, reference
+from byg_plugin.config.loading import load_config, parse_config, reference
+from byg_plugin.config.sections import Config
 from byg_plugin.data.buckets import bucket_for
 
 CONFIGS = Path(__file__).parent.parent / "configs"

@@ -11,7 +11,8 @@ from typing import Any, get_args
 import pytest
 from torch import nn
 
-from byg_plugin.config.sections import Config, load_config, parse_config
+from byg_plugin.config.loading import load_config, parse_config
+from byg_plugin.config.sections import Config
 from byg_plugin.documents import toml_table
 from byg_plugin.hosts import diffusers
 from byg_plugin.hosts.patterns import full_matches

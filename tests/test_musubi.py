@@ -523,7 +523,7 @@ def write_config(folder: Path, family: str, out: str = "out", **options: Any) ->
 
 def run_here(config_path: Path, resume: str | None = None) -> Path:
     """Train in this process, by the host's own loop."""
-    from byg_plugin.config.sections import load_config
+    from byg_plugin.config.loading import load_config
 
     config = load_config(config_path)
     open_tiny(config.model.family)
@@ -694,7 +694,7 @@ def test_readmes_commands_lead_to_a_preview(tmp_path: Path):
 
 
 def test_a_wrong_option_stops_before_anything_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from byg_plugin.config.sections import load_config
+    from byg_plugin.config.loading import load_config
 
     write_work(tmp_path, T2V)
     monkeypatch.setattr(musubi, "make_trainer", lambda *_: pytest.fail("the run went on"))

@@ -12,7 +12,8 @@ import torch
 from musubi_host import A14B, T2V, host_config
 from safetensors.torch import save_file
 
-from byg_plugin.config.sections import Config, load_config, parse_config
+from byg_plugin.config.loading import load_config, parse_config
+from byg_plugin.config.sections import Config
 from byg_plugin.musubi import checkout
 from byg_plugin.musubi import options as musubi_options
 from byg_plugin.musubi.options import REFUSED, Surface

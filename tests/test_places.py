@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from byg_plugin import places
-from byg_plugin.config.sections import Config, parse_config
+from byg_plugin.config.loading import parse_config
+from byg_plugin.config.sections import Config
 
 EVERY = (*places.NETWORKS, "vae", *places.ENCODERS)
 

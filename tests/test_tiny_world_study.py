@@ -23,7 +23,8 @@ from benchmarks import demo_musubi  # noqa: E402
 from benchmarks import tiny_world as study  # noqa: E402
 from benchmarks import tiny_world_report as report  # noqa: E402
 from benchmarks import tiny_world_run as runs  # noqa: E402
-from byg_plugin.config.sections import Config, load_config  # noqa: E402
+from byg_plugin.config.loading import load_config  # noqa: E402
+from byg_plugin.config.sections import Config  # noqa: E402
 from byg_plugin.demo import metrics, world  # noqa: E402
 from byg_plugin.edit import EditPipeline  # noqa: E402
 from byg_plugin.hosts import make_host  # noqa: E402

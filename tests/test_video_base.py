@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from byg_plugin.config.sections import parse_config
+from byg_plugin.config.loading import parse_config
 from byg_plugin.demo import build_video_base, video_metrics, video_world
 from byg_plugin.demo.video import BASE
 from byg_plugin.models import make_family

@@ -23,7 +23,8 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-from byg_plugin.config.sections import Config, parse_config
+from byg_plugin.config.loading import parse_config
+from byg_plugin.config.sections import Config
 from byg_plugin.data import cache
 from byg_plugin.data.tuples import read_tuples
 from byg_plugin.hosts.diffusers import DiffusersHost

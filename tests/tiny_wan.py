@@ -15,7 +15,8 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from tiny import _tokenizer
 from transformers import UMT5Config, UMT5EncoderModel
 
-from byg_plugin.config.sections import Config, parse_config
+from byg_plugin.config.loading import parse_config
+from byg_plugin.config.sections import Config
 
 TEXT_WIDTH, TEXT_TOKENS = 24, 8
 TINY_WAN: dict[str, Any] = {

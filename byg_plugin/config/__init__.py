@@ -1,0 +1,1 @@
+"""The typed configuration, on which every room stands: sections, loading, extras that it needs, the device."""

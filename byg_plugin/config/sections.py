@@ -1,91 +1,32 @@
 """The typed configuration: one TOML file drives caching, training and editing.
 
-Every option is declared once, here, with a sentence and its unit. `load_config` turns a file plus `--set` overrides
-into a frozen `Config`, or raises one `ValueError` that names every bad key, its value, the nearest valid key and the
-remedy, before any model is loaded.
+Every option is declared once, here, with a sentence and its unit; `loading.py` fills the sections from a file.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
-import re
-import unicodedata
-from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from byg_plugin import families
-from byg_plugin.documents import BACKSLASH, TooDeep, toml_table
-
-
-class Section(BaseModel):
-    """Frozen, strict about types (a string is never taken for a number), and closed: an unknown key is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-_LEAST, _MOST = 1e-12, 1e6  # of what is multiplied into weights, losses and gradients, which are float32
-
-
-def _not_lost(value: float) -> float:
-    if 0 < value < _LEAST:
-        raise ValueError(f"is below {_LEAST}, it would be lost in float32's rounding; 0 = none")
-    return value
-
-
-def why_no_place(text: str) -> str | None:
-    """What is wrong with the text of a path or a hub id, wherever it points; None: nothing."""
-    if not text.strip():
-        return "is empty: name a place, or leave the key out"
-    if control := next((letter for letter in text if unicodedata.category(letter) == "Cc"), None):
-        return f"holds the control character {control!r}; {BACKSLASH}"
-    if any(len(part.encode(errors="surrogatepass")) > _MOST_NAME for part in re.split(r"[/\\]", text)):
-        return f"has a name of more than {_MOST_NAME} bytes between its slashes, which no file system takes"
-    return None
-
-
-_MOST_NAME = 255  # bytes of one name, on every usual file system
-_MOST_STEM = 128  # of a LoRA: suffixes follow, and a whole path on Windows has 260
-
-
-def _place(text: str) -> str:
-    if why := why_no_place(text):
-        raise ValueError(why)
-    return text
-
-
-def _pattern(text: str) -> str:
-    try:
-        re.compile(text)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"is not a regular expression: {error}") from error
-    return text
-
-
-_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
-
-
-def _stem(text: str) -> str:
-    if _RESERVED.fullmatch(text):
-        raise ValueError("is a device's name on Windows; choose another name, e.g. byg_lora")
-    # Windows and macOS do not tell upper from lower case in file names.
-    if text.lower() == "training":
-        raise ValueError("a checkpoint keeps its own state in training.safetensors; choose another name, e.g. byg_lora")
-    return text
-
-
-Positive = Annotated[int, Field(ge=1, le=10**9)]
-NonNegative = Annotated[int, Field(ge=0, le=10**9)]
-Steps = Annotated[int, Field(ge=0, le=10**8)]  # at a tenth of a second each, four months
-Probability = Annotated[float, Field(ge=0.0, le=1.0)]
-Weight = Annotated[float, Field(ge=0.0, le=_MOST), AfterValidator(_not_lost)]
-Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
-Shift = Annotated[float, Field(ge=1e-3, le=1e3)]
-Scale = Annotated[float, Field(ge=1.0, le=100.0)]
-Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]  # what torch's generators take
-Place = Annotated[str, AfterValidator(_place)]
+from byg_plugin.config.fields import (
+    LEAST,
+    MOST,
+    Decay,
+    NonNegative,
+    Pattern,
+    Place,
+    Probability,
+    Scale,
+    Section,
+    Seed,
+    Shift,
+    Stem,
+    Steps,
+    Weight,
+)
 
 
 class ModelConfig(Section):
@@ -285,11 +226,11 @@ class LoraConfig(Section):
     rank: Annotated[int, Field(ge=1, le=4096)] = Field(
         64, description="Rank of every adapted linear; at most 4,096, above a linear's width it adds nothing."
     )
-    alpha: Annotated[float, Field(ge=1e-6, le=_MOST)] | None = Field(
+    alpha: Annotated[float, Field(ge=1e-6, le=MOST)] | None = Field(
         None, description="Scale numerator (scale = alpha / rank); default: rank."
     )
     dropout: Annotated[float, Field(ge=0.0, le=0.99)] = Field(0.0, description="Dropout on the adapter's input.")
-    targets: Annotated[str, Field(min_length=1), AfterValidator(_pattern)] | None = Field(
+    targets: Pattern | None = Field(
         None, description="Regular expression that a whole module name must match; default: attention and MLP linears of all blocks."
     )
     init_from: Place | None = Field(
@@ -327,7 +268,7 @@ class TrainConfig(Section):
         description="Tuples an optimizer step = processes x accumulation x batch_size; at most 100,000, all are one step.",
     )
     batch_size: AtOnce = Field(1, description="Tuples a process and micro-step; at most 1,024, all are in memory.")
-    lr: Annotated[float, Field(ge=_LEAST, le=_MOST)] = Field(3e-4, description="Peak learning rate.")
+    lr: Annotated[float, Field(ge=LEAST, le=MOST)] = Field(3e-4, description="Peak learning rate.")
     optimizer: Literal["adamw", "adamw8bit", "muon"] = Field(
         "adamw", description="adamw8bit needs the bitsandbytes extra, muon (torch's own; betas are not used) torch 2.9 or later."
     )
@@ -378,17 +319,15 @@ class OutputConfig(Section):
 
     dir: Place = Field(description="Folder of checkpoints, logs, previews and the final LoRA.")
     # No full stop at the end: Windows drops it.
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9_-])?$", max_length=_MOST_STEM), AfterValidator(_stem)] = (
-        Field(
-            "byg_lora",
-            description="File stem of the LoRA: letters, digits, `.`, `_`, `-`, at most 128 (suffixes follow); not `training`, which is "
-            "the checkpoint's own file.",
-        )
+    name: Stem = Field(
+        "byg_lora",
+        description="File stem of the LoRA: letters, digits, `.`, `_`, `-`, at most 128 (suffixes follow); not `training`, which is "
+        "the checkpoint's own file.",
     )
 
 
 # What musubi-tuner has options of its own for: our key -> its option. These are not read on that host.
-_OF_MUSUBI = {
+OPTIONS_OF_MUSUBI = {
     "model.transformer": "dit",
     "model.transformer_2": "dit",
     "model.vae": "vae",
@@ -496,11 +435,11 @@ class Config(Section):
                 raise ValueError("[musubi] holds options of musubi-tuner, and model.host is not 'musubi': set it, or leave the section out")
             return raw
         for name in ("model", "dataset", "lora", "train", "sample", "output"):
-            known = _section_model(name)
+            known = section_model(name)
             assert known is not None
             for key in sections[name]:
                 if key in known.model_fields and key not in _READ_ON_MUSUBI.get(name, ()):
-                    own = _OF_MUSUBI.get(f"{name}.{key}")
+                    own = OPTIONS_OF_MUSUBI.get(f"{name}.{key}")
                     where = f"set musubi.{own}" if own else "leave it out"
                     raise ValueError(f"{name}.{key} is not read with model.host = 'musubi': {where}")
         return {**raw, **_filled_from(sections)}
@@ -649,127 +588,10 @@ class Config(Section):
         return json.dumps(self.model_dump(mode="json"), indent=2)
 
 
-_MOST_BYTES = 2**20
-_MOST_PROBLEMS = 20
-
-
-def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Read a TOML file and `section.key=value` overrides into a `Config`.
-
-    Args:
-        path: the TOML file.
-        overrides: `section.key=value`, the value in TOML syntax (a bare word is taken as a string); the last one of a key counts.
-
-    Raises:
-        ValueError: the file is missing or not TOML, or any key, type or combination is wrong.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"--config {path}: no such file")
-    if (size := path.stat().st_size) > _MOST_BYTES:
-        raise ValueError(f"--config {path}: has {size:,} bytes, it is no configuration; give a TOML file")
-    try:
-        raw = toml_table(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"--config {path}: not valid TOML: {error}") from error
-    for override in overrides:
-        _apply_override(raw, override)
-    return parse_config(raw, origin=str(path))
-
-
-def parse_config(raw: dict[str, Any], origin: str = "configuration") -> Config:
-    """Validate a nested dictionary; see `load_config`."""
-    try:
-        return Config.model_validate(raw)
-    except ValidationError as error:
-        problems = error.errors(include_url=False)
-        lines = [_explain(item, raw) for item in problems[:_MOST_PROBLEMS]]
-        more = f"\n  ... and {len(problems) - _MOST_PROBLEMS} more" if len(problems) > _MOST_PROBLEMS else ""
-        raise ValueError(f"{origin}:\n" + "\n".join(f"  - {line}" for line in lines) + more) from error
-
-
-def _apply_override(raw: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    section, dot, name = (part.strip() for part in key.partition("."))
-    if not separator or not dot or not _BARE_KEY.fullmatch(section) or not _BARE_KEY.fullmatch(name):
-        raise ValueError(f"--set {_short(override)}: expected section.key=value, e.g. --set train.steps=100")
-    table = raw.setdefault(section, {})
-    if not isinstance(table, dict):
-        raise ValueError(f"--set {_short(override)}: [{section}] is not a section of the configuration")
-    try:
-        table[name] = _override_value(text.strip())
-    except ValueError as error:
-        raise ValueError(f"--set {_short(override)}: {error}") from error
-
-
-_BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
-_ASSIGNMENT = re.compile(r"\s([A-Za-z0-9_-]+)\.[A-Za-z0-9_-]+\s*=")
-
-
-def _override_value(text: str) -> Any:
-    """A value in TOML syntax; what is none is a text, unless it looks like something that was meant otherwise."""
-    try:
-        found = toml_table(f"value = {text}")
-    except ValueError as error:
-        if text[:1] in ("'", '"') or text[-1:] in ("'", '"'):
-            raise ValueError(f"broken quoting: {error}") from error
-        if "\n" in text or any(match[1] in Config.model_fields for match in _ASSIGNMENT.finditer(text)):
-            raise ValueError(_TWO) from error
-        if isinstance(error, TooDeep):
-            raise
-        return text
-    if len(found) > 1:
-        raise ValueError(_TWO)
-    return found["value"]
-
-
-_TWO = "one assignment each: give --set once for every key; a text with blanks or line feeds stands in quotes"
-
-
-def _explain(item: Any, raw: dict[str, Any]) -> str:
-    """One validation error as a sentence with key, value and remedy."""
-    location = [str(part) for part in item["loc"]]
-    key = _short(".".join(location))
-    value = shown(item.get("input"))
-    if item["type"] == "extra_forbidden":
-        return f"unknown key {key} = {value}; {_nearest(location)}"
-    if item["type"] == "missing":
-        return f"{key} is missing: {_describe(location) or 'add this section'}"
-    message = item["msg"].removeprefix("Value error, ")
-    if not location or (item["type"] == "value_error" and len(location) == 1):
-        return message
-    described = _describe(location)
-    if isinstance(model := raw.get("model"), dict) and model.get("host") == "musubi" and key in _OF_MUSUBI:  # filled from there
-        key = f"musubi.{_OF_MUSUBI[key]}"
-    return f"{key} = {value}: {message[0].lower()}{message[1:]}" + (f" ({described})" if described else "")
-
-
-def shown(value: Any) -> str:
-    """A value as Python writes it, shortened."""
-    try:
-        return _short(repr(value))
-    except ValueError:  # Python's: more digits than it writes
-        return "a number of thousands of digits"
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}... ({len(text):,} characters)"
-
-
-_MOST_SHOWN = 200
-
-
-def _section_model(name: str) -> type[BaseModel] | None:
+def section_model(name: str) -> type[BaseModel] | None:
     field = Config.model_fields.get(name)
     annotation = field.annotation if field else None
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
-
-
-def _describe(location: list[str]) -> str:
-    section = _section_model(location[0])
-    if section is None or len(location) < 2 or location[1] not in section.model_fields:
-        return ""
-    return section.model_fields[location[1]].description or ""
 
 
 def _filled_from(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -791,51 +613,3 @@ def _filled_from(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
         **{name: {**sections[name], **{k: v for k, v in section.items() if v is not None}} for name, section in filled.items()},
         "dataset": {"cache_dir": ".", "frames": 81 if family in families.WAN else 1, **sections["dataset"]},
     }
-
-
-# Names that other trainers give to our options and that no edit distance finds.
-_KNOWN_ELSEWHERE_AS = {
-    "learning_rate": "lr",
-    "max_train_steps": "steps",
-    "train_batch_size": "batch_size",
-    "network_dim": "rank",
-    "network_alpha": "alpha",
-    "guidance_scale": "guidance",
-}
-
-
-def _nearest(location: list[str]) -> str:
-    if len(location) == 1:
-        names, where = list(Config.model_fields), "sections"
-    else:
-        section = _section_model(location[0])
-        names, where = (list(section.model_fields) if section else []), f"keys of [{location[0]}]"
-    homes = [f"{s}.{location[-1]}" for s in Config.model_fields if location[-1] in getattr(_section_model(s), "model_fields", {})]
-    if homes:
-        return f"did you mean {homes[0]}?"
-    wanted = _KNOWN_ELSEWHERE_AS.get(location[-1], location[-1])
-    close = difflib.get_close_matches(wanted, names, n=1, cutoff=0.5)
-    if close:
-        return f"did you mean {'.'.join([*location[:-1], close[0]])}?"
-    return f"{where}: {', '.join(names)}"
-
-
-def reference() -> str:
-    """Every option with its type, default and sentence, as Markdown (for the documentation)."""
-    lines = []
-    for name in Config.model_fields:
-        section = _section_model(name)
-        if section is None:
-            lines += [f"\n### [{name}]", "", Config.model_fields[name].description or ""]
-            continue
-        lines += [f"\n### [{name}]", "", (section.__doc__ or "").strip(), "", "| key | default | what |", "|---|---|---|"]
-        for key, field in section.model_fields.items():
-            default = "required" if field.is_required() else json.dumps(field.default)
-            choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
-            options = f" One of {', '.join(map(json.dumps, choices))}." if choices else ""
-            lines.append(f"| `{key}` | `{default}` | {field.description}{options} |")
-    return "\n".join(lines).strip() + "\n"
-
-
-if __name__ == "__main__":
-    print("# Configuration\n\nMade by `python -m byg_plugin.config.sections > docs/configuration.md`.\n\n" + reference(), end="")

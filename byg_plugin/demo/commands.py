@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from byg_plugin.config.extras import require_training_extras
-from byg_plugin.config.sections import Config, load_config
+from byg_plugin.config.loading import load_config
+from byg_plugin.config.sections import Config
 
 if TYPE_CHECKING:
     import torch

@@ -25,7 +25,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from byg_plugin.config.sections import shown, why_no_place
+from byg_plugin.config.fields import why_no_place
+from byg_plugin.config.loading import shown
 from byg_plugin.data.tuples import TEXTS, EditTuple
 from byg_plugin.documents import toml_table
 from byg_plugin.finite import is_finite

@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from byg_plugin.config.sections import Config, shown, why_no_place
+from byg_plugin.config.fields import why_no_place
+from byg_plugin.config.loading import shown
+from byg_plugin.config.sections import Config
 from byg_plugin.lora.files import read_lora
 
 _KINDS = {str: "str", int: "int", float: "float", pathlib.Path: "path", None: "str"}

@@ -12,7 +12,7 @@ import accelerate
 import torch
 from torch import nn
 
-from byg_plugin.config.sections import load_config
+from byg_plugin.config.loading import load_config
 from byg_plugin.musubi import host as musubi
 
 _prepare = accelerate.Accelerator.prepare_model
