@@ -16,7 +16,7 @@ import pytest
 from clip_files import encode, number_of, numbers, plain, remux, shade, shades, with_matrix, write
 from PIL import Image
 
-from byg_plugin.data import clips, colour
+from byg_plugin.data import clip_colours, clips
 from byg_plugin.data.orientation import square_pixels, turn_of
 
 B_FRAMES = {"bf": "3", "b-adapt": "0", "g": "10"}
@@ -350,7 +350,7 @@ def test_wide_primaries_are_brought_to_bt709(tmp_path: Path, primaries: int, rgb
         tmp_path / "a.mp4", plain(SD, stored(tuple(wide), matrix)), colorspace=matrix, color_primaries=primaries, color_trc=1, color_range=1
     )
     assert np.abs(np.subtract(colour_of(path), rgb)).max() <= 4
-    assert colour.to_bt709(1) is None
+    assert clip_colours.to_bt709(1) is None
 
 
 @pytest.mark.parametrize(

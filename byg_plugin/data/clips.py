@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from byg_plugin.config.extras import require
-from byg_plugin.data.colour import TO_BT709_OPTIONS, UNSPECIFIED, refuse_not_sdr, tag_bt709, to_bt709, to_rgb_options
+from byg_plugin.data.clip_colours import TO_BT709_OPTIONS, UNSPECIFIED, refuse_not_sdr, tag_bt709, to_bt709, to_rgb_options
 from byg_plugin.data.media import MAX_SIDE, to_rgb
 from byg_plugin.data.orientation import square_pixels, turn_of
 

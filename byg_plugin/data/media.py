@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from byg_plugin.data import colours, png
+from byg_plugin.data import png, profiles
 
 # Not everything that Pillow opens: a GIF is an animation of 256 colours, EPS is run by an outside program.
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "TIFF", "PPM", "AVIF")
@@ -59,8 +59,8 @@ def look(path: Path) -> Look:
     """
     with _opened(path) as (image, mended), _decoding(path):
         try:
-            made = mended or colours.is_foreign(image)
-        except colours.UnusableProfile:  # `load_image` tells
+            made = mended or profiles.is_foreign(image)
+        except profiles.UnusableProfile:  # `load_image` tells
             made = mended
         width, height = image.size
         # Of a PNG this may decode the pixels: its orientation can stand after them.
@@ -74,7 +74,7 @@ def look(path: Path) -> Look:
 def load_image(path: Path) -> Image.Image:
     """An 8-bit RGB image: EXIF orientation applied, transparency on white, greyscale, palette, 16 bit and CMYK converted.
 
-    Colours are sRGB's: an embedded profile is applied (see `colours.convert`), numbers without one are taken as they are. A
+    Colours are sRGB's: an embedded profile is applied (see `profiles.convert`), numbers without one are taken as they are. A
     profile that cannot be applied is said in a warning, once a file. Nothing else that the file holds stays with the image.
 
     Raises:
@@ -202,8 +202,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def _to_rgb(image: Image.Image, path: Path | None) -> Image.Image:
     colour, alpha = _parts(image)
     try:
-        colour = colours.convert(colour)
-    except colours.UnusableProfile as error:
+        colour = profiles.convert(colour)
+    except profiles.UnusableProfile as error:
         _tell_profile(path, error)
     colour = _convert(colour, "RGB")
     if alpha is not None:
@@ -241,7 +241,7 @@ def _convert(image: Image.Image, mode: str) -> Image.Image:
         raise _Refused(f"its pixels cannot be converted from {image.mode} to {mode} ({error}); save it as an RGB PNG") from error
 
 
-def _tell_profile(path: Path | None, error: colours.UnusableProfile) -> None:
+def _tell_profile(path: Path | None, error: profiles.UnusableProfile) -> None:
     if path is None or path not in _told:
         where = "an image" if path is None else str(path)
         logger.warning("%s: its colour profile cannot be used, %s; its numbers are taken as sRGB", where, error)
