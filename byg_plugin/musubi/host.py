@@ -1,7 +1,7 @@
 """musubi-tuner as a host: its own loop, loading, LoRA, caches and saving around our objective.
 
 `train` checks everything that can be checked before a model is loaded, then gives the host's `train(args)` a network trainer
-that overrides its seams only (`musubi_trainer.py`).
+that overrides its seams only (`trainer.py`).
 """
 
 from __future__ import annotations
