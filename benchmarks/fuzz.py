@@ -140,11 +140,13 @@ class Reader:
         make: fills an empty folder with whole files; returns those that are damaged, one an input.
         read: what is done with the folder and the damaged file; errors as a command would make them.
         resets: whether reading may write, so that the folder is made anew for each input.
+        rewrites: names of damaged files that reading may mend: a memory that is only there to save time, a log whose last line is torn.
     """
 
     make: Callable[[Path], list[Path]]
     read: Callable[[Path, Path], object]
     resets: bool = False
+    rewrites: tuple[str, ...] = ()
 
 
 def _command(main: Callable[[], object], *arguments: object) -> None:
@@ -379,9 +381,9 @@ def _read_clips(folder: Path, path: Path) -> None:
 READERS = {
     "toml": Reader(_make_toml, _read_toml),
     "tuples": Reader(_make_tuples, _read_tuples),
-    "caches": Reader(_make_caches, _read_caches),
+    "caches": Reader(_make_caches, _read_caches, rewrites=("files.json",)),
     "lora": Reader(_make_lora, _read_lora),
-    "checkpoints": Reader(_make_checkpoints, _read_checkpoints, resets=True),
+    "checkpoints": Reader(_make_checkpoints, _read_checkpoints, resets=True, rewrites=("log.jsonl",)),
     "images": Reader(_make_images, _read_images),
     "clips": Reader(_make_clips, _read_clips),
 }
@@ -476,7 +478,7 @@ def run_round(name: str, number: int, seconds: float, keep: Path) -> Tally:
                 setattr(tally, outcome, getattr(tally, outcome) + 1)
             else:
                 wrong(outcome, path, data)
-            if not path.is_file() or path.read_bytes() != data:
+            if not path.is_file() or (path.read_bytes() != data and path.name not in reader.rewrites):
                 wrong(f"{path.name}: reading has changed the file", path, data)
             path.write_bytes(whole[path])
             lost = [other.name for other, digest in others.items() if not other.is_file() or _digest(other) != digest]
@@ -495,8 +497,8 @@ def run_round(name: str, number: int, seconds: float, keep: Path) -> Tally:
 
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
             for path in whole:  # what is imported at the first input is no input's time
-                if (outcome := _outcome(reader, folder, path)) != "taken":
-                    raise AssertionError(f"{path.name}, a whole file, is not taken: {outcome}")
+                if (outcome := _outcome(reader, folder, path)) not in ("taken", "refused"):
+                    raise AssertionError(f"{path.name}, a whole file: {outcome}")
                 if reader.resets:
                     shutil.rmtree(folder)
                     folder.mkdir()
