@@ -103,7 +103,7 @@ def data_set(folder: Path, images: int = 3, tuples_each: int = 1, size: tuple[in
     names = [f"{index}.png" for index in range(images)]
     for index, name in enumerate(names):
         picture(folder / name, size, seed=index)
-    (folder / "model").mkdir(exist_ok=True)  # FakeFamily reads nothing of it
+    (folder / "model").mkdir(parents=True, exist_ok=True)  # FakeFamily reads nothing of it
     write_tuples(folder / "tuples.jsonl", [record(name, k, **record_changes) for name in names for k in range(tuples_each)])
     return tiny_config(folder)
 
