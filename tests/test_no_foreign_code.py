@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
-from tiny import _tokenizer, write_model
+from tiny import write_model
 from tiny_vlm import write_vlm
-from tiny_wan import TEXT_TOKENS, tiny_umt5, tiny_vae, tiny_wan, write_wan
+from tiny_wan import write_pipeline, write_wan
 
 from byg_plugin.models import flux_files, wan_files
 from dataset_tools import render_videos
@@ -175,14 +174,7 @@ def test_what_only_its_own_code_could_load_is_refused_or_loaded_without(
 )
 def test_a_pipeline_with_code_of_its_own_is_refused(changes: dict[str, object], tmp_path: Path, marked: Callable[..., None]) -> None:
     folder = tmp_path / "pipeline"
-    tokenizer = _tokenizer(["<pad>", "</s>", "<unk>"], "$A </s>", TEXT_TOKENS, eos_token="</s>", pad_token="<pad>")
-    WanPipeline(
-        tokenizer=tokenizer,
-        text_encoder=tiny_umt5(len(tokenizer)),
-        vae=tiny_vae(),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        transformer=tiny_wan(0),
-    ).save_pretrained(folder)
+    write_pipeline(folder)
     settings = RenderSettings(captions="c", out="o", model=str(folder))
     assert render_videos.load_pipeline(settings, torch.device("cpu")) is not None
     for part in ("vae", "scheduler"):

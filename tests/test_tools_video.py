@@ -11,10 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from PIL import Image
-from tiny import _tokenizer
-from tiny_wan import TEXT_TOKENS, tiny_umt5, tiny_vae, tiny_wan
+from tiny_wan import tiny_wan, write_pipeline
 from tools_helpers import ENVIRONMENT, KEY, REPOSITORY, full_disk, records, run, stub
 
 from byg_plugin.data import clips
@@ -217,16 +215,7 @@ def test_holding_out_is_by_name_and_replaces_earlier_marks(tmp_path: Path) -> No
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wan") / "pipeline"
-    tokenizer = _tokenizer(["<pad>", "</s>", "<unk>"], "$A </s>", TEXT_TOKENS, eos_token="</s>", pad_token="<pad>")
-    WanPipeline(
-        tokenizer=tokenizer,
-        text_encoder=tiny_umt5(len(tokenizer)),
-        vae=tiny_vae(),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        transformer=tiny_wan(0),
-        transformer_2=tiny_wan(7),
-        boundary_ratio=0.875,
-    ).save_pretrained(folder)
+    write_pipeline(folder, transformer_2=tiny_wan(7), boundary_ratio=0.875)
     return folder
 
 

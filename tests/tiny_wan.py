@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 from tiny import _tokenizer
 from transformers import UMT5Config, UMT5EncoderModel
 
@@ -113,3 +113,16 @@ def wan_texts(batch: int, seed: int) -> dict[str, torch.Tensor]:
 
 def wan_latents(batch: int, seed: int, frames: int = 2) -> torch.Tensor:
     return torch.randn(batch, 16, frames, 4, 6, generator=torch.Generator().manual_seed(seed))
+
+
+def write_pipeline(folder: Path, **parts: Any) -> None:
+    """diffusers' whole Wan pipeline of tiny parts, as it saves itself; `parts` beside or in place of the one expert."""
+    tokenizer = _tokenizer(["<pad>", "</s>", "<unk>"], "$A </s>", TEXT_TOKENS, eos_token="</s>", pad_token="<pad>")
+    whole: dict[str, Any] = {
+        "tokenizer": tokenizer,
+        "text_encoder": tiny_umt5(len(tokenizer)),
+        "vae": tiny_vae(),
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
+        "transformer": tiny_wan(0),
+    }
+    WanPipeline(**(whole | parts)).save_pretrained(folder)

@@ -201,7 +201,7 @@ def _refuse_not_finite(model: nn.Module, place: Path) -> None:
     name = first_not_finite(model.state_dict())
     if name is None:
         return
-    holders = [file for file in _safetensors(place) if name in _header(file)] if place.is_dir() else []
+    holders = [file for file in files_in(place, _WEIGHTS) if name in _header(file)] if place.is_dir() else []
     dtype = model.state_dict()[name].dtype
     raise ValueError(f"{holders[0] if holders else place}: tensor {name} holds NaN or infinite values as {dtype}; {_OTHER_WEIGHTS}")
 
@@ -254,7 +254,7 @@ def _not_cached(repo: str, part: str) -> ValueError:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    files = _safetensors(folder)
+    files = files_in(folder, _WEIGHTS)
     if not files:
         others = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in {*_PICKLES, ".gguf"})
         found = f"only {', '.join(others)}, which are not read" if others else "none"
@@ -263,10 +263,7 @@ def _weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def _safetensors(folder: Path) -> list[Path]:
-    return files_in(folder, (".safetensors",))
-
-
+_WEIGHTS = (".safetensors",)
 _INDEXED = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 
 
@@ -276,7 +273,7 @@ def _check_shards(folder: Path) -> None:
     Raises:
         ValueError: a file is damaged or missing; names it.
     """
-    tensors = {file.name: _header(file) for file in _safetensors(folder)}
+    tensors = {file.name: _header(file) for file in files_in(folder, _WEIGHTS)}
     for name in _INDEXED:
         index = folder / f"{name}.index.json"
         # transformers prefers a whole file to an index beside it, diffusers the index.
