@@ -13,14 +13,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from byg_plugin.config.extras import require_model_extras
 from byg_plugin.hosts.ema import EmaWeights
+from byg_plugin.hosts.experts import by_expert
 from byg_plugin.hosts.patterns import full_matches
 from byg_plugin.hosts.quantize import after_eval_, quantize_
 from byg_plugin.hosts.residency import OneExpertOnDevice
 from byg_plugin.lora import start as start_lora
-from byg_plugin.lora.formats import split_experts
+from byg_plugin.lora.formats import written_files
 from byg_plugin.models.base import Family
 from byg_plugin.objectives.base import Text, Velocity
-from byg_plugin.timesteps import is_high
 
 if TYPE_CHECKING:
     from byg_plugin.config.sections import Config
@@ -155,19 +155,15 @@ class DiffusersHost:
         return self._merged
 
     def _velocity(self, noisy: Tensor, t: Tensor, text: Text, source: Tensor | None) -> Tensor:
-        """The velocity of each sample by the expert that serves its t; a batch on both sides of the boundary is split."""
-        boundary = self.family.boundary
-        high = None if boundary is None else is_high(t, boundary)
-        if high is None or bool(high.all()) or not bool(high.any()):
-            return self._one_expert(self.family.expert_of(t), noisy, t, text, source)
-        out = torch.zeros_like(noisy, dtype=torch.float32)
-        sides = list(zip(self.family.experts, (high, ~high), strict=True))
-        if self._residency is not None and self._residency.present == self.family.experts[1]:
-            sides.reverse()  # the one that is there first
-        for expert, rows in sides:
-            some = {name: value[rows.to(value.device)] for name, value in text.items()}
-            out[rows] = self._one_expert(expert, noisy[rows], t[rows], some, None if source is None else source[rows])
-        return out
+        """The velocity of each sample by the expert that serves its t."""
+        experts, boundary = self.family.experts, self.family.boundary
+        if boundary is None:
+            return self._one_expert(experts[0], noisy, t, text, source)
+
+        def call(high: bool, *inputs: Any) -> Tensor:
+            return self._one_expert(experts[not high], *inputs)
+
+        return by_expert(call, boundary, lambda: self._residency is None or self._residency.present != experts[1], noisy, t, text, source)
 
     def _one_expert(self, expert: str, noisy: Tensor, t: Tensor, text: Text, source: Tensor | None) -> Tensor:
         network = self.networks[expert]
@@ -234,14 +230,9 @@ class DiffusersHost:
         return mine
 
     def lora_files(self, weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-        """Weights by our names -> tensors of each LoRA file, by what follows the file's stem.
-
-        FLUX: one file in our naming. Wan: names that every tool reads; two experts with a LoRA each are two files.
-        """
-        if self.family.name == "flux":
-            return {"": self.export_lora(weights)}
+        """Weights by our names -> tensors of each LoRA file, by what follows the file's stem; see `lora.formats.written_files`."""
         every = self.export_lora({name: weights.get(name, p.detach()) for name, p in self._every_lora.items()})
-        return split_experts(every, self.family.name)
+        return written_files(every, self.family.name)
 
     def export_lora(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Weights by our names -> the tensors of a LoRA file, with alpha / rank folded into B, so that alpha == rank.

@@ -139,7 +139,7 @@ _FLUX = Family(
     (_flux_network(19, 38, 3072),),
     partial(flux_names.linears, 19, 38, guidance=True),
 )
-FAMILIES = {"flux": _FLUX, **dict.fromkeys(families.WAN, _WAN)}
+FAMILIES = {spec.name: {"flux": _FLUX, "wan": _WAN}[spec.lora_layout] for spec in families.SPECS.values()}
 EXPERT_SUFFIXES = families.EXPERT_SUFFIXES
 
 # Naming of the keys: prefix -> whose layer names follow. The order matters: the first that fits is taken.
@@ -495,11 +495,14 @@ def _swap_halves(rows: Tensor) -> Tensor:
 # --- two experts ---
 
 
-def split_experts(tensors: Mapping[str, Tensor], family: str) -> dict[str, dict[str, Tensor]]:
-    """Tensors by our names (`<expert>.<layer>…`) of a Wan -> those of its LoRA files by what follows the files' stem.
+def written_files(tensors: Mapping[str, Tensor], family: str) -> dict[str, dict[str, Tensor]]:
+    """Tensors by our names (`<expert>.<layer>…`) -> those of the LoRA files that training writes, by what follows the files' stem.
 
-    A network with one LoRA, or one LoRA shared by both experts, is one file: the suffix is empty.
+    FLUX: one file in our naming. Wan: names that every tool reads. A network with one LoRA, or one LoRA shared by both experts, is
+    one file: the suffix is empty.
     """
+    if not _family(family).is_wan:
+        return {"": dict(tensors)}
     by_expert: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in tensors.items():
         expert, _, layer = name.partition(".")
@@ -567,7 +570,7 @@ def guess_family(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
     if "byg.family" in metadata:
         return metadata["byg.family"]
     wan = any(re.search(r"(^|[._])blocks[._]\d+[._](self_attn|cross_attn|attn1|attn2|ffn)[._]", name) for name in tensors)
-    name = next(iter(families.WAN)) if wan else "flux"
+    name = "wan2.2-t2v-a14b" if wan else "flux"
     modules, _ = parse(tensors, name)
     misfits = [next(filter(None, map(network.misfit, modules)), None) for network in _family(name).networks]
     if all(misfits):
@@ -790,7 +793,7 @@ def runtime(tool: Format, metadata: Mapping[str, str]) -> str:
     position = metadata.get("byg.position")
     if position is None:
         return "unknown: the file does not say how it was conditioned (no byg.position)"
-    if metadata.get("byg.family") in families.WAN:
+    if metadata.get("byg.family") in FAMILIES and FAMILIES[metadata["byg.family"]].is_wan:
         return _WAN_RUNTIME.get((position, tool), f"unknown: byg.position is {position!r}")
     stock = {
         "diffusers": "runs stock: FluxKontextPipeline",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, cast
+
+from byg_plugin import families
 
 if TYPE_CHECKING:
     from byg_plugin.config.sections import Config
@@ -11,12 +14,5 @@ if TYPE_CHECKING:
 
 def make_family(config: Config) -> Family:
     """The configured family; its heavy imports happen here and not before."""
-    if config.model.family == "flux":
-        from byg_plugin.models.flux import FluxFamily
-
-        return FluxFamily(config)
-    if config.model.family.startswith("wan"):
-        from byg_plugin.models.wan import WanFamily
-
-        return WanFamily(config)
-    raise AssertionError(f"config accepted the unknown family {config.model.family!r}")
+    spec = families.named(config.model.family)
+    return cast("Family", resolve_name(spec.implementation)(config))

@@ -1,7 +1,7 @@
 """What a model family gives to hosts, caches and editing: the only knowledge of packing, positions, guidance and experts.
 
-A family is one file beside this one. It loads the frozen parts and turns a network into one velocity call; it never
-knows of LoRA, objectives or loops.
+A family is its `FamilySpec` and one file beside this one. It loads the frozen parts and turns a network into one velocity call; it
+never knows of LoRA, objectives or loops.
 """
 
 from __future__ import annotations
@@ -12,23 +12,50 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from byg_plugin.families import FamilySpec
+
 Text = Mapping[str, Tensor]
 """One or several encoded texts: named tensors with the batch first. Only a family looks inside."""
 
 
-class Family(Protocol):
-    """One model family, configured (position, guidance, parts' places)."""
+class Geometry(Protocol):
+    """Sizes and times of a family; no weights are read. Most of it is `models.geometry.SpecGeometry`."""
 
-    name: str
-    default_lora_targets: str
-    """Regular expression that a whole module name must match."""
-    experts: tuple[str, ...]
-    """Names of the networks: one, or the high-noise and the low-noise expert."""
+    spec: FamilySpec
+
+    @property
+    def name(self) -> str:
+        """Value of `model.family`."""
+        ...
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """Names of the networks: one, or the high-noise and the low-noise expert."""
+        ...
 
     @property
     def boundary(self) -> float | None:
         """t from which the first expert serves, below it the second; None for a family of one network."""
         ...
+
+    def expert_of(self, t: Tensor) -> str:
+        """Name of the expert that serves these t; all of them must be on one side."""
+        ...
+
+    def clip_frames(self, frames: int) -> int:
+        """The largest number of frames not above `frames` that the family takes (1: images alone)."""
+        ...
+
+    def shifted_nodes(self, nodes: Tensor, latent_shape: Sequence[int]) -> Tensor:
+        """The family's inference shift applied to nodes in [0, 1] (1 = noise); end points stay."""
+        ...
+
+
+class Family(Geometry, Protocol):
+    """One model family with its weights, configured (position, guidance, parts' places)."""
+
+    default_lora_targets: str
+    """Regular expression that a whole module name must match."""
 
     # --- frozen parts; each is loaded where it is used and dropped by its caller ---
     def load_transformers(self, dtype: torch.dtype) -> Iterator[tuple[str, nn.Module]]:
@@ -58,10 +85,6 @@ class Family(Protocol):
         """Sides of an image must be multiples of this many pixels. Loads no weights."""
         ...
 
-    def clip_frames(self, frames: int) -> int:
-        """The largest number of frames not above `frames` that the family takes (1: images alone)."""
-        ...
-
     # --- pixels and texts ---
     def encode_pixels(self, vae: nn.Module, pixels: Tensor) -> Tensor:
         """(B, 3, F, H, W) in [-1, 1] -> normalised latents (B, C, F', H', W'), float32."""
@@ -80,16 +103,8 @@ class Family(Protocol):
         ...
 
     # --- the network ---
-    def expert_of(self, t: Tensor) -> str:
-        """Name of the expert that serves these t; all of them must be on one side."""
-        ...
-
     def velocity(self, network: nn.Module, noisy: Tensor, t: Tensor, text: Text, source: Tensor | None) -> Tensor:
         """Velocity `noise - data` at `noisy` (B, C, F, H, W), t (B,) in [0, 1]; `source` as latents or None."""
-        ...
-
-    def shifted_nodes(self, nodes: Tensor, latent_shape: Sequence[int]) -> Tensor:
-        """The family's inference shift applied to nodes in [0, 1] (1 = noise); end points stay."""
         ...
 
     def solver(self, steps: int, schedule: str, name: str) -> Solver | None:

@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from byg_plugin.models import files, flux_files, flux_tokens
+from byg_plugin import families
+from byg_plugin.models import files, flux_files
 from byg_plugin.models.base import Text
-from byg_plugin.models.flux_tokens import PATCH, pack, pack_length, position_ids, unpack
+from byg_plugin.models.flux_tokens import PATCH, pack_length, sequence, unpack
+from byg_plugin.models.geometry import SpecGeometry
 
 if TYPE_CHECKING:
     from byg_plugin.config.sections import Config
@@ -40,15 +42,13 @@ class TextEncoders:
     t5_tokenizer: Any
 
 
-class FluxFamily:
+class FluxFamily(SpecGeometry):
     """FLUX.1-dev as configured; see `models.base.Family`."""
 
-    name = "flux"
     default_lora_targets = DEFAULT_TARGETS
-    experts: tuple[str, ...] = ("transformer",)
-    boundary: float | None = None
 
     def __init__(self, config: Config):
+        super().__init__(families.named(config.model.family))
         self._config = config
         self.position = config.conditioning.position
         self.guidance = config.conditioning.guidance
@@ -103,10 +103,6 @@ class FluxFamily:
         """VAE down-sampling x patch: 16 for FLUX.1."""
         return self._vae_factor * PATCH
 
-    def clip_frames(self, frames: int) -> int:
-        """FLUX takes images alone."""
-        return 1
-
     # --- pixels and texts ---
 
     @torch.no_grad()
@@ -144,10 +140,6 @@ class FluxFamily:
 
     # --- the network ---
 
-    def expert_of(self, t: Tensor) -> str:
-        """FLUX has one network for all t."""
-        return "transformer"
-
     def velocity(self, network: nn.Module, noisy: Tensor, t: Tensor, text: Text, source: Tensor | None) -> Tensor:
         """One network call: noisy (B, C, 1, H, W), t (B,) in [0, 1], source of the same shape or None -> velocity, float32.
 
@@ -158,11 +150,7 @@ class FluxFamily:
             raise ValueError(f"source latents {tuple(source.shape)} and noisy latents {tuple(noisy.shape)} must have one shape")
         h, w = noisy.shape[-2:]
         dtype = torch.float32 if torch.is_autocast_enabled(noisy.device.type) else network.x_embedder.bias.dtype
-        tokens, ids = pack(noisy), position_ids(h, w, 0, noisy.device)
-        if source is not None:
-            first = 1 if self.position == "kontext" else 0
-            ids = torch.cat([ids, position_ids(h, w, first, noisy.device)])
-            tokens = torch.cat([tokens, pack(source)], dim=1)
+        tokens, ids = sequence(noisy, source, self.position)
         guidance = torch.full_like(t, self.guidance, dtype=torch.float32) if network.config.guidance_embeds else None
         with _exact_times(network, t, guidance):
             prediction = network(
@@ -176,10 +164,6 @@ class FluxFamily:
                 return_dict=False,
             )[0]
         return unpack(prediction[:, : pack_length(h, w)].float(), h, w)
-
-    def shifted_nodes(self, nodes: Tensor, latent_shape: Sequence[int]) -> Tensor:
-        """FLUX.1-dev's resolution-dependent shift: exp(mu) with mu linear in the tokens, 0.5 at 256 and 1.15 at 4096."""
-        return flux_tokens.shifted_nodes(nodes, latent_shape)
 
     def solver(self, steps: int, schedule: str, name: str) -> None:
         """FLUX is published with Euler."""

@@ -1,17 +1,12 @@
-"""FLUX.1's latents as tokens: packing, position ids and the published shift. Torch alone, so that every host can use it.
+"""FLUX.1's latents as tokens: packing and position ids. Torch alone, so that every host can use it.
 
 Legend: B batch, C latent channels (16), F = 1, H W latent height and width, L tokens = (H/2)(W/2), D = 4C.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
-
-from byg_plugin import timesteps
 
 PATCH = 2
 
@@ -45,8 +40,14 @@ def pack_length(height: int, width: int) -> int:
     return (height // PATCH) * (width // PATCH)
 
 
-def shifted_nodes(nodes: Tensor, latent_shape: Sequence[int]) -> Tensor:
-    """FLUX.1-dev's resolution-dependent shift: exp(mu) with mu linear in the tokens, 0.5 at 256 and 1.15 at 4096."""
-    tokens = pack_length(*latent_shape[-2:])
-    mu = 0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256)
-    return timesteps.shift(nodes, math.exp(mu))
+def sequence(noisy: Tensor, source: Tensor | None, position: str) -> tuple[Tensor, Tensor]:
+    """Tokens and position ids of one call: noisy (B, C, 1, H, W), source like noisy or None -> (B, L or 2 L, D) and as many ids (3).
+
+    Source tokens follow the noisy tokens, at the same positions (`same`) or with the first id 1 (`kontext`).
+    """
+    h, w = noisy.shape[-2:]
+    tokens, ids = pack(noisy), position_ids(h, w, 0, noisy.device)
+    if source is None:
+        return tokens, ids
+    first = 1 if position == "kontext" else 0
+    return torch.cat([tokens, pack(source)], dim=1), torch.cat([ids, position_ids(h, w, first, noisy.device)])

@@ -21,10 +21,11 @@ import torch
 from diffusers import UniPCMultistepScheduler
 from torch import Tensor, nn
 
-from byg_plugin import timesteps
-from byg_plugin.families import WAN
+from byg_plugin import families, timesteps
+from byg_plugin.families import HIGH, LOW
 from byg_plugin.models import files, wan_files
 from byg_plugin.models.base import Text
+from byg_plugin.models.geometry import SpecGeometry
 
 if TYPE_CHECKING:
     from byg_plugin.config.sections import Config
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 # Attention and feed-forward linears of all blocks: 10 a block, 400 in a 14B expert. The rest stays frozen: not every tool
 # loads a LoRA of it.
 DEFAULT_TARGETS = r"blocks\.\d+\.(attn1|attn2)\.(to_q|to_k|to_v|to_out\.0)|blocks\.\d+\.ffn\.net\.(0\.proj|2)"
-HIGH, LOW = "transformer", "transformer_2"
 PATCH = 2  # of height and width; Wan does not patch frames
 
 
@@ -44,17 +44,15 @@ class TextEncoder:
     tokenizer: Any
 
 
-class WanFamily:
+class WanFamily(SpecGeometry):
     """A Wan text-to-video model as configured; see `models.base.Family`."""
 
     default_lora_targets = DEFAULT_TARGETS
 
     def __init__(self, config: Config):
+        super().__init__(families.named(config.model.family))
         self._config = config
-        self.name: str = config.model.family
-        self.spec = WAN[config.model.family]
         self.position = config.conditioning.position
-        self.experts: tuple[str, ...] = (HIGH,) if self.spec.boundary is None else (HIGH, LOW)
 
     # --- frozen parts ---
 
@@ -184,14 +182,6 @@ class WanFamily:
 
     # --- the network ---
 
-    def expert_of(self, t: Tensor) -> str:
-        """The one expert that serves these t."""
-        if self.boundary is None:
-            return HIGH
-        high = timesteps.is_high(t, self.boundary)
-        assert bool(high.all()) or not bool(high.any()), "t on both sides of the boundary: split the batch first"
-        return HIGH if bool(high[0]) else LOW
-
     def velocity(self, network: nn.Module, noisy: Tensor, t: Tensor, text: Text, source: Tensor | None) -> Tensor:
         """One network call: noisy (B, C, F, H, W), t (B,) in [0, 1], source of the same shape or None -> velocity, float32.
 
@@ -212,13 +202,10 @@ class WanFamily:
             )[0]
         return prediction[:, :, :frames].float()
 
-    def shifted_nodes(self, nodes: Tensor, latent_shape: Sequence[int]) -> Tensor:
-        """The published inference shift of this checkpoint."""
-        return timesteps.shift(nodes, self.spec.shift)
-
     def solver(self, steps: int, schedule: str, name: str) -> UniPC:
         """UniPC at Wan's own times, or at diffusers' (`unipc_diffusers`), with the published shift where the schedule is `shifted`."""
         times = diffusers_times if name == "unipc_diffusers" else wan_times
+        assert isinstance(self.spec.shift, float)
         return UniPC(times(steps, self.spec.shift if schedule == "shifted" else 1.0))
 
 

@@ -1,0 +1,35 @@
+"""The model families by name, and what their authors publish beside the weights. Data alone: no torch.
+
+A family is a file here (its `FamilySpec`s), a file in `models/` (its weights), and its line below.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from byg_plugin.families import flux, wan
+from byg_plugin.families.spec import EXPERT_SUFFIXES, HIGH, LOW, FamilySpec
+
+SPECS: dict[str, FamilySpec] = {
+    spec.name: spec
+    for spec in (
+        *flux.SPECS,
+        *wan.SPECS,
+    )
+}
+LoraFormat = Literal["diffusers", "comfyui", "musubi"]
+LORA_FORMATS: tuple[LoraFormat, ...] = ("diffusers", "comfyui", "musubi")
+POSITIONS: tuple[str, ...] = tuple(dict.fromkeys(position for spec in SPECS.values() for position in spec.positions))
+
+__all__ = ["EXPERT_SUFFIXES", "HIGH", "LORA_FORMATS", "LOW", "POSITIONS", "SPECS", "FamilySpec", "LoraFormat", "named"]
+
+
+def named(name: str) -> FamilySpec:
+    """The family of a name.
+
+    Raises:
+        ValueError: there is none; lists those that are there.
+    """
+    if name not in SPECS:
+        raise ValueError(f"the model family {name!r} is unknown here; known: {', '.join(SPECS)}")
+    return SPECS[name]

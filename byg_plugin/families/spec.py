@@ -1,0 +1,114 @@
+"""What is known of a model family before any of its files is opened: data alone, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal
+
+# The networks of a family: one, or the high-noise expert before the low-noise expert; and what follows the stem of a LoRA file of each.
+EXPERT_SUFFIXES = {"transformer": "_high_noise", "transformer_2": "_low_noise"}
+HIGH, LOW = EXPERT_SUFFIXES
+GuidanceKind = Literal["embedding", "classifier_free"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShiftByTokens:
+    """A resolution-dependent inference shift: exp(mu), mu linear in the image tokens through two published points.
+
+    Attributes:
+        tokens: of the two points.
+        mu: at the two points.
+        patch: side of the square of latents that is a token.
+    """
+
+    tokens: tuple[int, int]
+    mu: tuple[float, float]
+    patch: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class MusubiSpec:
+    """What musubi-tuner has for a family.
+
+    Attributes:
+        adapter: `module:Class` of `musubi.family.MusubiFamily`, the call of its network.
+        task: value of the host's option of that name; None: its script has none.
+        network_module: of the LoRA, unless `[musubi]` names one.
+        text_encoders: the host's options of the text encoders.
+        most_swapped: the largest `blocks_to_swap` that it takes.
+        previews_with_fp8_t5: whether its previews can encode texts with `fp8_t5`.
+    """
+
+    adapter: str
+    task: str | None = None
+    network_module: str
+    text_encoders: tuple[str, ...]
+    most_swapped: int
+    previews_with_fp8_t5: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class FamilySpec:
+    """One checkpoint that can be trained and edited with, as its authors publish it.
+
+    Attributes:
+        name: value of `model.family`.
+        implementation: `module:Class` of its `models.base.Family`.
+        lora_layout: names of its LoRA's layers, a key of `lora.formats.LAYOUTS`.
+        positions: the values of `conditioning.position` that it has.
+        frame_multiple: clips have n times this many frames and one more; None: images alone.
+        boundary: t from which the high-noise expert serves; None: one network.
+        guidance: `embedding`: an input of the network, `conditioning.guidance`; `classifier_free`: of previews and edits,
+            `sample.cfg_high_noise` and `sample.cfg_low_noise`.
+        guidance_scales: the published scales at high and at low noise; (1, 1): no classifier-free guidance.
+        negative: the text that guidance leads away from, unless `sample.negative` names one.
+        text_encoders: the parts of `[model]` that encode texts.
+        text_limit: tokens of the longest text.
+        text_in_sequence: whether text tokens are part of the network's sequence.
+        shift: of the inference schedule.
+        solvers: the published sampler's names in `sample.solver`; none: Euler.
+        fps: frames a second of its clips.
+        native: side of the square with as many pixels as its native size, at which it edits; None: the size that was trained.
+        vae_tiling: whether its VAE can work in tiles.
+        defaults: of the configuration, by section, where they are not the general ones.
+        diffusers: the first version that has its classes as they are called here.
+        musubi: how musubi-tuner trains it; None: not at all.
+    """
+
+    name: str
+    implementation: str
+    lora_layout: str
+    positions: tuple[str, ...]
+    frame_multiple: int | None = None
+    boundary: float | None = None
+    guidance: GuidanceKind
+    guidance_scales: tuple[float, float] = (1.0, 1.0)
+    negative: str = ""
+    text_encoders: tuple[str, ...]
+    text_limit: int = 512
+    text_in_sequence: bool
+    shift: float | ShiftByTokens
+    solvers: tuple[str, ...] = ()
+    fps: int | None = None
+    native: int | None = None
+    vae_tiling: bool = False
+    defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: MappingProxyType({}))
+    diffusers: tuple[int, int] = (0, 35)
+    musubi: MusubiSpec | None = None
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """Names of its networks, parts of `[model]`: one, or the high-noise and the low-noise expert."""
+        return (HIGH,) if self.boundary is None else (HIGH, LOW)
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether it is two networks, told apart by t."""
+        return self.boundary is not None
+
+    @property
+    def takes_clips(self) -> bool:
+        """Whether it takes more than one frame."""
+        return self.frame_multiple is not None

@@ -1,0 +1,60 @@
+"""A micro-batch with its randomness, the same on every host."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from byg_plugin import sampling
+from byg_plugin.data.tuples import TEXTS
+from byg_plugin.models.base import Geometry
+from byg_plugin.objectives.base import Batch, Text
+from byg_plugin.objectives.draws import draw_t
+
+if TYPE_CHECKING:
+    from byg_plugin.config.sections import ObjectiveConfig
+
+
+def draw_batch(
+    objective: ObjectiveConfig,
+    geometry: Geometry,
+    source: Tensor,
+    texts: Mapping[str, Text],
+    rng: torch.Generator,
+    device: torch.device,
+    *,
+    identity_step: bool,
+    high: bool | None = None,
+    t: Tensor | None = None,
+    target: Tensor | None = None,
+) -> Batch:
+    """Noise, then t, drawn on the CPU, which gives the same numbers for every device; everything on the device.
+
+    Args:
+        objective: the law of t and the rollout's nodes.
+        geometry: the family's boundary and shift.
+        source: latents (B, C, F, H, W).
+        texts: the four roles, B of each.
+        rng: of this micro-batch.
+        device: where the networks are.
+        identity_step: the kind of step.
+        high: the side of the experts' boundary on which t is drawn; None: both, or no experts.
+        t: (B,) instead of a draw.
+        target: the edited latents, where the objective takes them.
+    """
+    noise = torch.randn(source.shape, generator=rng)
+    if t is None:
+        t = draw_t(objective, len(source), rng, geometry.boundary, high)
+    nodes = sampling.sampling_nodes(geometry, objective.rollout_steps, objective.rollout_schedule, tuple(source.shape))
+    return Batch(
+        source=source.to(device),
+        noise=noise.to(device),
+        t=t.to(device),
+        nodes=nodes.to(device),
+        identity_step=identity_step,
+        target=None if target is None else target.to(device),
+        **{role: {name: value.to(device) for name, value in texts[role].items()} for role in TEXTS},
+    )

@@ -1,0 +1,67 @@
+"""A family's sizes and times, from its `FamilySpec` alone: no weights, so that a host with networks of its own uses it too."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from byg_plugin import timesteps
+from byg_plugin.families import FamilySpec
+from byg_plugin.families.spec import ShiftByTokens
+
+
+class SpecGeometry:
+    """Implements `models.base.Geometry`.
+
+    Args:
+        spec: of the family.
+        boundary: t from which the high-noise expert serves, where it is not the published one.
+    """
+
+    def __init__(self, spec: FamilySpec, boundary: float | None = None):
+        assert boundary is None or spec.has_experts, "a boundary is between two experts"
+        self.spec = spec
+        self._boundary = boundary or spec.boundary
+
+    @property
+    def name(self) -> str:
+        """Value of `model.family`."""
+        return self.spec.name
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """Names of the networks: one, or the high-noise and the low-noise expert."""
+        return self.spec.experts
+
+    @property
+    def boundary(self) -> float | None:
+        """t from which the first expert serves, below it the second; None for a family of one network."""
+        return self._boundary
+
+    def expert_of(self, t: Tensor) -> str:
+        """The one expert that serves these t."""
+        if self.boundary is None:
+            return self.experts[0]
+        high = timesteps.is_high(t, self.boundary)
+        assert bool(high.all()) or not bool(high.any()), "t on both sides of the boundary: split the batch first"
+        return self.experts[not bool(high[0])]
+
+    def clip_frames(self, frames: int) -> int:
+        """The largest number of frames not above `frames` that the family takes: n times its multiple and one, or one alone."""
+        multiple = self.spec.frame_multiple
+        return 1 if multiple is None else (frames - 1) // multiple * multiple + 1
+
+    def shifted_nodes(self, nodes: Tensor, latent_shape: Sequence[int]) -> Tensor:
+        """The published inference shift applied to nodes in [0, 1] (1 = noise); end points stay. `latent_shape` ends with height, width."""
+        return timesteps.shift(nodes, _factor(self.spec.shift, latent_shape))
+
+
+def _factor(shift: float | ShiftByTokens, latent_shape: Sequence[int]) -> float:
+    if not isinstance(shift, ShiftByTokens):
+        return shift
+    height, width = latent_shape[-2:]
+    tokens = (height // shift.patch) * (width // shift.patch)
+    (first, last), (low, high) = shift.tokens, shift.mu
+    return math.exp(low + (high - low) * (tokens - first) / (last - first))
