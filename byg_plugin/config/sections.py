@@ -6,7 +6,7 @@ Every option is declared once, here, with a sentence and its unit; `loading.py` 
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
@@ -28,13 +28,18 @@ from byg_plugin.config.fields import (
     Weight,
 )
 
+if TYPE_CHECKING:
+    FamilyName = str
+    Position = str
+else:
+    FamilyName = Literal[tuple(families.SPECS)]
+    Position = Literal[families.POSITIONS]
+
 
 class ModelConfig(Section):
     """Which frozen base model is edited with, and how it is held in memory."""
 
-    family: Literal["flux", "wan2.2-t2v-a14b", "wan2.1-t2v-14b", "wan2.1-t2v-1.3b", "wan2.2-ti2v-5b"] = Field(
-        "flux", description="Model family."
-    )
+    family: FamilyName = Field("flux", description="Model family.")
     host: Literal["diffusers", "musubi"] = Field(
         "diffusers", description="Training host; `diffusers` is the embedded one, `musubi` an installed musubi-tuner."
     )
@@ -73,15 +78,21 @@ class ModelConfig(Section):
                 f"model.host_path is musubi-tuner's folder, model.host is {self.host!r}: leave it out, or set model.host = 'musubi'"
             )
         for key in ("transformer_2", "boundary", "offload_inactive_expert"):
-            if getattr(self, key) not in (None, False) and not families.has_experts(self.family):
+            if getattr(self, key) not in (None, False) and not self.spec.has_experts:
                 raise ValueError(f"model.{key} is for families of two experts, {self.family} has one network: leave it out")
         if self.offload_inactive_expert and self.quantization in ("int8", "nf4"):
             raise ValueError(
                 f"model.offload_inactive_expert cannot move weights stored as {self.quantization}: set model.quantization = 'fp8' or 'none'"
             )
-        if self.clip and self.family in families.WAN:
-            raise ValueError(f"model.clip: {self.family} has no CLIP text encoder, leave it out")
+        for key in ("t5", "clip"):
+            if getattr(self, key) and key not in self.spec.text_encoders:
+                raise ValueError(f"model.{key}: {self.family} has no such text encoder, leave it out")
         return self
+
+    @property
+    def spec(self) -> families.FamilySpec:
+        """What is published of the family."""
+        return families.named(self.family)
 
     def part(self, name: str) -> str:
         """Where one part (`transformer`, `transformer_2`, `vae`, `t5`, `clip`) is loaded from.
@@ -145,7 +156,7 @@ class DatasetConfig(Section):
 class ConditioningConfig(Section):
     """How the source enters the network."""
 
-    position: Literal["same", "kontext", "bernini"] = Field(
+    position: Position = Field(
         "same",
         description="Positions of the source tokens: the noisy tokens' own; FLUX also first id 1 as stock Kontext tools (kontext), "
         "Wan also turned as ComfyUI's in-context latents (bernini).",
@@ -373,19 +384,6 @@ OPTIONS_OF_MUSUBI = {
 _READ_ON_MUSUBI = {"model": {"family", "host", "host_path", "device"}, "dataset": {"tuples", "rules"}}
 
 
-# Where video differs from images; a file that names the key decides.
-_VIDEO_DEFAULTS: dict[str, dict[str, Any]] = {
-    "dataset": {"frames": 81},
-    "objective": {
-        "t_distribution": "logit_normal",
-        "t_shift": 12.0,
-        "rollout_schedule": "shifted",
-        "identity_probability": 0.1,
-        "ema_decay": 0.0,
-    },
-}
-
-
 class Config(Section):
     """The whole configuration. Paths are relative to the folder the command is run in.
 
@@ -410,11 +408,10 @@ class Config(Section):
     def _defaults_of_the_family(cls, raw: Any) -> Any:
         model = raw.get("model") if isinstance(raw, dict) else None
         family = model.get("family") if isinstance(model, dict) else None
-        if not isinstance(family, str) or family not in families.WAN:
+        if not isinstance(family, str) or family not in families.SPECS:
             return raw
-        own = {**_VIDEO_DEFAULTS, "sample": {"steps": families.WAN[family].steps}}
         filled = dict(raw)
-        for section, values in own.items():
+        for section, values in families.named(family).defaults.items():
             given = raw.get(section, {})
             if isinstance(given, dict):
                 filled[section] = {**values, **given}
@@ -448,9 +445,9 @@ class Config(Section):
     def _check_musubi(self) -> Config:
         if self.model.host != "musubi":
             return self
-        family, objective = self.model.family, self.objective
-        if family == "wan2.2-ti2v-5b":
-            raise ValueError(f"model.family = {family!r}: musubi-tuner has no 5B; set model.host = 'diffusers'")
+        objective = self.objective
+        if self.model.spec.musubi is None:
+            raise ValueError(f"model.family = {self.model.family!r}: musubi-tuner does not train it; set model.host = 'diffusers'")
         if self.conditioning.position == "bernini":
             raise ValueError(
                 "conditioning.position = 'bernini' turns the source's positions, for which musubi-tuner's Wan has no place: set "
@@ -471,33 +468,36 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check_family(self) -> Config:
-        family = self.model.family
-        positions = families.POSITIONS[family]
-        if self.conditioning.position not in positions:
+        family, spec = self.model.family, self.model.spec
+        if self.conditioning.position not in spec.positions:
             raise ValueError(
-                f"conditioning.position = {self.conditioning.position!r} is not for {family}: one of {', '.join(map(repr, positions))}"
+                f"conditioning.position = {self.conditioning.position!r} is not for {family}: one of {', '.join(map(repr, spec.positions))}"
             )
-        if family not in families.WAN:
-            named = {key: getattr(self.sample, key) for key in ("cfg_high_noise", "cfg_low_noise", "negative")}
-            if any(value is not None for value in named.values()) or self.sample.solver in ("unipc", "unipc_diffusers"):
-                raise ValueError(
-                    f"sample.solver = {self.sample.solver!r}, sample.cfg_* and sample.negative are Wan's, model.family is {family!r}: "
-                    "leave them out"
-                )
+        if self.sample.solver not in ("auto", "euler", *spec.solvers):
+            raise ValueError(f"sample.solver = {self.sample.solver!r} is not {family}'s, leave it out")
+        if spec.guidance != "classifier_free":
+            for key in ("cfg_high_noise", "cfg_low_noise", "negative"):
+                if (value := getattr(self.sample, key)) is not None:
+                    raise ValueError(
+                        f"sample.{key} = {value!r}: {family} has no classifier-free guidance, leave it out (it has conditioning.guidance)"
+                    )
+        if spec.guidance != "embedding" and self.conditioning.guidance != ConditioningConfig.model_fields["guidance"].default:
+            raise ValueError(
+                f"conditioning.guidance = {self.conditioning.guidance} is a guidance embedding, which {family} has not: leave it out "
+                "(sample.cfg_high_noise and sample.cfg_low_noise guide previews and edits)"
+            )
+        if not spec.takes_clips:
             if self.dataset.frames > 1 or self.dataset.min_frames:
                 raise ValueError(f"dataset.frames = {self.dataset.frames}: {family} takes images, set dataset.frames = 1")
             if self.dataset.fps:
                 raise ValueError(f"dataset.fps = {self.dataset.fps} is for clips, {family} takes images: leave it out")
-            if self.dataset.vae_tiling:
-                raise ValueError(f"dataset.vae_tiling is for Wan's VAE, model.family is {family!r}: leave it out")
-        elif self.conditioning.guidance != ConditioningConfig.model_fields["guidance"].default:
-            raise ValueError(
-                f"conditioning.guidance = {self.conditioning.guidance} is FLUX's guidance embedding, which {family} has not: leave it out "
-                "(sample.cfg_high_noise and sample.cfg_low_noise guide previews and edits)"
-            )
-        if self.sample.cfg_low_noise is not None and not families.has_experts(family):
+        if self.dataset.vae_tiling and not spec.vae_tiling:
+            raise ValueError(f"dataset.vae_tiling: the VAE of {family} is not run in tiles, leave it out")
+        if self.conditioning.max_text_tokens > spec.text_limit:
+            raise ValueError(f"conditioning.max_text_tokens = {self.conditioning.max_text_tokens}: {family} takes up to {spec.text_limit}")
+        if self.sample.cfg_low_noise is not None and not spec.has_experts:
             raise ValueError(f"sample.cfg_low_noise is for families of two experts, {family} has one network: set sample.cfg_high_noise")
-        if self.lora.experts != "separate" and not families.has_experts(family):
+        if self.lora.experts != "separate" and not spec.has_experts:
             raise ValueError(f"lora.experts = {self.lora.experts!r}: {family} has one network, leave it out")
         if self.dataset.min_frames and self.dataset.min_frames > self.dataset.frames:
             raise ValueError(f"dataset.min_frames = {self.dataset.min_frames} is above dataset.frames = {self.dataset.frames}")
@@ -506,23 +506,21 @@ class Config(Section):
     @property
     def fps(self) -> float | None:
         """Frames a second that clips are read at; None: as they are."""
-        spec = families.WAN.get(self.model.family)
-        return self.dataset.fps or (spec.fps if spec else None)
+        return self.dataset.fps or self.model.spec.fps
 
     def cfg_at(self, high_noise: bool) -> float:
         """Classifier-free guidance of previews and editing; 1 = none."""
-        spec = families.WAN.get(self.model.family)
-        if spec is None:
-            return 1.0
-        given = self.sample.cfg_high_noise if high_noise or spec.boundary is None else self.sample.cfg_low_noise
-        return spec.guidance[not high_noise] if given is None else given
+        spec = self.model.spec
+        high = high_noise or not spec.has_experts
+        given = self.sample.cfg_high_noise if high else self.sample.cfg_low_noise
+        return spec.guidance_scales[not high_noise] if given is None else given
 
     @property
     def negative(self) -> str | None:
         """The text of the branch that guidance leads away from; None where there is no guidance."""
         if self.cfg_at(True) == self.cfg_at(False) == 1.0:
             return None
-        return families.WAN_NEGATIVE if self.sample.negative is None else self.sample.negative
+        return self.model.spec.negative if self.sample.negative is None else self.sample.negative
 
     @model_validator(mode="after")
     def _check_that_it_trains(self) -> Config:
@@ -604,12 +602,13 @@ def _filled_from(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
     family = sections["model"].get("family", "flux")
     family = family if isinstance(family, str) else ""  # the schema refuses it
-    lora = {"rank": given("network_dim", int, 1), "experts": "shared" if families.has_experts(family) else None}
+    spec = families.SPECS.get(family)
+    lora = {"rank": given("network_dim", int, 1), "experts": "shared" if spec and spec.has_experts else None}
     train = {"steps": given("max_train_steps", int, 1) or 1600, "seed": given("seed", int), "global_batch_size": 1}
     output = {"dir": given("output_dir", str) or ".", "name": given("output_name", str)}
     filled = {"lora": lora, "train": train, "output": output}
     return {
         # What was written there is unknown to these sections, and is told.
         **{name: {**sections[name], **{k: v for k, v in section.items() if v is not None}} for name, section in filled.items()},
-        "dataset": {"cache_dir": ".", "frames": 81 if family in families.WAN else 1, **sections["dataset"]},
+        "dataset": {"cache_dir": ".", "frames": spec.defaults.get("dataset", {}).get("frames", 1) if spec else 1, **sections["dataset"]},
     }
