@@ -316,7 +316,7 @@ class Config(Section):
     model: ModelConfig
     dataset: DatasetConfig
     conditioning: ConditioningConfig = ConditioningConfig()
-    objective: AnyObjective = Field(default_factory=lambda: SECTIONS_OF_OBJECTIVES[DEFAULT]())
+    objective: AnyObjective = Field(default_factory=lambda: SECTIONS_OF_OBJECTIVES[DEFAULT].model_validate({}))
     lora: LoraConfig = LoraConfig()
     train: TrainConfig
     sample: SampleConfig = SampleConfig()
@@ -348,11 +348,9 @@ class Config(Section):
         """Of the validators before, the one defined last runs first."""
         model = raw.get("model") if isinstance(raw, dict) else None
         host = model.get("host") if isinstance(model, dict) else None
-        for name, place in HOSTS.items():
+        for name in HOSTS:
             if name != host and isinstance(raw, dict) and raw.get(name):
-                raise ValueError(
-                    f"[{name}] holds options of {name}-tuner, and model.host is not {name!r}: set it, or leave the section out"
-                )
+                raise ValueError(f"[{name}] holds another host's options, and model.host is not {name!r}: set it, or leave the section out")
         return resolve_name(HOSTS[host]).fill(raw) if isinstance(host, str) and host in HOSTS else raw
 
     @model_validator(mode="after")
