@@ -20,8 +20,8 @@ from byg_plugin.hosts import make_host
 from byg_plugin.lora.metadata import lora_metadata
 from byg_plugin.models import make_family
 from byg_plugin.training.checkpoint import save_file
-from tests.demo.test_video_demo import base  # noqa: F401 - a fixture
 from tests.support.tiny import SHORT_TRAINING, wake
+from tests.support.video_base import write_video_base
 
 LITTLE = dataclasses.replace(
     clips.SUBJECT,
@@ -30,7 +30,12 @@ LITTLE = dataclasses.replace(
 )
 
 
-def small(folder: Path, base: Path, *words: str, subject: study.Subject = LITTLE) -> study.Study:  # noqa: F811
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return write_video_base(tmp_path_factory.mktemp("base"))
+
+
+def small(folder: Path, base: Path, *words: str, subject: study.Subject = LITTLE) -> study.Study:
     options = study.parse(["--out", f"{folder}/out", "--work", f"{folder}/work", "--base", str(base), *words], subject)
     options.set = [*SHORT_TRAINING, *options.set]
     return study.Study(options, subject)
@@ -49,7 +54,7 @@ def small(folder: Path, base: Path, *words: str, subject: study.Subject = LITTLE
         ("six_full", {}),
     ],
 )
-def test_every_switch_of_the_images_study_is_one_of_the_clips(tmp_path, base, name, changed):  # noqa: F811
+def test_every_switch_of_the_images_study_is_one_of_the_clips(tmp_path, base, name, changed):
     whole = small(tmp_path, base)
     one, other = (runs.settings(whole.plan(run, 0)) for run in ("full", name))
     assert {f"{s}.{k}": v for s, values in other.items() for k, v in values.items() if one[s][k] != v} == changed
@@ -67,7 +72,7 @@ def test_stages_and_the_demo_share_no_clips():
     assert not seen & {edit.before for split in ("train", "eval") for edit in video_world.sample_split(384, 0, split)}
 
 
-def test_edits_are_those_of_the_edit_pipeline(tmp_path, base):  # noqa: F811
+def test_edits_are_those_of_the_edit_pipeline(tmp_path, base):
     """With LoRAs that are awake in both experts, same noise: the same frames; merged weights round otherwise than a LoRA."""
     plan = small(tmp_path, base, "--try", "float32", "--set", "train.mixed_precision=no").plan("full", 0)
     host = make_host(plan.config, make_family(plan.config), runs.CPU)
@@ -87,7 +92,7 @@ def test_edits_are_those_of_the_edit_pipeline(tmp_path, base):  # noqa: F811
     assert len({clip.tobytes() for clip in mine.values()}) == 2
 
 
-def test_the_base_sees_captions_and_no_source(tmp_path, base):  # noqa: F811
+def test_the_base_sees_captions_and_no_source(tmp_path, base):
     plan = small(tmp_path, base).plan("base", 0)
     seen = []
 
@@ -100,7 +105,7 @@ def test_the_base_sees_captions_and_no_source(tmp_path, base):  # noqa: F811
     assert {clip.shape for clip in made.values()} == {(5, 64, 64, 3)}
 
 
-def test_a_run_leaves_a_whole_record_and_its_page_has_the_clips_columns(tmp_path, base):  # noqa: F811
+def test_a_run_leaves_a_whole_record_and_its_page_has_the_clips_columns(tmp_path, base):
     whole = small(tmp_path, base)
     for name in ("truth", "copy", "full"):
         runs.run(whole.plan(name, 0))
@@ -119,7 +124,7 @@ def test_a_run_leaves_a_whole_record_and_its_page_has_the_clips_columns(tmp_path
     assert "trajectory" not in report.table({"copy": {0: record | {"name": "copy", "kind": "copy"}}}, 5)
 
 
-def test_targets_are_clips_and_only_the_baseline_has_them(tmp_path, base):  # noqa: F811
+def test_targets_are_clips_and_only_the_baseline_has_them(tmp_path, base):
     whole = small(tmp_path, base)
     for name in ("full", "paired_steps"):
         plan = whole.plan(name, 0)

@@ -1,10 +1,8 @@
-"""Images of every kind as the person who took them sees them; sizes and crops of buckets."""
+"""Images of every kind as the person who took them sees them, and refusals by file."""
 
 from __future__ import annotations
 
 import io
-import logging
-import math
 import struct
 import zlib
 from pathlib import Path
@@ -12,16 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from byg_plugin.config.sections import DatasetConfig
-from byg_plugin.data.buckets import all_buckets, bucket_for, bucket_step, crop_to_bucket, is_below_resolution, to_tensor
-from byg_plugin.data.media import MAX_SIDE, READER, image_size, load_image, look, to_rgb
-from byg_plugin.images import save_png
+from byg_plugin.data.buckets import to_tensor
+from byg_plugin.data.media import MAX_SIDE, READER, image_size, load_image, look
 from dataset_tools.backend import encode_image
 from tests.support.data_fakes import picture
-from tests.support.icc import ADOBE, INKS, P3, SRGB, cmyk, grey, in_srgb, lab_in_srgb, rgb
+from tests.support.png_files import chunk, png
 
 QUADRANTS = np.array([[[200, 30, 30], [30, 200, 30]], [[30, 30, 200], [220, 220, 30]]], dtype=np.uint8)
 
@@ -156,17 +152,6 @@ def test_damaged_pixels(tmp_path: Path) -> None:
     path.write_bytes(whole)
     with pytest.raises(ValueError, match=r"x\.png: cannot be read, it is damaged"):
         load_image(path)
-
-
-def chunk(name: bytes, data: bytes) -> bytes:
-    """A chunk of a PNG."""
-    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-
-def png(depth: int, kind: int, size: tuple[int, int], pixels: bytes, *chunks: bytes) -> bytes:
-    """A PNG of one row, or of what is promised and not there."""
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", *size, depth, kind, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + head + b"".join(chunks) + chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND", b"")
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -333,197 +318,6 @@ def test_a_transparent_colour_is_white_in_every_depth(
     path.write_bytes(png(depth, kind, (size, 1), b"\0" + row, chunk(b"tRNS", struct.pack(f">{len(key)}H", *key))))
     assert np.asarray(load_image(path))[0].tolist() == [[value] * 3 for value in expected]
     assert look(path).reader == ("" if depth == 8 else READER)
-
-
-# --- colour profiles ---
-
-
-@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tif"])
-@pytest.mark.parametrize(("primaries", "gamma"), [(P3, None), (ADOBE, 563 / 256), (SRGB, 1.8)])
-def test_a_display_s_profile_becomes_srgb(tmp_path: Path, suffix: str, primaries: np.ndarray, gamma: float | None) -> None:
-    path = tmp_path / f"x.{suffix}"
-    for colour in ((200, 60, 60), (60, 140, 90), (30, 30, 30), (255, 255, 255)):
-        Image.new("RGB", (16, 16), colour).save(path, icc_profile=rgb(primaries, gamma), quality=100)
-        with Image.open(path) as stored:
-            numbers = stored.convert("RGB").getpixel((8, 8))
-        assert np.abs(load_image(path).getpixel((8, 8)) - in_srgb(numbers, primaries, gamma)).max() <= 1.5
-    assert look(path).reader == READER
-
-
-@pytest.mark.parametrize("mode", ["L", "LA", "1", "P", "RGBA", "I;16"])
-def test_a_profile_of_a_picture_of_another_mode(tmp_path: Path, mode: str) -> None:
-    profile, expected = (grey(1.8), 76.9) if mode in ("L", "LA", "I;16") else (rgb(SRGB, 1.8), 76.9)
-    picture = {
-        "1": Image.new("1", (8, 8), 1),
-        "P": Image.new("RGB", (8, 8), (60, 60, 60)).quantize(2),
-        "I;16": Image.fromarray(np.full((8, 8), 60 * 257, dtype=np.uint16)),
-    }.get(mode) or Image.new(mode, (8, 8), {"L": 60, "LA": (60, 255), "RGBA": (60, 60, 60, 255)}[mode])
-    picture.save(tmp_path / "x.png", icc_profile=profile)
-    value = load_image(tmp_path / "x.png").getpixel((4, 4))
-    assert value == (255, 255, 255) if mode == "1" else np.abs(np.array(value) - expected).max() < 1.5
-    assert look(tmp_path / "x.png").reader == ("" if mode == "1" else READER)
-
-
-def test_a_profile_leaves_transparency_white(tmp_path: Path) -> None:
-    Image.new("RGBA", (8, 8), (60, 60, 60, 0)).save(tmp_path / "x.png", icc_profile=rgb(SRGB, 1.8))
-    assert load_image(tmp_path / "x.png").getpixel((4, 4)) == (255, 255, 255)
-
-
-@pytest.mark.parametrize("suffix", ["jpg", "tif"])
-@pytest.mark.parametrize(("inks", "node"), [((255, 0, 0, 0), 8), ((0, 255, 255, 0), 6), ((0, 255, 0, 0), 4), ((0, 0, 0, 0), 0)])
-def test_a_press_s_profile_becomes_srgb(tmp_path: Path, suffix: str, inks: tuple[int, ...], node: int) -> None:
-    path = tmp_path / f"x.{suffix}"
-    Image.new("CMYK", (16, 16), inks).save(path, icc_profile=cmyk(), quality=100)
-    assert np.abs(load_image(path).getpixel((8, 8)) - lab_in_srgb(*INKS[node])).max() <= 3
-
-
-def test_a_profile_too_large_for_pillow(tmp_path: Path) -> None:
-    Image.new("RGB", (8, 8), (200, 60, 60)).save(tmp_path / "x.png", icc_profile=rgb(P3, padding=3 << 20))
-    assert np.abs(load_image(tmp_path / "x.png").getpixel((4, 4)) - in_srgb((200, 60, 60), P3)).max() <= 1
-
-
-@pytest.mark.parametrize("profile", [rgb(SRGB), ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()])
-def test_srgb_s_own_numbers_stay(tmp_path: Path, profile: bytes) -> None:
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
-    image.save(tmp_path / "x.png", icc_profile=profile)
-    assert np.array_equal(np.asarray(load_image(tmp_path / "x.png")), np.asarray(image)) and look(tmp_path / "x.png").reader == ""
-
-
-@pytest.mark.parametrize(
-    ("profile", "why"),
-    [(b"garbage" * 30, "it is damaged"), (b"", "it is damaged"), (cmyk(), "it is for CMYK pictures"), (rgb(P3)[:300], "damaged")],
-)
-def test_a_profile_that_cannot_be_used_is_told_once(tmp_path: Path, profile: bytes, why: str, caplog: pytest.LogCaptureFixture) -> None:
-    path = tmp_path / "x.png"
-    packed = b"name\0\0" + zlib.compress(profile)
-    path.write_bytes(png(8, 2, (1, 1), b"\0\xc8\x1e\x1e", chunk(b"iCCP", packed)))
-    with caplog.at_level(logging.WARNING):
-        assert [load_image(path).getpixel((0, 0)) for _ in range(2)] == [(200, 30, 30)] * 2 and look(path).reader == ""
-    assert len(caplog.messages) == 1 and f"{path}: its colour profile cannot be used" in caplog.text and why in caplog.text
-
-
-@pytest.mark.parametrize("mode", ["RGB", "CMYK", "L"])
-def test_nothing_but_pixels_comes_of_a_file_or_goes_into_one(tmp_path: Path, mode: str) -> None:
-    exif = Image.Exif()
-    exif[0x010E] = "a place"
-    profile = {"RGB": rgb(P3), "CMYK": cmyk(), "L": grey(1.8)}[mode]
-    Image.new(mode, (32, 32)).save(tmp_path / "x.jpg", icc_profile=profile, exif=exif, comment=b"a name", dpi=(300, 300))
-    image = load_image(tmp_path / "x.jpg")
-    assert image.info == {} and image.resize((16, 16)).info == {} and to_rgb(Image.open(tmp_path / "x.jpg")).info == {}
-    with Image.open(tmp_path / "x.jpg") as carrying:
-        save_png(carrying.convert("RGB"), tmp_path / "y.png", {"steps": 1})
-        assert carrying.info
-    with Image.open(tmp_path / "y.png") as saved:
-        assert saved.info == {"byg": '{"steps": 1}'} and not saved.getexif()
-
-
-# --- buckets ---
-
-
-def dataset(resolution: int = 512, **keys: object) -> DatasetConfig:
-    return DatasetConfig.model_validate({"tuples": "t", "cache_dir": "c", "resolution": resolution, **keys})
-
-
-@pytest.mark.parametrize("resolution", [64, 256, 512, 768, 1024])
-@pytest.mark.parametrize("max_aspect", [1.0, 2.0, 3.5])
-def test_buckets_have_about_the_asked_area_and_bounded_aspect(resolution: int, max_aspect: float) -> None:
-    config = dataset(resolution, max_aspect=max_aspect)
-    step = bucket_step(config, 16)
-    assert step == (16 if resolution < 256 else 64)
-    found = all_buckets(config, 16)
-    assert (resolution, resolution) in found and len(set(found)) == len(found)
-    for width, height in found:
-        assert width % step == height % step == 0
-        assert max(width / height, height / width) <= max_aspect
-        # A side less than a step is lost by flooring.
-        assert resolution**2 - width * step < width * height <= resolution**2
-
-
-def test_every_bucket_has_its_turned_one() -> None:
-    found = set(all_buckets(dataset(512), 16))
-    assert {(height, width) for width, height in found} == found
-
-
-SIZES = [(w, h) for w in (16, 17, 100, 333, 512, 640, 1000, 1920, 6000) for h in (16, 31, 99, 256, 511, 512, 1080, 4000)]
-
-
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("keys", [{}, {"buckets": False}, {"max_aspect": 4.0}, {"resolution": 64}, {"bucket_step": 32}])
-def test_never_scaled_up(size: tuple[int, int], keys: dict[str, object]) -> None:
-    config = dataset(**keys)
-    bucket = bucket_for(size, config, 16)
-    assert bucket[0] <= size[0] and bucket[1] <= size[1] and not [side for side in bucket if side % 16]
-    if not is_below_resolution(bucket, config, 16):
-        assert bucket in all_buckets(config, 16)
-    if min(size) >= 2 * config.resolution:
-        assert bucket in all_buckets(config, 16)
-
-
-def test_aspect_error_is_bounded() -> None:
-    # In steps of 64 the widest bucket within 2:1 is 640 x 384; elsewhere the neighbours are nearer.
-    for width in range(600, 1200, 7):
-        bucket = bucket_for((width, 600), dataset(512), 16)
-        assert abs(math.log(bucket[0] / bucket[1] * 600 / width)) < (0.183 if width > 1000 else 0.14), (width, bucket)
-
-
-def test_small_pictures_fill_what_they_have() -> None:
-    config = dataset(512)
-    assert bucket_for((500, 500), config, 16) == (496, 496)
-    assert bucket_for((511, 511), config, 16) == (496, 496)
-    assert bucket_for((512, 512), config, 16) == (512, 512)
-    assert bucket_for((100, 300), config, 16) == (96, 160)  # the shape of 384 x 640, the highest within 1:2
-    assert is_below_resolution((496, 496), config, 16)
-    # Exact multiples lose nothing to rounding.
-    for side in range(16, 512, 16):
-        assert bucket_for((side, side), config, 16) == (side, side)
-
-
-@pytest.mark.parametrize("size", [(1, 1), (1, 500), (15, 15), (500, 15)])
-def test_too_small_for_the_model(size: tuple[int, int]) -> None:
-    with pytest.raises(ValueError, match=rf"{size[0]} x {size[1]} pixels are too few: the model needs at least 16"):
-        bucket_for(size, dataset(), 16)
-
-
-def test_bucket_step_must_fit_the_model() -> None:
-    with pytest.raises(ValueError, match=r"dataset\.bucket_step = 24 must be a multiple of 16"):
-        bucket_step(dataset(bucket_step=24), 16)
-    with pytest.raises(ValueError, match=r"dataset\.resolution = 64 is less than one bucket step of 128"):
-        bucket_step(dataset(64, bucket_step=128), 16)
-
-
-def ramp(width: int, height: int) -> Image.Image:
-    """Red is the column, green the row, both from 0 to 255."""
-    x = np.broadcast_to((np.arange(width) + 0.5) / width * 255, (height, width))
-    y = np.broadcast_to(((np.arange(height) + 0.5) / height * 255)[:, None], (height, width))
-    return Image.fromarray(np.stack([x, y, np.zeros_like(x)], axis=-1).round().astype(np.uint8))
-
-
-@pytest.mark.parametrize(
-    ("size", "bucket"), [((300, 100), (64, 64)), ((100, 300), (64, 64)), ((200, 150), (96, 48)), ((130, 131), (128, 128))]
-)
-def test_crop_is_centred_and_as_small_as_can_be(size: tuple[int, int], bucket: tuple[int, int]) -> None:
-    cropped = crop_to_bucket(ramp(*size), bucket)
-    assert cropped.size == bucket
-    pixels = np.asarray(cropped, dtype=float)
-    first, last = pixels[bucket[1] // 2, [0, -1], 0] / 255, pixels[[0, -1], bucket[0] // 2, 1] / 255
-    for ends, side, other, have, had in ((first, 0, 1, size, bucket), (last, 1, 0, size, bucket)):
-        # The share of this side that is kept: all of it, or what the bucket's shape leaves of it.
-        kept = min(1.0, have[other] * had[side] / (had[other] * have[side]))
-        pixel = kept / had[side]
-        assert ends[0] == pytest.approx((1 - kept) / 2 + pixel / 2, abs=0.012)
-        assert ends[1] == pytest.approx((1 + kept) / 2 - pixel / 2, abs=0.012)
-
-
-def test_crop_takes_the_frame_of_a_picture_in_another_size() -> None:
-    # The middle half of a 2:1 frame; of its own 2.1:1 a square is 48 %.
-    framed, own = (np.asarray(crop_to_bucket(ramp(210, 100), (64, 64), frame=frame), dtype=float)[32, :, 0] for frame in ((400, 200), None))
-    assert framed[[0, -1]] / 255 == pytest.approx([0.25 + 0.5 / 128, 0.75 - 0.5 / 128], abs=0.005)
-    assert own[0] - framed[0] > 2
-
-
-def test_crop_that_would_scale_up_is_our_error() -> None:
-    with pytest.raises(AssertionError, match="scaled up"):
-        crop_to_bucket(ramp(60, 64), (64, 64))
 
 
 def test_tensor_range_and_layout() -> None:

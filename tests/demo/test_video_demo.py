@@ -4,27 +4,19 @@ import json
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from byg_plugin.data.clips import clip_info, read_clip
-from byg_plugin.demo import build_video_base, video_world
+from byg_plugin.demo import video_world
 from byg_plugin.demo.video import run_demo
 from byg_plugin.lora.formats import read_lora
 from tests.support.tiny import FEW_STEPS
+from tests.support.video_base import write_video_base
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """Every part with random weights."""
-    torch.manual_seed(0)
-    vae = build_video_base.AutoencoderKLWan(**build_video_base.VAE_CONFIG, latents_mean=[0.0] * 16, latents_std=[1.0] * 16)
-    experts = {name: build_video_base.make_transformer() for name in ("transformer", "transformer_2")}
-    for expert in experts.values():
-        torch.nn.init.normal_(expert.proj_out.weight, std=0.1)
-    folder = tmp_path_factory.mktemp("base")
-    build_video_base.save(folder, vae, experts, build_video_base.TextEncoder())
-    return folder
+    return write_video_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from byg_plugin.hosts.diffusers import DiffusersHost, _is_lora_layer
 from byg_plugin.objectives import make_objective
 from byg_plugin.objectives.base import Metrics
 from byg_plugin.training.memory import memory_sum
-from tests.hosts.test_diffusers import (
+from tests.support.diffusers_host import (
     backward,
     base_of,
     batch_of,

@@ -25,7 +25,7 @@ from byg_plugin.lora import diffusers as lora_diffusers
 from byg_plugin.lora import files as lora_files
 from byg_plugin.lora import formats as lora_formats
 from byg_plugin.musubi.options import _needed
-from tests.lora.test_formats import DOUBLE_ONLY, METADATA, full_size_peft, output, peft_lora, status, tiny_flux
+from tests.support.lora_files import DOUBLE_ONLY, METADATA, full_size_peft, output, peft_lora, status, tiny_flux
 
 Q = "transformer.transformer_blocks.0.attn.to_q"
 A, B = f"{Q}.lora_A.weight", f"{Q}.lora_B.weight"
