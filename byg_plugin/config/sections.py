@@ -380,8 +380,10 @@ class Config(Section):
                 "(sample.cfg_high_noise and sample.cfg_low_noise guide previews and edits)"
             )
         if not spec.takes_clips:
-            if self.dataset.frames > 1 or self.dataset.min_frames:
+            if self.dataset.frames > 1:
                 raise ValueError(f"dataset.frames = {self.dataset.frames}: {family} takes images, set dataset.frames = 1")
+            if self.dataset.min_frames:
+                raise ValueError(f"dataset.min_frames = {self.dataset.min_frames} is for clips, {family} takes images: leave it out")
             if self.dataset.fps:
                 raise ValueError(f"dataset.fps = {self.dataset.fps} is for clips, {family} takes images: leave it out")
         if self.dataset.vae_tiling and not spec.vae_tiling:

@@ -112,9 +112,8 @@ def _filled_from(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
         value = own.get(option)
         return value if isinstance(value, kind) and not isinstance(value, bool) and (kind is str or value >= least) else None
 
-    family = sections["model"].get("family", "flux")
-    family = family if isinstance(family, str) else ""  # the schema refuses it
-    spec = families.SPECS.get(family)
+    family = sections["model"].get("family", keys_of("model")["family"].default)
+    spec = families.SPECS.get(family) if isinstance(family, str) else None  # the schema refuses it
     lora = {"rank": given("network_dim", int, 1), "experts": "shared" if spec and spec.has_experts else None}
     train = {"steps": given("max_train_steps", int, 1) or 1600, "seed": given("seed", int), "global_batch_size": 1}
     output = {"dir": given("output_dir", str) or ".", "name": given("output_name", str)}
