@@ -170,6 +170,6 @@ def test_with_musubi_a_key_is_read_or_refused(family: str, tmp_path_factory: pyt
                     assert f"{section}.{key}" in str(error) or key == "family", f"{section}.{key} = {value!r}: {error}"
                 else:
                     taken.add((section, key))
-    own = {("model", "host_path"), ("model", "device"), ("model", "family"), ("dataset", "tuples"), ("dataset", "rules")}
+    own = {("model", "host"), ("model", "host_path"), ("model", "device"), ("model", "family"), ("dataset", "tuples"), ("dataset", "rules")}
     common = {(section, key) for section, key in shared if section in ("conditioning", "objective")}
     assert taken <= own | common, taken - own - common
