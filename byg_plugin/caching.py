@@ -78,7 +78,9 @@ def run(what: Literal["latents", "texts"], config_path: str, overrides: Sequence
 
 def _in_musubi(what: Literal["latents", "texts"], config: Config, *, prune: bool) -> None:
     if what == "latents":
-        script = "flux_kontext_cache_latents.py" if config.model.family == "flux" else "wan_cache_latents.py"
+        from byg_plugin.musubi.family import musubi_family
+
+        script = musubi_family(config.model.family).latents_script
         raise ValueError(f"model.host = 'musubi': latents are cached by the host's own {script} with its dataset TOML")
     from byg_plugin.musubi import host as musubi
 

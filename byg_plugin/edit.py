@@ -364,8 +364,9 @@ def _from_metadata(metadata: Mapping[str, str], config: Config | None, model: Ma
             f"how its source tokens are placed is unknown"
         )
     family = metadata["byg.family"]
-    if family not in families.POSITIONS:
-        raise ValueError(f"the LoRA was trained for {family!r}, which is unknown here; known: {', '.join(families.POSITIONS)}")
+    if family not in families.SPECS:
+        raise ValueError(f"the LoRA was trained for {family!r}, which is unknown here; known: {', '.join(families.SPECS)}")
+    spec = families.named(family)
     if config is None:
         section: dict[str, Any] = {"family": family}
         expected = family
@@ -386,8 +387,8 @@ def _from_metadata(metadata: Mapping[str, str], config: Config | None, model: Ma
     try:
         raw["conditioning"] = {
             "position": metadata["byg.position"],
-            # Wan has none; what stood in its configuration was not used.
-            **({} if family in families.WAN else {"guidance": float(metadata["byg.guidance"])}),
+            # Without the embedding, what stood in the configuration was not used.
+            **({"guidance": float(metadata["byg.guidance"])} if spec.guidance == "embedding" else {}),
             "max_text_tokens": int(metadata["byg.max_text_tokens"]),
         }
         raw["dataset"]["resolution"] = int(metadata["byg.resolution"])
@@ -395,8 +396,8 @@ def _from_metadata(metadata: Mapping[str, str], config: Config | None, model: Ma
             raw["model"]["boundary"] = float(metadata["byg.boundary"])
     except ValueError as error:
         raise ValueError(f"the LoRA's metadata is damaged: {error}") from error
-    if family in families.WAN:
-        raw["dataset"] |= {"resolution": families.WAN[family].native, "bucket_step": 32}
+    if spec.native is not None:
+        raw["dataset"] |= {"resolution": spec.native, "bucket_step": 32}
     raw["objective"] = {"ema_decay": 0.0}
     in_float32 = raw["model"].get("dtype") == "float32"
     raw["train"] = {"steps": 1, "mixed_precision": config.train.mixed_precision if config else "no" if in_float32 else "bf16"}
@@ -414,17 +415,15 @@ _OPTIONS = {
 
 def _refuse_unused(family: str, given: Mapping[str, Any]) -> None:
     """What a family has no place for is an error, not an option without effect."""
-    if family in families.WAN:
-        foreign = ["guidance", *([] if families.has_experts(family) else ["cfg_low_noise"])]
-        remedy = "its guidance is cfg_high_noise (--cfg-high)" + (" and cfg_low_noise (--cfg-low)" if families.has_experts(family) else "")
+    spec = families.named(family)
+    if spec.guidance == "classifier_free":
+        foreign = ["guidance", *([] if spec.has_experts else ["cfg_low_noise"])]
+        remedy = "its guidance is cfg_high_noise (--cfg-high)" + (" and cfg_low_noise (--cfg-low)" if spec.has_experts else "")
     else:
-        foreign = [
-            "cfg_high_noise",
-            "cfg_low_noise",
-            "negative",
-            *(["solver"] if given.get("solver") in ("unipc", "unipc_diffusers") else []),
-        ]
+        foreign = ["cfg_high_noise", "cfg_low_noise", "negative"]
         remedy = "its guidance is the embedding, guidance (--guidance)"
+    if given.get("solver") not in (None, "auto", "euler", *spec.solvers):
+        foreign.append("solver")
     if unused := [f"{name} ({_OPTIONS[name]}) = {given[name]!r}" for name in foreign if given.get(name) is not None]:
         raise ValueError(f"{', '.join(unused)}: not for {family}, leave it out; {remedy}")
 
@@ -435,7 +434,7 @@ def _lora_section(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) ->
     if len(ranks) != 1:
         raise ValueError(f"the LoRA mixes ranks {sorted(ranks)}; LoRAs of byg_plugin have one")
     modules = sorted({name.partition(".")[2].rpartition(".lora_")[0] for name in tensors})
-    shared = families.has_experts(metadata["byg.family"]) and len({name.partition(".")[0] for name in tensors}) == 1
+    shared = families.named(metadata["byg.family"]).has_experts and len({name.partition(".")[0] for name in tensors}) == 1
     experts = {"experts": "shared"} if shared else {}
     return {"rank": ranks.pop(), "targets": "|".join(re.escape(module) for module in modules), **experts}
 
@@ -704,7 +703,7 @@ def main() -> None:
         "guidance": pipe.config.conditioning.guidance,
         "strength": args.strength,
     }
-    if pipe.config.model.family in families.WAN:
+    if pipe.family.spec.guidance == "classifier_free":
         settings |= {"cfg_high_noise": pipe.config.cfg_at(True), "cfg_low_noise": pipe.config.cfg_at(False)}
     with Progress(total=len(jobs) * len(passes) * settings["steps"], desc="edit", unit="step") as bar:
         for bucket, index, job in (item for item in sized if is_clip(item[2].source)):

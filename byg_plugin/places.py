@@ -21,11 +21,10 @@ def check_model(config: Config, *parts: str) -> None:
     Raises:
         ValueError: one is not set, or is neither here nor a hub id.
     """
-    family = config.model.family
-    lacking = {"clip"} if family in families.WAN else set()
-    lacking |= set() if families.has_experts(family) else {"transformer_2"}
+    spec = families.named(config.model.family)
+    own = {*spec.experts, "vae", *spec.text_encoders}
     for part in parts:
-        if part not in lacking:
+        if part in own:
             check_place(config.model.part(part), f"model.{part if getattr(config.model, part) else 'path'} = ")
 
 

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from byg_plugin import flow, timesteps
 from byg_plugin.finite import is_finite
-from byg_plugin.models.base import Family, Text
+from byg_plugin.models.base import Family, Geometry, Text
 from byg_plugin.objectives.base import Velocity
 
 if TYPE_CHECKING:
     from byg_plugin.config.sections import Config
 
 
-def sampling_nodes(family: Family, steps: int, schedule: str, latent_shape: tuple[int, ...]) -> Tensor:
+def sampling_nodes(family: Geometry, steps: int, schedule: str, latent_shape: tuple[int, ...]) -> Tensor:
     """(steps + 1,) times from 1 to 0, float32 on the CPU; `shifted` applies the family's inference shift."""
     nodes = timesteps.uniform_nodes(steps)
     return family.shifted_nodes(nodes, latent_shape) if schedule == "shifted" else nodes
@@ -80,7 +80,8 @@ def sample_as_configured(
         on_step: called after every step.
     """
     if negative is not None:
-        velocity = guided(config, family, velocity, negative)
+        boundary = family.boundary
+        velocity = guided(velocity, negative, lambda t: config.cfg_at(boundary is None or bool(timesteps.is_high(t, boundary))))
     solver = None if config.sample.solver == "euler" else family.solver(steps, schedule, config.sample.solver)
     if solver is None:
         return sample(velocity, noise, text, source, sampling_nodes(family, steps, schedule, tuple(noise.shape)), on_step)
@@ -93,17 +94,23 @@ def sample_as_configured(
     return x
 
 
-def guided(config: Config, family: Family, velocity: Velocity, negative: Text) -> Velocity:
-    """Classifier-free guidance with each expert's own scale; the source tokens are in both branches."""
+def guided(velocity: Velocity, negative: Text, scale_at: Callable[[Tensor], float]) -> Velocity:
+    """Classifier-free guidance: v_negative + scale (v - v_negative); the source tokens are in both branches.
+
+    Args:
+        velocity: the field without guidance.
+        negative: the encoded negative text (one or B).
+        scale_at: t (1,) -> the scale there; 1: no second branch.
+    """
 
     def field(noisy: Tensor, t: Tensor, text: Text, source: Tensor | None) -> Tensor:
         assert bool((t == t[0]).all()), "a sampler gives all samples one t"
-        scale = config.cfg_at(family.boundary is None or bool(timesteps.is_high(t[:1], family.boundary)))
+        scale = scale_at(t[:1])
         v = velocity(noisy, t, text, source)
         if scale == 1.0:
             return v
-        against = {name: value.expand(len(noisy), *value.shape[1:]) for name, value in negative.items()}
-        v_negative = velocity(noisy, t, against, source)
+        expanded = {name: value.expand(len(noisy), *value.shape[1:]) for name, value in negative.items()}
+        v_negative = velocity(noisy, t, expanded, source)
         return v_negative + scale * (v - v_negative)
 
     return field

@@ -19,7 +19,7 @@ import logging
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from byg_plugin import _cli, families
+from byg_plugin import _cli
 
 if TYPE_CHECKING:
     from byg_plugin.config.sections import Config
@@ -208,7 +208,7 @@ def _print_memory(config: Config, family: Family, size: tuple[int, ...]) -> None
     modules, parameters = trained * len(shapes) // 2, trained * sum(a * b for a, b in shapes)
     print(f"LoRA: rank {config.lora.rank}, {modules} modules, {parameters:,} parameters")
     length = f", {size[2]} frames" if size[2] > 1 else ""
-    parts = "noisy + source" if config.model.family in families.WAN else "noisy + source + text"
+    parts = "noisy + source + text" if family.spec.text_in_sequence else "noisy + source"
     print(f"longest sequence, at {size[0]} x {size[1]}{length}: {tokens} tokens ({parts})")
     print("device memory of a step:\n" + memory.report(memory.memory_sum(config, networks, shapes, tokens, width, blocks)))
 

@@ -31,11 +31,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from byg_plugin import _cli, families
+from byg_plugin import _cli
 from byg_plugin.config.extras import require
 from byg_plugin.data import clips
 from byg_plugin.data.tuples import is_unicode
 from byg_plugin.documents import json_value
+from byg_plugin.families import wan
 from byg_plugin.folders import make_writable
 
 from .backend import seed_of
@@ -141,7 +142,7 @@ def render(settings: RenderSettings, mine: Sequence[Job], device: Any, show: boo
         return
     pipe = load_pipeline(settings, device)
     experts = pipe.config.get("boundary_ratio") is not None
-    negative = families.WAN_NEGATIVE if settings.negative is None else settings.negative
+    negative = wan.NEGATIVE if settings.negative is None else settings.negative
     for job in Progress(mine, desc="render", unit="clip", disable=not show):
         frames = pipe(
             prompt=job.prompt,

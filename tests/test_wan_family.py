@@ -13,10 +13,11 @@ import torch
 from diffusers import UniPCMultistepScheduler, WanPipeline
 from tiny_wan import A14B, T2V, TEXT_TOKENS, tiny_vae, tiny_wan, wan_config, wan_folder, wan_latents, wan_texts
 
-from byg_plugin import sampling, timesteps
-from byg_plugin.families import WAN, WAN_NEGATIVE
+from byg_plugin import families, sampling, timesteps
+from byg_plugin.families.wan import NEGATIVE
 from byg_plugin.models import make_family
 from byg_plugin.models.wan import HIGH, LOW, UniPC, WanFamily, _source_positions, diffusers_times, to_wan_timestep, wan_times
+from byg_plugin.timesteps import is_high
 
 CPU = torch.device("cpu")
 T = torch.tensor([0.31, 0.77])
@@ -264,7 +265,8 @@ def test_texts_are_those_of_the_published_pipeline(tmp_path: Path):
 def test_published_schedule(tmp_path: Path):
     nodes = timesteps.uniform_nodes(4)
     assert torch.allclose(family_of(tmp_path, A14B).shifted_nodes(nodes, (1, 16, 2, 4, 6)), 12 * nodes / (1 + 11 * nodes))
-    assert WAN[A14B].steps == 40 and WAN[A14B].guidance == (4.0, 3.0) and WAN_NEGATIVE.endswith("倒着走")
+    spec = families.named(A14B)
+    assert spec.defaults["sample"]["steps"] == 40 and spec.guidance_scales == (4.0, 3.0) and NEGATIVE.endswith("倒着走")
     times = UniPC(wan_times(40, 12.0)).times
     assert len(times) == 40 and times[0] > 0.998 and bool((times.diff() < 0).all())
     # The shift gives the high-noise expert 26 of the 40 steps.
@@ -339,7 +341,7 @@ def test_guidance_has_each_experts_scale_and_the_source_in_both_branches(tmp_pat
         return noisy * text["umt5"].mean() + source
 
     x, source, text, negative = wan_latents(2, 1), wan_latents(2, 2), wan_texts(2, 9), wan_texts(1, 5)
-    guided = sampling.guided(config, family, field, negative)
+    guided = sampling.guided(field, negative, lambda t: config.cfg_at(bool(is_high(t, family.boundary))))
     for value, scale, count in ((0.875, 4.0, 2), (0.8, 1.0, 1)):
         calls.clear()
         t = torch.full((2,), value)

@@ -8,8 +8,6 @@ from importlib.util import find_spec
 from byg_plugin import families
 from byg_plugin.config.sections import Config
 
-_WITH_WAN = (0, 35)  # of diffusers, which has it as we call it
-
 
 def require(package: str, why: str, extra: str, instead: str = "") -> None:
     """Check that a package can be imported.
@@ -27,9 +25,10 @@ def require_model_extras(config: Config) -> None:
     """What loading and calling the configured model needs."""
     for package in ("diffusers", "transformers", "peft"):
         require(package, f'model.host = "{config.model.host}"', "diffusers")
-    if config.model.family in families.WAN and tuple(int(part) for part in version("diffusers").split(".")[:2]) < _WITH_WAN:
+    least = families.named(config.model.family).diffusers
+    if tuple(int(part) for part in version("diffusers").split(".")[:2]) < least:
         raise ValueError(
-            f"model.family = {config.model.family!r} on the embedded host needs diffusers 0.35 or later, and this is "
+            f"model.family = {config.model.family!r} on the embedded host needs diffusers {least[0]}.{least[1]} or later, and this is "
             f"{version('diffusers')} (musubi-tuner pins an earlier one): use another environment"
         )
     if config.model.quantization in ("int8", "nf4"):

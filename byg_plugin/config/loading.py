@@ -6,11 +6,14 @@ import difflib
 import json
 import re
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
-from byg_plugin.config.sections import OPTIONS_OF_MUSUBI, Config, section_model
+from byg_plugin.config.objective import DEFAULT, OBJECTIVES
+from byg_plugin.config.sections import HOSTS, Config, keys_of, models_of
 from byg_plugin.documents import TooDeep, toml_table
 
 _MOST_BYTES = 2**20
@@ -93,9 +96,15 @@ _TWO = "one assignment each: give --set once for every key; a text with blanks o
 def _explain(item: Any, raw: dict[str, Any]) -> str:
     """One validation error as a sentence with key, value and remedy."""
     location = [str(part) for part in item["loc"]]
+    if location[0:1] == ["objective"] and location[1:2] and location[1] in OBJECTIVES:  # which of the sections, no key
+        location.pop(1)
     key = _short(".".join(location))
     value = shown(item.get("input"))
+    if item["type"] == "union_tag_invalid":
+        return f"objective.name = {shown(item['ctx']['tag'])}: is none of {', '.join(map(repr, OBJECTIVES))}"
     if item["type"] == "extra_forbidden":
+        if location[0] == "objective" and location[1] in keys_of("objective"):
+            return f"{key} = {value} is not for objective.name = {raw['objective'].get('name', DEFAULT)!r}: leave it out"
         return f"unknown key {key} = {value}; {_nearest(location)}"
     if item["type"] == "missing":
         return f"{key} is missing: {_describe(location) or 'add this section'}"
@@ -103,8 +112,9 @@ def _explain(item: Any, raw: dict[str, Any]) -> str:
     if not location or (item["type"] == "value_error" and len(location) == 1):
         return message
     described = _describe(location)
-    if isinstance(model := raw.get("model"), dict) and model.get("host") == "musubi" and key in OPTIONS_OF_MUSUBI:  # filled from there
-        key = f"musubi.{OPTIONS_OF_MUSUBI[key]}"
+    host = model.get("host") if isinstance(model := raw.get("model"), dict) else None
+    if isinstance(host, str) and host in HOSTS and (own := resolve_name(HOSTS[host]).OPTIONS.get(key)):  # filled from there
+        key = f"{host}.{own}"
     return f"{key} = {value}: {message[0].lower()}{message[1:]}" + (f" ({described})" if described else "")
 
 
@@ -124,10 +134,8 @@ _MOST_SHOWN = 200
 
 
 def _describe(location: list[str]) -> str:
-    section = section_model(location[0])
-    if section is None or len(location) < 2 or location[1] not in section.model_fields:
-        return ""
-    return section.model_fields[location[1]].description or ""
+    known = keys_of(location[0])
+    return (known[location[1]].description or "") if len(location) > 1 and location[1] in known else ""
 
 
 # Names that other trainers give to our options and that no edit distance finds.
@@ -145,9 +153,8 @@ def _nearest(location: list[str]) -> str:
     if len(location) == 1:
         names, where = list(Config.model_fields), "sections"
     else:
-        section = section_model(location[0])
-        names, where = (list(section.model_fields) if section else []), f"keys of [{location[0]}]"
-    homes = [f"{s}.{location[-1]}" for s in Config.model_fields if location[-1] in getattr(section_model(s), "model_fields", {})]
+        names, where = list(keys_of(location[0])), f"keys of [{location[0]}]"
+    homes = [f"{section}.{location[-1]}" for section in Config.model_fields if location[-1] in keys_of(section)]
     if homes:
         return f"did you mean {homes[0]}?"
     wanted = _KNOWN_ELSEWHERE_AS.get(location[-1], location[-1])
@@ -161,14 +168,18 @@ def reference() -> str:
     """Every option with its type, default and sentence, as Markdown (for the documentation)."""
     lines = []
     for name in Config.model_fields:
-        section = section_model(name)
-        if section is None:
+        models = models_of(name)
+        if not models:
             lines += [f"\n### [{name}]", "", Config.model_fields[name].description or ""]
-            continue
-        lines += [f"\n### [{name}]", "", (section.__doc__ or "").strip(), "", "| key | default | what |", "|---|---|---|"]
-        for key, field in section.model_fields.items():
-            default = "required" if field.is_required() else json.dumps(field.default)
-            choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
-            options = f" One of {', '.join(map(json.dumps, choices))}." if choices else ""
-            lines.append(f"| `{key}` | `{default}` | {field.description}{options} |")
+        for model in models:
+            chosen = f" with name = {json.dumps(model.model_fields['name'].default)}" if len(models) > 1 else ""
+            lines += [f"\n### [{name}]{chosen}", "", (model.__doc__ or "").strip(), "", "| key | default | what |", "|---|---|---|"]
+            lines += [_row(key, field) for key, field in model.model_fields.items()]
     return "\n".join(lines).strip() + "\n"
+
+
+def _row(key: str, field: FieldInfo) -> str:
+    default = "required" if field.is_required() else json.dumps(field.default)
+    choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+    options = f" One of {', '.join(map(json.dumps, choices))}." if len(choices) > 1 else ""
+    return f"| `{key}` | `{default}` | {field.description}{options} |"

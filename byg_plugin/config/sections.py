@@ -6,9 +6,11 @@ Every option is declared once, here, with a sentence and its unit; `loading.py` 
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
+from pydantic.fields import FieldInfo
 
 from byg_plugin import families
 from byg_plugin.config.fields import (
@@ -22,22 +24,29 @@ from byg_plugin.config.fields import (
     Scale,
     Section,
     Seed,
-    Shift,
     Stem,
     Steps,
     Weight,
 )
+from byg_plugin.config.objective import DEFAULT, OBJECTIVES, ObjectiveConfig
+
+# model.host -> what it makes of a configuration, a module with `fill(raw)` and `check(config)`; the embedded host takes it as it is.
+HOSTS = {"musubi": "byg_plugin.musubi.section"}
+if TYPE_CHECKING:
+    FamilyName = str
+    HostName = str
+    Position = str
+else:
+    HostName = Literal[("diffusers", *HOSTS)]
+    FamilyName = Literal[tuple(families.SPECS)]
+    Position = Literal[families.POSITIONS]
 
 
 class ModelConfig(Section):
     """Which frozen base model is edited with, and how it is held in memory."""
 
-    family: Literal["flux", "wan2.2-t2v-a14b", "wan2.1-t2v-14b", "wan2.1-t2v-1.3b", "wan2.2-ti2v-5b"] = Field(
-        "flux", description="Model family."
-    )
-    host: Literal["diffusers", "musubi"] = Field(
-        "diffusers", description="Training host; `diffusers` is the embedded one, `musubi` an installed musubi-tuner."
-    )
+    family: FamilyName = Field("flux", description="Model family.")
+    host: HostName = Field("diffusers", description="Training host; `diffusers` is the embedded one, `musubi` an installed musubi-tuner.")
     host_path: Place | None = Field(
         None, description="Folder of a musubi-tuner checkout; default: the `musubi_tuner` that is installed in this environment."
     )
@@ -73,15 +82,21 @@ class ModelConfig(Section):
                 f"model.host_path is musubi-tuner's folder, model.host is {self.host!r}: leave it out, or set model.host = 'musubi'"
             )
         for key in ("transformer_2", "boundary", "offload_inactive_expert"):
-            if getattr(self, key) not in (None, False) and not families.has_experts(self.family):
+            if getattr(self, key) not in (None, False) and not self.spec.has_experts:
                 raise ValueError(f"model.{key} is for families of two experts, {self.family} has one network: leave it out")
         if self.offload_inactive_expert and self.quantization in ("int8", "nf4"):
             raise ValueError(
                 f"model.offload_inactive_expert cannot move weights stored as {self.quantization}: set model.quantization = 'fp8' or 'none'"
             )
-        if self.clip and self.family in families.WAN:
-            raise ValueError(f"model.clip: {self.family} has no CLIP text encoder, leave it out")
+        for key in ("t5", "clip"):
+            if getattr(self, key) and key not in self.spec.text_encoders:
+                raise ValueError(f"model.{key}: {self.family} has no such text encoder, leave it out")
         return self
+
+    @property
+    def spec(self) -> families.FamilySpec:
+        """What is published of the family."""
+        return families.named(self.family)
 
     def part(self, name: str) -> str:
         """Where one part (`transformer`, `transformer_2`, `vae`, `t5`, `clip`) is loaded from.
@@ -145,7 +160,7 @@ class DatasetConfig(Section):
 class ConditioningConfig(Section):
     """How the source enters the network."""
 
-    position: Literal["same", "kontext", "bernini"] = Field(
+    position: Position = Field(
         "same",
         description="Positions of the source tokens: the noisy tokens' own; FLUX also first id 1 as stock Kontext tools (kontext), "
         "Wan also turned as ComfyUI's in-context latents (bernini).",
@@ -156,68 +171,20 @@ class ConditioningConfig(Section):
     max_text_tokens: Annotated[int, Field(ge=4, le=512)] = Field(512, description="T5 or UMT5 tokens a text is padded or cut to.")
 
 
-_LEAST_RANGE = 1e-6  # of t, which is float32
+SECTIONS_OF_OBJECTIVES: dict[str, type[ObjectiveConfig]] = {name: resolve_name(place) for name, place in OBJECTIVES.items()}
 
 
-class ObjectiveConfig(Section):
-    """Algorithm 1 of the paper, its weights, and one switch per ablation of its Table 4."""
+def _objective_of(section: Any) -> Any:
+    """`objective.name` of a section, raw or made."""
+    return section.get("name", DEFAULT) if isinstance(section, dict) else getattr(section, "name", None)
 
-    name: Literal["unpaired_cycle", "paired"] = Field("unpaired_cycle", description="paired = the supervised baseline (Eq. 1).")
-    graph: Literal["sequential", "joint"] = Field("sequential", description="One graph at a time, or the single-graph reference.")
-    lambda_cycle: Weight = Field(1.0, description="Weight of the cycle loss.")
-    lambda_prior: Weight = Field(1.0, description="Weight of forward and reverse prior losses.")
-    lambda_id: Weight = Field(0.2, description="Weight of the identity loss.")
-    alpha: Weight = Field(0.1, description="Weight of the MSE inside the prior loss.")
-    ema_decay: Annotated[float, Field(ge=0.0, le=0.99999)] = Field(
-        0.99,
-        description="Decay of the rollout's weights, an optimizer step; 0 = current weights. At most 0.99999: a mean over 100,000 steps.",
-    )
-    rollout_steps: Annotated[int, Field(ge=2, le=1000)] = Field(
-        10, description="Euler steps from noise to y_0; each is a pass through the network, at most 1,000."
-    )
-    rollout_schedule: Literal["uniform", "shifted"] = Field("uniform", description="Nodes of the rollout (family's shift).")
-    t_distribution: Literal["uniform", "logit_normal"] = Field("uniform", description="Law of the training t.")
-    t_shift: Shift = Field(1.0, description="t <- s t / (1 + (s - 1) t); 1 = none.")
-    t_min: Probability = Field(0.0, description="Smallest t that is drawn.")
-    t_max: Probability = Field(1.0, description="Largest t that is drawn.")
-    identity_warmup_steps: Steps = Field(200, description="First optimizer steps that train the identity term alone.")
-    identity_probability: Probability = Field(0.15, description="Chance that a later step trains the identity term alone.")
-    identity_step_weight: Weight = Field(1.0, description="Weight of the identity term on an identity step.")
-    frozen_batch: Literal[1, 2, 4] = Field(2, description="Frozen-base velocities of one sample evaluated at once.")
-    rollout_weights: Literal["swap", "merged"] = Field(
-        "swap",
-        description="merged = the rollout's LoRA multiplied into a second copy of the adapted linears: no LoRA products in its steps, "
-        "more memory; equal up to the rounding of model.dtype.",
-    )
-    merge_identity: bool = Field(False, description="Batch the identity pass with the reverse pass (small inputs; more memory).")
-    routing: bool = Field(True, description="Ablation: false conditions the reverse pass on the one-step prediction.")
-    bootstrap: bool = Field(True, description="Ablation: false feeds x_t instead of the rollout's y_t.")
-    cycle: bool = Field(True, description="Ablation: false drops the cycle loss (the reverse prior stays).")
-    directional: bool = Field(True, description="Ablation: false keeps only alpha * MSE of the prior.")
-    prior: bool = Field(True, description="Ablation: false drops the prior losses.")
 
-    @model_validator(mode="after")
-    def _check(self) -> ObjectiveConfig:
-        if self.t_min >= self.t_max:
-            raise ValueError(f"objective.t_min = {self.t_min} must be below objective.t_max = {self.t_max}: the range of t is empty")
-        if self.t_max - self.t_min < _LEAST_RANGE:
-            raise ValueError(
-                f"objective.t_min = {self.t_min} and objective.t_max = {self.t_max} are one number in float32: the range of t is empty"
-            )
-        prior = self.lambda_prior and self.prior and (self.directional or self.alpha)
-        if self.name == "unpaired_cycle" and not (self.lambda_cycle and self.cycle) and not prior and not self.lambda_id:
-            raise ValueError(
-                "objective.lambda_cycle, objective.lambda_prior and objective.lambda_id are all 0 or switched off (a prior without "
-                "directional needs objective.alpha): nothing is left to train; give one of them a weight"
-            )
-        if self.name == "unpaired_cycle" and self.identity_probability == 1 and not self.identity_step_weight:
-            raise ValueError(
-                "objective.identity_probability = 1 makes every step an identity step, and objective.identity_step_weight = 0 trains "
-                "nothing on those: change one of them"
-            )
-        if self.merge_identity and self.graph == "joint":
-            raise ValueError("objective.merge_identity batches passes of graph = 'sequential'; set one of the two")
-        return self
+if TYPE_CHECKING:
+    AnyObjective = ObjectiveConfig
+else:
+    AnyObjective = Annotated[
+        Union[tuple(Annotated[section, Tag(name)] for name, section in SECTIONS_OF_OBJECTIVES.items())], Discriminator(_objective_of)  # noqa: UP007
+    ]
 
 
 class LoraConfig(Section):
@@ -270,10 +237,10 @@ class TrainConfig(Section):
     batch_size: AtOnce = Field(1, description="Tuples a process and micro-step; at most 1,024, all are in memory.")
     lr: Annotated[float, Field(ge=LEAST, le=MOST)] = Field(3e-4, description="Peak learning rate.")
     optimizer: Literal["adamw", "adamw8bit", "muon"] = Field(
-        "adamw", description="adamw8bit needs the bitsandbytes extra, muon (torch's own; betas are not used) torch 2.9 or later."
+        "adamw", description="adamw8bit needs the bitsandbytes extra, muon (torch's own) torch 2.9 or later."
     )
-    weight_decay: Weight = Field(1e-2, description="AdamW's decoupled weight decay.")
-    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="AdamW's moment decays.", strict=False)
+    weight_decay: Weight = Field(1e-2, description="Decoupled weight decay.")
+    betas: tuple[Decay, Decay] | None = Field(None, description="AdamW's moment decays; default: [0.9, 0.999].", strict=False)
     lr_schedule: Literal["constant", "cosine"] = Field("constant", description="Shape after the warm-up; cosine ends at 0.")
     lr_warmup_steps: Steps = Field(0, description="Steps of linear warm-up of the learning rate.")
     max_grad_norm: Weight = Field(1.0, description="Gradients are clipped to this global norm; 0 = not clipped.")
@@ -284,6 +251,19 @@ class TrainConfig(Section):
     keep_last: NonNegative = Field(3, description="Checkpoints kept; 0 = all.")
     validate_every: Steps = Field(0, description="Steps between validation losses; 0 = never.")
     tracker: Literal["tensorboard", "wandb", "none"] = Field("tensorboard", description="Where curves go; wandb is an extra.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _betas_of_adamw(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and raw.get("betas") is None and raw.get("optimizer") != "muon":
+            return {**raw, "betas": (0.9, 0.999)}
+        return raw
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainConfig:
+        if self.optimizer == "muon" and self.betas is not None:
+            raise ValueError(f"train.betas = {list(self.betas)} are AdamW's moment decays, train.optimizer = 'muon' has none: leave it out")
+        return self
 
 
 SampleSteps = Annotated[int, Field(ge=1, le=1000)]
@@ -326,66 +306,6 @@ class OutputConfig(Section):
     )
 
 
-# What musubi-tuner has options of its own for: our key -> its option. These are not read on that host.
-OPTIONS_OF_MUSUBI = {
-    "model.transformer": "dit",
-    "model.transformer_2": "dit",
-    "model.vae": "vae",
-    "model.t5": "t5",
-    "model.clip": "text_encoder2",
-    "model.path": "dit",
-    "model.dtype": "mixed_precision",
-    "model.quantization": "fp8_base and musubi.fp8_scaled",
-    "model.attention": "sdpa, musubi.flash_attn or musubi.xformers",
-    "model.gradient_checkpointing": "gradient_checkpointing",
-    "model.boundary": "timestep_boundary",
-    "model.offload_inactive_expert": "offload_inactive_dit",
-    "dataset.image_root": "dataset_config",
-    "dataset.cache_dir": "dataset_config",
-    "dataset.resolution": "dataset_config",
-    "dataset.frames": "dataset_config",
-    "dataset.fps": "dataset_config",
-    "dataset.workers": "max_data_loader_n_workers",
-    "lora.rank": "network_dim",
-    "lora.alpha": "network_alpha",
-    "lora.dropout": "network_dropout",
-    "lora.targets": "network_args",
-    "lora.init_from": "network_weights",
-    "train.steps": "max_train_steps",
-    "train.global_batch_size": "gradient_accumulation_steps",
-    "train.batch_size": "dataset_config",
-    "train.lr": "learning_rate",
-    "train.optimizer": "optimizer_type",
-    "train.weight_decay": "optimizer_args",
-    "train.betas": "optimizer_args",
-    "train.lr_schedule": "lr_scheduler",
-    "train.lr_warmup_steps": "lr_warmup_steps",
-    "train.max_grad_norm": "max_grad_norm",
-    "train.mixed_precision": "mixed_precision",
-    "train.seed": "seed",
-    "train.save_every": "save_every_n_steps",
-    "train.keep_last": "save_last_n_steps",
-    "train.tracker": "log_with",
-    "sample.every": "sample_every_n_steps",
-    "output.dir": "output_dir",
-    "output.name": "output_name",
-}
-_READ_ON_MUSUBI = {"model": {"family", "host", "host_path", "device"}, "dataset": {"tuples", "rules"}}
-
-
-# Where video differs from images; a file that names the key decides.
-_VIDEO_DEFAULTS: dict[str, dict[str, Any]] = {
-    "dataset": {"frames": 81},
-    "objective": {
-        "t_distribution": "logit_normal",
-        "t_shift": 12.0,
-        "rollout_schedule": "shifted",
-        "identity_probability": 0.1,
-        "ema_decay": 0.0,
-    },
-}
-
-
 class Config(Section):
     """The whole configuration. Paths are relative to the folder the command is run in.
 
@@ -396,7 +316,7 @@ class Config(Section):
     model: ModelConfig
     dataset: DatasetConfig
     conditioning: ConditioningConfig = ConditioningConfig()
-    objective: ObjectiveConfig = ObjectiveConfig()
+    objective: AnyObjective = Field(default_factory=lambda: SECTIONS_OF_OBJECTIVES[DEFAULT].model_validate({}))
     lora: LoraConfig = LoraConfig()
     train: TrainConfig
     sample: SampleConfig = SampleConfig()
@@ -410,94 +330,67 @@ class Config(Section):
     def _defaults_of_the_family(cls, raw: Any) -> Any:
         model = raw.get("model") if isinstance(raw, dict) else None
         family = model.get("family") if isinstance(model, dict) else None
-        if not isinstance(family, str) or family not in families.WAN:
+        if not isinstance(family, str) or family not in families.SPECS:
             return raw
-        own = {**_VIDEO_DEFAULTS, "sample": {"steps": families.WAN[family].steps}}
         filled = dict(raw)
-        for section, values in own.items():
+        for section, values in families.named(family).defaults.items():
             given = raw.get(section, {})
             if isinstance(given, dict):
-                filled[section] = {**values, **given}
+                # A default of one objective is none of another.
+                chosen = SECTIONS_OF_OBJECTIVES.get(str(_objective_of(given))) if section == "objective" else None
+                keys = values if chosen is None else chosen.model_fields
+                filled[section] = {key: value for key, value in values.items() if key in keys} | given
         return filled
 
     @model_validator(mode="before")
     @classmethod
-    def _from_the_options_of_musubi(cls, raw: Any) -> Any:
-        """Of the validators before, the one defined last runs first.
-
-        On that host its options are the one truth; the sections that say the same here are filled from them.
-        """
-        sections = {name: raw.get(name, {}) for name in ("model", "dataset", "lora", "train", "sample", "output", "musubi")} if raw else {}
-        if not sections or not all(isinstance(section, dict) for section in sections.values()):
-            return raw
-        if sections["model"].get("host") != "musubi":
-            if sections["musubi"]:
-                raise ValueError("[musubi] holds options of musubi-tuner, and model.host is not 'musubi': set it, or leave the section out")
-            return raw
-        for name in ("model", "dataset", "lora", "train", "sample", "output"):
-            known = section_model(name)
-            assert known is not None
-            for key in sections[name]:
-                if key in known.model_fields and key not in _READ_ON_MUSUBI.get(name, ()):
-                    own = OPTIONS_OF_MUSUBI.get(f"{name}.{key}")
-                    where = f"set musubi.{own}" if own else "leave it out"
-                    raise ValueError(f"{name}.{key} is not read with model.host = 'musubi': {where}")
-        return {**raw, **_filled_from(sections)}
+    def _from_the_host(cls, raw: Any) -> Any:
+        """Of the validators before, the one defined last runs first."""
+        model = raw.get("model") if isinstance(raw, dict) else None
+        host = model.get("host") if isinstance(model, dict) else None
+        for name in HOSTS:
+            if name != host and isinstance(raw, dict) and raw.get(name):
+                raise ValueError(f"[{name}] holds another host's options, and model.host is not {name!r}: set it, or leave the section out")
+        return resolve_name(HOSTS[host]).fill(raw) if isinstance(host, str) and host in HOSTS else raw
 
     @model_validator(mode="after")
-    def _check_musubi(self) -> Config:
-        if self.model.host != "musubi":
-            return self
-        family, objective = self.model.family, self.objective
-        if family == "wan2.2-ti2v-5b":
-            raise ValueError(f"model.family = {family!r}: musubi-tuner has no 5B; set model.host = 'diffusers'")
-        if self.conditioning.position == "bernini":
-            raise ValueError(
-                "conditioning.position = 'bernini' turns the source's positions, for which musubi-tuner's Wan has no place: set "
-                "conditioning.position = 'same', or model.host = 'diffusers'"
-            )
-        if objective.name != "unpaired_cycle":
-            raise ValueError(
-                f"objective.name = {objective.name!r}: with model.host = 'musubi' only 'unpaired_cycle'; the host trains pairs itself"
-            )
-        if objective.rollout_weights != "swap":
-            raise ValueError("objective.rollout_weights = 'merged' is not for model.host = 'musubi': set it to 'swap'")
-        if objective.graph == "joint" and self.musubi.get("blocks_to_swap"):
-            raise ValueError(
-                "objective.graph = 'joint' makes three forward passes before a backward pass: with musubi.blocks_to_swap the "
-                "wrong blocks would be on the device; set objective.graph = 'sequential'"
-            )
+    def _check_host(self) -> Config:
+        if self.model.host in HOSTS:
+            resolve_name(HOSTS[self.model.host]).check(self)
         return self
 
     @model_validator(mode="after")
     def _check_family(self) -> Config:
-        family = self.model.family
-        positions = families.POSITIONS[family]
-        if self.conditioning.position not in positions:
+        family, spec = self.model.family, self.model.spec
+        if self.conditioning.position not in spec.positions:
             raise ValueError(
-                f"conditioning.position = {self.conditioning.position!r} is not for {family}: one of {', '.join(map(repr, positions))}"
+                f"conditioning.position = {self.conditioning.position!r} is not for {family}: one of {', '.join(map(repr, spec.positions))}"
             )
-        if family not in families.WAN:
-            named = {key: getattr(self.sample, key) for key in ("cfg_high_noise", "cfg_low_noise", "negative")}
-            if any(value is not None for value in named.values()) or self.sample.solver in ("unipc", "unipc_diffusers"):
-                raise ValueError(
-                    f"sample.solver = {self.sample.solver!r}, sample.cfg_* and sample.negative are Wan's, model.family is {family!r}: "
-                    "leave them out"
-                )
+        if self.sample.solver not in ("auto", "euler", *spec.solvers):
+            raise ValueError(f"sample.solver = {self.sample.solver!r} is not {family}'s, leave it out")
+        if spec.guidance != "classifier_free":
+            for key in ("cfg_high_noise", "cfg_low_noise", "negative"):
+                if (value := getattr(self.sample, key)) is not None:
+                    raise ValueError(
+                        f"sample.{key} = {value!r}: {family} has no classifier-free guidance, leave it out (it has conditioning.guidance)"
+                    )
+        if spec.guidance != "embedding" and self.conditioning.guidance != ConditioningConfig.model_fields["guidance"].default:
+            raise ValueError(
+                f"conditioning.guidance = {self.conditioning.guidance} is a guidance embedding, which {family} has not: leave it out "
+                "(sample.cfg_high_noise and sample.cfg_low_noise guide previews and edits)"
+            )
+        if not spec.takes_clips:
             if self.dataset.frames > 1 or self.dataset.min_frames:
                 raise ValueError(f"dataset.frames = {self.dataset.frames}: {family} takes images, set dataset.frames = 1")
             if self.dataset.fps:
                 raise ValueError(f"dataset.fps = {self.dataset.fps} is for clips, {family} takes images: leave it out")
-            if self.dataset.vae_tiling:
-                raise ValueError(f"dataset.vae_tiling is for Wan's VAE, model.family is {family!r}: leave it out")
-        elif self.conditioning.guidance != ConditioningConfig.model_fields["guidance"].default:
-            raise ValueError(
-                f"conditioning.guidance = {self.conditioning.guidance} is FLUX's guidance embedding, which {family} has not: leave it out "
-                "(sample.cfg_high_noise and sample.cfg_low_noise guide previews and edits)"
-            )
-        if self.sample.cfg_low_noise is not None and not families.has_experts(family):
+        if self.dataset.vae_tiling and not spec.vae_tiling:
+            raise ValueError(f"dataset.vae_tiling: the VAE of {family} is not run in tiles, leave it out")
+        if self.conditioning.max_text_tokens > spec.text_limit:
+            raise ValueError(f"conditioning.max_text_tokens = {self.conditioning.max_text_tokens}: {family} takes up to {spec.text_limit}")
+        if self.sample.cfg_low_noise is not None and not spec.has_experts:
             raise ValueError(f"sample.cfg_low_noise is for families of two experts, {family} has one network: set sample.cfg_high_noise")
-        if self.lora.experts != "separate" and not families.has_experts(family):
+        if self.lora.experts != "separate" and not spec.has_experts:
             raise ValueError(f"lora.experts = {self.lora.experts!r}: {family} has one network, leave it out")
         if self.dataset.min_frames and self.dataset.min_frames > self.dataset.frames:
             raise ValueError(f"dataset.min_frames = {self.dataset.min_frames} is above dataset.frames = {self.dataset.frames}")
@@ -506,39 +399,28 @@ class Config(Section):
     @property
     def fps(self) -> float | None:
         """Frames a second that clips are read at; None: as they are."""
-        spec = families.WAN.get(self.model.family)
-        return self.dataset.fps or (spec.fps if spec else None)
+        return self.dataset.fps or self.model.spec.fps
 
     def cfg_at(self, high_noise: bool) -> float:
         """Classifier-free guidance of previews and editing; 1 = none."""
-        spec = families.WAN.get(self.model.family)
-        if spec is None:
-            return 1.0
-        given = self.sample.cfg_high_noise if high_noise or spec.boundary is None else self.sample.cfg_low_noise
-        return spec.guidance[not high_noise] if given is None else given
+        spec = self.model.spec
+        high = high_noise or not spec.has_experts
+        given = self.sample.cfg_high_noise if high else self.sample.cfg_low_noise
+        return spec.guidance_scales[not high_noise] if given is None else given
 
     @property
     def negative(self) -> str | None:
         """The text of the branch that guidance leads away from; None where there is no guidance."""
         if self.cfg_at(True) == self.cfg_at(False) == 1.0:
             return None
-        return families.WAN_NEGATIVE if self.sample.negative is None else self.sample.negative
+        return self.model.spec.negative if self.sample.negative is None else self.sample.negative
 
     @model_validator(mode="after")
     def _check_that_it_trains(self) -> Config:
-        objective, train = self.objective, self.train
+        train = self.train
         # With [musubi] max_train_epochs the host alone knows the steps.
-        known = "max_train_epochs" not in self.musubi
-        if (
-            objective.name == "unpaired_cycle"
-            and not objective.identity_step_weight
-            and objective.identity_warmup_steps >= train.steps
-            and known
-        ):
-            raise ValueError(
-                f"objective.identity_warmup_steps = {objective.identity_warmup_steps} makes all of train.steps = {train.steps} identity "
-                "steps, and objective.identity_step_weight = 0 trains nothing on those: change one of them"
-            )
+        if "max_train_epochs" not in self.musubi and (why := self.objective.trains_nothing(train.steps)):
+            raise ValueError(why)
         if train.lr * train.weight_decay >= 1:
             raise ValueError(
                 f"train.weight_decay = {train.weight_decay} at train.lr = {train.lr}: a step multiplies the weights by "
@@ -557,12 +439,12 @@ class Config(Section):
             raise ValueError("train.validate_every needs held-out tuples: set dataset.validation_items, e.g. 8")
         if self.model.quantization in ("int8", "nf4") and self.model.dtype == "float32":
             raise ValueError(f"model.quantization = {self.model.quantization!r} computes in 16 bit: set model.dtype = 'bfloat16'")
-        if self.objective.rollout_weights == "merged" and self.model.offload_inactive_expert:
+        if self.objective.merges_rollout and self.model.offload_inactive_expert:
             raise ValueError(
                 "objective.rollout_weights = 'merged' is a second copy of both experts' linears on the device, which "
                 "model.offload_inactive_expert is to spare: set objective.rollout_weights = 'swap'"
             )
-        if self.objective.rollout_weights == "merged" and self.model.quantization != "none":
+        if self.objective.merges_rollout and self.model.quantization != "none":
             raise ValueError(
                 f"objective.rollout_weights = 'merged' needs frozen weights that a LoRA can be added to, and model.quantization = "
                 f"{self.model.quantization!r} would round most of it away: set objective.rollout_weights = 'swap'"
@@ -588,28 +470,15 @@ class Config(Section):
         return json.dumps(self.model_dump(mode="json"), indent=2)
 
 
-def section_model(name: str) -> type[BaseModel] | None:
-    field = Config.model_fields.get(name)
+def models_of(section: str) -> tuple[type[BaseModel], ...]:
+    """The classes of a section: none (no section, or one of free keys), one, or `[objective]`'s by `objective.name`."""
+    if section == "objective":
+        return tuple(SECTIONS_OF_OBJECTIVES.values())
+    field = Config.model_fields.get(section)
     annotation = field.annotation if field else None
-    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+    return (annotation,) if isinstance(annotation, type) and issubclass(annotation, BaseModel) else ()
 
 
-def _filled_from(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The sections that the host's options decide. Wrong types are left to the check against the host's parser, which names them."""
-    own = sections["musubi"]
-
-    def given(option: str, kind: type, least: int = 0) -> Any:
-        value = own.get(option)
-        return value if isinstance(value, kind) and not isinstance(value, bool) and (kind is str or value >= least) else None
-
-    family = sections["model"].get("family", "flux")
-    family = family if isinstance(family, str) else ""  # the schema refuses it
-    lora = {"rank": given("network_dim", int, 1), "experts": "shared" if families.has_experts(family) else None}
-    train = {"steps": given("max_train_steps", int, 1) or 1600, "seed": given("seed", int), "global_batch_size": 1}
-    output = {"dir": given("output_dir", str) or ".", "name": given("output_name", str)}
-    filled = {"lora": lora, "train": train, "output": output}
-    return {
-        # What was written there is unknown to these sections, and is told.
-        **{name: {**sections[name], **{k: v for k, v in section.items() if v is not None}} for name, section in filled.items()},
-        "dataset": {"cache_dir": ".", "frames": 81 if family in families.WAN else 1, **sections["dataset"]},
-    }
+def keys_of(section: str) -> dict[str, FieldInfo]:
+    """Every key of a section, whatever chooses among its classes."""
+    return {key: field for model in models_of(section) for key, field in model.model_fields.items()}

@@ -35,14 +35,14 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import UMT5Config, UMT5EncoderModel
 
+from byg_plugin import families
 from byg_plugin.demo import build_base, sheet, video_metrics, video_world, world
-from byg_plugin.families import WAN
 from byg_plugin.models.wan import exact_time, to_wan_timestep
 from byg_plugin.randomness import derived_seed, generator
 from byg_plugin.training.checkpoint import save_file
 
 FAMILY = "wan2.2-t2v-a14b"
-BOUNDARY = float(WAN[FAMILY].boundary or 0)
+BOUNDARY = float(families.named(FAMILY).boundary or 0)
 TEXT_TOKENS = 12  # "a red circle top left moving right on a green background" has ten words; and the end token
 TEXT_WIDTH = 4096
 LATENT_CHANNELS = 16
@@ -631,7 +631,7 @@ def save(out: Path, vae: AutoencoderKLWan, experts: Mapping[str, WanTransformer3
         copy.deepcopy(module).half().save_pretrained(out / name)
     build_base.save_tokenizer(encoder.tokenizer, out / "tokenizer")
     scheduler = UniPCMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=WAN[FAMILY].shift
+        prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=families.named(FAMILY).shift
     )
     scheduler.save_pretrained(out / "scheduler")
     index: dict[str, Any] = {"_class_name": "WanPipeline", "_diffusers_version": diffusers.__version__}

@@ -95,7 +95,7 @@ class FamilySpec:
     native: int | None = None
     vae_tiling: bool = False
     defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: MappingProxyType({}))
-    diffusers: tuple[int, int] = (0, 35)
+    diffusers: tuple[int, int] = (0, 32)
     musubi: MusubiSpec | None = None
 
     @property

@@ -28,6 +28,7 @@ def _wan(*, steps: int, **own: Any) -> FamilySpec:
         "fps": 16,
         "native": 632,  # 832 x 480
         "vae_tiling": True,
+        "diffusers": (0, 35),
         # Where the paper's video recipe differs from that of images.
         "defaults": {
             "dataset": {"frames": 81},
@@ -56,9 +57,7 @@ def _musubi(task: str, most_swapped: int) -> MusubiSpec:
 
 
 SPECS = (
-    _wan(
-        name="wan2.2-t2v-a14b", boundary=0.875, shift=12.0, steps=40, guidance_scales=(4.0, 3.0), musubi=_musubi("t2v-A14B", 39)
-    ),
+    _wan(name="wan2.2-t2v-a14b", boundary=0.875, shift=12.0, steps=40, guidance_scales=(4.0, 3.0), musubi=_musubi("t2v-A14B", 39)),
     _wan(name="wan2.1-t2v-14b", shift=5.0, steps=50, guidance_scales=(5.0, 5.0), musubi=_musubi("t2v-14B", 39)),
     _wan(name="wan2.1-t2v-1.3b", shift=8.0, steps=50, guidance_scales=(6.0, 6.0), musubi=_musubi("t2v-1.3B", 29)),
     # 1280 x 704 natively; musubi-tuner has no 5B.

@@ -15,7 +15,7 @@ from byg_plugin.objectives.base import Batch, Text
 from byg_plugin.objectives.draws import draw_t
 
 if TYPE_CHECKING:
-    from byg_plugin.config.sections import ObjectiveConfig
+    from byg_plugin.config.objective import ObjectiveConfig
 
 
 def draw_batch(
@@ -48,12 +48,14 @@ def draw_batch(
     noise = torch.randn(source.shape, generator=rng)
     if t is None:
         t = draw_t(objective, len(source), rng, geometry.boundary, high)
-    nodes = sampling.sampling_nodes(geometry, objective.rollout_steps, objective.rollout_schedule, tuple(source.shape))
+    nodes = None
+    if objective.rollout is not None:
+        nodes = sampling.sampling_nodes(geometry, *objective.rollout, tuple(source.shape)).to(device)
     return Batch(
         source=source.to(device),
         noise=noise.to(device),
         t=t.to(device),
-        nodes=nodes.to(device),
+        nodes=nodes,
         identity_step=identity_step,
         target=None if target is None else target.to(device),
         **{role: {name: value.to(device) for name, value in texts[role].items()} for role in TEXTS},

@@ -101,7 +101,7 @@ class DiffusersHost:
 
         What is made inside may be inference tensors: clone outside what autograd shall save.
         """
-        merged = self.config.objective.rollout_weights == "merged"
+        merged = self.config.objective.merges_rollout
         with self.ema_weights.swapped_in(), self._placed(self._merge()) if merged else nullcontext(), self._without_gradient():
             yield self._velocity
 

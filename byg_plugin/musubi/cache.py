@@ -31,11 +31,10 @@ from byg_plugin.data.tuples import TEXTS, EditTuple
 from byg_plugin.documents import toml_table
 from byg_plugin.finite import is_finite
 from byg_plugin.lora.files import write_lora
+from byg_plugin.musubi.family import Encoded, MusubiFamily
 from byg_plugin.objectives.base import Text
 from byg_plugin.user_files import is_hidden
 
-PARTS = {"wan": ("umt5",), "flux": ("t5", "pooled")}
-ARCHITECTURES = {"wan": ("wan", "wan"), "flux": ("fk", "flux_kontext")}
 _PREFIX = "varlen_byg_"
 _REMEDY = "run byg_plugin/cache_text_encoder_outputs.py with this configuration"
 _SHOWN = 3
@@ -110,18 +109,14 @@ def is_current(path: Path, tuples: Sequence[EditTuple], encoder: str) -> bool:
     return found.get("byg.texts") == digest(tuples) and found.get("byg.encoder") == encoder
 
 
-Encoded = Mapping[str, Tensor]
-"""One text: `umt5` (L, width), or `t5` (L, width) and `pooled` (1, width)."""
-
-
-def write_roles(item: Item, tuples: Sequence[EditTuple], encoding: Callable[[str], Encoded], family: str, encoder: str) -> None:
+def write_roles(item: Item, tuples: Sequence[EditTuple], encoding: Callable[[str], Encoded], family: MusubiFamily, encoder: str) -> None:
     """Add the roles to an item's file; the host's own tensors and metadata stay.
 
     Raises:
         ValueError: the file is of another architecture, or cannot be read or written.
     """
     tensors: dict[str, Tensor] = {}
-    architecture = ARCHITECTURES[family][1]
+    architecture = family.architecture[1]
     metadata = {"architecture": architecture, "caption1": "", "format_version": "1.0.1"}
     if item.path.is_file():
         try:
@@ -134,24 +129,24 @@ def write_roles(item: Item, tuples: Sequence[EditTuple], encoding: Callable[[str
             raise ValueError(f"{item.path}: caches texts of {metadata['architecture']}, model.family needs {architecture}")
     for role in TEXTS:
         encoded = [encoding(getattr(one, role)) for one in tuples]
-        first = PARTS[family][0]
+        first = family.text_parts[0]
         tensors[f"{_PREFIX}{role}_lengths_int64"] = torch.tensor([len(one[first]) for one in encoded])
-        for part in PARTS[family]:
+        for part in family.text_parts:
             value = torch.cat([one[part] for one in encoded]).cpu()
             tensors[f"{_PREFIX}{role}_{part}_{str(value.dtype).removeprefix('torch.')}"] = value
     item.path.parent.mkdir(parents=True, exist_ok=True)
     write_lora(item.path, tensors, {**metadata, "byg.texts": digest(tuples), "byg.encoder": encoder})
 
 
-def texts_of_batch(batch: Mapping[str, Any], size: int, family: str, choice: Sequence[float], tokens: int) -> dict[str, Text]:
+def texts_of_batch(batch: Mapping[str, Any], size: int, family: MusubiFamily, choice: Sequence[float], tokens: int) -> dict[str, Text]:
     """The four roles of a batch of the host.
 
     Args:
         batch: as the host collates it.
         size: its items.
-        family: `wan` or `flux`.
+        family: whose texts.
         choice: a number in [0, 1) for each item: which of its tuples is taken.
-        tokens: a text is filled up with zeros to so many (Wan), or must have as many (FLUX).
+        tokens: a text is filled up with zeros to so many, or must have as many (`family.pads_texts`).
 
     Raises:
         ValueError: a role is missing on an item, or encoded otherwise than `tokens` says.
@@ -160,7 +155,7 @@ def texts_of_batch(batch: Mapping[str, Any], size: int, family: str, choice: Seq
     for role in TEXTS:
         lengths = _list(batch, role, "lengths", size)
         named: dict[str, Tensor] = {}
-        for part in PARTS[family]:
+        for part in family.text_parts:
             rows = _list(batch, role, part, size)
             chosen = [
                 _one(row, length.tolist(), number, part == "pooled") for row, length, number in zip(rows, lengths, choice, strict=True)
@@ -188,8 +183,8 @@ def _one(rows: Tensor, lengths: Sequence[int], number: float, pooled: bool) -> T
     return rows[first : first + lengths[index]]
 
 
-def _filled(text: Tensor, tokens: int, family: str) -> Tensor:
-    if len(text) > tokens or (family == "flux" and len(text) != tokens):
+def _filled(text: Tensor, tokens: int, family: MusubiFamily) -> Tensor:
+    if len(text) > tokens or (not family.pads_texts and len(text) != tokens):
         raise ValueError(f"conditioning.max_text_tokens = {tokens}, and a cached text has {len(text)} tokens: set it to what was cached")
     return torch.cat([text, text.new_zeros(tokens - len(text), text.shape[1])])
 
@@ -197,7 +192,7 @@ def _filled(text: Tensor, tokens: int, family: str) -> Tensor:
 # --- before training ---
 
 
-def check(dataset_config: Path, family: str, tuples: Sequence[EditTuple]) -> int:
+def check(dataset_config: Path, family: MusubiFamily, tuples: Sequence[EditTuple]) -> int:
     """Look at the host's cache files; returns how many items will be trained on.
 
     Raises:
@@ -226,7 +221,7 @@ def check(dataset_config: Path, family: str, tuples: Sequence[EditTuple]) -> int
     return len(items)
 
 
-def _wrong_entries(path: Path, family: str, count: int) -> str | None:
+def _wrong_entries(path: Path, family: MusubiFamily, count: int) -> str | None:
     """What is wrong with the roles in a text cache file of `count` tuples, by its header and the lengths; None: nothing."""
     with safe_open(path, framework="pt") as file:
         shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
@@ -238,7 +233,7 @@ def _wrong_entries(path: Path, family: str, count: int) -> str | None:
             if counted.dtype != torch.int64 or not bool((counted > 0).all()):
                 return f"{lengths} = {shown(counted.tolist())} are no lengths of texts"
             rows = int(counted.sum())
-            for part in PARTS[family]:
+            for part in family.text_parts:
                 names = [key for key in shapes if key.startswith(f"{_PREFIX}{role}_{part}_")]
                 wanted = count if part == "pooled" else rows
                 if not names:
@@ -250,7 +245,7 @@ def _wrong_entries(path: Path, family: str, count: int) -> str | None:
     return None
 
 
-def latents_of(dataset_config: Path, family: str) -> list[Item]:
+def latents_of(dataset_config: Path, family: MusubiFamily) -> list[Item]:
     """`cached_items`, of which there must be some.
 
     Raises:
@@ -258,17 +253,19 @@ def latents_of(dataset_config: Path, family: str) -> list[Item]:
     """
     if items := cached_items(dataset_config, family):
         return items
-    script = "flux_kontext_cache_latents.py" if family == "flux" else "wan_cache_latents.py"
-    raise ValueError(f"musubi.dataset_config = {dataset_config}: no cached latents for {family}; run the host's {script} first")
+    raise ValueError(
+        f"musubi.dataset_config = {dataset_config}: no cached latents for {family.architecture[1]}; run the host's "
+        f"{family.latents_script} first"
+    )
 
 
-def cached_items(dataset_config: Path, family: str) -> list[Item]:
+def cached_items(dataset_config: Path, family: MusubiFamily) -> list[Item]:
     """The items whose latents are cached, by the host's naming of files; of a clip cut in several places, once."""
     return list({item.path: item for _, item in _latent_files(dataset_config, family)}.values())
 
 
-def _latent_files(dataset_config: Path, family: str) -> Iterator[tuple[Path, Item]]:
-    name = ARCHITECTURES[family][0]
+def _latent_files(dataset_config: Path, family: MusubiFamily) -> Iterator[tuple[Path, Item]]:
+    name = family.architecture[0]
     for folder, is_video in cache_folders(dataset_config):
         position = r"_\d+-\d+(?:-\d+)?" if is_video else ""
         pattern = re.compile(rf"(.+){position}_\d+x\d+_{name}\.safetensors")

@@ -11,11 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from byg_plugin import families
-from byg_plugin.config.sections import Config
+from byg_plugin.config.sections import ModelConfig
+from byg_plugin.musubi.family import MusubiFamily, musubi_family
 
-_TRAINERS = {"wan": ("wan_train_network", "WanNetworkTrainer"), "flux": ("flux_kontext_train_network", "FluxKontextNetworkTrainer")}
-_PARSERS = {"wan": "wan_setup_parser", "flux": "flux_kontext_setup_parser"}
 _SEAMS = (
     "process_batch",
     "on_transformer_loaded",
@@ -33,46 +31,40 @@ _PROCESS_BATCH = ("args", "accelerator", "transformer", "network", "batch", "lat
 
 
 @dataclass(frozen=True)
-class Host:
+class Checkout:
     """The host's modules that the plugin uses."""
 
-    family: str
-    """`wan` or `flux`."""
+    family: MusubiFamily
     trainer: Any
     """The module of the family's network trainer."""
 
     @property
     def trainer_class(self) -> Any:
-        return getattr(self.trainer, _TRAINERS[self.family][1])
+        return getattr(self.trainer, self.family.trainer[1])
 
     def parser(self) -> argparse.ArgumentParser:
         """The parser of the family's training script."""
-        return getattr(self.trainer, _PARSERS[self.family])(self.trainer.setup_parser_common())
+        return getattr(self.trainer, self.family.parser)(self.trainer.setup_parser_common())
 
     def module(self, name: str) -> Any:
         """Another module of the host."""
         return _import(name)
 
 
-def family_of(config: Config) -> str:
-    """`wan` or `flux`: what the host has a trainer for."""
-    return "wan" if config.model.family in families.WAN else "flux"
-
-
-def open_host(config: Config) -> Host:
+def open_host(model: ModelConfig) -> Checkout:
     """Import the host and look at what it can do.
 
     Raises:
         ValueError: it is not there, cannot be imported, or lacks something; lists all that is missing.
     """
-    place = _put_on_path(config.model.host_path)
-    family = family_of(config)
+    folder = _put_on_path(model.host_path)
+    family = musubi_family(model.family)
     if lacking := _lacking(family):
         raise ValueError(
-            f"musubi-tuner in {place} is not one that this plugin works with (tested: v0.3.0 and v0.3.4), it lacks:\n"
+            f"musubi-tuner in {folder} is not one that this plugin works with (tested: v0.3.0 and v0.3.4), it lacks:\n"
             + "\n".join(f"  - {line}" for line in lacking)
         )
-    return Host(family, _import(_TRAINERS[family][0]))
+    return Checkout(family, _import(family.trainer[0]))
 
 
 def _put_on_path(host_path: str | None) -> str:
@@ -112,9 +104,9 @@ def _patches() -> Any:
     return module
 
 
-def _lacking(family: str) -> list[str]:
+def _lacking(family: MusubiFamily) -> list[str]:
     """What an incompatible host does not have, a line each."""
-    module, name = _TRAINERS[family]
+    module, name = family.trainer
     try:
         trainer = getattr(_import(module), name, None)
     except ImportError as error:
@@ -122,17 +114,13 @@ def _lacking(family: str) -> list[str]:
     if trainer is None:
         return [f"{module}.{name}"]
     lacking = [f"the seam {name}.{seam}" for seam in _SEAMS if not callable(getattr(trainer, seam, None))]
-    if "the seam" not in "".join(lacking):
+    if not lacking:
         found = tuple(inspect.signature(trainer.process_batch).parameters)[1:]
         if found[:6] != _PROCESS_BATCH[:6] or len(found) != 12:
             lacking.append(f"{name}.process_batch with the parameters {', '.join(_PROCESS_BATCH)}, ...; it has {', '.join(found)}")
-    model = _import("wan.modules.model").WanModel if family == "wan" else _import("flux.flux_models").Flux
+    place, network_name = family.network
+    network = getattr(_import(place), network_name)
     for switch in ("switch_block_swap_for_inference", "switch_block_swap_for_training"):
-        if not callable(getattr(model, switch, None)):
-            lacking.append(f"{model.__name__}.{switch}, without which swapped blocks are in the wrong place")
-    if family == "wan":
-        if not callable(getattr(trainer, "swap_high_low_weights", None)):
-            lacking.append(f"{name}.swap_high_low_weights, which exchanges Wan2.2's experts")
-        if "f_indices" not in inspect.signature(model.forward).parameters:
-            lacking.append("WanModel.forward(f_indices=...), which gives the source's tokens their positions")
-    return lacking
+        if not callable(getattr(network, switch, None)):
+            lacking.append(f"{network.__name__}.{switch}, without which swapped blocks are in the wrong place")
+    return lacking + family.lacking(trainer, network)

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from byg_plugin.hosts.ema import EmaWeights
+from byg_plugin.hosts.experts import by_expert
 from byg_plugin.objectives.base import Text, Velocity
-from byg_plugin.timesteps import is_high
 
 
 class BlockSwap:
@@ -200,22 +200,12 @@ class MusubiFields:
         return self._velocity(noisy, t, text, None)
 
     def _velocity(self, noisy: Tensor, t: Tensor, text: Text, source: Tensor | None) -> Tensor:
-        """Each sample by the expert that serves its t; a batch on both sides of the boundary is split."""
+        """Each sample by the expert that serves its t."""
         if self._experts is None:
             return self._one_expert(None, noisy, t, text, source)
-        high = is_high(t, self._experts.boundary)
-        if bool(high.all()) or not bool(high.any()):
-            return self._one_expert(bool(high[0]), noisy, t, text, source)
-        first = self._experts.high  # the one that is there
-        out: Tensor | None = None
-        for side in (first, not first):
-            rows = high if side else ~high
-            some = {name: value[rows.to(value.device)] for name, value in text.items()}
-            part = self._one_expert(side, noisy[rows], t[rows], some, None if source is None else source[rows])
-            out = torch.zeros_like(noisy, dtype=part.dtype) if out is None else out
-            out[rows] = part
-        assert out is not None
-        return out
+        experts = self._experts
+        # The one that is there first.
+        return by_expert(self._one_expert, experts.boundary, lambda: experts.high, noisy, t, text, source)
 
     def _one_expert(self, high: bool | None, noisy: Tensor, t: Tensor, text: Text, source: Tensor | None) -> Tensor:
         if self._experts is not None:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from byg_plugin import families
 from byg_plugin.config.sections import Config
@@ -26,7 +25,8 @@ from byg_plugin.data.tuples import TEXTS, EditTuple, read_tuples
 from byg_plugin.folders import alone_in
 from byg_plugin.musubi import cache as musubi_cache
 from byg_plugin.musubi import options as musubi_options
-from byg_plugin.musubi.checkout import Host, open_host
+from byg_plugin.musubi.checkout import Checkout, open_host
+from byg_plugin.musubi.family import Encoded
 from byg_plugin.musubi.trainer import make_trainer, read_state, states
 from byg_plugin.objectives.draws import share_of_high_noise
 
@@ -72,7 +72,7 @@ def training_tuples(config: Config) -> list[EditTuple]:
     return split_tuples(read_tuples(config.dataset), 0)[0]
 
 
-def prepare(config: Config, resume: str | None = None) -> tuple[Host, argparse.Namespace, int]:
+def prepare(config: Config, resume: str | None = None) -> tuple[Checkout, argparse.Namespace, int]:
     """Everything that can be checked before a model is loaded: host, options, caches, state.
 
     Returns:
@@ -92,11 +92,10 @@ def prepare(config: Config, resume: str | None = None) -> tuple[Host, argparse.N
             )
     if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper() not in ("NO", ""):
         raise ValueError("accelerate launch asks for dynamo, inside which the LoRA cannot be taken off: answer NO, and set musubi.compile")
-    host = open_host(config)
+    host = open_host(config.model)
     args = musubi_options.arguments(config, host.parser())
-    if host.family == "wan":
-        musubi_options.check_precision(config.musubi)
-    share_of_high_noise(config, families.WAN[config.model.family].boundary if config.model.family in families.WAN else None)
+    host.family.check(config.musubi)
+    share_of_high_noise(config, families.named(config.model.family).boundary)
     items = musubi_cache.check(Path(args.dataset_config), host.family, training_tuples(config))
     _resume_from(config, resume, args)
     return host, args, items
@@ -135,13 +134,13 @@ def cache_texts(config: Config, *, prune: bool = False) -> None:
     """
     if prune:
         raise ValueError("--prune: the host's own caching scripts remove files of items that are gone; leave it out")
-    host = open_host(config)
+    host = open_host(config.model)
     tuples = training_tuples(config)
     place = config.musubi.get("dataset_config")
     if not isinstance(place, str) or not Path(place).is_file():
         raise ValueError(f"musubi.dataset_config = {place!r}: no such file; give the host's dataset TOML")
     every = musubi_cache.matched(musubi_cache.latents_of(Path(place), host.family), tuples)
-    encoder = _encoder_identity(config, host.family)
+    encoder = _encoder_identity(config)
     todo = [(item, some) for item, some in every if not musubi_cache.is_current(item.path, some, encoder)]
     if todo:
         texts = sorted({getattr(one, role) for _, some in todo for one in some for role in TEXTS})
@@ -151,9 +150,9 @@ def cache_texts(config: Config, *, prune: bool = False) -> None:
     print(f"{len(todo)} items' texts cached, {len(every) - len(todo)} were current", flush=True)
 
 
-def _encoder_identity(config: Config, family: str) -> str:
+def _encoder_identity(config: Config) -> str:
     parts = []
-    for name in musubi_options.ENCODERS[family]:
+    for name in musubi_options.spec_of(config.model).text_encoders:
         place = config.musubi.get(name)
         if not isinstance(place, str) or not Path(place).is_file():
             raise ValueError(f"musubi.{name} = {place!r}: no such file; give the text encoder that the host's own caching takes")
@@ -162,43 +161,8 @@ def _encoder_identity(config: Config, family: str) -> str:
 
 
 @torch.no_grad()
-def encode_texts(host: Host, config: Config, texts: Sequence[str]) -> dict[str, dict[str, Tensor]]:
+def encode_texts(host: Checkout, config: Config, texts: Sequence[str]) -> dict[str, Encoded]:
     """Encodings by text, with the host's encoders and settings, on the CPU."""
     from byg_plugin.config.device import resolve_device
 
-    device = resolve_device(config.model.device)
-    if host.family == "wan":
-        return _encode_wan(host, config, texts, device)
-    return _encode_flux(host, config, texts, device)
-
-
-def _encode_wan(host: Host, config: Config, texts: Sequence[str], device: torch.device) -> dict[str, dict[str, Tensor]]:
-    own = config.musubi
-    shared = host.module("wan.configs.shared_config").wan_shared_cfg
-    encoder = host.module("wan.modules.t5").T5EncoderModel(
-        text_len=shared.text_len, dtype=shared.t5_dtype, device=device, weight_path=own["t5"], fp8=bool(own.get("fp8_t5"))
-    )
-    found = {}
-    for text in texts:
-        with torch.autocast(device.type, dtype=shared.t5_dtype, enabled=bool(own.get("fp8_t5"))):
-            found[text] = {"umt5": encoder([text], device)[0].to(shared.t5_dtype).cpu()}
-    return found
-
-
-def _encode_flux(host: Host, config: Config, texts: Sequence[str], device: torch.device) -> dict[str, dict[str, Tensor]]:
-    own = config.musubi
-    utils, models = host.module("flux.flux_utils"), host.module("flux.flux_models")
-    dtype = torch.float8_e4m3fn if own.get("fp8_t5") else torch.bfloat16
-    t5_tokenizer, t5 = utils.load_t5xxl(own["text_encoder1"], dtype=dtype, device=device, disable_mmap=True)
-    clip_tokenizer, clip = utils.load_clip_l(own["text_encoder2"], dtype=torch.bfloat16, device=device, disable_mmap=True)
-    found = {}
-    for text in texts:
-        ids = [
-            tokenizer([text], max_length=length, padding="max_length", truncation=True, return_tensors="pt")["input_ids"].to(device)
-            for tokenizer, length in ((t5_tokenizer, models.T5XXL_MAX_LENGTH), (clip_tokenizer, 77))
-        ]
-        with torch.autocast(device.type, dtype=torch.bfloat16):
-            sequence = t5(input_ids=ids[0], attention_mask=None, output_hidden_states=False)["last_hidden_state"]
-            pooled = clip(ids[1])["pooler_output"]
-        found[text] = {"t5": sequence[0].to(torch.bfloat16).cpu(), "pooled": pooled.to(torch.bfloat16).cpu()}
-    return found
+    return host.family.encode_texts(host.module, config.musubi, texts, resolve_device(config.model.device))

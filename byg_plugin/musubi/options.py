@@ -18,9 +18,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from byg_plugin import families
 from byg_plugin.config.fields import why_no_place
 from byg_plugin.config.loading import shown
-from byg_plugin.config.sections import Config
+from byg_plugin.config.sections import Config, ModelConfig
+from byg_plugin.families.spec import MusubiSpec
 from byg_plugin.lora.files import read_lora
 
 _KINDS = {str: "str", int: "int", float: "float", pathlib.Path: "path", None: "str"}
@@ -110,10 +112,6 @@ REFUSED = {
     "force_v2_1_time_embedding": "edit.py and other tools have Wan2.2's own time embedding: leave it out",
 }
 _ATTENTION = ("sdpa", "flash_attn", "xformers", "flash3")
-# All blocks but the one that computes (Wan); of FLUX's 19 + 38 the host swaps n // 2 and twice the rest + 1, and keeps two of each.
-_MOST_SWAPPED = {"flux": 34, "wan2.2-t2v-a14b": 39, "wan2.1-t2v-14b": 39, "wan2.1-t2v-1.3b": 29}
-TASKS = {"wan2.2-t2v-a14b": "t2v-A14B", "wan2.1-t2v-14b": "t2v-14B", "wan2.1-t2v-1.3b": "t2v-1.3B"}
-ENCODERS = {"wan": ("t5",), "flux": ("text_encoder1", "text_encoder2")}
 _NEEDED = {
     "dit": "the DiT's .safetensors file (Wan2.2: the low-noise expert's)",
     "dataset_config": "the host's dataset TOML",
@@ -123,6 +121,13 @@ _NEEDED = {
     "learning_rate": "the host's default of 2e-6 trains nothing; the paper's is 3e-4 with AdamW",
     "optimizer_type": "e.g. 'AdamW' or 'AdamW8bit'",
 }
+
+
+def spec_of(model: ModelConfig) -> MusubiSpec:
+    """What the host has for the family; the configuration refuses one that it has not."""
+    spec = families.named(model.family).musubi
+    assert spec is not None
+    return spec
 
 
 def problems(config: Config, surface: Surface) -> list[str]:
@@ -199,9 +204,10 @@ def _needed(config: Config) -> list[str]:
     if len(chosen) != 1:
         what = f"{' and '.join(chosen)} are set" if chosen else "none is set"
         found.append(f"set exactly one of {', '.join(f'musubi.{name}' for name in _ATTENTION)}; {what}")
-    if config.model.family == "wan2.2-t2v-a14b" and not given.get("dit_high_noise"):
+    has_experts = families.named(config.model.family).has_experts
+    if has_experts and not given.get("dit_high_noise"):
         found.append("musubi.dit_high_noise is missing: a rollout from noise to data passes through both experts")
-    if config.model.family != "wan2.2-t2v-a14b" and given.get("dit_high_noise"):
+    if not has_experts and given.get("dit_high_noise"):
         found.append(f"musubi.dit_high_noise: {config.model.family} has one network; leave it out")
     for name in ("dit", "dit_high_noise", "dataset_config", "sample_prompts", "network_weights"):
         place = given.get(name)
@@ -233,7 +239,7 @@ def _named(config: Config) -> list[str]:
     for name, largest in _AT_MOST.items():
         if isinstance(value := given.get(name), int) and value > largest:
             found.append(f"musubi.{name} = {shown(value)}: must not be above {largest:,}")
-    swapped, most = given.get("blocks_to_swap"), _MOST_SWAPPED[config.model.family]
+    swapped, most = given.get("blocks_to_swap"), spec_of(config.model).most_swapped
     if isinstance(swapped, int) and swapped > most:
         found.append(f"musubi.blocks_to_swap = {shown(swapped)}: {config.model.family} has no more than {most} to swap")
     optimizer, scheduler = given.get("optimizer_type"), given.get("lr_scheduler")
@@ -272,7 +278,7 @@ def _together(config: Config) -> list[str]:
         found.append(
             "musubi.block_swap_h2d_only overwrites weights that a backward pass needs, unless musubi.gradient_checkpointing = true"
         )
-    if given.get("block_swap_h2d_only") and config.model.family == "wan2.2-t2v-a14b":
+    if given.get("block_swap_h2d_only") and families.named(config.model.family).has_experts:
         found.append(
             "musubi.block_swap_h2d_only keeps the first expert's weights when the host exchanges the experts: leave it out, "
             "musubi.blocks_to_swap alone is right"
@@ -285,13 +291,13 @@ def _together(config: Config) -> list[str]:
             f"musubi.{samples[0]} needs musubi.sample_prompts, a file of instructions, each with its source: make it snow --ci photo.jpg"
         )
     if given.get("sample_prompts"):
-        for name in ("vae", *ENCODERS["flux" if config.model.family == "flux" else "wan"]):
+        for name in ("vae", *spec_of(config.model).text_encoders):
             place = given.get(name)
             if not isinstance(place, str) or why_no_place(place) or not pathlib.Path(place).is_file():
                 found.append(f"musubi.sample_prompts needs musubi.{name} = {place!r}: no such file")
     if given.get("persistent_data_loader_workers") and given.get("max_data_loader_n_workers") == 0:
         found.append("musubi.persistent_data_loader_workers needs workers: set musubi.max_data_loader_n_workers above 0, or leave it out")
-    if given.get("fp8_t5") and given.get("sample_prompts") and config.model.family == "flux":
+    if given.get("fp8_t5") and given.get("sample_prompts") and not spec_of(config.model).previews_with_fp8_t5:
         found.append("musubi.fp8_t5 stops the host's previews of FLUX (it names a dtype that torch has not): leave it out")
     return found
 
@@ -335,9 +341,10 @@ def arguments(config: Config, parser: argparse.ArgumentParser) -> argparse.Names
             setattr(args, name, _converted(value, surface[name], convert))
         except (ValueError, argparse.ArgumentTypeError) as error:
             raise ValueError(f"[musubi]:\n  - musubi.{name} = {value!r}: {error}") from error
-    if config.model.family in TASKS:
-        args.task = TASKS[config.model.family]
-    args.network_module = args.network_module or ("networks.lora_flux" if config.model.family == "flux" else "networks.lora_wan")
+    spec = spec_of(config.model)
+    if spec.task is not None:
+        args.task = spec.task
+    args.network_module = args.network_module or spec.network_module
     # Every rank draws from the same seed; without one the host gives each rank its own.
     args.seed = config.train.seed
     # As the host's entry points do.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,98 +23,32 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from byg_plugin import families, sampling, timesteps
+from byg_plugin import families, sampling
 from byg_plugin.config.sections import Config
 from byg_plugin.data.buckets import crop_to_bucket, to_tensor
 from byg_plugin.data.media import load_image
 from byg_plugin.data.tuples import TEXTS
 from byg_plugin.documents import json_value
 from byg_plugin.finite import all_finite, first_not_finite, not_finite, refuse_not_finite
+from byg_plugin.hosts.batch import draw_batch
 from byg_plugin.hosts.ema import EmaWeights
 from byg_plugin.lora.metadata import lora_metadata
-from byg_plugin.models import flux_tokens
+from byg_plugin.models.geometry import SpecGeometry
 from byg_plugin.musubi import cache as musubi_cache
 from byg_plugin.musubi.fields import BlockSwap, MusubiFields
 from byg_plugin.objectives import make_objective
-from byg_plugin.objectives.base import Batch, Text, Velocity
-from byg_plugin.objectives.draws import draw_t, is_identity_step, share_of_high_noise, side_of
+from byg_plugin.objectives.base import Batch
+from byg_plugin.objectives.draws import is_identity_step, share_of_high_noise, side_of
 from byg_plugin.randomness import generator
 from byg_plugin.training.checkpoint import save_file
 
 if TYPE_CHECKING:
-    from byg_plugin.musubi.checkout import Host
+    from byg_plugin.musubi.checkout import Checkout
 
 logger = logging.getLogger(__name__)
 
 STATE = "byg_state.json"
 STATE_TENSORS = "byg_state.safetensors"
-
-
-# --- the network's call ---
-
-
-class HostFamily:
-    """What `sampling` and the LoRA's metadata ask of a family, without its models."""
-
-    def __init__(self, config: Config, boundary: float | None = None):
-        self.name = config.model.family
-        self.boundary = boundary
-
-    def clip_frames(self, frames: int) -> int:
-        """4n + 1 for Wan."""
-        return (frames - 1) // 4 * 4 + 1 if self.name in families.WAN else 1
-
-    def shifted_nodes(self, nodes: Tensor, latent_shape: Sequence[int]) -> Tensor:
-        """The family's inference shift."""
-        if self.name in families.WAN:
-            return timesteps.shift(nodes, families.WAN[self.name].shift)
-        return flux_tokens.shifted_nodes(nodes, latent_shape)
-
-
-def to_host_timestep(t: Tensor) -> Tensor:
-    """t in [0, 1] -> the host's unit for Wan, thousandths, in float32. (Its own training adds 1 to them; its sampling does not.)"""
-    return t.float() * 1000
-
-
-def wan_call(accelerator: Any, transformer: Any, noisy: Tensor, t: Tensor, text: Text, source: Tensor | None) -> Tensor:
-    """Velocity of the host's Wan: noisy (B, C, F, H, W), t (B,), source like noisy or None -> like noisy, float32.
-
-    The source's frames follow the noisy ones and have their positions.
-    """
-    frames = noisy.shape[2]
-    latents = noisy if source is None else torch.cat([noisy, source], dim=2)
-    # Lists: the host hashes them.
-    positions = None if source is None else [[*range(frames)] * 2 for _ in range(len(noisy))]
-    length = latents.shape[2] * (latents.shape[3] // 2) * (latents.shape[4] // 2)
-    with accelerator.autocast():
-        out = transformer(
-            latents.float(), t=to_host_timestep(t), context=text["umt5"].to(noisy.device).float(), seq_len=length, f_indices=positions
-        )
-    return torch.stack(list(out))[:, :, :frames].float()
-
-
-def flux_call(
-    accelerator: Any, transformer: Any, position: str, guidance: float, noisy: Tensor, t: Tensor, text: Text, source: Tensor | None
-) -> Tensor:
-    """Velocity of the host's FLUX: noisy (B, C, 1, H, W), t (B,), source like noisy or None -> like noisy, float32."""
-    h, w = noisy.shape[-2:]
-    tokens, ids = flux_tokens.pack(noisy), flux_tokens.position_ids(h, w, 0, noisy.device)
-    if source is not None:
-        first = 1 if position == "kontext" else 0
-        ids = torch.cat([ids, flux_tokens.position_ids(h, w, first, noisy.device)])
-        tokens = torch.cat([tokens, flux_tokens.pack(source)], dim=1)
-    t5 = text["t5"].to(noisy.device).float()
-    with accelerator.autocast():
-        out = transformer(
-            img=tokens.float(),
-            img_ids=ids.expand(len(noisy), -1, -1),
-            txt=t5,
-            txt_ids=torch.zeros(len(noisy), t5.shape[1], 3, device=noisy.device),
-            timesteps=t.float(),
-            y=text["pooled"].to(noisy.device).float(),
-            guidance=torch.full_like(t, guidance, dtype=torch.float32),
-        )
-    return flux_tokens.unpack(out[:, : flux_tokens.pack_length(h, w)].float(), h, w)
 
 
 class HostExperts:
@@ -157,14 +91,14 @@ class UnpairedCycleTrainer:
     """
 
     byg_config: Config
-    byg_host: Host
+    byg_host: Checkout
 
     def __init__(self) -> None:
         super().__init__()
         self.byg_progress = Progress()
         self.byg_objective = make_objective(self.byg_config.objective)
         self.byg_fields: MusubiFields
-        self.byg_family = HostFamily(self.byg_config)
+        self.byg_family = SpecGeometry(families.named(self.byg_config.model.family))
         self._byg_companions: list[Path] = []
         self._byg_proved = False
 
@@ -198,13 +132,13 @@ class UnpairedCycleTrainer:
             self._check_state(self.byg_progress.state, parameters)
             ema.load(self.byg_progress.ema)
         if getattr(self, "high_low_training", False):
-            self.byg_family.boundary = float(self.timestep_boundary)  # type: ignore[attr-defined]
+            self.byg_family = SpecGeometry(self.byg_family.spec, float(self.timestep_boundary))  # type: ignore[attr-defined]
         self.byg_high_share = share_of_high_noise(self.byg_config, self.byg_family.boundary)
         swapped = bool(getattr(args, "blocks_to_swap", 0))
         self.byg_fields = MusubiFields(
             plain,
             ema,
-            self._call(accelerator, transformer),
+            self.byg_host.family.call(accelerator, transformer, self.byg_config.conditioning),
             experts=HostExperts(self, args, accelerator, transformer) if self.byg_family.boundary is not None else None,
             swap=BlockSwap(accelerator.unwrap_model(transformer)) if swapped else None,
         )
@@ -222,12 +156,6 @@ class UnpairedCycleTrainer:
             if found.get(name) != wanted.get(name):
                 there, here = (f"has shape {each[name]}" if name in each else "is missing" for each in (found, wanted))
                 raise ValueError(f"--resume {folder}: {STATE_TENSORS}: {name} {there}, in this run it {here}; take another state")
-
-    def _call(self, accelerator: Any, transformer: Any) -> Velocity:
-        if self.byg_host.family == "wan":
-            return partial(wan_call, accelerator, transformer)
-        conditioning = self.byg_config.conditioning
-        return partial(flux_call, accelerator, transformer, conditioning.position, conditioning.guidance)
 
     def _continue(self, args: Any) -> None:
         """The host counts from 0 again: it would train all steps once more, and write over files that have the same numbers."""
@@ -247,7 +175,6 @@ class UnpairedCycleTrainer:
     ) -> tuple[Tensor, dict[str, float]]:
         """All passes of the objective, each differentiated here. What is returned has the loss's value and differentiates nothing."""
         seed, step = self.byg_config.train.seed, self.byg_progress.step
-        objective = self.byg_config.objective
         source = latents.to(accelerator.device).float()
         source = source.unsqueeze(2) if source.ndim == 4 else source
         # Position in the run over all ranks: every rank draws other numbers, a resumed run goes on with its own.
@@ -255,20 +182,17 @@ class UnpairedCycleTrainer:
             step * args.gradient_accumulation_steps + self.byg_progress.micro
         ) * accelerator.num_processes + accelerator.process_index
         self.byg_progress.micro += 1
-        rng = generator(seed, "noise", position)
-        noise = torch.randn(source.shape, generator=rng)
-        t = self._draw_t(len(source), rng, step)
         choice = torch.rand(len(source), generator=generator(seed, "tuple", position)).tolist()
-        tokens = self.byg_config.conditioning.max_text_tokens
-        texts = musubi_cache.texts_of_batch(batch, len(source), self.byg_host.family, choice, tokens)
-        nodes = sampling.sampling_nodes(self.byg_family, objective.rollout_steps, objective.rollout_schedule, tuple(source.shape))  # type: ignore[arg-type]
-        step_batch = Batch(
-            source=source,
-            noise=noise.to(source.device),
-            t=t.to(source.device),
-            nodes=nodes.to(source.device),
+        texts = musubi_cache.texts_of_batch(batch, len(source), self.byg_host.family, choice, self.byg_config.conditioning.max_text_tokens)
+        step_batch = draw_batch(
+            self.byg_config.objective,
+            self.byg_family,
+            source,
+            texts,
+            generator(seed, "noise", position),
+            source.device,
             identity_step=is_identity_step(self.byg_config, step),
-            **{role: {name: value.to(source.device) for name, value in text.items()} for role, text in texts.items()},
+            high=side_of(self.byg_config, self.byg_high_share, step),
         )
         if not self._byg_proved:
             self.byg_fields.prove_base(step_batch.noise, step_batch.t, step_batch.src_caption)
@@ -278,10 +202,6 @@ class UnpairedCycleTrainer:
         values = torch.stack([value.float() for value in metrics.values()]).tolist()
         told = {f"loss/{name}": value for name, value in zip(metrics, values, strict=True)}
         return metrics["loss"].detach().clone().requires_grad_(), told | {"identity_step": float(step_batch.identity_step)}
-
-    def _draw_t(self, size: int, rng: torch.Generator, step: int) -> Tensor:
-        high = side_of(self.byg_config, self.byg_high_share, step)
-        return draw_t(self.byg_config.objective, size, rng, self.byg_family.boundary, high)
 
     def _backward(self, accelerator: Any, loss: Tensor, *, last: bool) -> float:
         """As the host would; it averages gradients over processes itself, after `process_batch`."""
@@ -431,16 +351,21 @@ class UnpairedCycleTrainer:
         size = (width // 16 * 16, height // 16 * 16)
         pixels = self._source_pixels(sample_parameter, size, frame_count)
         vae.to(device)
-        source = self._encode(vae, pixels.to(device))
+        family, tokens = self.byg_host.family, self.byg_config.conditioning.max_text_tokens
+        with _autocast(device, vae):
+            source = family.encode_pixels(vae, pixels.to(device))
         vae.to("cpu")
-        text = self._sample_text(sample_parameter, "")
-        against = self._sample_text(sample_parameter, "negative_") if do_classifier_free_guidance and cfg_scale not in (None, 1.0) else None
+        text = family.text_of_prompt(sample_parameter, "", tokens)
+        assert text is not None
+        negative = family.text_of_prompt(sample_parameter, "negative_", tokens) if do_classifier_free_guidance else None
         nodes = sampling.sampling_nodes(self.byg_family, sample_steps, "shifted", tuple(source.shape))  # type: ignore[arg-type]
         noise = torch.randn(source.shape, generator=generator, device=device)
         with self.byg_fields.ema() as velocity:
-            latents = sampling.sample(_guided(velocity, against, cfg_scale), noise, text, source, nodes)
+            field = velocity if negative is None or cfg_scale is None else sampling.guided(velocity, negative, lambda t: cfg_scale)
+            latents = sampling.sample(field, noise, text, source, nodes)
         vae.to(device)
-        decoded = self._decode(vae, latents)
+        with _autocast(device, vae):
+            decoded = family.decode_latents(vae, latents)
         vae.to("cpu")
         return (decoded.float().cpu() / 2 + 0.5).clamp(0, 1)
 
@@ -456,26 +381,9 @@ class UnpairedCycleTrainer:
             pictures = pictures[: self.byg_family.clip_frames(len(pictures))]
         return torch.stack([to_tensor(crop_to_bucket(picture, size)) for picture in pictures], dim=1)[None]
 
-    def _encode(self, vae: Any, pixels: Tensor) -> Tensor:
-        with torch.autocast(pixels.device.type, dtype=vae.dtype, enabled=vae.dtype != torch.float32):
-            if self.byg_host.family == "wan":
-                return torch.stack(list(vae.encode(pixels))).float()
-            return vae.encode(pixels[:, :, 0].to(vae.dtype)).float().unsqueeze(2)
 
-    def _decode(self, vae: Any, latents: Tensor) -> Tensor:
-        with torch.autocast(latents.device.type, dtype=vae.dtype, enabled=vae.dtype != torch.float32):
-            if self.byg_host.family == "wan":
-                return torch.stack(list(vae.decode(latents)))
-            return vae.decode(latents[:, :, 0].to(vae.dtype)).unsqueeze(2)
-
-    def _sample_text(self, prompt: Any, kind: str) -> Text | None:
-        tokens = self.byg_config.conditioning.max_text_tokens
-        if self.byg_host.family == "flux":
-            return None if kind else {"t5": prompt["t5_vec"], "pooled": prompt["clip_l_pooler"]}
-        rows = prompt.get(f"{kind}t5_embeds")
-        if rows is None:
-            return None
-        return {"umt5": torch.cat([rows, rows.new_zeros(tokens - len(rows), rows.shape[1])])[None]}
+def _autocast(device: torch.device, vae: Any) -> torch.autocast:
+    return torch.autocast(device.type, dtype=vae.dtype, enabled=vae.dtype != torch.float32)
 
 
 def _source_of(prompt: Any) -> str | None:
@@ -483,19 +391,7 @@ def _source_of(prompt: Any) -> str | None:
     return prompt.get("control_video_path") or images[0] or prompt.get("image_path")
 
 
-def _guided(velocity: Velocity, against: Text | None, scale: float | None) -> Velocity:
-    """Classifier-free guidance whose negative branch has the source too."""
-    if against is None or scale is None:
-        return velocity
-
-    def guided(noisy: Tensor, t: Tensor, text: Text, source: Tensor | None) -> Tensor:
-        base = velocity(noisy, t, against, source)
-        return base + scale * (velocity(noisy, t, text, source) - base)
-
-    return guided
-
-
-def make_trainer(host: Host, config: Config) -> Any:
+def make_trainer(host: Checkout, config: Config) -> Any:
     """The network trainer `unpaired-cycle` of a family, a subclass of the host's."""
     name = f"UnpairedCycle{host.trainer_class.__name__}"
     made: type[Any] = type(name, (UnpairedCycleTrainer, host.trainer_class), {"byg_config": config, "byg_host": host})

@@ -1,20 +1,15 @@
-"""Objectives by name."""
+"""Objectives: each declares its section in a file without torch, and `config.objective.OBJECTIVES` lists them."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from byg_plugin.objectives.base import Objective
-from byg_plugin.objectives.paired import Paired
-from byg_plugin.objectives.unpaired_cycle import UnpairedCycle
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
-    from byg_plugin.config.sections import ObjectiveConfig
+    from byg_plugin.config.objective import ObjectiveConfig
+    from byg_plugin.objectives.base import Objective
 
 
 def make_objective(config: ObjectiveConfig) -> Objective:
-    """The objective that `[objective] name` asks for."""
-    if config.name == "paired":
-        return Paired()
-    assert config.name == "unpaired_cycle", config.name
-    return UnpairedCycle(config)
+    """The objective whose section it is; its file is imported here and not before."""
+    return cast("Objective", resolve_name(config.implementation)(config))

@@ -65,8 +65,8 @@ class Batch:
     """epsilon, like source: the same noise starts the rollout and makes x_t."""
     t: Tensor
     """(B,) in [0, 1]."""
-    nodes: Tensor
-    """(n + 1,) rollout nodes from 1 to 0, before t is moved in."""
+    nodes: Tensor | None = None
+    """(n + 1,) rollout nodes from 1 to 0, before t is moved in; None for an objective without rollouts."""
     identity_step: bool = False
     """Train the identity term alone (one coin an optimizer step)."""
     target: Tensor | None = None

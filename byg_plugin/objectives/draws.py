@@ -11,7 +11,8 @@ from byg_plugin import timesteps
 from byg_plugin.randomness import coin
 
 if TYPE_CHECKING:
-    from byg_plugin.config.sections import Config, ObjectiveConfig
+    from byg_plugin.config.objective import ObjectiveConfig
+    from byg_plugin.config.sections import Config
 
 
 def law_of_t(objective: ObjectiveConfig) -> dict[str, Any]:

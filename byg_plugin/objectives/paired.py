@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from byg_plugin import flow
 from byg_plugin.objectives.base import Backward, Batch, Metrics, VelocityFields
 
+if TYPE_CHECKING:
+    from byg_plugin.objectives.paired_config import PairedConfig
+
 
 class Paired:
     """L_edit = ||(noise - y) - edit(y_t, t, c, x)||^2 with the true edited latents y. Knows no identity steps."""
+
+    def __init__(self, config: PairedConfig):
+        self.config = config
 
     def step(self, fields: VelocityFields, batch: Batch, backward: Backward | None) -> Metrics:
         """See `objectives.base.Objective.step`.

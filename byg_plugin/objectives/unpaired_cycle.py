@@ -34,7 +34,7 @@ from byg_plugin import flow, timesteps
 from byg_plugin.objectives.base import Backward, Batch, Metrics, Text, Velocity, VelocityFields, cat_text
 
 if TYPE_CHECKING:
-    from byg_plugin.config.sections import ObjectiveConfig
+    from byg_plugin.objectives.unpaired_cycle_config import UnpairedCycleConfig
 
 
 class Frozen(NamedTuple):
@@ -61,7 +61,7 @@ class States(NamedTuple):
 class UnpairedCycle:
     """See the module. `config` is the `[objective]` section."""
 
-    def __init__(self, config: ObjectiveConfig):
+    def __init__(self, config: UnpairedCycleConfig):
         self.config = config
         self.lambda_cycle = config.lambda_cycle if config.cycle else 0.0
         self.lambda_prior = config.lambda_prior if config.prior else 0.0
@@ -99,6 +99,7 @@ class UnpairedCycle:
         needs_y0 = self._reverse_pass and self.config.routing
         if not needs_y0 and not (self._reverse_pass and self.config.bootstrap):
             return batch.noise, None  # nothing reads them
+        assert batch.nodes is not None
         schedule, index = timesteps.nodes_through(batch.nodes, batch.t)
         last = schedule.shape[1] - 1 if needs_y0 else int(index.max())
         y, y_t = batch.noise, torch.zeros_like(batch.noise)

@@ -22,20 +22,21 @@ from accelerate.logging import get_logger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from byg_plugin import sampling
 from byg_plugin.config.sections import Config
 from byg_plugin.data.dataset import BucketBatches, CachedTuples, collate
+from byg_plugin.data.tuples import TEXTS
 from byg_plugin.documents import json_value
 from byg_plugin.families import EXPERT_SUFFIXES
 from byg_plugin.finite import all_finite, first_not_finite, not_finite
 from byg_plugin.folders import DISCARDED, make_writable, set_aside, write_text
 from byg_plugin.hosts import make_host
+from byg_plugin.hosts.batch import draw_batch
 from byg_plugin.lora.metadata import lora_metadata
 from byg_plugin.lora.start import check_start
 from byg_plugin.models.base import Family
 from byg_plugin.objectives import make_objective
 from byg_plugin.objectives.base import Batch, Metrics
-from byg_plugin.objectives.draws import draw_t, is_identity_step, share_of_high_noise, side_of
+from byg_plugin.objectives.draws import is_identity_step, share_of_high_noise, side_of
 from byg_plugin.progress import Progress
 from byg_plugin.randomness import derived_seed, generator
 from byg_plugin.training import checkpoint, preview
@@ -44,7 +45,6 @@ from byg_plugin.version import __version__
 
 logger = get_logger(__name__)
 
-TEXT_ROLES = ("src_caption", "tgt_caption", "instruction", "reverse_instruction")
 VALIDATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 # What may differ between a checkpoint and the run that goes on from it without changing what is computed.
 _FREE_ON_RESUME = {"sample", "output", "train.save_every", "train.keep_last", "train.log_every", "train.validate_every", "train.tracker"}
@@ -362,25 +362,17 @@ class Trainer:
     def _batch(
         self, examples: dict[str, Any], rng: torch.Generator, identity_step: bool, t: Tensor | None = None, high: bool | None = None
     ) -> Batch:
-        """A collated micro-batch on the device, with its noise and t (drawn on the CPU: the same on every device).
-
-        `high`: the side of the experts' boundary on which t is drawn.
-        """
-        objective, device = self.config.objective, self.accelerator.device
-        source = examples["source"]
-        noise = torch.randn(source.shape, generator=rng)
-        if t is None:
-            t = draw_t(objective, len(source), rng, self.family.boundary, high)
-        nodes = sampling.sampling_nodes(self.family, objective.rollout_steps, objective.rollout_schedule, tuple(source.shape))
-        target = examples.get("target")
-        return Batch(
-            source=source.to(device),
-            noise=noise.to(device),
-            t=t.to(device),
-            nodes=nodes.to(device),
+        return draw_batch(
+            self.config.objective,
+            self.family,
+            examples["source"],
+            examples,
+            rng,
+            self.accelerator.device,
             identity_step=identity_step,
-            target=None if target is None else target.to(device),
-            **{role: {name: value.to(device) for name, value in examples[role].items()} for role in TEXT_ROLES},
+            high=high,
+            t=t,
+            target=examples.get("target"),
         )
 
     def _stop_if_not_finite(self, metrics: Metrics, micro_batches: Sequence[dict[str, Any]] = (), terms: Sequence[Metrics] = ()) -> None:
@@ -432,7 +424,7 @@ class Trainer:
     def _not_finite_entry(self, examples: Mapping[str, Any]) -> str | None:
         """The first tensor of a micro-batch with NaN or infinite values, by its tuple."""
         named = {name: examples[name] for name in ("source", "target") if name in examples}
-        named |= {f"{role} ({part})": value for role in TEXT_ROLES for part, value in examples[role].items()}
+        named |= {f"{role} ({part})": value for role in TEXTS for part, value in examples[role].items()}
         for place, index in enumerate(examples["index"]):
             if (name := first_not_finite((name, value[place]) for name, value in named.items())) is not None:
                 return f"the cached {name} of tuple {self._tuple_name(index)} holds NaN or infinite values"

@@ -1,0 +1,74 @@
+"""What every objective's section has, and where the sections are declared: each beside its objective."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from byg_plugin.config.fields import Probability, Section, Shift
+
+# objective.name -> its section, `module:Class`; that class names the objective. A new objective is one line here and its file.
+OBJECTIVES = {
+    "unpaired_cycle": "byg_plugin.objectives.unpaired_cycle_config:UnpairedCycleConfig",
+    "paired": "byg_plugin.objectives.paired_config:PairedConfig",
+}
+DEFAULT = "unpaired_cycle"
+
+# Keys that several objectives have, with one meaning; a section gives the defaults.
+EmaDecay = Annotated[
+    float,
+    Field(
+        ge=0.0,
+        le=0.99999,
+        description="Decay of the rollout's weights, an optimizer step; 0 = current weights. At most 0.99999: a mean over 100,000 steps.",
+    ),
+]
+LawOfT = Annotated[Literal["uniform", "logit_normal"], Field(description="Law of the training t.")]
+ShiftOfT = Annotated[Shift, Field(description="t <- s t / (1 + (s - 1) t); 1 = none.")]
+LeastT = Annotated[Probability, Field(description="Smallest t that is drawn.")]
+MostT = Annotated[Probability, Field(description="Largest t that is drawn.")]
+_LEAST_RANGE = 1e-6  # of t, which is float32
+
+
+class ObjectiveConfig(Section):
+    """One objective's section. A subclass declares the keys; the order is that of the JSON in a LoRA's metadata."""
+
+    if TYPE_CHECKING:
+        name: str
+        ema_decay: EmaDecay
+        t_distribution: LawOfT
+        t_shift: ShiftOfT
+        t_min: LeastT
+        t_max: MostT
+
+    implementation: ClassVar[str]
+    """`module:Class` of the `objectives.base.Objective`."""
+    requires: ClassVar[frozenset[str]] = frozenset()
+    """What a tuple must have beyond its source and its four texts: "target"."""
+    on_musubi: ClassVar[bool] = False
+    """Whether musubi-tuner can be its host."""
+
+    @property
+    def rollout(self) -> tuple[int, str] | None:
+        """(steps, schedule) of its rollouts; None: it has none."""
+        return None
+
+    @property
+    def merges_rollout(self) -> bool:
+        """Whether the rollout's LoRA is multiplied into a second copy of the adapted linears."""
+        return False
+
+    def trains_nothing(self, steps: int) -> str | None:
+        """Why a run of so many steps would train nothing, with the remedy; None: it trains."""
+        return None
+
+    @model_validator(mode="after")
+    def _check_range_of_t(self) -> ObjectiveConfig:
+        if self.t_min >= self.t_max:
+            raise ValueError(f"objective.t_min = {self.t_min} must be below objective.t_max = {self.t_max}: the range of t is empty")
+        if self.t_max - self.t_min < _LEAST_RANGE:
+            raise ValueError(
+                f"objective.t_min = {self.t_min} and objective.t_max = {self.t_max} are one number in float32: the range of t is empty"
+            )
+        return self

@@ -1,0 +1,84 @@
+"""The `[objective]` section of Algorithm 1. No torch: every command reads a configuration."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from byg_plugin.config.fields import Probability, Steps, Weight
+from byg_plugin.config.objective import EmaDecay, LawOfT, LeastT, MostT, ObjectiveConfig, ShiftOfT
+
+
+class UnpairedCycleConfig(ObjectiveConfig):
+    """Algorithm 1 of the paper, its weights, and one switch per ablation of its Table 4."""
+
+    implementation: ClassVar[str] = "byg_plugin.objectives.unpaired_cycle:UnpairedCycle"
+    on_musubi: ClassVar[bool] = True
+
+    name: Literal["unpaired_cycle"] = Field("unpaired_cycle", description="Algorithm 1; no pairs.")
+    graph: Literal["sequential", "joint"] = Field("sequential", description="One graph at a time, or the single-graph reference.")
+    lambda_cycle: Weight = Field(1.0, description="Weight of the cycle loss.")
+    lambda_prior: Weight = Field(1.0, description="Weight of forward and reverse prior losses.")
+    lambda_id: Weight = Field(0.2, description="Weight of the identity loss.")
+    alpha: Weight = Field(0.1, description="Weight of the MSE inside the prior loss.")
+    ema_decay: EmaDecay = 0.99
+    rollout_steps: Annotated[int, Field(ge=2, le=1000)] = Field(
+        10, description="Euler steps from noise to y_0; each is a pass through the network, at most 1,000."
+    )
+    rollout_schedule: Literal["uniform", "shifted"] = Field("uniform", description="Nodes of the rollout (family's shift).")
+    t_distribution: LawOfT = "uniform"
+    t_shift: ShiftOfT = 1.0
+    t_min: LeastT = 0.0
+    t_max: MostT = 1.0
+    identity_warmup_steps: Steps = Field(200, description="First optimizer steps that train the identity term alone.")
+    identity_probability: Probability = Field(0.15, description="Chance that a later step trains the identity term alone.")
+    identity_step_weight: Weight = Field(1.0, description="Weight of the identity term on an identity step.")
+    frozen_batch: Literal[1, 2, 4] = Field(2, description="Frozen-base velocities of one sample evaluated at once.")
+    rollout_weights: Literal["swap", "merged"] = Field(
+        "swap",
+        description="merged = the rollout's LoRA multiplied into a second copy of the adapted linears: no LoRA products in its steps, "
+        "more memory; equal up to the rounding of model.dtype.",
+    )
+    merge_identity: bool = Field(False, description="Batch the identity pass with the reverse pass (small inputs; more memory).")
+    routing: bool = Field(True, description="Ablation: false conditions the reverse pass on the one-step prediction.")
+    bootstrap: bool = Field(True, description="Ablation: false feeds x_t instead of the rollout's y_t.")
+    cycle: bool = Field(True, description="Ablation: false drops the cycle loss (the reverse prior stays).")
+    directional: bool = Field(True, description="Ablation: false keeps only alpha * MSE of the prior.")
+    prior: bool = Field(True, description="Ablation: false drops the prior losses.")
+
+    @property
+    def rollout(self) -> tuple[int, str]:
+        """See `ObjectiveConfig.rollout`."""
+        return self.rollout_steps, self.rollout_schedule
+
+    @property
+    def merges_rollout(self) -> bool:
+        """See `ObjectiveConfig.merges_rollout`."""
+        return self.rollout_weights == "merged"
+
+    def trains_nothing(self, steps: int) -> str | None:
+        """All steps may be identity steps of the weight 0."""
+        if self.identity_step_weight or self.identity_warmup_steps < steps:
+            return None
+        return (
+            f"objective.identity_warmup_steps = {self.identity_warmup_steps} makes all of train.steps = {steps} identity "
+            "steps, and objective.identity_step_weight = 0 trains nothing on those: change one of them"
+        )
+
+    @model_validator(mode="after")
+    def _check(self) -> UnpairedCycleConfig:
+        prior = self.lambda_prior and self.prior and (self.directional or self.alpha)
+        if not (self.lambda_cycle and self.cycle) and not prior and not self.lambda_id:
+            raise ValueError(
+                "objective.lambda_cycle, objective.lambda_prior and objective.lambda_id are all 0 or switched off (a prior without "
+                "directional needs objective.alpha): nothing is left to train; give one of them a weight"
+            )
+        if self.identity_probability == 1 and not self.identity_step_weight:
+            raise ValueError(
+                "objective.identity_probability = 1 makes every step an identity step, and objective.identity_step_weight = 0 trains "
+                "nothing on those: change one of them"
+            )
+        if self.merge_identity and self.graph == "joint":
+            raise ValueError("objective.merge_identity batches passes of graph = 'sequential'; set one of the two")
+        return self
