@@ -36,6 +36,7 @@ from byg_plugin.demo.commands import run as run_command
 from byg_plugin.models import flux_files, make_family
 from byg_plugin.musubi import cache as musubi_cache
 from byg_plugin.musubi import host as musubi
+from byg_plugin.musubi.family import musubi_family
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = ROOT / "byg_plugin" / "demo" / "base"
@@ -126,7 +127,7 @@ def write_host_files(demo: Config, out: Path) -> None:
             found = data.encoding(text)
             return {"t5": found["t5"], "pooled": found["pooled"][None]}
 
-        musubi_cache.write_roles(place, [item], encoding, "flux", "demo")
+        musubi_cache.write_roles(place, [item], encoding, musubi_family("flux"), "demo")
     (out / "dataset.toml").write_text(
         f"[general]\nresolution = [{size}, {size}]\nbatch_size = {demo.train.batch_size}\nenable_bucket = false\n"
         f"[[datasets]]\nimage_directory = {json.dumps(str(out / 'train' / 'images'))}\ncache_directory = {json.dumps(str(folder))}\n",

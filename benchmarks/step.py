@@ -37,7 +37,7 @@ from benchmarks import step_report as report
 from benchmarks.provenance import ROOT
 from byg_plugin import _cli, timesteps
 from byg_plugin.config.loading import load_config, parse_config
-from byg_plugin.config.sections import Config, ObjectiveConfig
+from byg_plugin.config.sections import Config
 from byg_plugin.data.tuples import TEXTS
 from byg_plugin.hosts.diffusers import DiffusersHost
 from byg_plugin.models import flux_files, wan, wan_files
@@ -45,6 +45,7 @@ from byg_plugin.models.flux import FluxFamily
 from byg_plugin.models.wan import WanFamily
 from byg_plugin.objectives import make_objective
 from byg_plugin.objectives.base import Batch, Velocity
+from byg_plugin.objectives.unpaired_cycle_config import UnpairedCycleConfig
 
 # --- what is measured ---
 
@@ -287,7 +288,7 @@ class StepHost(DiffusersHost):
     def choose(self, row: Row, checkpointing: bool) -> None:
         """Make the next steps this row's."""
         self.row = row
-        self.config = self.config.model_copy(update={"objective": ObjectiveConfig(**row.objective)})
+        self.config = self.config.model_copy(update={"objective": UnpairedCycleConfig(**row.objective)})
         for network in self.networks.values():
             network.enable_gradient_checkpointing() if checkpointing else network.disable_gradient_checkpointing()
 

@@ -26,7 +26,7 @@ from PIL import Image
 
 from benchmarks import provenance
 from byg_plugin import sampling
-from byg_plugin.config.sections import Config
+from byg_plugin.config.sections import Config, keys_of
 from byg_plugin.data import cache
 from byg_plugin.data.buckets import to_tensor
 from byg_plugin.data.tuples import read_tuples
@@ -165,8 +165,7 @@ def changes(record: Mapping[str, Any], plan: Plan) -> list[str]:
 
 
 def _default(section: str, key: str) -> Any:
-    field = Config.model_fields.get(section)
-    options = getattr(field.annotation, "model_fields", {}) if field else {}
+    options = keys_of(section)
     return options[key].default if key in options else None
 
 

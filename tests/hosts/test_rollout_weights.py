@@ -311,5 +311,3 @@ def test_the_memory_sum_has_the_copy(tmp_path: Path):
     merged = {"rollout_weights": "merged"}
     assert bytes_of(merged) - bytes_of({}) == 4 * (32 * 96 + 16 * 8)
     assert bytes_of(merged, "bfloat16") - bytes_of({}, "bfloat16") == 2 * (32 * 96 + 16 * 8)
-    paired = {"name": "paired"}
-    assert bytes_of(paired | merged) == bytes_of(paired), "a paired run rolls nothing out"

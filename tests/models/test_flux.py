@@ -11,7 +11,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxKontextPipeline
 from torch import Tensor, nn
 
 from byg_plugin.models import flux, flux_files
-from byg_plugin.models.flux import FluxFamily, pack, position_ids, unpack
+from byg_plugin.models.flux import FluxFamily
+from byg_plugin.models.flux_tokens import pack, position_ids, unpack
 from tests.support.tiny import model_folder, tiny_config, tiny_flux, tiny_texts
 
 CPU = torch.device("cpu")

@@ -14,8 +14,11 @@ from torch import Tensor
 from byg_plugin.data.tuples import TEXTS, EditTuple
 from byg_plugin.musubi import cache as musubi_cache
 from byg_plugin.musubi.cache import Item
+from byg_plugin.musubi.flux import FluxOnMusubi
+from byg_plugin.musubi.wan import WanOnMusubi
 
 WIDTH = 6
+WAN, FLUX = WanOnMusubi(), FluxOnMusubi()
 ENCODER = "t5.safetensors:1|bf16|8"
 
 
@@ -44,8 +47,8 @@ def write_dataset(folder: Path, stems: list[str], *, video: bool = False) -> Pat
 
 
 def write_all(dataset: Path, tuples: list[EditTuple]) -> None:
-    for item, some in musubi_cache.matched(musubi_cache.cached_items(dataset, "wan"), tuples):
-        musubi_cache.write_roles(item, some, encoding, "wan", ENCODER)
+    for item, some in musubi_cache.matched(musubi_cache.cached_items(dataset, WAN), tuples):
+        musubi_cache.write_roles(item, some, encoding, WAN, ENCODER)
 
 
 def test_the_hosts_own_tensors_stay(tmp_path: Path):
@@ -54,7 +57,7 @@ def test_the_hosts_own_tensors_stay(tmp_path: Path):
     save_file(own, path, metadata={"architecture": "wan", "caption1": "theirs", "format_version": "1.0.1"})
     for dtype in (torch.float16, torch.bfloat16):  # again: ours are replaced, not doubled
         encode = lambda text, dtype=dtype: {name: value.to(dtype) for name, value in encoding(text).items()}  # noqa: E731
-        musubi_cache.write_roles(Item(stem="a", path=path), [edit_tuple("a.png")], encode, "wan", ENCODER)
+        musubi_cache.write_roles(Item(stem="a", path=path), [edit_tuple("a.png")], encode, WAN, ENCODER)
     written = load_file(path)
     assert torch.equal(written["varlen_t5_bfloat16"], own["varlen_t5_bfloat16"])
     assert {name for name in written if "byg" in name} == {f"varlen_byg_{r}_{p}" for r in TEXTS for p in ("umt5_bfloat16", "lengths_int64")}
@@ -69,7 +72,7 @@ def test_a_file_of_another_architecture_is_refused(tmp_path: Path):
     path = tmp_path / "a_wan_te.safetensors"
     save_file({"x": torch.zeros(1)}, path, metadata={"architecture": "qwen_image"})
     with pytest.raises(ValueError, match="caches texts of qwen_image, model.family needs wan"):
-        musubi_cache.write_roles(Item(stem="a", path=path), [edit_tuple("a.png")], encoding, "wan", ENCODER)
+        musubi_cache.write_roles(Item(stem="a", path=path), [edit_tuple("a.png")], encoding, WAN, ENCODER)
 
 
 @pytest.mark.parametrize("video", [False, True])
@@ -77,24 +80,24 @@ def test_what_is_cached_is_checked_before_training(tmp_path: Path, video: bool):
     tuples = [edit_tuple("my_clip.mp4"), edit_tuple("other.mp4")]
     dataset = write_dataset(tmp_path, ["my_clip", "other"], video=video)
     with pytest.raises(ValueError, match=r"2 of 2 items have no cached texts .*cache_text_encoder_outputs"):
-        musubi_cache.check(dataset, "wan", tuples)
+        musubi_cache.check(dataset, WAN, tuples)
     write_all(dataset, tuples)
-    assert musubi_cache.check(dataset, "wan", tuples) == 2
+    assert musubi_cache.check(dataset, WAN, tuples) == 2
     changed = [tuples[0], replace(tuples[1], instruction="something else")]
     with pytest.raises(ValueError, match=r"1 of 2 items have texts that have changed since they were cached \(other\)"):
-        musubi_cache.check(dataset, "wan", changed)
+        musubi_cache.check(dataset, WAN, changed)
 
 
 def test_items_and_tuples_must_match(tmp_path: Path):
     dataset = write_dataset(tmp_path, ["a", "b"])
     with pytest.raises(ValueError, match=r"1 of 2 items of musubi.dataset_config have no tuple .*\(b\)"):
-        musubi_cache.check(dataset, "wan", [edit_tuple("a.png")])
+        musubi_cache.check(dataset, WAN, [edit_tuple("a.png")])
     with pytest.raises(ValueError, match=r"1 of 3 sources of dataset.tuples are no items .*\(c\)"):
-        musubi_cache.check(dataset, "wan", [edit_tuple(f"{name}.png") for name in "abc"])
+        musubi_cache.check(dataset, WAN, [edit_tuple(f"{name}.png") for name in "abc"])
     with pytest.raises(ValueError, match="have one name"):
-        musubi_cache.check(dataset, "wan", [edit_tuple("x/a.png"), edit_tuple("y/a.png"), edit_tuple("b.png")])
+        musubi_cache.check(dataset, WAN, [edit_tuple("x/a.png"), edit_tuple("y/a.png"), edit_tuple("b.png")])
     with pytest.raises(ValueError, match="no cached latents"):
-        musubi_cache.check(dataset, "flux", [edit_tuple("a.png")])
+        musubi_cache.check(dataset, FLUX, [edit_tuple("a.png")])
 
 
 def collated(paths: list[Path]) -> dict[str, list[Tensor]]:
@@ -112,7 +115,7 @@ def test_a_batch_gives_each_item_its_own_texts(tmp_path: Path):
     write_all(dataset, tuples)
     batch = collated([tmp_path / "cache" / f"{name}_wan_te.safetensors" for name in "ab"])
     for number, expected in ((0.1, tuples[0]), (0.9, tuples[1])):
-        texts = musubi_cache.texts_of_batch(batch, 2, "wan", [number, 0.99], 8)
+        texts = musubi_cache.texts_of_batch(batch, 2, WAN, [number, 0.99], 8)
         for role in TEXTS:
             for row, item in enumerate((expected, tuples[2])):
                 own = encoding(getattr(item, role))["umt5"]
@@ -129,13 +132,13 @@ def test_a_role_missing_on_one_item_is_refused(tmp_path: Path, role: str, part: 
     left = {name: value for name, value in load_file(paths[0]).items() if name != f"varlen_byg_{role}_{part}"}
     save_file(left, paths[0])
     with pytest.raises(ValueError, match=f"^{role} is not cached for 1 of 2 items of a batch: run .*cache_text_encoder_outputs"):
-        musubi_cache.texts_of_batch(collated(paths), 2, "wan", [0.0, 0.0], 8)
+        musubi_cache.texts_of_batch(collated(paths), 2, WAN, [0.0, 0.0], 8)
 
 
 def test_a_text_longer_than_the_model_takes_is_refused(tmp_path: Path):
     write_all(write_dataset(tmp_path, ["a"]), [edit_tuple("a.png")])
     with pytest.raises(ValueError, match="conditioning.max_text_tokens = 1,"):
-        musubi_cache.texts_of_batch(collated([tmp_path / "cache" / "a_wan_te.safetensors"]), 1, "wan", [0.0], 1)
+        musubi_cache.texts_of_batch(collated([tmp_path / "cache" / "a_wan_te.safetensors"]), 1, WAN, [0.0], 1)
 
 
 def test_sizes_for_the_metadata(tmp_path: Path):
@@ -172,7 +175,7 @@ DATASETS = {
 def test_a_dataset_toml_of_another_shape_is_named(tmp_path: Path, text: str, says: str):
     path = tmp_path / "dataset.toml"
     path.write_text(text, encoding="utf-8")
-    for read in (musubi_cache.sizes, lambda place: musubi_cache.cached_items(place, "wan")):
+    for read in (musubi_cache.sizes, lambda place: musubi_cache.cached_items(place, WAN)):
         with pytest.raises(ValueError, match=f"musubi.dataset_config = .*dataset.toml: .*{says}") as caught:
             read(path)
         assert len(str(caught.value)) < 1000
@@ -206,12 +209,12 @@ ENTRIES = {
 def test_cached_texts_of_another_shape_are_named_before_training(tmp_path: Path, changes: dict[str, Tensor | None]):
     dataset, tuples = write_dataset(tmp_path, ["a"]), [edit_tuple("a.png")]
     write_all(dataset, tuples)
-    assert musubi_cache.check(dataset, "wan", tuples) == 1
+    assert musubi_cache.check(dataset, WAN, tuples) == 1
     path = tmp_path / "cache" / "a_wan_te.safetensors"
     metadata = musubi_cache.header(path)
     save_file({name: value for name, value in (load_file(path) | changes).items() if value is not None}, path, metadata)
     with pytest.raises(ValueError, match=r"a_wan_te\.safetensors: .*instruction.*; remove it and run .*cache_text_encoder_outputs"):
-        musubi_cache.check(dataset, "wan", tuples)
+        musubi_cache.check(dataset, WAN, tuples)
 
 
 @pytest.mark.parametrize(
@@ -232,10 +235,10 @@ def test_cached_latents_of_another_shape_are_named_before_training(tmp_path: Pat
     (path,) = (tmp_path / "cache").glob("*_0048x0032_wan.safetensors")
     save_file(tensors, path)
     with pytest.raises(ValueError, match=r"a_0048x0032_wan\.safetensors: latents of .*cache the latents again"):
-        musubi_cache.check(dataset, "wan", tuples)
+        musubi_cache.check(dataset, WAN, tuples)
     path.write_bytes(b"broken")
     with pytest.raises(ValueError, match=r"a_0048x0032_wan\.safetensors: not a readable cache file"):
-        musubi_cache.check(dataset, "wan", tuples)
+        musubi_cache.check(dataset, WAN, tuples)
 
 
 def test_a_text_that_is_not_finite_is_named(tmp_path: Path):
@@ -245,4 +248,4 @@ def test_a_text_that_is_not_finite_is_named(tmp_path: Path):
     tensors[f"{INSTRUCTION}_umt5_bfloat16"][0, 0] = float("nan")
     save_file(tensors, path)
     with pytest.raises(ValueError, match="a cached instruction holds NaN or infinite values: remove the host's text cache"):
-        musubi_cache.texts_of_batch(collated([path]), 1, "wan", [0.0], 8)
+        musubi_cache.texts_of_batch(collated([path]), 1, WAN, [0.0], 8)

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from byg_plugin.config.sections import ObjectiveConfig
 from byg_plugin.hosts.ema import EmaWeights
 from byg_plugin.musubi.fields import BlockSwap, MusubiFields
 from byg_plugin.objectives.base import Text
 from byg_plugin.objectives.unpaired_cycle import UnpairedCycle
+from byg_plugin.objectives.unpaired_cycle_config import UnpairedCycleConfig
 from tests.support.toy_fields import toy_batch
 
 BLOCKS, BOUNDARY = 6, 0.5
@@ -161,7 +161,7 @@ class Toy:
 
     def step(self, t: tuple[float, ...] = (0.13, 0.31, 0.42), **objective: Any) -> dict[str, Tensor]:
         """One step of the objective; returns the gradients."""
-        UnpairedCycle(ObjectiveConfig(**objective)).step(self.fields, toy_batch(t), self.backward)
+        UnpairedCycle(UnpairedCycleConfig(**objective)).step(self.fields, toy_batch(t), self.backward)
         return {name: p.grad.clone() for name, p in self.network.named_parameters() if p.grad is not None}
 
 

@@ -21,6 +21,7 @@ from byg_plugin.lora import formats as lora_formats
 from byg_plugin.musubi import cache as musubi_cache
 from byg_plugin.musubi import host as musubi
 from byg_plugin.musubi import trainer as musubi_trainer
+from byg_plugin.musubi.family import musubi_family
 from tests.support import ROOT
 from tests.support.musubi_host import (
     A14B,
@@ -252,7 +253,7 @@ def test_the_cache_step_adds_roles_to_the_hosts_items(tmp_path: Path, family: st
     monkeypatch.setattr(musubi, "encode_texts", encode)
     musubi.cache_texts(config)
     assert len(asked) == 12 and "3 items' texts cached, 0 were current" in capsys.readouterr().out
-    assert musubi_cache.check(tmp_path / "dataset.toml", "flux" if family == "flux" else "wan", musubi.training_tuples(config)) == 3
+    assert musubi_cache.check(tmp_path / "dataset.toml", musubi_family(family), musubi.training_tuples(config)) == 3
 
     # The host's own caching, before or after, and ours leave each other's tensors.
     from musubi_tuner.dataset import cache_io

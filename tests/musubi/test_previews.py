@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from byg_plugin.musubi import options as musubi_options
+from byg_plugin import families
 from tests.support.musubi_host import A14B, needs_host, open_tiny, texts
 from tests.support.musubi_runs import rig, run_here, write_config, write_work
 
@@ -107,7 +107,7 @@ def test_previews_in_the_hosts_loop(tmp_path: Path, family: str, monkeypatch: py
         return []
 
     monkeypatch.setattr(base, "save_images_grid", save)
-    files = ("vae", *musubi_options.ENCODERS["flux" if family == "flux" else "wan"])
+    files = ("vae", *families.named(family).musubi.text_encoders)
     options = {
         **dict.fromkeys(files, str(tmp_path / "dit.safetensors")),
         "sample_prompts": str(tmp_path / "prompts.txt"),

@@ -11,11 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from byg_plugin import sampling
 from byg_plugin.data.tuples import TEXTS
 from byg_plugin.hosts.ema import EmaWeights
 from byg_plugin.musubi import host as musubi
 from byg_plugin.musubi import trainer as musubi_trainer
 from byg_plugin.musubi.trainer import UnpairedCycleTrainer
+from byg_plugin.musubi.wan import WanOnMusubi
 from byg_plugin.objectives.draws import share_of_high_noise
 from tests.support.musubi_host import A14B, T2V, host_config
 
@@ -46,8 +48,9 @@ class Accelerator:
 
 def trainer(folder: Path, family: str = T2V, **sections: dict[str, Any]) -> Any:
     config = host_config(folder, family, **sections)
-    made: Any = type("Played", (UnpairedCycleTrainer,), {"byg_config": config, "byg_host": SimpleNamespace(family="wan")})()
+    made: Any = type("Played", (UnpairedCycleTrainer,), {"byg_config": config, "byg_host": SimpleNamespace(family=WanOnMusubi())})()
     made.byg_fields = Fields()
+    made.byg_high_share = None
     return made
 
 
@@ -73,22 +76,21 @@ def test_what_is_not_finite_stops_the_run_and_is_named(tmp_path: Path):
 
 def test_a_step_is_on_one_side_of_the_boundary_and_the_sides_have_their_share(tmp_path: Path):
     it = trainer(tmp_path, A14B)
-    it.byg_family.boundary = 0.875
     it.byg_high_share = share_of_high_noise(it.byg_config, 0.875)
-    drawn = [it._draw_t(3, torch.Generator().manual_seed(step), step) for step in range(400)]
-    high = [t >= 0.875 for t in drawn]
+    high = [batches[0].t >= 0.875 for batches in drawn(it, 400, 1, 1, size=3)]
     assert all(one.all() or not one.any() for one in high)
     share = sum(bool(one[0]) for one in high) / 400
     assert 0.55 < it.byg_high_share < 0.95, "the sides' shares must differ, or an exchange of them would not be seen"
     assert abs(share - it.byg_high_share) < 0.07
 
 
-def drawn(it: Any, steps: int, accumulation: int, ranks: int) -> list[list[Any]]:
+def drawn(it: Any, steps: int, accumulation: int, ranks: int, size: int = 1) -> list[list[Any]]:
     """What each batch of a run is given, by steps: ranks beside each other."""
     rows = {f"byg_{role}_{part}": [value] for role in TEXTS for part, value in (("umt5", torch.ones(3, 2)), ("lengths", torch.tensor([3])))}
+    rows = {name: values * size for name, values in rows.items()}
     found: list[list[Any]] = []
     it.byg_objective = SimpleNamespace(step=lambda fields, batch, backward: found[-1].append(batch) or {"loss": torch.ones(())})
-    it.byg_high_share, it._byg_proved = None, True
+    it._byg_proved = True
     it.byg_fields.ema_weights = EmaWeights({}, 0.0)
     args = SimpleNamespace(gradient_accumulation_steps=accumulation)
     for _ in range(steps):
@@ -97,7 +99,7 @@ def drawn(it: Any, steps: int, accumulation: int, ranks: int) -> list[list[Any]]
             for rank in range(ranks):
                 it.byg_progress.micro = micro
                 accelerator = SimpleNamespace(device=torch.device("cpu"), num_processes=ranks, process_index=rank, scaler=None)
-                it.process_batch(args, accelerator, None, None, rows, torch.zeros(1, 4, 1, 2, 2))
+                it.process_batch(args, accelerator, None, None, rows, torch.zeros(size, 4, 1, 2, 2))
             assert it.byg_progress.micro == micro + 1
             it.on_post_optimizer_step(args, None, None, None, micro == accumulation - 1, 0)
         assert it.byg_progress.micro == 0
@@ -139,11 +141,11 @@ def test_guidance_leads_away_from_the_other_text_and_both_have_the_source():
         seen.append(source)
         return text["umt5"]
 
-    text, against, source = {"umt5": torch.tensor(3.0)}, {"umt5": torch.tensor(1.0)}, torch.ones(1)
+    text, negative, source = {"umt5": torch.full((1, 2), 3.0)}, {"umt5": torch.full((1, 2), 1.0)}, torch.ones(1)
     for scale, expected in ((1.0, 3.0), (0.0, 1.0), (4.0, 9.0)):
-        assert musubi_trainer._guided(velocity, against, scale)(source, source, text, source) == expected
-    assert all(one is source for one in seen) and len(seen) == 6
-    assert musubi_trainer._guided(velocity, None, 4.0) is velocity
+        guided = sampling.guided(velocity, negative, lambda t, scale=scale: scale)
+        assert (guided(source, source, text, source) == expected).all()
+    assert all(one is source for one in seen) and len(seen) == 5  # at scale 1 there is no second branch
 
 
 def test_a_model_that_takes_other_texts_is_refused(tmp_path: Path):

@@ -16,7 +16,7 @@ def test_configuration_reference_is_current():
 def test_every_option_has_a_sentence():
     for name, field in config.Config.model_fields.items():
         assert name != "musubi" or field.description.endswith(".")
-        for key, option in getattr(field.annotation, "model_fields", {}).items():
+        for key, option in config.keys_of(name).items():
             assert option.description and option.description.endswith("."), f"{name}.{key}"
 
 

@@ -18,7 +18,7 @@ from byg_plugin.config.sections import Config
 from byg_plugin.lora import wan_names
 from byg_plugin.models import flux_files
 from byg_plugin.musubi import host as musubi
-from byg_plugin.musubi.host import Host
+from byg_plugin.musubi.checkout import Checkout
 from tests.support import GOLDEN
 from tests.support.tiny import tiny_config, tiny_flux, tiny_texts
 
@@ -34,7 +34,7 @@ BLOCKS = 4  # of the tiny Wan: enough to swap some
 A14B, T2V = "wan2.2-t2v-a14b", "wan2.1-t2v-1.3b"
 
 
-def open_tiny(family: str) -> Host:
+def open_tiny(family: str) -> Checkout:
     """The host on a CPU, its names meaning tiny models."""
     if str(SITE) not in sys.path:
         sys.path.append(str(SITE))
@@ -44,14 +44,14 @@ def open_tiny(family: str) -> Host:
         musubi_stubs.install()
     import musubi_stubs
 
-    host = musubi.open_host(host_config(Path("."), family))
+    host = musubi.open_host(host_config(Path("."), family).model)
     musubi_stubs.shrink()
     if family != "flux":
         _attention_in_float32(host)
     return host
 
 
-def _attention_in_float32(host: Host) -> None:
+def _attention_in_float32(host: Checkout) -> None:
     """The host's Wan rounds q, k and v to 16 bit whatever the model is; equality is tested in float32."""
 
     def attention(qkv: list[Tensor], k_lens: Any = None, **_: Any) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from byg_plugin.data.tuples import TEXTS
 from byg_plugin.musubi import cache as musubi_cache
 from byg_plugin.musubi import host as musubi
+from byg_plugin.musubi.family import musubi_family
 from byg_plugin.objectives.base import Batch
 from byg_plugin.timesteps import uniform_nodes
 from tests.support import ROOT
@@ -92,8 +93,9 @@ def write_work(folder: Path, family: str, items: int = 3) -> None:
     from byg_plugin.data.tuples import read_tuples_file
 
     tuples = read_tuples_file(folder / "tuples.jsonl")
-    for item, some in musubi_cache.matched(musubi_cache.cached_items(folder / "dataset.toml", name if name == "wan" else "flux"), tuples):
-        musubi_cache.write_roles(item, some, lambda text: encoded(family, text), "flux" if family == "flux" else "wan", "tiny")
+    hosts = musubi_family(family)
+    for item, some in musubi_cache.matched(musubi_cache.cached_items(folder / "dataset.toml", hosts), tuples):
+        musubi_cache.write_roles(item, some, lambda text: encoded(family, text), hosts, "tiny")
 
 
 def encoded(family: str, text: str) -> dict[str, Tensor]:

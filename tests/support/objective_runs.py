@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from byg_plugin.config.sections import ObjectiveConfig
-from byg_plugin.objectives import UnpairedCycle
 from byg_plugin.objectives.base import Batch, Metrics
+from byg_plugin.objectives.unpaired_cycle import UnpairedCycle
+from byg_plugin.objectives.unpaired_cycle_config import UnpairedCycleConfig
 from tests.support import reference_algorithm1 as reference
 from tests.support.toy_fields import RecordedFields, ToyFields, toy_network
 
@@ -43,7 +43,7 @@ GRAPHS: dict[str, dict[str, Any]] = {
 
 
 def objective(**options: Any) -> UnpairedCycle:
-    return UnpairedCycle(ObjectiveConfig(**options))
+    return UnpairedCycle(UnpairedCycleConfig(**options))
 
 
 class Loop:
