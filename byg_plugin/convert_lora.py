@@ -81,14 +81,14 @@ def _convert(args: argparse.Namespace) -> None:
 def _check(args: argparse.Namespace) -> bool:
     """Print the report; returns whether a tool would lose something."""
     from byg_plugin.lora import diffusers as lora_diffusers
-    from byg_plugin.lora import files as lora_files
-    from byg_plugin.lora import formats as lora_formats  # torch: seconds
+    from byg_plugin.lora import files as lora_files  # torch: seconds
+    from byg_plugin.lora.check import check
 
     stored = lora_files.read_stored(args.lora)
     lacking = None if args.tools else lora_diffusers.missing()
-    tools = args.tools or [tool for tool in lora_formats.FORMATS if tool != "diffusers" or lacking is None]
+    tools = args.tools or [tool for tool in families.LORA_FORMATS if tool != "diffusers" or lacking is None]
     with lora_files.naming(args.lora):
-        report = lora_formats.check(stored.tensors, stored.metadata, tools, outside=stored.outside)
+        report = check(stored.tensors, stored.metadata, tools, outside=stored.outside)
     print(f"{args.lora}: {report.modules} layers, format {report.format}")
     for where, scale, layers in report.strengths:
         print(f"alpha / rank = {scale:.6g} in {layers} layers, from {where}")

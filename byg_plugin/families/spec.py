@@ -56,7 +56,7 @@ class FamilySpec:
     Attributes:
         name: value of `model.family`.
         implementation: `module:Class` of its `models.base.Family`.
-        lora_layout: names of its LoRA's layers, a key of `lora.formats.LAYOUTS`.
+        lora_layout: names of its LoRA's layers, a key of `lora.layouts.LAYOUTS`.
         positions: the values of `conditioning.position` that it has.
         frame_multiple: clips have n times this many frames and one more; None: images alone.
         boundary: t from which the high-noise expert serves; None: one network.

@@ -1,4 +1,4 @@
-"""What diffusers itself makes of a LoRA file: its own loader, run on a network that has FLUX's or Wan's layers and no weights.
+"""What diffusers itself makes of a LoRA file: its own loader, run on a network that has the family's layers and no weights.
 
 The loader's rules are many and differ between releases (converters, alphas by the most common one, PEFT's configuration in the
 header), so it is asked instead of described. Imports diffusers and PEFT only here.
@@ -33,7 +33,7 @@ def missing() -> str | None:
 
 
 def load(
-    tensors: Mapping[str, Tensor], header: Mapping[str, Any] | None, shapes: Mapping[str, tuple[int, int]], *, wan: bool
+    tensors: Mapping[str, Tensor], header: Mapping[str, Any] | None, shapes: Mapping[str, tuple[int, int]], loader: str
 ) -> dict[str, Applied]:
     """What `load_lora_weights` puts on each layer.
 
@@ -41,17 +41,17 @@ def load(
         tensors: of the file, as stored.
         header: the `lora_adapter_metadata` of the file.
         shapes: (inputs, outputs) of every linear of the network, by diffusers' names.
-        wan: whose pipeline loads it.
+        loader: the class of `diffusers.loaders` that loads it.
 
     Raises:
         Refused: the loader raises, or leaves a layer that cannot run.
     """
-    from diffusers.loaders import FluxLoraLoaderMixin, WanLoraLoaderMixin
+    from diffusers import loaders
     from peft.tuners.lora import LoraLayer
 
     network = _network(shapes)
 
-    class Loader(WanLoraLoaderMixin if wan else FluxLoraLoaderMixin):  # type: ignore[misc]
+    class Loader(getattr(loaders, loader)):  # type: ignore[misc]
         transformer = network
         text_encoder = None
         hf_device_map = None

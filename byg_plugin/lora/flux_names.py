@@ -8,28 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 
-
-@dataclass(frozen=True)
-class Linear:
-    """One native linear layer and the diffusers layers whose output rows it stacks.
-
-    Attributes:
-        native: module name in Black Forest Labs' layout.
-        parts: diffusers module names, in the order of the stacked rows.
-        widths: rows of each part as multiples of one unit; `sum(widths)` units are all rows.
-        swap: the halves of the rows are exchanged (native: shift, scale; diffusers: scale, shift).
-    """
-
-    native: str
-    parts: tuple[str, ...]
-    widths: tuple[int, ...] = (1,)
-    swap: bool = False
-
-    def at(self, block: int) -> Linear:
-        """The same layer of block number `block`."""
-        return replace(self, native=self.native.format(block), parts=tuple(part.format(block) for part in self.parts))
+from byg_plugin.lora.layout import Linear
 
 
 def _stream(native: str, context: bool) -> tuple[Linear, ...]:

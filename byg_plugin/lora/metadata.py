@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-from byg_plugin.lora.formats import EXPERT_SUFFIXES
+from byg_plugin.families import EXPERT_SUFFIXES
 from byg_plugin.version import __version__
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from byg_plugin.lora.flux_names import Linear
+from byg_plugin.lora.layout import Linear
 
 
 def _attention(native: str, diffusers: str) -> tuple[Linear, ...]:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerBase, T5Config, T5EncoderModel
 
 from byg_plugin.lora import flux_names
+from byg_plugin.lora.layout import Linear
 from byg_plugin.models import files
 
 _BESIDE_CLIP = ("text_projection.weight", "position_ids")
@@ -279,7 +280,7 @@ def _native_transformer(weights: files.Weights, config: Mapping[str, Any], dtype
     return state
 
 
-def _split(weights: files.Weights, name: str, linear: flux_names.Linear, kind: str, dtype: torch.dtype) -> dict[str, Tensor]:
+def _split(weights: files.Weights, name: str, linear: Linear, kind: str, dtype: torch.dtype) -> dict[str, Tensor]:
     total = weights.shape(name)[0]
     if len(linear.parts) == 1:
         whole = weights.read(name, dtype)

@@ -26,11 +26,11 @@ from byg_plugin.config.sections import Config
 from byg_plugin.data.dataset import BucketBatches, CachedTuples, collate
 from byg_plugin.data.tuples import TEXTS
 from byg_plugin.documents import json_value
+from byg_plugin.families import EXPERT_SUFFIXES
 from byg_plugin.finite import all_finite, first_not_finite, not_finite
 from byg_plugin.folders import DISCARDED, make_writable, set_aside, write_text
 from byg_plugin.hosts import make_host
 from byg_plugin.hosts.batch import draw_batch
-from byg_plugin.lora.formats import EXPERT_SUFFIXES
 from byg_plugin.lora.metadata import lora_metadata
 from byg_plugin.lora.start import check_start
 from byg_plugin.models.base import Family

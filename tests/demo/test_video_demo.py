@@ -9,7 +9,7 @@ from PIL import Image
 from byg_plugin.data.clips import clip_info, read_clip
 from byg_plugin.demo import video_world
 from byg_plugin.demo.video import run_demo
-from byg_plugin.lora.formats import read_lora
+from byg_plugin.lora.files import read_lora
 from tests.support.tiny import FEW_STEPS
 from tests.support.video_base import write_video_base
 

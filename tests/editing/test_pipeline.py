@@ -15,7 +15,7 @@ from byg_plugin import EditPipeline, sampling
 from byg_plugin.data.buckets import crop_to_bucket, to_tensor
 from byg_plugin.data.media import load_image
 from byg_plugin.hosts.diffusers import DiffusersHost
-from byg_plugin.lora.formats import read_lora, write_lora
+from byg_plugin.lora.files import read_lora, write_lora
 from byg_plugin.models import flux_files
 from byg_plugin.models.flux import FluxFamily
 from byg_plugin.sampling import sample, sampling_nodes

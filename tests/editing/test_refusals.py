@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from byg_plugin import EditPipeline, _cli, convert_lora, sampling
-from byg_plugin.lora.formats import read_lora, write_lora
+from byg_plugin.lora.files import read_lora, write_lora
 from byg_plugin.models.flux import FluxFamily
 from byg_plugin.sampling import sample
 from byg_plugin.training import preview

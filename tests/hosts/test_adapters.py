@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from byg_plugin.hosts.diffusers import DiffusersHost, lora_shapes, matched_linears
-from byg_plugin.lora.formats import write_lora
+from byg_plugin.lora.files import write_lora
 from byg_plugin.models import flux_files
 from byg_plugin.models.flux import DEFAULT_TARGETS, FluxFamily
 from tests.support.diffusers_host import batch_of, ema_of, host_config, live_of, without_lora

@@ -16,6 +16,7 @@ from byg_plugin.hosts import residency
 from byg_plugin.hosts.diffusers import DiffusersHost, lora_shapes
 from byg_plugin.hosts.quantize import Fp8Linear
 from byg_plugin.hosts.residency import OneExpertOnDevice
+from byg_plugin.lora import files as lora_files
 from byg_plugin.lora import formats as lora_formats
 from byg_plugin.models import make_family, wan_files
 from byg_plugin.models.wan import HIGH, LOW, to_wan_timestep
@@ -231,7 +232,7 @@ def saved(host: DiffusersHost, folder: Path, name: str = "byg", **metadata: str)
     for suffix, tensors in host.lora_files(host.parameters).items():
         paths[suffix] = folder / f"{name}{suffix}.safetensors"
         expert = {"byg.expert": suffix.removeprefix("_")} if suffix else {}
-        lora_formats.write_lora(paths[suffix], tensors, {"byg.family": A14B, "byg.position": "same", **expert, **metadata})
+        lora_files.write_lora(paths[suffix], tensors, {"byg.family": A14B, "byg.position": "same", **expert, **metadata})
     return paths
 
 
@@ -316,8 +317,8 @@ def test_the_other_experts_lora_must_be_of_this_family_and_position(tmp_path: Pa
     lora = {"experts": "low_noise", "other_expert": str(path)}
     with pytest.raises(ValueError, match=r"other_expert = .*high_noise.* with conditioning.position = 'same', here it is 'bernini'"):
         host_of(tmp_path, lora=lora, conditioning={"position": "bernini"})
-    tensors, metadata = lora_formats.read_lora(path)
-    lora_formats.write_lora(path, tensors, metadata | {"byg.family": "wan2.1-t2v-14b"})
+    tensors, metadata = lora_files.read_lora(path)
+    lora_files.write_lora(path, tensors, metadata | {"byg.family": "wan2.1-t2v-14b"})
     with pytest.raises(ValueError, match=f"other_expert = .* was trained for 'wan2.1-t2v-14b', model.family is '{A14B}'"):
         host_of(tmp_path, lora=lora)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from byg_plugin.lora import flux_names
 from byg_plugin.lora import formats as lora_formats
+from byg_plugin.lora.check import check
 
 CHECKOUT = os.environ.get("COMFYUI")
 pytestmark = [
@@ -100,14 +101,14 @@ def test_every_diffusers_layer_maps(comfy: SimpleNamespace, caplog: pytest.LogCa
 def test_our_default_file_maps_whole(comfy: SimpleNamespace, caplog: pytest.LogCaptureFixture):
     tensors = default_layers()
     assert loaded_by_comfyui(comfy, tensors, caplog) == (418, 0)
-    assert len(lora_formats.check(tensors, {"byg.family": "flux"}, ["comfyui"]).tools[0].loaded) == 418
+    assert len(check(tensors, {"byg.family": "flux"}, ["comfyui"]).tools[0].loaded) == 418
 
 
 @pytest.mark.parametrize("to", ["musubi", "comfyui"])
 def test_native_files_map_whole(comfy: SimpleNamespace, to: lora_formats.Format, caplog: pytest.LogCaptureFixture):
     tensors = lora_formats.convert(default_layers(), to)
     assert loaded_by_comfyui(comfy, tensors, caplog) == (228, 0)
-    assert len(lora_formats.check(tensors, {"byg.family": "flux"}, ["comfyui"]).tools[0].loaded) == 228
+    assert len(check(tensors, {"byg.family": "flux"}, ["comfyui"]).tools[0].loaded) == 228
 
 
 @pytest.mark.parametrize("prefix", ["lora_transformer_", "lycoris_", "base_model.model.", ""])
@@ -117,7 +118,7 @@ def test_check_agrees_about_other_namings(comfy: SimpleNamespace, prefix: str, c
         layer, _, matrix = key.removeprefix("transformer.").partition(".lora_")
         name = layer.replace(".", "_") if prefix.endswith("_") else layer
         tensors[f"{prefix}{name}.lora_{matrix}"] = tensor
-    told = len(lora_formats.check(tensors, {"byg.family": "flux"}, ["comfyui"]).tools[0].loaded)
+    told = len(check(tensors, {"byg.family": "flux"}, ["comfyui"]).tools[0].loaded)
     made, _ = loaded_by_comfyui(comfy, tensors, caplog)
     if prefix == "":
         assert told == 0, "check() answers for releases that lack the bare names"

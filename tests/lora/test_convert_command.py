@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from byg_plugin import convert_lora
+from byg_plugin.lora import files as lora_files
 from byg_plugin.lora import formats as lora_formats
 from tests.support.lora_files import METADATA, kohya, peft_lora, status
 
@@ -16,9 +17,9 @@ from tests.support.lora_files import METADATA, kohya, peft_lora, status
 def test_the_command_converts_keeps_metadata_and_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     tensors, _ = peft_lora()
     source, out = tmp_path / "lora.safetensors", tmp_path / "musubi.safetensors"
-    lora_formats.write_lora(source, tensors, METADATA)
+    lora_files.write_lora(source, tensors, METADATA)
     assert status(str(source), "--to", "musubi", "--out", str(out)) == 0
-    converted, metadata = lora_formats.read_lora(out)
+    converted, metadata = lora_files.read_lora(out)
     assert metadata == METADATA
     assert lora_formats.detect_format(converted) == "musubi"
     before = out.read_bytes()
@@ -32,7 +33,7 @@ def test_the_command_converts_keeps_metadata_and_refuses(tmp_path: Path, capsys:
 
 def test_the_command_checks(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     source = tmp_path / "lora.safetensors"
-    lora_formats.write_lora(source, peft_lora()[0], METADATA)
+    lora_files.write_lora(source, peft_lora()[0], METADATA)
     assert status(str(source), "--check", "--tools", "diffusers", "comfyui") == 0
     assert status(str(source), "--check", "--modules") == 1
     shown = capsys.readouterr().out
@@ -42,7 +43,7 @@ def test_the_command_checks(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 
 
 def test_the_command_runs_as_a_file_from_anywhere(tmp_path: Path):
-    lora_formats.write_lora(tmp_path / "lora.safetensors", kohya(), METADATA)
+    lora_files.write_lora(tmp_path / "lora.safetensors", kohya(), METADATA)
     script = Path(convert_lora.__file__).resolve()
     command = [sys.executable, str(script), "lora.safetensors", "--check", "--tools", "comfyui"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -23,7 +23,9 @@ from torch import Tensor
 from byg_plugin import convert_lora
 from byg_plugin.lora import diffusers as lora_diffusers
 from byg_plugin.lora import files as lora_files
+from byg_plugin.lora import flux_layout, layouts
 from byg_plugin.lora import formats as lora_formats
+from byg_plugin.lora.check import check
 from byg_plugin.musubi.options import _needed
 from tests.support.lora_files import DOUBLE_ONLY, METADATA, full_size_peft, output, peft_lora, status, tiny_flux
 
@@ -234,8 +236,8 @@ def test_alpha_outside_the_tensors_is_honoured(tmp_path: Path, writer: str, case
 def test_check_says_which_alpha_and_from_where(
     tmp_path: Path, writer: str, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    flux = lora_formats.FAMILIES["flux"]
-    monkeypatch.setitem(lora_formats.FAMILIES, "flux", replace(flux, networks=(lora_formats._flux_network(2, 3, 64),)))
+    small = replace(flux_layout.LAYOUT, networks=(flux_layout.network(2, 3, 64),))
+    monkeypatch.setitem(layouts.LAYOUTS, "flux", small)
     config = LoraConfig(r=4, init_lora_weights=False, target_modules=SOME, lora_alpha=16)
     if writer == "peft":
         path, _ = saved_by_peft(config, tmp_path)
@@ -403,7 +405,7 @@ def test_the_report_is_what_diffusers_applies(tmp_path: Path, case: str):
     path = write(tmp_path / "lora.safetensors", tensors, metadata)
     stored = lora_files.read_stored(path)
     before = {name: tensor.clone() for name, tensor in stored.tensors.items()}
-    (report,) = lora_formats.check(stored.tensors, stored.metadata, ["diffusers"], outside=stored.outside).tools
+    (report,) = check(stored.tensors, stored.metadata, ["diffusers"], outside=stored.outside).tools
     assert all(torch.equal(before[name].float(), tensor.float()) for name, tensor in stored.tensors.items()), "the caller's are changed"
     assert len(report.loaded) == count and all(why in item.why for item in report.lost)
     # The real network agrees, layer by layer.

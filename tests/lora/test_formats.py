@@ -14,7 +14,9 @@ from diffusers import FluxPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from byg_plugin.lora import files as lora_files
 from byg_plugin.lora import formats as lora_formats
+from byg_plugin.lora.check import check, runtime
 from byg_plugin.models import flux_files
 from tests.support.lora_files import BLOCKS, DEFAULT, DOUBLE_ONLY, METADATA, SINGLES, full_size_peft, kohya, output, peft_lora, tiny_flux
 
@@ -50,7 +52,7 @@ def merged_into_native_file(tensors: dict[str, Tensor], path: Path) -> Path:
 
 def test_our_file_loads_in_diffusers_and_reproduces_the_output(tmp_path: Path):
     tensors, edited = peft_lora()
-    lora_formats.write_lora(tmp_path / "lora.safetensors", tensors, METADATA)
+    lora_files.write_lora(tmp_path / "lora.safetensors", tensors, METADATA)
     model = tiny_flux()
     pipe = FluxPipeline(None, None, None, None, None, None, model)
     pipe.load_lora_weights(str(tmp_path / "lora.safetensors"))
@@ -85,11 +87,11 @@ def test_native_named_files_load_in_diffusers(tmp_path: Path):
     tensors, edited = peft_lora(DOUBLE_ONLY)
     for to in ("musubi", "comfyui"):
         converted = lora_formats.convert(tensors, to)
-        lora_formats.write_lora(tmp_path / f"{to}.safetensors", converted, METADATA)
+        lora_files.write_lora(tmp_path / f"{to}.safetensors", converted, METADATA)
         model = tiny_flux()
         FluxPipeline(None, None, None, None, None, None, model).load_lora_weights(str(tmp_path / f"{to}.safetensors"))
         torch.testing.assert_close(output(model), edited, rtol=0, atol=1e-6)
-        assert not lora_formats.check(converted, METADATA, ["diffusers"]).loses
+        assert not check(converted, METADATA, ["diffusers"]).loses
 
 
 # --- exactness ---
@@ -207,18 +209,18 @@ def test_detect_native_formats():
 
 def test_check_of_our_own_file():
     tensors = {k: v for k, v in full_size_peft().items() if re.fullmatch(DEFAULT, k.split(".", 1)[1].split(".lora_")[0])}
-    report = lora_formats.check(tensors, METADATA)
+    report = check(tensors, METADATA)
     assert (report.format, report.modules) == ("diffusers", 418)
     loads = {tool.tool: len(tool.loaded) for tool in report.tools}
     assert loads == {"diffusers": 418, "comfyui": 418, "musubi": 0}
     assert report.loses
-    assert not lora_formats.check(tensors, METADATA, ["diffusers", "comfyui"]).loses
+    assert not check(tensors, METADATA, ["diffusers", "comfyui"]).loses
 
 
 def test_full_size_native_file_loads_everywhere():
     tensors = {k: v for k, v in full_size_peft().items() if re.fullmatch(DEFAULT, k.split(".", 1)[1].split(".lora_")[0])}
     native = lora_formats.convert(tensors, "musubi")
-    report = lora_formats.check(native, METADATA)
+    report = check(native, METADATA)
     assert [(tool.tool, len(tool.loaded), len(tool.lost)) for tool in report.tools] == [
         ("diffusers", 228, 0),
         ("comfyui", 228, 0),
@@ -229,7 +231,7 @@ def test_full_size_native_file_loads_everywhere():
 def test_layers_that_get_lost_are_named():
     tensors, _ = peft_lora(every_linear())
     native = lora_formats.convert(tensors, "comfyui")
-    lost = {item.name: item.why for item in lora_formats.check(native, METADATA, ["diffusers"]).tools[0].lost}
+    lost = {item.name: item.why for item in check(native, METADATA, ["diffusers"]).tools[0].lost}
     assert "outside the blocks" in lost["diffusion_model.img_in"]
     assert "full width 3072" in lost["diffusion_model.single_blocks.0.linear1"]
     with pytest.raises(ValueError, match=r"musubi would lose 10 of .*blocks only.*--allow-loss"):
@@ -250,7 +252,7 @@ def test_layers_that_get_lost_are_named():
 )
 def test_reasons(rename, tool: str, why: str | None):
     tensors = {rename(key): tensor for key, tensor in peft_lora()[0].items()}
-    report = lora_formats.check(tensors, METADATA, [tool]).tools[0]
+    report = check(tensors, METADATA, [tool]).tools[0]
     assert [why in item.why for item in report.lost] == ([True] * 39 if why else [])
 
 
@@ -259,15 +261,15 @@ def test_strength_that_a_tool_would_get_wrong(tmp_path: Path):
     suffixed = {k.replace("lora_A", "lora_down").replace("lora_B", "lora_up"): v for k, v in peft.items()}
     layer = "transformer.transformer_blocks.0.attn.to_q"
     suffixed[f"{layer}.alpha"] = torch.tensor(1.0)
-    lost = lora_formats.check(suffixed, METADATA, ["diffusers"]).tools[0].lost
+    lost = check(suffixed, METADATA, ["diffusers"]).tools[0].lost
     assert [(item.name, "ignores alpha" in item.why) for item in lost] == [(layer, True)]
     targets = [key.removeprefix("transformer.").removesuffix(".lora_A.weight") for key in peft if key.endswith(".lora_A.weight")]
     config = {"transformer.r": 4, "transformer.lora_alpha": 2, "transformer.target_modules": targets}
     header = METADATA | {"lora_adapter_metadata": json.dumps(config)}
-    report = lora_formats.check(peft, header, ["diffusers", "comfyui"])
+    report = check(peft, header, ["diffusers", "comfyui"])
     assert [len(tool.lost) for tool in report.tools] == [0, 39]
-    lora_formats.write_lora(tmp_path / "lora.safetensors", peft, header)
-    tensors, metadata = lora_formats.read_lora(tmp_path / "lora.safetensors")
+    lora_files.write_lora(tmp_path / "lora.safetensors", peft, header)
+    tensors, metadata = lora_files.read_lora(tmp_path / "lora.safetensors")
     assert metadata == METADATA
     folded = lora_formats.convert(tensors, "diffusers")
     assert torch.equal(folded[f"{layer}.lora_B.weight"], 0.5 * peft[f"{layer}.lora_B.weight"])
@@ -275,9 +277,9 @@ def test_strength_that_a_tool_would_get_wrong(tmp_path: Path):
 
 @pytest.mark.parametrize("tool", lora_formats.FORMATS)
 def test_runtime_follows_the_position(tool: lora_formats.Format):
-    assert lora_formats.runtime(tool, {"byg.position": "same"}).startswith("needs a")
-    assert lora_formats.runtime(tool, {"byg.position": "kontext"}).startswith("runs stock")
-    assert lora_formats.runtime(tool, {}).startswith("unknown")
+    assert runtime(tool, {"byg.position": "same"}).startswith("needs a")
+    assert runtime(tool, {"byg.position": "kontext"}).startswith("runs stock")
+    assert runtime(tool, {}).startswith("unknown")
 
 
 # --- refusals ---
@@ -288,7 +290,7 @@ def test_what_is_not_a_lora_of_flux():
         name = "diffusion_model.blocks.0.self_attn.q"
         lora_formats.detect_format({f"{name}.lora_A.weight": torch.ones(1, 2), f"{name}.lora_B.weight": torch.ones(2, 1)})
     with pytest.raises(ValueError, match="unknown family 'wan'"):
-        lora_formats.check(kohya(), {"byg.family": "wan"})
+        check(kohya(), {"byg.family": "wan"})
     with pytest.raises(ValueError, match="DoRA"):
         lora_formats.convert(kohya() | {"lora_unet_double_blocks_0_img_attn_qkv.dora_scale": torch.ones(1)}, "diffusers")
     with pytest.raises(ValueError, match="unknown LoRA format 'xlabs'"):
@@ -332,13 +334,13 @@ def test_unreadable_files(tmp_path: Path, name: str, content: bytes | None, mess
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(ValueError, match=message) as refusal:
-        lora_formats.read_lora(path)
+        lora_files.read_lora(path)
     assert name in str(refusal.value)
 
 
 def test_writing_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = tmp_path / "lora.safetensors"
-    lora_formats.write_lora(path, {"a": torch.ones(1)}, {})
+    lora_files.write_lora(path, {"a": torch.ones(1)}, {})
 
     def full_disk(beside: Path, data: bytes):
         with open(beside, "wb") as file:
@@ -347,11 +349,11 @@ def test_writing_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(Path, "write_bytes", full_disk)
     with pytest.raises(ValueError, match="No space left"):
-        lora_formats.write_lora(path, {"a": torch.zeros(1)}, {})
+        lora_files.write_lora(path, {"a": torch.zeros(1)}, {})
     assert load_file(path)["a"].item() == 1
     assert [p.name for p in tmp_path.iterdir()] == ["lora.safetensors"]
     with pytest.raises(ValueError, match="does not exist; make it"):
-        lora_formats.write_lora(tmp_path / "no" / "lora.safetensors", {}, {})
+        lora_files.write_lora(tmp_path / "no" / "lora.safetensors", {}, {})
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no umask")
@@ -359,7 +361,7 @@ def test_writing_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def test_the_file_s_mode_follows_the_umask(tmp_path: Path, umask: int):
     before = os.umask(umask)
     try:
-        lora_formats.write_lora(tmp_path / "lora.safetensors", {"a": torch.ones(1)}, {})
+        lora_files.write_lora(tmp_path / "lora.safetensors", {"a": torch.ones(1)}, {})
     finally:
         os.umask(before)
     assert (tmp_path / "lora.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask

@@ -12,8 +12,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from byg_plugin import convert_lora
+from byg_plugin.lora import files as lora_files
 from byg_plugin.lora import formats as lora_formats
 from byg_plugin.lora import wan_names
+from byg_plugin.lora.check import check, runtime
 from tests.support.tiny_wan import A14B, tiny_wan
 
 BLOCKS, WIDTH = 2, 24
@@ -78,7 +80,7 @@ def loaded_by_diffusers(tensors: dict[str, Tensor]) -> int:
 @pytest.mark.parametrize("naming", NAMINGS)
 def test_the_report_is_what_diffusers_does(naming: str):
     tensors = {name: tensor.clone() for name, tensor in NAMINGS[naming].items()}
-    report = lora_formats.check(tensors, OURS, tools=["diffusers"]).tools[0]
+    report = check(tensors, OURS, tools=["diffusers"]).tools[0]
     assert all(torch.equal(tensor, NAMINGS[naming][name]) for name, tensor in tensors.items()), "diffusers multiplies in place"
     assert len(report.loaded) + len(report.lost) == sum(
         key.endswith((".lora_A.weight", ".lora_down.weight", ".lora_A.default.weight")) for key in tensors
@@ -88,7 +90,7 @@ def test_the_report_is_what_diffusers_does(naming: str):
 
 @pytest.mark.parametrize("naming", NAMINGS)
 def test_comfyui_reads_native_names_alone(naming: str):
-    report = lora_formats.check(NAMINGS[naming], OURS, tools=["comfyui"]).tools[0]
+    report = check(NAMINGS[naming], OURS, tools=["comfyui"]).tools[0]
     expected = naming.startswith(("comfyui", "musubi"))
     assert bool(report.loaded) == expected and bool(report.lost) != expected
 
@@ -102,7 +104,7 @@ def test_every_naming_converts_and_means_the_same(naming: str, to: lora_formats.
             lora_formats.convert(tensors, to, family=A14B)
         return
     converted = lora_formats.convert(tensors, to, family=A14B)
-    assert not lora_formats.check(converted, OURS, tools=[to]).tools[0].lost
+    assert not check(converted, OURS, tools=[to]).tools[0].lost
 
     def updates(some: dict[str, Tensor]) -> dict[str, Tensor]:
         return {m.linear.native: m.scale * m.up @ m.down for m in lora_formats.parse(some, A14B)[0]}
@@ -119,15 +121,15 @@ def test_a_full_expert_is_400_layers_in_every_format():
         tensors |= {f"transformer.{ours}.lora_A.weight": torch.ones(1, 1), f"transformer.{ours}.lora_B.weight": torch.ones(1, 1)}
     for to in lora_formats.FORMATS:
         converted = lora_formats.convert(tensors, to, family=A14B)
-        report = lora_formats.check(converted, {"byg.family": A14B, "byg.position": "bernini"})
+        report = check(converted, {"byg.family": A14B, "byg.position": "bernini"})
         assert report.modules == 400 and report.format == to
         assert not next(tool for tool in report.tools if tool.tool == to).lost
 
 
 def test_runtime_by_position():
-    assert "stock: BerniniConditioning" in lora_formats.runtime("comfyui", {"byg.family": A14B, "byg.position": "bernini"})
-    assert "needs a node" in lora_formats.runtime("comfyui", {"byg.family": A14B, "byg.position": "same"})
-    assert "EditPipeline" in lora_formats.runtime("diffusers", {"byg.family": A14B, "byg.position": "same"})
+    assert "stock: BerniniConditioning" in runtime("comfyui", {"byg.family": A14B, "byg.position": "bernini"})
+    assert "needs a node" in runtime("comfyui", {"byg.family": A14B, "byg.position": "same"})
+    assert "EditPipeline" in runtime("diffusers", {"byg.family": A14B, "byg.position": "same"})
 
 
 def test_the_command_knows_wan_without_being_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -135,7 +137,7 @@ def test_the_command_knows_wan_without_being_told(tmp_path: Path, capsys: pytest
     for (_, ours), (inputs, outputs) in zip(layers(1), [(5120, 5120)] * 8 + [(5120, 13824), (13824, 5120)], strict=True):
         low[f"transformer_2.{ours}.lora_A.weight"] = torch.ones(1, inputs)
         low[f"transformer_2.{ours}.lora_B.weight"] = torch.ones(outputs, 1)
-    lora_formats.write_lora(tmp_path / "low.safetensors", low, {})
+    lora_files.write_lora(tmp_path / "low.safetensors", low, {})
     with pytest.raises(SystemExit, match="1"):
         convert_lora.main([str(tmp_path / "low.safetensors"), "--check"])
     assert "load_into_transformer_2=True" in capsys.readouterr().out

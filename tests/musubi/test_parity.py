@@ -11,6 +11,7 @@ from torch import Tensor
 
 from byg_plugin.hosts.diffusers import DiffusersHost
 from byg_plugin.lora import formats as lora_formats
+from byg_plugin.lora.layouts import layout_of
 from byg_plugin.models import make_family
 from byg_plugin.objectives import make_objective
 from byg_plugin.objectives.base import Batch
@@ -102,7 +103,7 @@ def random_lora(folder: Path, family: str, seed: int) -> dict[str, Tensor]:
     for name, parameter in host.parameters.items():
         expert, _, layer = name.partition(".")
         if layer.endswith(".lora_A.weight"):
-            found = lora_formats.FAMILIES[family].find_part(layer.removesuffix(".lora_A.weight"))
+            found = layout_of(family).find_part(layer.removesuffix(".lora_A.weight"))
             assert found is not None, layer
             out[name] = downs.setdefault(found[0].native, torch.randn(parameter.shape, generator=rng) * 0.2).clone()
         else:
@@ -129,7 +130,7 @@ def host_gradients(it: Rig, lora: dict[str, Tensor], family: str) -> dict[str, T
     named = dict(it.network.named_parameters())
     for name in lora:
         layer, kind = name.partition(".")[2].removesuffix(".weight").rsplit(".lora_", 1)
-        found = lora_formats.FAMILIES[family].find_part(layer)
+        found = layout_of(family).find_part(layer)
         assert found is not None
         linear, index = found
         base = f"lora_unet_{linear.native.replace('.', '_')}"
@@ -148,7 +149,7 @@ def summed_downs(gradients: dict[str, Tensor], family: str) -> dict[str, Tensor]
     native = {}
     for name, value in gradients.items():
         if name.endswith(".lora_A.weight"):
-            found = lora_formats.FAMILIES[family].find_part(name.partition(".")[2].removesuffix(".lora_A.weight"))
+            found = layout_of(family).find_part(name.partition(".")[2].removesuffix(".lora_A.weight"))
             assert found is not None
             native[name] = found[0].native
             sums[native[name]] = sums.get(native[name], torch.zeros_like(value)) + value

@@ -20,6 +20,7 @@ from byg_plugin import EditPipeline, edit, timesteps
 from byg_plugin.config.sections import Config
 from byg_plugin.data import cache, clips
 from byg_plugin.data.tuples import read_tuples
+from byg_plugin.lora import files as lora_files
 from byg_plugin.lora import formats as lora_formats
 from byg_plugin.models import make_family
 from byg_plugin.models.wan import HIGH, LOW
@@ -175,7 +176,7 @@ def test_two_processes_draw_one_side_and_train_what_one_process_trains(tmp_path:
     names = sorted(path.name for path in (tmp_path / "one").glob("*.safetensors"))
     assert len(names) == 4 and names == sorted(path.name for path in (tmp_path / "two").glob("*.safetensors"))
     for name in names:
-        (one, _), (two, _) = (lora_formats.read_lora(tmp_path / folder / name) for folder in ("one", "two"))
+        (one, _), (two, _) = (lora_files.read_lora(tmp_path / folder / name) for folder in ("one", "two"))
         assert max((one[key] - two[key]).abs().max().item() for key in one) <= 1e-5, name
         assert max(value.abs().max().item() for key, value in one.items() if "lora_B" in key) > 1e-4, name
     first, second = curve(tmp_path / "one"), curve(tmp_path / "two")
@@ -199,13 +200,13 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path):
     ]
     assert whole.name == "byg_lora_high_noise.safetensors"
     for path, expert in ((whole, "high_noise"), (whole.with_name("byg_lora_low_noise.safetensors"), "low_noise")):
-        _, metadata = lora_formats.read_lora(path)
+        _, metadata = lora_files.read_lora(path)
         assert metadata["byg.expert"] == expert and metadata["byg.boundary"] == "0.875" and metadata["byg.family"] == A14B
         assert metadata["byg.frames"] == "5" and metadata["byg.fps"] == "16"
 
 
 def _same_tensors(a: Path, b: Path) -> bool:
-    (first, _), (second, _) = lora_formats.read_lora(a), lora_formats.read_lora(b)
+    (first, _), (second, _) = lora_files.read_lora(a), lora_files.read_lora(b)
     return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
