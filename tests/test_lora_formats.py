@@ -19,6 +19,7 @@ from torch import Tensor
 from byg_plugin import _cli, convert_lora
 from byg_plugin.lora import flux_names
 from byg_plugin.lora import formats as lora_formats
+from byg_plugin.lora.card import LoraCard
 from byg_plugin.models import flux_files
 
 DOUBLE_ONLY = (
@@ -370,9 +371,9 @@ def test_strength_that_a_tool_would_get_wrong(tmp_path: Path):
 
 @pytest.mark.parametrize("tool", lora_formats.FORMATS)
 def test_runtime_follows_the_position(tool: lora_formats.Format):
-    assert lora_formats.runtime(tool, {"byg.position": "same"}).startswith("needs a")
-    assert lora_formats.runtime(tool, {"byg.position": "kontext"}).startswith("runs stock")
-    assert lora_formats.runtime(tool, {}).startswith("unknown")
+    assert lora_formats.runtime(tool, LoraCard(position="same")).startswith("needs a")
+    assert lora_formats.runtime(tool, LoraCard(position="kontext")).startswith("runs stock")
+    assert lora_formats.runtime(tool, LoraCard()).startswith("unknown")
 
 
 # --- refusals ---

@@ -28,7 +28,7 @@ from byg_plugin.config.sections import Config  # noqa: E402
 from byg_plugin.demo import metrics, world  # noqa: E402
 from byg_plugin.edit import EditPipeline  # noqa: E402
 from byg_plugin.hosts import make_host  # noqa: E402
-from byg_plugin.lora.metadata import lora_metadata  # noqa: E402
+from byg_plugin.lora.card import LoraCard  # noqa: E402
 from byg_plugin.models import make_family  # noqa: E402
 from byg_plugin.training.checkpoint import save_file  # noqa: E402
 from byg_plugin.training.loop import Interrupted  # noqa: E402
@@ -433,7 +433,7 @@ def test_edits_are_those_of_the_edit_pipeline(tmp_path):
     wake(host)
     with host.ema() as velocity:
         mine = runs.Evaluator(plan.config, plan.eval_edits).edit(velocity, 4)
-    save_file(host.export_lora(host.ema_weights.state()), tmp_path / "lora.safetensors", metadata=lora_metadata(plan.config, 1, "ema"))
+    save_file(host.export_lora(host.ema_weights.state()), tmp_path / "lora.safetensors", LoraCard.of(plan.config, 1, "ema").to_metadata())
     pipe = EditPipeline.from_lora(tmp_path / "lora.safetensors", config=plan.config)
     pictures = [Image.fromarray(world.render(edit.before)) for edit in plan.eval_edits]
     theirs = pipe.batch(pictures, [edit.instruction for edit in plan.eval_edits], seeds=range(4))

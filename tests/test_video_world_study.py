@@ -23,7 +23,7 @@ from benchmarks import video_world as clips  # noqa: E402
 from byg_plugin.demo import video_world  # noqa: E402
 from byg_plugin.edit import EditPipeline  # noqa: E402
 from byg_plugin.hosts import make_host  # noqa: E402
-from byg_plugin.lora.metadata import lora_metadata  # noqa: E402
+from byg_plugin.lora.card import LoraCard  # noqa: E402
 from byg_plugin.models import make_family  # noqa: E402
 from byg_plugin.training.checkpoint import save_file  # noqa: E402
 
@@ -79,7 +79,7 @@ def test_edits_are_those_of_the_edit_pipeline(tmp_path, base):  # noqa: F811
     with host.ema() as velocity:
         mine = runs.Evaluator(plan.config, plan.eval_edits, runs.CLIPS).edit(velocity, 2)
     for suffix, tensors in host.lora_files(host.ema_weights.state()).items():
-        save_file(tensors, tmp_path / f"lora{suffix}.safetensors", lora_metadata(plan.config, 1, "ema", host.family, suffix))
+        save_file(tensors, tmp_path / f"lora{suffix}.safetensors", LoraCard.of(plan.config, 1, "ema", host.family, suffix).to_metadata())
     pipe = EditPipeline.from_lora(tmp_path / "lora.safetensors", config=plan.config, resolution=64)
     for seed, edit in enumerate(plan.eval_edits[:2]):
         source = tmp_path / f"{seed}.mkv"

@@ -15,6 +15,7 @@ from torch import Tensor
 from byg_plugin import convert_lora
 from byg_plugin.lora import formats as lora_formats
 from byg_plugin.lora import wan_names
+from byg_plugin.lora.card import LoraCard
 
 BLOCKS, WIDTH = 2, 24
 OURS = {"byg.family": A14B}  # says what the tiny network's width cannot
@@ -125,9 +126,9 @@ def test_a_full_expert_is_400_layers_in_every_format():
 
 
 def test_runtime_by_position():
-    assert "stock: BerniniConditioning" in lora_formats.runtime("comfyui", {"byg.family": A14B, "byg.position": "bernini"})
-    assert "needs a node" in lora_formats.runtime("comfyui", {"byg.family": A14B, "byg.position": "same"})
-    assert "EditPipeline" in lora_formats.runtime("diffusers", {"byg.family": A14B, "byg.position": "same"})
+    assert "stock: BerniniConditioning" in lora_formats.runtime("comfyui", LoraCard(family=A14B, position="bernini"))
+    assert "needs a node" in lora_formats.runtime("comfyui", LoraCard(family=A14B, position="same"))
+    assert "EditPipeline" in lora_formats.runtime("diffusers", LoraCard(family=A14B, position="same"))
 
 
 def test_the_command_knows_wan_without_being_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -233,9 +233,9 @@ def test_shared_and_lone_experts_train(tmp_path: Path, experts: str):
     assert trainer.high_share == (0.0 if experts == "low_noise" else pytest.approx(0.705, abs=1e-3))
     path = trainer.run()
     assert path.is_file() and path.name == ("byg_lora.safetensors" if experts == "shared" else "byg_lora_high_noise.safetensors")
-    tensors, metadata = lora_formats.read_named(path, A14B)
+    tensors, card = lora_formats.read_named(path, A14B)
     assert {name.partition(".")[0] for name in tensors} == ({HIGH} if experts == "shared" else {HIGH, LOW})
-    assert metadata["byg.expert"] == ("both" if experts == "shared" else "high_noise")
+    assert card.expert == ("both" if experts == "shared" else "high_noise")
 
 
 @pytest.mark.parametrize("key", ["init_from", "other_expert"])

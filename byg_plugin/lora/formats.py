@@ -32,6 +32,7 @@ from torch import Tensor
 from byg_plugin import families
 from byg_plugin.lora import files as lora_files
 from byg_plugin.lora import flux_names, wan_names
+from byg_plugin.lora.card import KEYS, LoraCard
 
 # Reading and writing stay names of this module too: who converts needs all three.
 from byg_plugin.lora.files import naming
@@ -530,31 +531,31 @@ def expert_files(path: str | Path) -> dict[str, Path]:
     return there or {"transformer": path}
 
 
-def read_named(path: str | Path, family: str, label: str = "") -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A LoRA of a family by our names (`<expert>.<layer>.lora_A.weight`), from one file or a pair; metadata of the first.
+def read_named(path: str | Path, family: str, label: str = "") -> tuple[dict[str, Tensor], LoraCard]:
+    """A LoRA of a family by our names (`<expert>.<layer>.lora_A.weight`), from one file or a pair; the card of the first.
 
     Every message names the file; `label` stands before its path.
 
     Raises:
-        ValueError: see `read_lora`, `convert` and `expert_files`; it was trained for another family; or the files of a pair say
-            that they are for each other's expert.
+        ValueError: see `read_lora`, `convert`, `expert_files` and `LoraCard.from_metadata`; it was trained for another family; or
+            the files of a pair say that they are for each other's expert.
     """
     named: dict[str, Tensor] = {}
-    first: dict[str, str] = {}
+    cards: list[LoraCard] = []
     with naming(path, label):
         files = expert_files(path) if _family(family).is_wan else {"transformer": Path(path)}
     for expert, file in files.items():
         with naming(file, label):
             tensors, metadata = read_lora(file)
-            if (trained := metadata.get("byg.family", family)) != family:
-                raise ValueError(f"{file} was trained for {trained!r}, model.family is {family!r}")
-            said = metadata.get("byg.expert")
-            if said in ("high_noise", "low_noise") and f"_{said}" != EXPERT_SUFFIXES[expert]:
-                raise ValueError(f"{file}: its metadata say that it is for the {said.replace('_', '-')} expert; was it renamed?")
+            card = LoraCard.from_metadata(metadata)
+            if card.family not in (None, family):
+                raise ValueError(f"{file} was trained for {card.family!r}, model.family is {family!r}")
+            if card.expert in ("high_noise", "low_noise") and f"_{card.expert}" != EXPERT_SUFFIXES[expert]:
+                raise ValueError(f"{file}: its metadata say that it is for the {card.expert.replace('_', '-')} expert; was it renamed?")
             for name, tensor in convert(tensors, "diffusers", family=family).items():
                 named[expert + name.removeprefix("transformer")] = tensor
-        first = first or metadata
-    return named, first
+        cards.append(card)
+    return named, cards[0]
 
 
 def guess_family(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
@@ -564,8 +565,8 @@ def guess_family(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
         ValueError: it does not say, and its layers have the names of a published network and another depth or width: those of
             FLUX.2 and Qwen-Image are called as FLUX.1's.
     """
-    if "byg.family" in metadata:
-        return metadata["byg.family"]
+    if (family := metadata.get(KEYS["family"])) is not None:
+        return family
     wan = any(re.search(r"(^|[._])blocks[._]\d+[._](self_attn|cross_attn|attn1|attn2|ffn)[._]", name) for name in tensors)
     name = next(iter(families.WAN)) if wan else "flux"
     modules, _ = parse(tensors, name)
@@ -596,9 +597,10 @@ def check(
         outside: alphas that no tensor tells; default: the header's.
 
     Raises:
-        ValueError: the metadata's `byg.family` is unknown, there is no LoRA of it in the tensors, a header is damaged, or
+        ValueError: the metadata's family is unknown, there is no LoRA of it in the tensors, a header is damaged, or
             diffusers is asked about and not installed.
     """
+    card = LoraCard.from_metadata(metadata)
     name = guess_family(tensors, metadata)
     family = _family(name)
     outside = lora_files.header_alpha(tensors, metadata) if outside is None else outside
@@ -619,7 +621,7 @@ def check(
                 loaded.append(module.name)
             else:
                 lost.append(Lost(module.name, why))
-        reports.append(ToolReport(tool, tuple(loaded), tuple(lost), runtime(tool, metadata)))
+        reports.append(ToolReport(tool, tuple(loaded), tuple(lost), runtime(tool, card)))
     strengths = Counter(_strength(module, outside) for module in modules)
     told = tuple((where, scale, count) for (where, scale), count in strengths.items())
     return Report(known.get(prefix, f"other:{prefix}"), len(modules), told, tuple(reports))
@@ -785,12 +787,12 @@ _WAN_RUNTIME = {
 }
 
 
-def runtime(tool: Format, metadata: Mapping[str, str]) -> str:
-    """One sentence: whether a tool runs edits with this LoRA as it ships, by the `byg.position` it was trained with."""
-    position = metadata.get("byg.position")
+def runtime(tool: Format, card: LoraCard) -> str:
+    """One sentence: whether a tool runs edits with this LoRA as it ships, by the position it was trained with."""
+    position = card.position
     if position is None:
         return "unknown: the file does not say how it was conditioned (no byg.position)"
-    if metadata.get("byg.family") in families.WAN:
+    if card.family in families.WAN:
         return _WAN_RUNTIME.get((position, tool), f"unknown: byg.position is {position!r}")
     stock = {
         "diffusers": "runs stock: FluxKontextPipeline",

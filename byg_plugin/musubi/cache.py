@@ -37,6 +37,7 @@ from byg_plugin.user_files import is_hidden
 PARTS = {"wan": ("umt5",), "flux": ("t5", "pooled")}
 ARCHITECTURES = {"wan": ("wan", "wan"), "flux": ("fk", "flux_kontext")}
 _PREFIX = "varlen_byg_"
+TEXTS_KEY, ENCODER_KEY = "byg.texts", "byg.encoder"  # of the file's metadata
 _REMEDY = "run byg_plugin/cache_text_encoder_outputs.py with this configuration"
 _SHOWN = 3
 
@@ -107,7 +108,7 @@ def header(path: Path) -> dict[str, str]:
 def is_current(path: Path, tuples: Sequence[EditTuple], encoder: str) -> bool:
     """Whether a cache file has these texts by this encoder."""
     found = header(path)
-    return found.get("byg.texts") == digest(tuples) and found.get("byg.encoder") == encoder
+    return found.get(TEXTS_KEY) == digest(tuples) and found.get(ENCODER_KEY) == encoder
 
 
 Encoded = Mapping[str, Tensor]
@@ -140,7 +141,7 @@ def write_roles(item: Item, tuples: Sequence[EditTuple], encoding: Callable[[str
             value = torch.cat([one[part] for one in encoded]).cpu()
             tensors[f"{_PREFIX}{role}_{part}_{str(value.dtype).removeprefix('torch.')}"] = value
     item.path.parent.mkdir(parents=True, exist_ok=True)
-    write_lora(item.path, tensors, {**metadata, "byg.texts": digest(tuples), "byg.encoder": encoder})
+    write_lora(item.path, tensors, {**metadata, TEXTS_KEY: digest(tuples), ENCODER_KEY: encoder})
 
 
 def texts_of_batch(batch: Mapping[str, Any], size: int, family: str, choice: Sequence[float], tokens: int) -> dict[str, Text]:
@@ -209,7 +210,7 @@ def check(dataset_config: Path, family: str, tuples: Sequence[EditTuple]) -> int
             raise ValueError(f"{path}: {why}; remove it and cache the latents again with the host's script")
     stale, missing = [], []
     for item, texts in matched(items, tuples):
-        found = header(item.path).get("byg.texts")
+        found = header(item.path).get(TEXTS_KEY)
         if found is None:
             missing.append(item.stem)
         elif found != digest(texts):
