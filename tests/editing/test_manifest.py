@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -58,14 +59,16 @@ def test_the_folders_can_be_moved_together(out: Path, tmp_path: Path):
     assert found == edit(tmp_path / "moved")
 
 
+@pytest.mark.skipif(os.name == "nt", reason="links need a right there")
 def test_a_source_behind_links_is_found(out: Path, tmp_path: Path):
     (tmp_path / "in" / "a.jpg").write_bytes(b"x")
     (tmp_path / "deep" / "er").mkdir(parents=True)
     (tmp_path / "deep" / "er" / "link").symlink_to(tmp_path / "in")
     (tmp_path / "short").symlink_to(out)
-    manifest.append(tmp_path / "short", edit(tmp_path, source=tmp_path / "deep/er/link/a.jpg"))
+    for source in ("deep/er/link/a.jpg", "deep/er/link/../in/a.jpg"):
+        manifest.append(tmp_path / "short", edit(tmp_path, source=tmp_path / source))
     for folder in (out, tmp_path / "short"):
-        assert read_manifest(folder)[0].source.read_bytes() == b"x"
+        assert [one.source.read_bytes() for one in read_manifest(folder)] == [b"x", b"x"]
 
 
 def test_lines_of_edits_that_are_made_anew_are_taken_out(out: Path):
