@@ -8,7 +8,8 @@
 
 Of two experts either LoRA file names both. A clip keeps its frames a second; its length is rounded down to 4n + 1 frames.
 `--source` may be a folder; `--tuples` edits every tuple of a JSONL file. Guidance, resolution, position ids and the sampler's
-schedule are what the LoRA says of its training, whatever `--config` says; the options below override them. From Python:
+schedule are what the LoRA says of its training, whatever `--config` says; the options below override them. `edits.jsonl` beside the
+results says what was edited by what (`editing/manifest.py`). From Python:
 
     from byg_plugin import EditPipeline
     pipe = EditPipeline.from_lora("out/byg_flux-ema.safetensors", model="black-forest-labs/FLUX.1-dev")

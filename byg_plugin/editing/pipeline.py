@@ -45,7 +45,7 @@ def _without_gradient(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class EditPipeline:
-    """A base model with an editing LoRA. Make one with `from_lora`.
+    """A base model with an editing LoRA, of which `card` tells. Make one with `from_lora`.
 
     The text encoders are in memory while texts are encoded and dropped before the network comes; encodings are kept. A later
     call with a new instruction loads the encoders again: on a CUDA device the network waits on the CPU meanwhile, unless it
@@ -107,7 +107,7 @@ class EditPipeline:
             card = LoraCard.from_metadata(metadata)
             section = {"path": model, "device": device, "dtype": dtype, "quantization": quantization}
             raw = request.sections_of(card, config, {key: value for key, value in section.items() if value is not None})
-            family = str(card.family)
+            family = raw["model"]["family"]
             tensors, _ = read_named(lora, family)
             raw["lora"] = request.lora_section(tensors, family)
         request.refuse_unused(family, {"guidance": guidance, **sampler})
