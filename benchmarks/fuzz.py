@@ -224,6 +224,8 @@ def _make_lora(folder: Path) -> list[Path]:
     import torch
     from safetensors.torch import save_file
 
+    from byg_plugin.lora.card import LoraCard
+
     rng = torch.Generator().manual_seed(0)
     layers = [f"transformer_blocks.{i}.attn.to_{kind}" for i in range(2) for kind in "qkv"]
     peft = {}
@@ -239,7 +241,8 @@ def _make_lora(folder: Path) -> list[Path]:
     config = {"r": 4, "lora_alpha": 8, "rank_pattern": {}, "alpha_pattern": {}, "target_modules": ["to_q", "to_k", "to_v"]}
     header = json.dumps({f"transformer.{key}": value for key, value in config.items()})
     save_file(peft, folder / "peft.safetensors", metadata={"format": "pt", "lora_adapter_metadata": header})
-    save_file(peft, folder / "ours.safetensors", metadata={"byg.family": "flux", "byg.position": "same", "byg.guidance": "3.5"})
+    card = LoraCard(family="flux", position="same", guidance=3.5)
+    save_file(peft, folder / "ours.safetensors", metadata=card.to_metadata())
     save_file(kohya, folder / "kohya.safetensors")
     return [folder / "peft.safetensors", folder / "ours.safetensors", folder / "kohya.safetensors"]
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from byg_plugin.version import __version__
 
 if TYPE_CHECKING:
-    from byg_plugin.edit import EditPipeline
+    from byg_plugin.editing.pipeline import EditPipeline
 
 __all__ = ["EditPipeline", "__version__"]
 
@@ -14,5 +14,5 @@ __all__ = ["EditPipeline", "__version__"]
 def __getattr__(name: str) -> Any:
     """Import the heavy pipeline only when somebody asks for it (PEP 562)."""
     if name == "EditPipeline":
-        return import_module("byg_plugin.edit").EditPipeline
+        return import_module("byg_plugin.editing.pipeline").EditPipeline
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from byg_plugin.data.import_kontext import import_kontext
 from byg_plugin.data.tuples import read_tuples_file
-from byg_plugin.edit import jobs_of
+from byg_plugin.editing.jobs import jobs_of
 from byg_plugin.models.files import _weight_files
 from dataset_tools.inputs import HIDDEN, files_below, passed_over
 from tests.support.data_fakes import picture, record

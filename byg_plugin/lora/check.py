@@ -12,6 +12,7 @@ from torch import Tensor
 from byg_plugin.families import SPECS
 from byg_plugin.lora import files as lora_files
 from byg_plugin.lora import formats
+from byg_plugin.lora.card import LoraCard
 from byg_plugin.lora.formats import FORMATS, Format, Lost
 from byg_plugin.lora.layout import Layout, Module
 from byg_plugin.lora.layouts import DEFAULT_FAMILY, layout_of
@@ -73,9 +74,10 @@ def check(
         outside: alphas that no tensor tells; default: the header's.
 
     Raises:
-        ValueError: the metadata's `byg.family` is unknown, there is no LoRA of it in the tensors, a header is damaged, or
+        ValueError: the metadata's family is unknown, there is no LoRA of it in the tensors, a header is damaged, or
             diffusers is asked about and not installed.
     """
+    card = LoraCard.from_metadata(metadata)
     name = formats.guess_family(tensors, metadata)
     layout = layout_of(name)
     outside = lora_files.header_alpha(tensors, metadata) if outside is None else outside
@@ -95,7 +97,7 @@ def check(
                 loaded.append(module.name)
             else:
                 lost.append(Lost(module.name, why))
-        reports.append(ToolReport(tool, tuple(loaded), tuple(lost), runtime(tool, metadata)))
+        reports.append(ToolReport(tool, tuple(loaded), tuple(lost), runtime(tool, card)))
     strengths = Counter(_strength(module, outside) for module in modules)
     counted = tuple((where, scale, count) for (where, scale), count in strengths.items())
     return Report(found, len(modules), counted, tuple(reports))
@@ -188,13 +190,9 @@ _TOOLS: dict[Format, Callable[[Module, Sequence[Module], Layout], str | None]] =
 }
 
 
-def runtime(tool: Format, metadata: Mapping[str, str]) -> str:
-    """One sentence: whether a tool runs edits with this LoRA as it ships, by the `byg.position` it was trained with."""
-    return _runs(tool, metadata.get("byg.position"), metadata.get("byg.family"))
-
-
-def _runs(tool: Format, position: str | None, family: str | None) -> str:
-    if position is None:
+def runtime(tool: Format, card: LoraCard) -> str:
+    """One sentence: whether a tool runs edits with this LoRA as it ships, by the position it was trained with."""
+    if card.position is None:
         return "unknown: the file does not say how it was conditioned (no byg.position)"
-    layout = layout_of(family if family in SPECS else DEFAULT_FAMILY)
-    return layout.runtime.get((position, tool), f"unknown: byg.position is {position!r}")
+    layout = layout_of(card.family if card.family in SPECS else DEFAULT_FAMILY)
+    return layout.runtime.get((card.position, tool), f"unknown: byg.position is {card.position!r}")

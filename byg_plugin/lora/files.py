@@ -22,6 +22,7 @@ from torch import Tensor
 
 from byg_plugin.documents import json_value
 from byg_plugin.finite import refuse_not_finite
+from byg_plugin.lora.card import has_card
 
 # What follows a layer's name -> role. A `down` is (rank, inputs), an `up` is (outputs, rank).
 SUFFIXES = {
@@ -243,7 +244,7 @@ def _alpha_beside(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """The alphas in PEFT's configuration beside a file, where that is this file's."""
     beside = path.with_name(_PEFT_CONFIG)
     where = f"{_PEFT_CONFIG} beside the file"
-    bare = not any(key.startswith("byg.") for key in metadata) and not any(key.endswith(".alpha") for key in tensors)
+    bare = not has_card(metadata) and not any(key.endswith(".alpha") for key in tensors)
     is_peft = any(key.endswith((".lora_A.weight", ".lora_A.default.weight")) for key in tensors)
     anothers = path.name != _PEFT_FILE and path.with_name(_PEFT_FILE).is_file()
     if not beside.is_file() or not bare or not is_peft or anothers or _HEADER in metadata:

@@ -29,6 +29,7 @@ from torch import Tensor
 from byg_plugin import families
 from byg_plugin.families import EXPERT_SUFFIXES
 from byg_plugin.lora import files as lora_files
+from byg_plugin.lora.card import KEYS, LoraCard
 from byg_plugin.lora.layout import Layout, Linear, Module
 from byg_plugin.lora.layouts import DEFAULT_FAMILY, family_of_names, layout_of
 
@@ -352,31 +353,31 @@ def expert_files(path: str | Path) -> dict[str, Path]:
     return there or {"transformer": path}
 
 
-def read_named(path: str | Path, family: str, label: str = "") -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A LoRA of a family by our names (`<expert>.<layer>.lora_A.weight`), from one file or a pair; metadata of the first.
+def read_named(path: str | Path, family: str, label: str = "") -> tuple[dict[str, Tensor], LoraCard]:
+    """A LoRA of a family by our names (`<expert>.<layer>.lora_A.weight`), from one file or a pair; the card of the first.
 
     Every message names the file; `label` stands before its path.
 
     Raises:
-        ValueError: see `files.read_lora`, `convert` and `expert_files`; it was trained for another family; or the files of a pair say
-            that they are for each other's expert.
+        ValueError: see `files.read_lora`, `convert`, `expert_files` and `LoraCard.from_metadata`; it was trained for another family; or
+            the files of a pair say that they are for each other's expert.
     """
     named: dict[str, Tensor] = {}
-    first: dict[str, str] = {}
+    cards: list[LoraCard] = []
     with lora_files.naming(path, label):
         files = expert_files(path) if layout_of(family).pairs else {"transformer": Path(path)}
     for expert, file in files.items():
         with lora_files.naming(file, label):
             tensors, metadata = lora_files.read_lora(file)
-            if (trained := metadata.get("byg.family", family)) != family:
-                raise ValueError(f"{file} was trained for {trained!r}, model.family is {family!r}")
-            said = metadata.get("byg.expert")
-            if said in ("high_noise", "low_noise") and f"_{said}" != EXPERT_SUFFIXES[expert]:
-                raise ValueError(f"{file}: its metadata say that it is for the {said.replace('_', '-')} expert; was it renamed?")
+            card = LoraCard.from_metadata(metadata)
+            if card.family not in (None, family):
+                raise ValueError(f"{file} was trained for {card.family!r}, model.family is {family!r}")
+            if card.expert in ("high_noise", "low_noise") and f"_{card.expert}" != EXPERT_SUFFIXES[expert]:
+                raise ValueError(f"{file}: its metadata say that it is for the {card.expert.replace('_', '-')} expert; was it renamed?")
             for name, tensor in convert(tensors, "diffusers", family=family).items():
                 named[expert + name.removeprefix("transformer")] = tensor
-        first = first or metadata
-    return named, first
+        cards.append(card)
+    return named, cards[0]
 
 
 def guess_family(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
@@ -386,8 +387,8 @@ def guess_family(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
         ValueError: it does not say, and its layers have the names of a published network and another depth or width: those of
             FLUX.2 and Qwen-Image are called as FLUX.1's.
     """
-    if "byg.family" in metadata:
-        return metadata["byg.family"]
+    if (family := metadata.get(KEYS["family"])) is not None:
+        return family
     name = family_of_names(tensors)
     modules, _ = parse(tensors, name)
     misfits = [next(filter(None, map(network.misfit, modules)), None) for network in layout_of(name).networks]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from byg_plugin.lora.card import LoraCard
 from byg_plugin.lora.files import naming, read_lora
 from byg_plugin.lora.formats import convert, read_named
 
@@ -41,10 +42,10 @@ def read_init(config: Config, *, tell: bool = True) -> dict[str, Tensor]:
         ValueError: it is unreadable, or was trained for another family or position.
     """
     assert config.lora.init_from is not None
-    tensors, metadata = read_named(config.lora.init_from, config.model.family, "lora.init_from = ")
-    _check_trained_alike(config, "init_from", metadata)
+    tensors, card = read_named(config.lora.init_from, config.model.family, "lora.init_from = ")
+    _check_trained_alike(config, "init_from", card)
     if tell:
-        _tell_other_guidance(config, "init_from", metadata)
+        _tell_other_guidance(config, "init_from", card)
     return tensors
 
 
@@ -58,10 +59,11 @@ def read_other_expert(config: Config, *, tell: bool = True) -> dict[str, Tensor]
     assert path is not None
     with naming(path, "lora.other_expert = "):
         tensors, metadata = read_lora(path)
-        _check_trained_alike(config, "other_expert", metadata)
+        card = LoraCard.from_metadata(metadata)
+        _check_trained_alike(config, "other_expert", card)
         if tell:
-            _tell_other_guidance(config, "other_expert", metadata)
-        if metadata.get("byg.expert") == config.lora.experts:
+            _tell_other_guidance(config, "other_expert", card)
+        if card.expert == config.lora.experts:
             raise ValueError(f"{path} is for the {config.lora.experts} expert, which is the one that is trained")
         return convert(tensors, "diffusers", family=config.model.family)
 
@@ -73,25 +75,19 @@ def fitting(config: Config, key: str) -> Iterator[None]:
         yield
 
 
-def _check_trained_alike(config: Config, key: str, metadata: Mapping[str, str]) -> None:
+def _check_trained_alike(config: Config, key: str, card: LoraCard) -> None:
     """Family and position must be this run's."""
     path = getattr(config.lora, key)
-    family = metadata.get("byg.family", config.model.family)
-    if family != config.model.family:
-        raise ValueError(f"lora.{key} = {path} was trained for {family!r}, model.family is {config.model.family!r}")
-    position = metadata.get("byg.position", config.conditioning.position)
-    if position != config.conditioning.position:
+    if card.family not in (None, config.model.family):
+        raise ValueError(f"lora.{key} = {path} was trained for {card.family!r}, model.family is {config.model.family!r}")
+    if card.position not in (None, config.conditioning.position):
         raise ValueError(
-            f"lora.{key} = {path} was trained with conditioning.position = {position!r}, here it is "
-            f"{config.conditioning.position!r}: set it to {position!r}"
+            f"lora.{key} = {path} was trained with conditioning.position = {card.position!r}, here it is "
+            f"{config.conditioning.position!r}: set it to {card.position!r}"
         )
 
 
-def _tell_other_guidance(config: Config, key: str, metadata: Mapping[str, str]) -> None:
-    text = metadata.get("byg.guidance", str(config.conditioning.guidance))
-    try:
-        guidance = float(text)
-    except ValueError as error:
-        raise ValueError(f"lora.{key} = {getattr(config.lora, key)}: its metadata are damaged: byg.guidance = {text[:40]!r}") from error
-    if guidance != config.conditioning.guidance:
-        logger.warning("lora.%s was trained with conditioning.guidance = %s, here it is %s", key, guidance, config.conditioning.guidance)
+def _tell_other_guidance(config: Config, key: str, card: LoraCard) -> None:
+    here = config.conditioning.guidance
+    if card.guidance not in (None, here):
+        logger.warning("lora.%s was trained with conditioning.guidance = %s, here it is %s", key, float(card.guidance), here)

@@ -36,6 +36,7 @@ from byg_plugin.objectives.base import Text
 from byg_plugin.user_files import is_hidden
 
 _PREFIX = "varlen_byg_"
+TEXTS_KEY, ENCODER_KEY = "byg.texts", "byg.encoder"  # of the file's metadata
 _REMEDY = "run byg_plugin/cache_text_encoder_outputs.py with this configuration"
 _SHOWN = 3
 
@@ -106,7 +107,7 @@ def header(path: Path) -> dict[str, str]:
 def is_current(path: Path, tuples: Sequence[EditTuple], encoder: str) -> bool:
     """Whether a cache file has these texts by this encoder."""
     found = header(path)
-    return found.get("byg.texts") == digest(tuples) and found.get("byg.encoder") == encoder
+    return found.get(TEXTS_KEY) == digest(tuples) and found.get(ENCODER_KEY) == encoder
 
 
 def write_roles(item: Item, tuples: Sequence[EditTuple], encoding: Callable[[str], Encoded], family: MusubiFamily, encoder: str) -> None:
@@ -135,7 +136,7 @@ def write_roles(item: Item, tuples: Sequence[EditTuple], encoding: Callable[[str
             value = torch.cat([one[part] for one in encoded]).cpu()
             tensors[f"{_PREFIX}{role}_{part}_{str(value.dtype).removeprefix('torch.')}"] = value
     item.path.parent.mkdir(parents=True, exist_ok=True)
-    write_lora(item.path, tensors, {**metadata, "byg.texts": digest(tuples), "byg.encoder": encoder})
+    write_lora(item.path, tensors, {**metadata, TEXTS_KEY: digest(tuples), ENCODER_KEY: encoder})
 
 
 def texts_of_batch(batch: Mapping[str, Any], size: int, family: MusubiFamily, choice: Sequence[float], tokens: int) -> dict[str, Text]:
@@ -204,7 +205,7 @@ def check(dataset_config: Path, family: MusubiFamily, tuples: Sequence[EditTuple
             raise ValueError(f"{path}: {why}; remove it and cache the latents again with the host's script")
     stale, missing = [], []
     for item, texts in matched(items, tuples):
-        found = header(item.path).get("byg.texts")
+        found = header(item.path).get(TEXTS_KEY)
         if found is None:
             missing.append(item.stem)
         elif found != digest(texts):

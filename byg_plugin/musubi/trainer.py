@@ -12,7 +12,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +32,7 @@ from byg_plugin.documents import json_value
 from byg_plugin.finite import all_finite, first_not_finite, not_finite, refuse_not_finite
 from byg_plugin.hosts.batch import draw_batch
 from byg_plugin.hosts.ema import EmaWeights
-from byg_plugin.lora.metadata import lora_metadata
+from byg_plugin.lora.card import LoraCard
 from byg_plugin.models.geometry import SpecGeometry
 from byg_plugin.musubi import cache as musubi_cache
 from byg_plugin.musubi.fields import BlockSwap, MusubiFields
@@ -259,10 +259,9 @@ class UnpairedCycleTrainer:
         side, frames = musubi_cache.sizes(Path(args.dataset_config))
         dataset = self.byg_config.dataset.model_copy(update={"resolution": side, "frames": frames})
         config = self.byg_config.model_copy(update={"dataset": dataset})
-        found = lora_metadata(config, self.byg_progress.step, weights, self.byg_family, base=Path(args.dit).name)  # type: ignore[arg-type]
-        if weights == "live":
-            del found["byg.step"]  # asked for once, at the start
-        return found | {"byg.alpha": repr(args.network_alpha), "byg.host": "musubi"}
+        card = LoraCard.of(config, self.byg_progress.step, weights, self.byg_family, base=Path(args.dit).name)
+        step = None if weights == "live" else card.step  # the live one's is asked for once, at the start
+        return replace(card, step=step, alpha=args.network_alpha, host="musubi").to_metadata()
 
     def on_post_save(
         self, args: Any, accelerator: Any, network: Any, transformer: Any, ckpt_name: str, save_dtype: Any, metadata: Any, *rest: Any

@@ -31,7 +31,7 @@ from byg_plugin.finite import all_finite, first_not_finite, not_finite
 from byg_plugin.folders import DISCARDED, make_writable, set_aside, write_text
 from byg_plugin.hosts import make_host
 from byg_plugin.hosts.batch import draw_batch
-from byg_plugin.lora.metadata import lora_metadata
+from byg_plugin.lora.card import LoraCard
 from byg_plugin.lora.start import check_start
 from byg_plugin.models.base import Family
 from byg_plugin.objectives import make_objective
@@ -484,7 +484,7 @@ class Trainer:
         if self.config.objective.ema_decay:
             saved["-ema"] = ("ema", host.ema_weights.state())
         return {
-            f"{name}{kind}{suffix}.safetensors": (tensors, lora_metadata(self.config, self.step, which, self.family, suffix))
+            f"{name}{kind}{suffix}.safetensors": (tensors, LoraCard.of(self.config, self.step, which, self.family, suffix).to_metadata())
             for kind, (which, weights) in saved.items()
             for suffix, tensors in host.lora_files(weights).items()
         }

@@ -16,11 +16,11 @@ from PIL import Image
 
 from benchmarks import tiny_world as study
 from benchmarks import tiny_world_run as runs
+from byg_plugin import EditPipeline
 from byg_plugin.config.sections import Config
 from byg_plugin.demo import metrics, world
-from byg_plugin.edit import EditPipeline
 from byg_plugin.hosts import make_host
-from byg_plugin.lora.metadata import lora_metadata
+from byg_plugin.lora.card import LoraCard
 from byg_plugin.models import make_family
 from byg_plugin.training.checkpoint import save_file
 from byg_plugin.training.loop import Interrupted
@@ -40,7 +40,8 @@ def test_edits_are_those_of_the_edit_pipeline(tmp_path):
     wake(host)
     with host.ema() as velocity:
         mine = runs.Evaluator(plan.config, plan.eval_edits).edit(velocity, 4)
-    save_file(host.export_lora(host.ema_weights.state()), tmp_path / "lora.safetensors", metadata=lora_metadata(plan.config, 1, "ema"))
+    metadata = LoraCard.of(plan.config, 1, "ema").to_metadata()
+    save_file(host.export_lora(host.ema_weights.state()), tmp_path / "lora.safetensors", metadata=metadata)
     pipe = EditPipeline.from_lora(tmp_path / "lora.safetensors", config=plan.config)
     pictures = [Image.fromarray(world.render(edit.before)) for edit in plan.eval_edits]
     theirs = pipe.batch(pictures, [edit.instruction for edit in plan.eval_edits], seeds=range(4))

@@ -14,10 +14,10 @@ from benchmarks import tiny_world as study
 from benchmarks import tiny_world_report as report
 from benchmarks import tiny_world_run as runs
 from benchmarks import video_world as clips
+from byg_plugin import EditPipeline
 from byg_plugin.demo import video_world
-from byg_plugin.edit import EditPipeline
 from byg_plugin.hosts import make_host
-from byg_plugin.lora.metadata import lora_metadata
+from byg_plugin.lora.card import LoraCard
 from byg_plugin.models import make_family
 from byg_plugin.training.checkpoint import save_file
 from tests.support.tiny import SHORT_TRAINING, wake
@@ -80,7 +80,7 @@ def test_edits_are_those_of_the_edit_pipeline(tmp_path, base):
     with host.ema() as velocity:
         mine = runs.Evaluator(plan.config, plan.eval_edits, runs.CLIPS).edit(velocity, 2)
     for suffix, tensors in host.lora_files(host.ema_weights.state()).items():
-        save_file(tensors, tmp_path / f"lora{suffix}.safetensors", lora_metadata(plan.config, 1, "ema", host.family, suffix))
+        save_file(tensors, tmp_path / f"lora{suffix}.safetensors", LoraCard.of(plan.config, 1, "ema", host.family, suffix).to_metadata())
     pipe = EditPipeline.from_lora(tmp_path / "lora.safetensors", config=plan.config, resolution=64)
     for seed, edit in enumerate(plan.eval_edits[:2]):
         source = tmp_path / f"{seed}.mkv"

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from byg_plugin import EditPipeline, edit
-from byg_plugin.edit import Job
+from byg_plugin.editing.jobs import Job, check_arguments
 
 METADATA = {"byg.position": "same", "byg.guidance": "3.5", "byg.max_text_tokens": "8", "byg.resolution": "64", "byg.schedule": "shifted"}
 
@@ -76,28 +76,28 @@ def arguments(folder: Path, *words: str) -> Namespace:
 )
 def test_what_has_no_effect_on_these_sources_or_stops_late(tmp_path: Path, words: list[str], sources: list[str], says: str):
     with pytest.raises(ValueError, match=says):
-        edit.check_arguments(arguments(tmp_path, *words), jobs(*sources))
+        check_arguments(arguments(tmp_path, *words), jobs(*sources))
 
 
 def test_what_has_an_effect_on_some_of_the_sources_passes(tmp_path: Path):
     args = arguments(tmp_path, "--frames", "5", "--batch-size", "4", "--seed", str(2**63 - 2))
-    edit.check_arguments(args, jobs("a.png", "b.mp4"))
+    check_arguments(args, jobs("a.png", "b.mp4"))
 
 
 def test_a_missing_lora_is_told_without_reading_anything(tmp_path: Path):
     args = arguments(tmp_path)
     args.lora = str(tmp_path / "byg.safetensors")
     with pytest.raises(ValueError, match=r"--lora .*byg\.safetensors: no such file"):
-        edit.check_arguments(args, jobs("a.png"))
+        check_arguments(args, jobs("a.png"))
     (tmp_path / "byg_low_noise.safetensors").touch()  # of a pair either file, or the common name
-    edit.check_arguments(args, jobs("a.png"))
+    check_arguments(args, jobs("a.png"))
 
 
 def test_edit_needs_a_base_model(tmp_path: Path):
     args = arguments(tmp_path)
     args.model = None
     with pytest.raises(ValueError, match="--model FOLDER_OR_HUB_ID, or --config"):
-        edit.check_arguments(args, jobs("a.png"))
+        check_arguments(args, jobs("a.png"))
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from tests.support.tiny import fill_caches, make_trainer, model_folder, run_conf
 def test_one_image(lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     options = ["--steps", 3, "--seed", 4, "--strength", 0.8, "--guidance", 2]
     command(monkeypatch, lora, "--source", photo(), "--instruction", "add the snow", "--out", tmp_path / "out", *options)
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["photo0.png", "photo0_side_by_side.png"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["edits.jsonl", "photo0.png", "photo0_side_by_side.png"]
     with Image.open(tmp_path / "out/photo0.png") as image, Image.open(tmp_path / "out/photo0_side_by_side.png") as pair:
         settings = json.loads(image.text["byg"])
         assert settings == {
@@ -44,7 +44,7 @@ def test_a_folder_in_batches(lora: Path, tmp_path: Path, monkeypatch: pytest.Mon
     common = ["--source", workspace(), "--instruction", "add the snow", "--steps", 2]
     command(monkeypatch, lora, *common, "--out", tmp_path / "one")
     command(monkeypatch, lora, *common, "--out", tmp_path / "two", "--batch-size", 2)
-    names = sorted(p.name for p in (tmp_path / "one").iterdir())
+    names = sorted(p.name for p in (tmp_path / "one").glob("*.png"))
     assert names == sorted(f"photo{i}{end}.png" for i in range(4) for end in ("", "_side_by_side"))
     for index in range(4):
         one, two = (Image.open(tmp_path / place / f"photo{index}.png") for place in ("one", "two"))
@@ -57,7 +57,7 @@ def test_a_folder_in_batches(lora: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_tuples_file(lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     command(monkeypatch, lora, "--tuples", workspace() / "tuples.jsonl", "--out", tmp_path, "--steps", 1)
-    edits = sorted(p for p in tmp_path.iterdir() if "side" not in p.name)
+    edits = sorted(p for p in tmp_path.glob("*.png") if "side" not in p.name)
     assert [p.name for p in edits] == ["00000_photo0.png", "00001_photo0.png", *(f"0000{i + 1}_photo{i}.png" for i in (1, 2, 3))]
     assert json.loads(Image.open(edits[1]).text["byg"])["instruction"] == "add the sky"
 

@@ -30,7 +30,7 @@ def test_loras_that_cannot_be_used(lora: Path, tmp_path: Path):
         (lambda m: {}, "metadata lacks byg.family, .*not made by byg_plugin"),
         (lambda m: {k: v for k, v in m.items() if k != "byg.position"}, "metadata lacks byg.position"),
         (lambda m: m | {"byg.family": "wan"}, "was trained for 'wan', which is unknown here"),
-        (lambda m: m | {"byg.guidance": "much"}, "metadata is damaged"),
+        (lambda m: m | {"byg.guidance": "much"}, "its metadata are damaged: byg.guidance = .much., expected a number"),
         (lambda m: m | {"byg.position": "elsewhere"}, "conditioning.position = 'elsewhere'"),
     ]
     for index, (change, message) in enumerate(cases):

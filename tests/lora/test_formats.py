@@ -16,6 +16,7 @@ from torch import Tensor
 
 from byg_plugin.lora import files as lora_files
 from byg_plugin.lora import formats as lora_formats
+from byg_plugin.lora.card import LoraCard
 from byg_plugin.lora.check import check, runtime
 from byg_plugin.models import flux_files
 from tests.support.lora_files import BLOCKS, DEFAULT, DOUBLE_ONLY, METADATA, SINGLES, full_size_peft, kohya, output, peft_lora, tiny_flux
@@ -277,9 +278,9 @@ def test_strength_that_a_tool_would_get_wrong(tmp_path: Path):
 
 @pytest.mark.parametrize("tool", lora_formats.FORMATS)
 def test_runtime_follows_the_position(tool: lora_formats.Format):
-    assert runtime(tool, {"byg.position": "same"}).startswith("needs a")
-    assert runtime(tool, {"byg.position": "kontext"}).startswith("runs stock")
-    assert runtime(tool, {}).startswith("unknown")
+    assert runtime(tool, LoraCard(position="same")).startswith("needs a")
+    assert runtime(tool, LoraCard(position="kontext")).startswith("runs stock")
+    assert runtime(tool, LoraCard()).startswith("unknown")
 
 
 # --- refusals ---

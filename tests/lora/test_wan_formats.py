@@ -15,6 +15,7 @@ from byg_plugin import convert_lora
 from byg_plugin.lora import files as lora_files
 from byg_plugin.lora import formats as lora_formats
 from byg_plugin.lora import wan_names
+from byg_plugin.lora.card import LoraCard
 from byg_plugin.lora.check import check, runtime
 from tests.support.tiny_wan import A14B, tiny_wan
 
@@ -127,9 +128,9 @@ def test_a_full_expert_is_400_layers_in_every_format():
 
 
 def test_runtime_by_position():
-    assert "stock: BerniniConditioning" in runtime("comfyui", {"byg.family": A14B, "byg.position": "bernini"})
-    assert "needs a node" in runtime("comfyui", {"byg.family": A14B, "byg.position": "same"})
-    assert "EditPipeline" in runtime("diffusers", {"byg.family": A14B, "byg.position": "same"})
+    assert "stock: BerniniConditioning" in runtime("comfyui", LoraCard(family=A14B, position="bernini"))
+    assert "needs a node" in runtime("comfyui", LoraCard(family=A14B, position="same"))
+    assert "EditPipeline" in runtime("diffusers", LoraCard(family=A14B, position="same"))
 
 
 def test_the_command_knows_wan_without_being_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

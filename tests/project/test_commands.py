@@ -414,9 +414,9 @@ def test_a_missing_extra_names_its_install_line(toml: Path, tmp_path: Path, scri
 def test_edit_without_diffusers_names_its_install_line(tmp_path: Path):
     from safetensors.torch import save_file
 
-    from byg_plugin.lora.metadata import lora_metadata
+    from byg_plugin.lora.card import LoraCard
 
-    metadata = lora_metadata(run_config(tmp_path), 1, "live")
+    metadata = LoraCard.of(run_config(tmp_path), 1, "live").to_metadata()
     name = "transformer.transformer_blocks.0.attn.to_q"
     save_file(
         {f"{name}.lora_A.weight": torch.zeros(4, 32), f"{name}.lora_B.weight": torch.zeros(32, 4)}, tmp_path / "l.safetensors", metadata

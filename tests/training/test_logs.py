@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from byg_plugin.lora.metadata import lora_metadata
+from byg_plugin.lora.card import LoraCard
 from byg_plugin.training import checkpoint
 from tests.support.tiny import curve, run_config, workspace
 from tests.support.training_runs import tensors_of, train
@@ -64,7 +64,7 @@ def test_metadata_has_what_readers_need_and_nothing_private(reference: Path):
 
 def test_base_name_of_a_windows_path_is_only_its_end(tmp_path: Path):
     config = run_config(tmp_path, model={"path": "C:\\Users\\me\\models\\FLUX.1-dev\\"})
-    assert lora_metadata(config, 1, "live")["byg.base"] == "FLUX.1-dev"
+    assert LoraCard.of(config, 1, "live").base == "FLUX.1-dev"
 
 
 def test_a_checkpoint_holds_no_pickle(reference: Path):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
-from byg_plugin.lora.metadata import lora_metadata
+from byg_plugin.lora.card import LoraCard
 from byg_plugin.train_network import _check_launch
 from byg_plugin.training import checkpoint
 from byg_plugin.training.memory import memory_sum, report
@@ -92,7 +92,7 @@ def test_launch_options_that_are_not_honoured_are_refused(tmp_path: Path, kind: 
 
 def test_the_metadata_names_the_network_that_was_used(tmp_path: Path):
     config = tiny.run_config(tmp_path / "out", model={"path": "org/FLUX.1-dev", "transformer": "models/my_finetune.safetensors"})
-    assert lora_metadata(config, 1, "live")["byg.base"] == "my_finetune.safetensors"
+    assert LoraCard.of(config, 1, "live").base == "my_finetune.safetensors"
 
 
 def test_the_memory_sum_follows_the_switches(tmp_path: Path):

@@ -233,9 +233,9 @@ def test_shared_and_lone_experts_train(tmp_path: Path, experts: str):
     assert trainer.high_share == (0.0 if experts == "low_noise" else pytest.approx(0.705, abs=1e-3))
     path = trainer.run()
     assert path.is_file() and path.name == ("byg_lora.safetensors" if experts == "shared" else "byg_lora_high_noise.safetensors")
-    tensors, metadata = lora_formats.read_named(path, A14B)
+    tensors, card = lora_formats.read_named(path, A14B)
     assert {name.partition(".")[0] for name in tensors} == ({HIGH} if experts == "shared" else {HIGH, LOW})
-    assert metadata["byg.expert"] == ("both" if experts == "shared" else "high_noise")
+    assert card.expert == ("both" if experts == "shared" else "high_noise")
 
 
 @pytest.mark.parametrize("key", ["init_from", "other_expert"])
@@ -390,7 +390,7 @@ def test_the_command_writes_the_edit_and_both_beside_each_other(lora: Path, tmp_
     source = ["--source", str(workspace() / "clip0.mp4"), "--instruction", "make the dog blue"]
     monkeypatch.setattr(sys, "argv", ["edit.py", *model, *source, *options])
     edit.main()
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["clip0.mp4", "clip0_side_by_side.mp4"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["clip0.mp4", "clip0_side_by_side.mp4", "edits.jsonl"]
     one, both = (clips.clip_info(tmp_path / "out" / name) for name in ("clip0.mp4", "clip0_side_by_side.mp4"))
     assert one.frames == both.frames == 5 and one.fps == pytest.approx(16) and both.size == (2 * one.size[0] + 4, one.size[1])
     import av
@@ -412,7 +412,7 @@ def test_frames_are_checked_before_the_first_edit_and_rounding_is_told(
     def call(name: str, *more: str) -> list[str]:
         monkeypatch.setattr(sys, "argv", ["edit.py", *options, "--out", str(tmp_path / name), *more])
         edit.main()
-        return sorted(path.name for path in (tmp_path / name).iterdir())
+        return sorted(path.name for path in (tmp_path / name).iterdir() if path.name != "edits.jsonl")
 
     with pytest.raises(ValueError, match=r"b.mp4: has 7 frames, 9 are asked for"):
         call("refused", "--frames", "9")

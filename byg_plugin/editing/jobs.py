@@ -1,0 +1,166 @@
+"""What the command line asks for, checked before anything heavy is imported or loaded."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from byg_plugin.config.sections import Config, DatasetConfig
+from byg_plugin.data.buckets import Size
+from byg_plugin.data.clips import clip_info, is_clip
+from byg_plugin.data.media import image_size
+from byg_plugin.data.tuples import MEDIA_SUFFIXES, EditTuple, read_tuples, read_tuples_file
+from byg_plugin.editing import manifest
+from byg_plugin.editing.pipeline import MAX_SEED, MOST_FRAMES, EditPipeline
+from byg_plugin.editing.request import NO_MODEL
+from byg_plugin.folders import make_writable
+from byg_plugin.places import check_lora
+from byg_plugin.progress import Progress
+from byg_plugin.user_files import files_in, hidden_in
+
+_TOLD_CUT = 0.2  # of a picture's pixels
+# Keys that the LoRA knows better than --config, and the options that stand above it.
+_FROM_LORA = {"conditioning.guidance": "guidance", "dataset.resolution": "resolution", "sample.schedule": "schedule"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One edit to make."""
+
+    source: Path
+    instruction: str
+    name: str
+    """Stem of the files it is written to."""
+    item: EditTuple | None = None
+    """The tuple it was asked for by."""
+
+    def files(self, out: Path) -> tuple[Path, Path]:
+        """The edit and its side-by-side."""
+        suffix = ".mp4" if is_clip(self.source) else ".png"
+        return out / f"{self.name}{suffix}", out / f"{self.name}_side_by_side{suffix}"
+
+
+def jobs_of(args: argparse.Namespace, dataset: DatasetConfig | None = None) -> list[Job]:
+    """What the command line asks for; relative sources of `--tuples` start from the configuration's dataset.image_root.
+
+    Raises:
+        ValueError: nothing, too much, or something missing.
+    """
+    if args.tuples:
+        if args.source or args.instruction:
+            raise ValueError("--tuples has its own sources and instructions: leave out --source and --instruction")
+        # A folder of tuples has its images beside them, wherever those of training are.
+        if dataset is None or Path(args.tuples).is_dir():
+            tuples = read_tuples_file(Path(args.tuples))
+        else:
+            tuples = read_tuples(dataset.model_copy(update={"tuples": args.tuples}))
+        return [
+            Job(source=item.source, instruction=item.instruction, name=f"{index:05d}_{item.source.stem}", item=item)
+            for index, item in enumerate(tuples)
+        ]
+    if args.instruction is not None and not args.instruction.strip():
+        raise ValueError("--instruction is empty: say what to change")
+    if not args.source or not args.instruction:
+        raise ValueError("give --source IMAGE_OR_FOLDER and --instruction TEXT, or --tuples FILE")
+    source = Path(args.source)
+    if source.is_dir():
+        suffixes = sorted(MEDIA_SUFFIXES)
+        images = files_in(source, suffixes)
+        if not images:
+            raise ValueError(f"--source {source}: no image or clip in this folder ({', '.join(suffixes)}{hidden_in(source, suffixes)})")
+        return [Job(source=path, instruction=args.instruction, name=path.stem) for path in images]
+    if not source.is_file():
+        raise ValueError(f"--source {source}: no such file or folder")
+    return [Job(source=source, instruction=args.instruction, name=source.stem)]
+
+
+def check_arguments(args: argparse.Namespace, jobs: Sequence[Job]) -> None:
+    """What would be without effect, or stop late, before anything heavy is imported.
+
+    Raises:
+        ValueError: names the option.
+    """
+    clips = sum(is_clip(job.source) for job in jobs)
+    if args.frames is not None and not clips:
+        raise ValueError(f"--frames {args.frames} is for clips, and there is none among the sources: leave it out")
+    if args.batch_size > 1 and clips == len(jobs):
+        raise ValueError(f"--batch-size {args.batch_size} is for images, clips are edited one by one: leave it out")
+    if args.seed + len(jobs) - 1 > MAX_SEED:
+        raise ValueError(f"--seed {args.seed}: edit i uses seed + i, and {len(jobs)} edits go beyond {MAX_SEED}; lower it")
+    if args.model is None and not args.config:
+        raise ValueError(NO_MODEL)
+    check_lora(args.lora, "--lora ")
+
+
+def check_overrides(args: argparse.Namespace, given: Config | None, resolved: Config) -> None:
+    """A `--set` whose value the LoRA's own has replaced is an error.
+
+    Raises:
+        ValueError: names key, both values and the option that has the last word.
+    """
+    for override in args.set:
+        key = override.partition("=")[0].replace(" ", "")
+        option = _FROM_LORA.get(key)
+        if option is None or getattr(args, option) is not None:
+            continue
+        section, name = key.split(".")
+        asked, used = (getattr(getattr(config, section), name) for config in (given, resolved))
+        if asked != used:
+            raise ValueError(f"--set {override}: edits do not take it from --config, and use {used!r}; give --{option} {asked}")
+
+
+def check_out(out: Path, jobs: Sequence[Job]) -> None:
+    """Before the long work: the folder can be written, and no result would overwrite a source or another result.
+
+    Raises:
+        ValueError: it cannot, one would, or the manifest there is none of ours.
+    """
+    sources = {job.source.resolve() for job in jobs}
+    made_by: dict[Path, Path] = {}
+    for job in jobs:
+        for file in job.files(out):
+            if file.resolve() in sources:
+                raise ValueError(f"--out {out}: {file.name} would overwrite a source; choose another folder")
+            if file in made_by:
+                raise ValueError(f"--source: {made_by[file].name} and {job.source.name} would both become {file.name}; rename one")
+            made_by[file] = job.source
+    if (out / manifest.NAME).exists():
+        manifest.read_manifest(out)
+    try:
+        make_writable(out)
+    except OSError as error:
+        raise ValueError(f"--out {out}: cannot be written: {error.strerror}; choose another folder") from error
+
+
+def tell_losses(pipe: EditPipeline, job: Job, bucket: Size, frames: int | None) -> None:
+    """Say on stderr what of a source will not be in its edit.
+
+    Raises:
+        ValueError: it is unreadable, or a clip shorter than `frames`.
+    """
+    if is_clip(job.source):
+        clip = clip_info(job.source)
+        size = clip.size
+        _tell_shortened(job.source, clip.frames, pipe.clip_length(job.source, clip, frames), frames)
+    else:
+        size = image_size(job.source)
+    _tell_cut(job.source, size, bucket, pipe.config.dataset)
+
+
+def _tell_cut(source: Path, size: Size, bucket: Size, dataset: DatasetConfig) -> None:
+    """Say on stderr that much of a picture will not be in its edit."""
+    kept = min(size[0] / size[1], bucket[0] / bucket[1]) / max(size[0] / size[1], bucket[0] / bucket[1])
+    if 1 - kept > _TOLD_CUT:
+        remedy = "raise dataset.max_aspect" if dataset.buckets else "set dataset.buckets = true"
+        text = f"{source}: {1 - kept:.0%} of its {size[0]} x {size[1]} pixels are cut off for an edit of {bucket[0]} x {bucket[1]}"
+        Progress.write(f"{text}; pad it, or {remedy} in --config", file=sys.stderr)
+
+
+def _tell_shortened(source: Path, there: int, edited: int, asked: int | None) -> None:
+    """Say on stderr that fewer frames are edited than the clip has, or than `asked` for, because Wan takes 4n + 1 alone."""
+    wanted = min(there, MOST_FRAMES) if asked is None else asked
+    if edited < wanted:
+        Progress.write(f"{source}: {edited} of {wanted} frames are edited, Wan takes 4n + 1", file=sys.stderr)
