@@ -13,6 +13,7 @@ from torch import Tensor
 from byg_plugin.families import LORA_FORMATS, SPECS
 from byg_plugin.lora import files as lora_files
 from byg_plugin.lora import formats as lora_formats
+from byg_plugin.lora.card import LoraCard
 from byg_plugin.lora.check import check, runtime
 from byg_plugin.lora.layout import Layout, Linear, Module, Network
 from byg_plugin.lora.layouts import LAYOUTS, family_of_names, layout_of
@@ -132,7 +133,7 @@ def test_reports_follow_the_layout(house: str, monkeypatch: pytest.MonkeyPatch):
     comfy, musubi = check(lora(), metadata, ["comfyui", "musubi"]).tools
     assert not comfy.lost and comfy.runtime == "runs in the house"
     assert {item.why for item in musubi.lost} == {"musubi-tuner reads lora_unet_….lora_down/lora_up only: convert with --to musubi"}
-    assert runtime("musubi", metadata) == "unknown: byg.position is 'same'"
+    assert runtime("musubi", LoraCard.from_metadata(metadata)) == "unknown: byg.position is 'same'"
     monkeypatch.setitem(LAYOUTS, "house", replace(HOUSE, parts_in_comfyui="no rooms", blocks=("cells.0.",)))
     assert {item.why for item in check(lora(), metadata, ["comfyui"]).tools[0].lost} == {"no rooms"}
     assert [item.name for item in lora_formats.losses(lora(), "musubi", family=house)] == ["cells.1.kv"]
