@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from byg_plugin.config.extras import require_model_extras
-from byg_plugin.hosts.ema import EmaWeights
+from byg_plugin.hosts.ema import Adapter, EmaWeights
 from byg_plugin.hosts.patterns import full_matches
 from byg_plugin.hosts.quantize import after_eval_, quantize_
 from byg_plugin.hosts.residency import OneExpertOnDevice
 from byg_plugin.lora import start as start_lora
 from byg_plugin.lora.formats import split_experts
 from byg_plugin.models.base import Family
-from byg_plugin.objectives.base import Text, Velocity
+from byg_plugin.objectives import make_objective
+from byg_plugin.objectives.base import EDIT, Text, Velocity
 from byg_plugin.timesteps import is_high
 
 if TYPE_CHECKING:
@@ -101,8 +102,9 @@ class DiffusersHost:
 
         What is made inside may be inference tensors: clone outside what autograd shall save.
         """
-        merged = self.config.objective.rollout_weights == "merged"
-        with self.ema_weights.swapped_in(), self._placed(self._merge()) if merged else nullcontext(), self._without_gradient():
+        rollout = make_objective(self.config.objective).rollout
+        merges = rollout is not None and rollout.merged
+        with self.ema_weights.swapped_in(), self._placed(self._merge()) if merges else nullcontext(), self._without_gradient():
             yield self._velocity
 
     @contextmanager
@@ -204,6 +206,11 @@ class DiffusersHost:
                 network.to(self.device)
 
     # --- LoRA weights ---
+
+    @property
+    def adapters(self) -> dict[str, Adapter]:
+        """The one LoRA that is trained here."""
+        return {EDIT: Adapter(self.parameters, self.ema_weights)}
 
     def set_strength(self, strength: float) -> None:
         """Scale of the LoRA's contribution; 1 = as trained."""

@@ -37,9 +37,10 @@ from byg_plugin.musubi import cache as musubi_cache
 from byg_plugin.musubi.fields import BlockSwap, MusubiFields
 from byg_plugin.objectives import make_objective
 from byg_plugin.objectives.base import Batch, Text, Velocity
-from byg_plugin.objectives.draws import draw_t, is_identity_step, share_of_high_noise, side_of
+from byg_plugin.objectives.draws import draw_t, share_of_high_noise, side_of
 from byg_plugin.randomness import generator
 from byg_plugin.training.checkpoint import save_file
+from byg_plugin.training.launch import check_processes
 
 if TYPE_CHECKING:
     from byg_plugin.musubi.checkout import Host
@@ -180,11 +181,7 @@ class UnpairedCycleTrainer:
 
     def extra_trainable_params(self, args: Any, accelerator: Any, network: Any, transformer: Any, trainable_params: Any, *_: Any) -> Any:
         """Nothing more is trained; but this is the last seam before a state is loaded."""
-        kind = accelerator.distributed_type.value
-        if kind not in ("NO", "MULTI_GPU", "MULTI_CPU", "MULTI_XPU"):
-            raise ValueError(
-                f"accelerate launch asks for {kind}, under which this objective's several backward passes go wrong: run plain multi-GPU"
-            )
+        check_processes(accelerator)
         accelerator.register_save_state_pre_hook(self._save_state)
         accelerator.register_load_state_pre_hook(self._load_state)
         return trainable_params
@@ -267,7 +264,7 @@ class UnpairedCycleTrainer:
             noise=noise.to(source.device),
             t=t.to(source.device),
             nodes=nodes.to(source.device),
-            identity_step=is_identity_step(self.byg_config, step),
+            kind=self.byg_objective.plan(step, seed).kind,
             **{role: {name: value.to(source.device) for name, value in text.items()} for role, text in texts.items()},
         )
         if not self._byg_proved:

@@ -31,7 +31,22 @@ import torch
 from torch import Tensor
 
 from byg_plugin import flow, timesteps
-from byg_plugin.objectives.base import Backward, Batch, Metrics, Text, Velocity, VelocityFields, cat_text
+from byg_plugin.objectives.base import (
+    EDIT,
+    FULL,
+    IDENTITY,
+    Backward,
+    Batch,
+    Metrics,
+    Plan,
+    Rollout,
+    StepMemory,
+    Text,
+    Velocity,
+    VelocityFields,
+    cat_text,
+)
+from byg_plugin.randomness import coin
 
 if TYPE_CHECKING:
     from byg_plugin.config.sections import ObjectiveConfig
@@ -61,17 +76,37 @@ class States(NamedTuple):
 class UnpairedCycle:
     """See the module. `config` is the `[objective]` section."""
 
+    requires: frozenset[str] = frozenset()
+    adapters = (EDIT,)
+
     def __init__(self, config: ObjectiveConfig):
         self.config = config
         self.lambda_cycle = config.lambda_cycle if config.cycle else 0.0
         self.lambda_prior = config.lambda_prior if config.prior else 0.0
+
+    @property
+    def rollout(self) -> Rollout:
+        """By the EMA weights."""
+        return Rollout(self.config.rollout_steps, self.config.rollout_schedule, self.config.rollout_weights == "merged")
+
+    @property
+    def memory(self) -> StepMemory:
+        """One pass at a time; `joint` has all three in one graph, `merge_identity` two in one batch."""
+        if self.config.graph == "joint":
+            return StepMemory(graphs=3)
+        return StepMemory(rows=2 if self.config.merge_identity else 1)
+
+    def plan(self, step: int, seed: int) -> Plan:
+        """Identity steps in the warm-up, then by a toss."""
+        identity = step < self.config.identity_warmup_steps or coin(seed, step, self.config.identity_probability)
+        return Plan(IDENTITY if identity else FULL)
 
     def step(self, fields: VelocityFields, batch: Batch, backward: Backward | None) -> Metrics:
         """One micro-step: every term of Algorithm 1, differentiated in memory's order.
 
         Args:
             fields: the network as `edit`, `ema` and `base` velocity fields.
-            batch: latents, texts, noise, t; `identity_step` trains the identity term alone.
+            batch: latents, texts, noise, t; of the kind `IDENTITY` the identity term alone is trained.
             backward: differentiates a loss; None computes the terms without gradient.
 
         Returns:
@@ -99,6 +134,7 @@ class UnpairedCycle:
         needs_y0 = self._reverse_pass and self.config.routing
         if not needs_y0 and not (self._reverse_pass and self.config.bootstrap):
             return batch.noise, None  # nothing reads them
+        assert batch.nodes is not None, "the objective has a rollout"
         schedule, index = timesteps.nodes_through(batch.nodes, batch.t)
         last = schedule.shape[1] - 1 if needs_y0 else int(index.max())
         y, y_t = batch.noise, torch.zeros_like(batch.noise)
