@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import reference_algorithm1 as reference
 import torch
+from byg_plugin.training.distributed import average_gradients
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from toy_fields import RecordedFields, ToyFields, numbers, relative_difference, toy_batch, toy_network
@@ -24,7 +25,6 @@ from toy_fields import RecordedFields, ToyFields, numbers, relative_difference, 
 from byg_plugin.config.sections import ObjectiveConfig
 from byg_plugin.objectives import Paired, UnpairedCycle, make_objective
 from byg_plugin.objectives.base import Backward, Batch, Metrics, cat_text
-from byg_plugin.training.distributed import average_gradients
 
 EXACT = 1e-12
 GOLDEN = Path(__file__).parent / "golden" / "objective_curve.json"

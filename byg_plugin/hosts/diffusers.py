@@ -19,7 +19,6 @@ from byg_plugin.hosts.residency import OneExpertOnDevice
 from byg_plugin.lora import start as start_lora
 from byg_plugin.lora.formats import split_experts
 from byg_plugin.models.base import Family
-from byg_plugin.objectives import make_objective
 from byg_plugin.objectives.base import EDIT, Text, Velocity
 from byg_plugin.timesteps import is_high
 
@@ -102,9 +101,8 @@ class DiffusersHost:
 
         What is made inside may be inference tensors: clone outside what autograd shall save.
         """
-        rollout = make_objective(self.config.objective).rollout
-        merges = rollout is not None and rollout.merged
-        with self.ema_weights.swapped_in(), self._placed(self._merge()) if merges else nullcontext(), self._without_gradient():
+        merged = self.config.objective.rollout_weights == "merged"
+        with self.ema_weights.swapped_in(), self._placed(self._merge()) if merged else nullcontext(), self._without_gradient():
             yield self._velocity
 
     @contextmanager

@@ -71,8 +71,8 @@ class Batch:
     """epsilon, like source: the same noise starts the rollout and makes x_t."""
     t: Tensor
     """(B,) in [0, 1]."""
-    nodes: Tensor | None = None
-    """(n + 1,) rollout nodes from 1 to 0, before t is moved in; None without a rollout."""
+    nodes: Tensor
+    """(n + 1,) rollout nodes from 1 to 0, before t is moved in."""
     kind: str = FULL
     """Of the optimizer step, as the objective has planned it."""
     target: Tensor | None = None
@@ -100,15 +100,8 @@ class StepMemory(NamedTuple):
     """Forward passes whose activations are alive at once."""
     rows: int = 1
     """Samples of one such pass, in micro-batches."""
-
-
-class Rollout(NamedTuple):
-    """How an objective samples pseudo-targets."""
-
-    steps: int
-    schedule: str
-    merged: bool
-    """By linears of their own with the LoRA merged in."""
+    merged_weights: bool = False
+    """Whether the rollout has linears of its own with the LoRA merged in."""
 
 
 class Objective(Protocol):
@@ -122,11 +115,6 @@ class Objective(Protocol):
     @property
     def adapters(self) -> tuple[str, ...]:
         """Names of the trainable sets of weights, `EDIT` first; each has an optimizer and an average of its own."""
-        ...
-
-    @property
-    def rollout(self) -> Rollout | None:
-        """None where nothing is rolled out."""
         ...
 
     @property

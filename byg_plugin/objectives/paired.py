@@ -18,11 +18,10 @@ class Paired:
 
     requires = frozenset({"target"})
     adapters = (EDIT,)
-    rollout = None
     memory = StepMemory()
 
     def __init__(self, config: ObjectiveConfig):
-        """Nothing of the section changes this loss."""
+        self.config = config
 
     def plan(self, step: int, seed: int) -> Plan:
         """Every step is the same."""

@@ -39,7 +39,6 @@ from byg_plugin.objectives.base import (
     Batch,
     Metrics,
     Plan,
-    Rollout,
     StepMemory,
     Text,
     Velocity,
@@ -85,16 +84,12 @@ class UnpairedCycle:
         self.lambda_prior = config.lambda_prior if config.prior else 0.0
 
     @property
-    def rollout(self) -> Rollout:
-        """By the EMA weights."""
-        return Rollout(self.config.rollout_steps, self.config.rollout_schedule, self.config.rollout_weights == "merged")
-
-    @property
     def memory(self) -> StepMemory:
         """One pass at a time; `joint` has all three in one graph, `merge_identity` two in one batch."""
+        merged_weights = self.config.rollout_weights == "merged"
         if self.config.graph == "joint":
-            return StepMemory(graphs=3)
-        return StepMemory(rows=2 if self.config.merge_identity else 1)
+            return StepMemory(graphs=3, merged_weights=merged_weights)
+        return StepMemory(rows=2 if self.config.merge_identity else 1, merged_weights=merged_weights)
 
     def plan(self, step: int, seed: int) -> Plan:
         """Identity steps in the warm-up, then by a toss."""
@@ -134,7 +129,6 @@ class UnpairedCycle:
         needs_y0 = self._reverse_pass and self.config.routing
         if not needs_y0 and not (self._reverse_pass and self.config.bootstrap):
             return batch.noise, None  # nothing reads them
-        assert batch.nodes is not None, "the objective has a rollout"
         schedule, index = timesteps.nodes_through(batch.nodes, batch.t)
         last = schedule.shape[1] - 1 if needs_y0 else int(index.max())
         y, y_t = batch.noise, torch.zeros_like(batch.noise)

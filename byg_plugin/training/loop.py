@@ -295,18 +295,18 @@ class Trainer:
 
         `high`: the side of the experts' boundary on which t is drawn.
         """
-        device, rollout = self.accelerator.device, self.objective.rollout
+        objective, device = self.config.objective, self.accelerator.device
         source = examples["source"]
         noise = torch.randn(source.shape, generator=rng)
         if t is None:
-            t = draw_t(self.config.objective, len(source), rng, self.family.boundary, high)
-        nodes = None if rollout is None else sampling.sampling_nodes(self.family, rollout.steps, rollout.schedule, tuple(source.shape))
+            t = draw_t(objective, len(source), rng, self.family.boundary, high)
+        nodes = sampling.sampling_nodes(self.family, objective.rollout_steps, objective.rollout_schedule, tuple(source.shape))
         target = examples.get("target")
         return Batch(
             source=source.to(device),
             noise=noise.to(device),
             t=t.to(device),
-            nodes=None if nodes is None else nodes.to(device),
+            nodes=nodes.to(device),
             kind=kind,
             target=None if target is None else target.to(device),
             **{role: {name: value.to(device) for name, value in examples[role].items()} for role in TEXTS},

@@ -60,8 +60,7 @@ def memory_sum(
     inputs = config.train.batch_size * tokens * width * activation_bytes
     kept_by_block, at_peak = _block_tensors(next(iter(networks.values())), width)
     a_pass = inputs * blocks * (1 if config.model.gradient_checkpointing else kept_by_block)
-    objective = make_objective(config.objective)
-    graphs, rows = objective.memory
+    graphs, rows, merged_weights = make_objective(config.objective).memory
     passes = graphs * rows
     kept = passes * a_pass + (inputs * at_peak * rows if config.model.gradient_checkpointing else 0)
     parts = [
@@ -77,7 +76,7 @@ def memory_sum(
     ]
     if config.objective.ema_decay:
         parts.append(Part(name="EMA weights (float32)", bytes=lora * trained, exact=True))
-    if objective.rollout is not None and objective.rollout.merged:
+    if merged_weights:
         merged = adapted * dtype_bytes * len(networks)
         parts.append(Part(name=f"merged weights of the rollout ({config.model.dtype})", bytes=merged, exact=True))
     what = "saved block inputs + one block recomputed" if config.model.gradient_checkpointing else "activations of all blocks"
