@@ -429,7 +429,7 @@ def _train(plan: Plan, now: Mapping[str, str]) -> dict[str, Any]:
     trainer = Trainer(plan.config, make_family(plan.config), Accelerator(cpu=True), resume, on_step=watch)
     watch.start(trainer)
     trainer.run()
-    parameters = sum(p.numel() for p in trainer.parameters)
+    parameters = sum(p.numel() for p in trainer.host.parameters.values())
     return {
         "steps": plan.config.train.steps,
         **watch.seconds(),
