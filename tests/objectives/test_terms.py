@@ -11,10 +11,14 @@ import torch
 from torch import Tensor
 
 from byg_plugin.config.sections import ObjectiveConfig
-from byg_plugin.objectives import Paired, UnpairedCycle, make_objective
+from byg_plugin.objectives import make_objective
 from byg_plugin.objectives.base import Batch, cat_text
+from byg_plugin.objectives.paired import Paired
+from byg_plugin.objectives.unpaired_cycle import UnpairedCycle
 from tests.support.objective_runs import EXACT, GRAPHS, VARIANTS, Loop, objective, transcription
 from tests.support.toy_fields import RecordedFields, ToyFields, numbers, relative_difference, toy_batch, toy_network
+
+PAIRED = make_objective(ObjectiveConfig(name="paired"))
 
 # --- closed forms ---
 
@@ -216,15 +220,15 @@ def test_paired_is_equation_1(fields, batch):
     loss = torch.stack([((batch.noise[i] - batch.target[i] - v[i]) ** 2).mean() for i in range(3)]).mean()
     expected = dict(zip(fields.lora, torch.autograd.grad(loss, list(fields.lora.values())), strict=True))
     loop = Loop(fields)
-    metrics = Paired().step(fields, batch, loop)
+    metrics = PAIRED.step(fields, batch, loop)
     assert relative_difference(fields.gradients(), expected) <= EXACT
     torch.testing.assert_close(metrics["loss"], loss.detach(), rtol=EXACT, atol=0)
     assert loop.last == [True] and fields.opened == ["edit"]
     validation = ToyFields()
-    torch.testing.assert_close(Paired().step(validation, batch, None)["loss"], loss.detach(), rtol=EXACT, atol=0)
+    torch.testing.assert_close(PAIRED.step(validation, batch, None)["loss"], loss.detach(), rtol=EXACT, atol=0)
     assert all(value.grad is None for value in validation.lora.values())
 
 
 def test_paired_without_a_target_says_what_is_missing(fields, batch):
     with pytest.raises(ValueError, match='"paired" needs a `target`'):
-        Paired().step(fields, dataclasses.replace(batch, target=None), Loop())
+        PAIRED.step(fields, dataclasses.replace(batch, target=None), Loop())

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from byg_plugin.config.sections import ObjectiveConfig
-from byg_plugin.objectives import UnpairedCycle
 from byg_plugin.objectives.base import Batch, Metrics
+from byg_plugin.objectives.unpaired_cycle import UnpairedCycle
 from tests.support import reference_algorithm1 as reference
 from tests.support.toy_fields import RecordedFields, ToyFields, toy_network
 
