@@ -35,7 +35,8 @@ from byg_plugin.hosts import make_host
 from byg_plugin.images import frames_of
 from byg_plugin.models import make_family
 from byg_plugin.objectives.base import Velocity
-from byg_plugin.training.loop import Trainer, versions
+from byg_plugin.training.loop import Trainer
+from byg_plugin.version import versions
 
 FORMAT = 1  # raise when results change in a way that neither configuration nor data nor base shows
 CURVE_POINTS = 6  # evaluations between the end of the identity warm-up and the end of training
@@ -427,7 +428,7 @@ def _train(plan: Plan, now: Mapping[str, str]) -> dict[str, Any]:
     trainer = Trainer(plan.config, make_family(plan.config), Accelerator(cpu=True), resume, on_step=watch)
     watch.start(trainer)
     trainer.run()
-    parameters = sum(p.numel() for p in trainer.parameters)
+    parameters = sum(p.numel() for p in trainer.host.parameters.values())
     return {
         "steps": plan.config.train.steps,
         **watch.seconds(),

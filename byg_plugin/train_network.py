@@ -116,15 +116,18 @@ def train(config: Config, family: Family, device: Any, resume: str | None, *, di
     from byg_plugin.config.extras import require_training_extras
     from byg_plugin.folders import alone_in
     from byg_plugin.training.checkpoint import make_room
-    from byg_plugin.training.loop import Interrupted, Trainer, versions
+    from byg_plugin.training.launch import check_launch, check_processes
+    from byg_plugin.training.loop import Interrupted, Trainer
+    from byg_plugin.version import versions
 
     require_training_extras(config)
+    check_launch("train.mixed_precision", config.train.mixed_precision)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     tracker = None if config.train.tracker == "none" else config.train.tracker
     # The other processes wait while the first one saves, validates and previews.
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=3))
     accelerator = Accelerator(cpu=device.type == "cpu", log_with=tracker, project_dir=config.output.dir, kwargs_handlers=[patience])
-    _check_launch(accelerator, config)
+    check_processes(accelerator)
     folder = Path(config.output.dir)
     with alone_in(folder, "output.dir") if accelerator.is_main_process else nullcontext():
         trainer = Trainer(config, family, accelerator, resume, discard_later=discard_later)
@@ -211,19 +214,6 @@ def _print_memory(config: Config, family: Family, size: tuple[int, ...]) -> None
     parts = "noisy + source + text" if family.spec.text_in_sequence else "noisy + source"
     print(f"longest sequence, at {size[0]} x {size[1]}{length}: {tokens} tokens ({parts})")
     print("device memory of a step:\n" + memory.report(memory.memory_sum(config, networks, shapes, tokens, width, blocks)))
-
-
-def _check_launch(accelerator: Any, config: Config) -> None:
-    """What `accelerate launch` was told and this loop does not do is refused, not ignored."""
-    kind = accelerator.distributed_type.value
-    if kind not in ("NO", "MULTI_GPU", "MULTI_CPU", "MULTI_XPU"):
-        raise ValueError(f"accelerate launch asks for {kind}, which this host does not support: run plain multi-GPU (accelerate config)")
-    asked = accelerator.mixed_precision
-    if asked not in ("no", config.train.mixed_precision):
-        raise ValueError(
-            f'accelerate launch asks for mixed precision "{asked}", train.mixed_precision is "{config.train.mixed_precision}": '
-            f"set one of them to the other's value"
-        )
 
 
 def _write_beside(config: Config, versions: dict[str, str], remedy: str) -> None:

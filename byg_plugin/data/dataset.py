@@ -18,6 +18,7 @@ from byg_plugin.config.sections import Config
 from byg_plugin.data.cache import Keys, Picture, Spec, Store, latent_store, lost_tuples, read_lost, text_store, texts_beside
 from byg_plugin.data.tuples import TEXTS, EditTuple, read_tuples
 from byg_plugin.models.base import Family
+from byg_plugin.objectives import make_objective
 from byg_plugin.randomness import generator
 
 _SHOWN = 3
@@ -39,15 +40,18 @@ class CachedTuples(Dataset[dict[str, Any]]):
 
     def __init__(self, config: Config, family: Family, split: Literal["train", "validation"] = "train"):
         self.config = config
-        self.paired = config.objective.name == "paired"
+        requires = make_objective(config.objective).requires
+        assert requires <= {"target"}, f"nothing caches {sorted(requires)}"
+        self.targets = "target" in requires
         self._latents, self._texts = latent_store(config), text_store(config)
         self._keys = Keys(config, family)
         every = read_tuples(config.dataset)
         train, validation = split_tuples(every, config.dataset.validation_items)
         self.tuples = train if split == "train" else validation
-        if self.paired and (without := [item for item in every if item.target is None]):
+        if self.targets and (without := [item for item in every if item.target is None]):
             raise ValueError(
-                f'objective.name = "paired" needs a `target` in every tuple; {len(without)} of {len(every)} have none, e.g. {without[0].id}'
+                f'objective.name = "{config.objective.name}" needs a `target` in every tuple; '
+                f"{len(without)} of {len(every)} have none, e.g. {without[0].id}"
             )
         self._leave_out_lost(len(every))
         self._check_cached()
@@ -55,7 +59,7 @@ class CachedTuples(Dataset[dict[str, Any]]):
     def _leave_out_lost(self, every: int) -> None:
         """Tuples whose image or clip cannot be used, as far as dataset.max_lost allows them; the rest is an error further on."""
         allowed = self.config.dataset.max_lost
-        lost = lost_tuples(self._keys, self.tuples, read_lost(self.config), targets=self.paired) if allowed else {}
+        lost = lost_tuples(self._keys, self.tuples, read_lost(self.config), targets=self.targets) if allowed else {}
         if not lost:
             return
         first = next(iter(lost.values()))
@@ -72,7 +76,7 @@ class CachedTuples(Dataset[dict[str, Any]]):
         remembered = dict(self._keys.files.known)
         for item in self.tuples:
             source = self._keys.source(item)
-            target = self._keys.target(item) if self.paired else None
+            target = self._keys.target(item) if self.targets else None
             self._pictures.append((source, target))
             images |= {picture.key: str(picture.file) for picture in (source, target) if picture}
             sizes |= {picture.key: (picture.bucket, picture.frames) for picture in (source, target) if picture}
@@ -108,7 +112,7 @@ class CachedTuples(Dataset[dict[str, Any]]):
         return source.bucket if source.frames == 1 else (*source.bucket, source.frames)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """`source` (C, F, H, W), each text role as named tensors, `index`; `target` for the paired objective."""
+        """`source` (C, F, H, W), each text role as named tensors, `index`; `target` where the objective requires it."""
         source, target = self._pictures[index]
         this = self.tuples[index].id
         item: dict[str, Any] = {"index": index, "source": self._latent(source, f"{source.file}, source of tuple {this}")}

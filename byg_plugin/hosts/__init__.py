@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor, device, nn
 
 from byg_plugin.models.base import Family
-from byg_plugin.objectives.base import Velocity, VelocityFields
+from byg_plugin.objectives.base import EDIT, Velocity, VelocityFields
 
 if TYPE_CHECKING:
     from byg_plugin.config.sections import Config
-    from byg_plugin.hosts.ema import EmaWeights
+    from byg_plugin.hosts.ema import Adapter, EmaWeights
 
 
 class Host(VelocityFields, Protocol):
@@ -22,8 +22,13 @@ class Host(VelocityFields, Protocol):
     device: device
     networks: dict[str, nn.Module]
     parameters: dict[str, nn.Parameter]
-    """The trainable LoRA weights by the names of the LoRA file."""
+    """The trainable LoRA weights of the adapter `EDIT`, by the names of the LoRA file."""
     ema_weights: EmaWeights
+
+    @property
+    def adapters(self) -> dict[str, Adapter]:
+        """All that is trained; the first is `EDIT`."""
+        ...
 
     def live(self) -> AbstractContextManager[Velocity]:
         """The current weights, no gradient, no dropout."""
@@ -50,7 +55,7 @@ class Host(VelocityFields, Protocol):
         ...
 
 
-def make_host(config: Config, family: Family, where: device, *, fresh: bool = True) -> Host:
+def make_host(config: Config, family: Family, where: device, *, fresh: bool = True, adapters: Sequence[str] = (EDIT,)) -> Host:
     """The configured host; its heavy imports happen here and not before.
 
     Args:
@@ -58,8 +63,33 @@ def make_host(config: Config, family: Family, where: device, *, fresh: bool = Tr
         family: the model family.
         where: the device of the networks.
         fresh: start from `lora.init_from`, where it is set; false when the weights are restored or loaded afterwards.
+        adapters: what the objective trains.
+
+    Raises:
+        ValueError: the host has no such adapter, or cannot honour an option.
     """
     assert config.model.host == "diffusers", config.model.host
+    _check_adapters(config, adapters)
     from byg_plugin.hosts.diffusers import DiffusersHost
 
     return DiffusersHost(config, family, where, fresh=fresh)
+
+
+def adapter_shapes(config: Config, family: Family, adapters: Sequence[str]) -> dict[str, dict[str, tuple[int, int]]]:
+    """Names and shapes of the parameters of each adapter that `make_host` makes, in their order; loads no weights.
+
+    Raises:
+        ValueError: the host has no such adapter.
+    """
+    _check_adapters(config, adapters)
+    from byg_plugin.hosts.diffusers import lora_layout
+
+    return {EDIT: lora_layout(config, family)}
+
+
+def _check_adapters(config: Config, adapters: Sequence[str]) -> None:
+    if more := [name for name in adapters if name != EDIT]:
+        raise ValueError(
+            f'objective.name = "{config.objective.name}" trains the weights {", ".join(more)} too, and model.host = "{config.model.host}" '
+            f"has {EDIT} alone: choose another objective or host"
+        )

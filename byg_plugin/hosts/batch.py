@@ -26,7 +26,7 @@ def draw_batch(
     rng: torch.Generator,
     device: torch.device,
     *,
-    identity_step: bool,
+    kind: str,
     high: bool | None = None,
     t: Tensor | None = None,
     target: Tensor | None = None,
@@ -40,7 +40,7 @@ def draw_batch(
         texts: the four roles, B of each.
         rng: of this micro-batch.
         device: where the networks are.
-        identity_step: the kind of step.
+        kind: of the optimizer step, as the objective has planned it.
         high: the side of the experts' boundary on which t is drawn; None: both, or no experts.
         t: (B,) instead of a draw.
         target: the edited latents, where the objective takes them.
@@ -56,7 +56,7 @@ def draw_batch(
         noise=noise.to(device),
         t=t.to(device),
         nodes=nodes,
-        identity_step=identity_step,
+        kind=kind,
         target=None if target is None else target.to(device),
         **{role: {name: value.to(device) for name, value in texts[role].items()} for role in TEXTS},
     )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from byg_plugin.config.extras import require_model_extras
-from byg_plugin.hosts.ema import EmaWeights
+from byg_plugin.hosts.ema import Adapter, EmaWeights
 from byg_plugin.hosts.experts import by_expert
 from byg_plugin.hosts.patterns import full_matches
 from byg_plugin.hosts.quantize import after_eval_, quantize_
@@ -20,7 +20,7 @@ from byg_plugin.hosts.residency import OneExpertOnDevice
 from byg_plugin.lora import start as start_lora
 from byg_plugin.lora.formats import written_files
 from byg_plugin.models.base import Family
-from byg_plugin.objectives.base import Text, Velocity
+from byg_plugin.objectives.base import EDIT, Text, Velocity
 
 if TYPE_CHECKING:
     from byg_plugin.config.sections import Config
@@ -200,6 +200,11 @@ class DiffusersHost:
                 network.to(self.device)
 
     # --- LoRA weights ---
+
+    @property
+    def adapters(self) -> dict[str, Adapter]:
+        """The one LoRA that is trained here."""
+        return {EDIT: Adapter(self.parameters, self.ema_weights)}
 
     def set_strength(self, strength: float) -> None:
         """Scale of the LoRA's contribution; 1 = as trained."""

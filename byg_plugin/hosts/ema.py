@@ -1,9 +1,10 @@
-"""The exponential moving average of the LoRA weights that makes the rollouts (section 4.1)."""
+"""A trainable set of weights, and its exponential moving average, which makes the rollouts (section 4.1)."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -57,3 +58,11 @@ class EmaWeights:
         """Restore the shadow; names and shapes must be the parameters'."""
         for name, shadow in self._shadow.items():
             shadow.copy_(state[name])
+
+
+class Adapter(NamedTuple):
+    """One trainable set of weights on a frozen network."""
+
+    parameters: dict[str, nn.Parameter]
+    """By the names of the LoRA file."""
+    ema: EmaWeights

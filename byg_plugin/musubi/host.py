@@ -29,6 +29,7 @@ from byg_plugin.musubi.checkout import Checkout, open_host
 from byg_plugin.musubi.family import Encoded
 from byg_plugin.musubi.trainer import make_trainer, read_state, states
 from byg_plugin.objectives.draws import share_of_high_noise
+from byg_plugin.training.launch import check_launch
 
 logger = logging.getLogger(__name__)
 
@@ -81,17 +82,7 @@ def prepare(config: Config, resume: str | None = None) -> tuple[Checkout, argpar
     Raises:
         ValueError: something the user can mend.
     """
-    for variable, name in (
-        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
-        ("ACCELERATE_USE_FSDP", "FSDP"),
-        ("ACCELERATE_USE_MEGATRON_LM", "Megatron"),
-    ):
-        if os.environ.get(variable, "").lower() in ("1", "true"):
-            raise ValueError(
-                f"accelerate launch asks for {name}, under which this objective's several backward passes go wrong: run plain multi-GPU"
-            )
-    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper() not in ("NO", ""):
-        raise ValueError("accelerate launch asks for dynamo, inside which the LoRA cannot be taken off: answer NO, and set musubi.compile")
+    check_launch("musubi.mixed_precision", config.musubi.get("mixed_precision"))
     host = open_host(config.model)
     args = musubi_options.arguments(config, host.parser())
     host.family.check(config.musubi)

@@ -38,9 +38,10 @@ from byg_plugin.musubi import cache as musubi_cache
 from byg_plugin.musubi.fields import BlockSwap, MusubiFields
 from byg_plugin.objectives import make_objective
 from byg_plugin.objectives.base import Batch
-from byg_plugin.objectives.draws import is_identity_step, share_of_high_noise, side_of
+from byg_plugin.objectives.draws import share_of_high_noise, side_of
 from byg_plugin.randomness import generator
 from byg_plugin.training.checkpoint import save_file
+from byg_plugin.training.launch import check_processes
 
 if TYPE_CHECKING:
     from byg_plugin.musubi.checkout import Checkout
@@ -114,11 +115,7 @@ class UnpairedCycleTrainer:
 
     def extra_trainable_params(self, args: Any, accelerator: Any, network: Any, transformer: Any, trainable_params: Any, *_: Any) -> Any:
         """Nothing more is trained; but this is the last seam before a state is loaded."""
-        kind = accelerator.distributed_type.value
-        if kind not in ("NO", "MULTI_GPU", "MULTI_CPU", "MULTI_XPU"):
-            raise ValueError(
-                f"accelerate launch asks for {kind}, under which this objective's several backward passes go wrong: run plain multi-GPU"
-            )
+        check_processes(accelerator)
         accelerator.register_save_state_pre_hook(self._save_state)
         accelerator.register_load_state_pre_hook(self._load_state)
         return trainable_params
@@ -191,7 +188,7 @@ class UnpairedCycleTrainer:
             texts,
             generator(seed, "noise", position),
             source.device,
-            identity_step=is_identity_step(self.byg_config, step),
+            kind=self.byg_objective.plan(step, seed).kind,
             high=side_of(self.byg_config, self.byg_high_share, step),
         )
         if not self._byg_proved:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +19,12 @@ Text = Mapping[str, Tensor]
 
 Metrics = dict[str, Tensor]
 """Detached scalars by name."""
+
+EDIT = "edit"
+"""The adapter that edits: the first of every objective, the one of rollouts, previews and LoRA files."""
+
+FULL, IDENTITY = "full", "identity"
+"""Kinds of steps: all terms, the identity term alone."""
 
 
 class Velocity(Protocol):
@@ -45,7 +51,7 @@ class VelocityFields(Protocol):
 class Backward(Protocol):
     """Differentiate a loss now. Returns the factor the loss was multiplied by (accumulation, loss scale).
 
-    `last` is true on a step's final call: only then may gradients be synchronised or an engine step.
+    `last` is true on a micro-step's final call: only then may gradients be synchronised.
     """
 
     def __call__(self, loss: Tensor, *, last: bool) -> float: ...
@@ -67,14 +73,58 @@ class Batch:
     """(B,) in [0, 1]."""
     nodes: Tensor | None = None
     """(n + 1,) rollout nodes from 1 to 0, before t is moved in; None for an objective without rollouts."""
-    identity_step: bool = False
-    """Train the identity term alone (one coin an optimizer step)."""
+    kind: str = FULL
+    """Of the optimizer step, as the objective has planned it."""
     target: Tensor | None = None
-    """y: the edited latents; only the paired baseline has them."""
+    """y: the edited latents, where the objective requires them."""
+
+    @property
+    def identity_step(self) -> bool:
+        """Train the identity term alone."""
+        return self.kind == IDENTITY
+
+
+class Plan(NamedTuple):
+    """What an optimizer step does: the same on every process."""
+
+    kind: str = FULL
+    """A name that the objective gives and finds in its batches."""
+    adapters: tuple[str, ...] = (EDIT,)
+    """Those that it trains; the others get no gradient."""
+
+
+class StepMemory(NamedTuple):
+    """What a step keeps on the device, for the memory sum."""
+
+    graphs: int = 1
+    """Forward passes whose activations are alive at once."""
+    rows: int = 1
+    """Samples of one such pass, in micro-batches."""
+    merged_weights: bool = False
+    """Whether the rollout has linears of its own with the LoRA merged in."""
 
 
 class Objective(Protocol):
-    """A training objective."""
+    """A training objective. It is made from its section and keeps no state: a resumed run makes it anew."""
+
+    @property
+    def requires(self) -> frozenset[str]:
+        """What a batch must hold beside source and texts: "target"."""
+        ...
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the trainable sets of weights, `EDIT` first; each has an optimizer and an average of its own."""
+        ...
+
+    @property
+    def memory(self) -> StepMemory:
+        """What a step keeps."""
+        ...
+
+    def plan(self, step: int, seed: int) -> Plan:
+        """What optimizer step `step` (from 0) of a run with this seed does: a pure function, so that a resumed run does the same."""
+        ...
 
     def step(self, fields: VelocityFields, batch: Batch, backward: Backward | None) -> Metrics:
         """Compute all terms and differentiate them; with `backward=None` only compute (validation)."""

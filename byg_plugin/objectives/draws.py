@@ -1,4 +1,4 @@
-"""What is drawn for an optimizer step, the same on every host: whether it is an identity step, the experts' side, and t."""
+"""What is drawn for an optimizer step, the same on every host and for every objective: the experts' side, and t."""
 
 from __future__ import annotations
 
@@ -40,14 +40,6 @@ def share_of_high_noise(config: Config, boundary: float | None) -> float | None:
                 f"t = {boundary}: the {expert.replace('_', '-')} expert would never be trained; widen them"
             )
     return {"high_noise": 1.0, "low_noise": 0.0}.get(config.lora.experts, share)
-
-
-def is_identity_step(config: Config, step: int) -> bool:
-    """Whether an optimizer step (from 0) has the identity loss alone: in the warm-up, then by a toss, the same on every rank."""
-    objective = config.objective
-    if objective.name != "unpaired_cycle":
-        return False
-    return step < objective.identity_warmup_steps or coin(config.train.seed, step, objective.identity_probability)
 
 
 def side_of(config: Config, high_share: float | None, step: int) -> bool | None:

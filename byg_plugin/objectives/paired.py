@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from byg_plugin import flow
-from byg_plugin.objectives.base import Backward, Batch, Metrics, VelocityFields
+from byg_plugin.objectives.base import EDIT, Backward, Batch, Metrics, Plan, StepMemory, VelocityFields
 
 if TYPE_CHECKING:
     from byg_plugin.objectives.paired_config import PairedConfig
@@ -16,8 +16,16 @@ if TYPE_CHECKING:
 class Paired:
     """L_edit = ||(noise - y) - edit(y_t, t, c, x)||^2 with the true edited latents y. Knows no identity steps."""
 
+    adapters = (EDIT,)
+    memory = StepMemory()
+
     def __init__(self, config: PairedConfig):
         self.config = config
+        self.requires = config.requires
+
+    def plan(self, step: int, seed: int) -> Plan:
+        """Every step is the same."""
+        return Plan()
 
     def step(self, fields: VelocityFields, batch: Batch, backward: Backward | None) -> Metrics:
         """See `objectives.base.Objective.step`.

@@ -31,7 +31,21 @@ import torch
 from torch import Tensor
 
 from byg_plugin import flow, timesteps
-from byg_plugin.objectives.base import Backward, Batch, Metrics, Text, Velocity, VelocityFields, cat_text
+from byg_plugin.objectives.base import (
+    EDIT,
+    FULL,
+    IDENTITY,
+    Backward,
+    Batch,
+    Metrics,
+    Plan,
+    StepMemory,
+    Text,
+    Velocity,
+    VelocityFields,
+    cat_text,
+)
+from byg_plugin.randomness import coin
 
 if TYPE_CHECKING:
     from byg_plugin.objectives.unpaired_cycle_config import UnpairedCycleConfig
@@ -61,17 +75,33 @@ class States(NamedTuple):
 class UnpairedCycle:
     """See the module. `config` is the `[objective]` section."""
 
+    adapters = (EDIT,)
+
     def __init__(self, config: UnpairedCycleConfig):
+        self.requires = config.requires
         self.config = config
         self.lambda_cycle = config.lambda_cycle if config.cycle else 0.0
         self.lambda_prior = config.lambda_prior if config.prior else 0.0
+
+    @property
+    def memory(self) -> StepMemory:
+        """One pass at a time; `joint` has all three in one graph, `merge_identity` two in one batch."""
+        merged_weights = self.config.rollout_weights == "merged"
+        if self.config.graph == "joint":
+            return StepMemory(graphs=3, merged_weights=merged_weights)
+        return StepMemory(rows=2 if self.config.merge_identity else 1, merged_weights=merged_weights)
+
+    def plan(self, step: int, seed: int) -> Plan:
+        """Identity steps in the warm-up, then by a toss."""
+        identity = step < self.config.identity_warmup_steps or coin(seed, step, self.config.identity_probability)
+        return Plan(IDENTITY if identity else FULL)
 
     def step(self, fields: VelocityFields, batch: Batch, backward: Backward | None) -> Metrics:
         """One micro-step: every term of Algorithm 1, differentiated in memory's order.
 
         Args:
             fields: the network as `edit`, `ema` and `base` velocity fields.
-            batch: latents, texts, noise, t; `identity_step` trains the identity term alone.
+            batch: latents, texts, noise, t; of the kind `IDENTITY` the identity term alone is trained.
             backward: differentiates a loss; None computes the terms without gradient.
 
         Returns:

@@ -3,11 +3,12 @@
 `<output.dir>/checkpoints/step-000500/` holds
     <name>.safetensors        the LoRA, ready for use
     <name>-ema.safetensors    the same with the EMA weights
-    training.safetensors      exact LoRA and EMA tensors and the optimizer's, as trained (no scale folded)
-    state.json                step, optimizer scalars, versions, the configuration
+    training.safetensors      of each adapter the exact LoRA and EMA tensors and the optimizer's, as trained (no scale folded):
+                              edit/lora/<name>, edit/ema/<name>, edit/optimizer/<index>/<name>
+    state.json                step, of each adapter the optimizer's scalars, versions, the configuration
 A folder under this name is complete: it is written beside under another name, synced, and renamed. What is read is compared with
 what the run would have: names, shapes, types, finite values. Randomness and data order are functions of (seed, step) and need no
-state (see `randomness.py`).
+state (see `randomness.py`). Before adapters had names there was the one called "edit" now: such checkpoints load as that.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from torch import Tensor
 from byg_plugin import folders
 from byg_plugin.documents import json_value
 from byg_plugin.finite import first_not_finite
+from byg_plugin.objectives.base import EDIT
 
 logger = logging.getLogger(__name__)
 _NAME = re.compile(r"step-(\d{6,})")
@@ -35,19 +38,29 @@ STATE = "state.json"
 
 
 @dataclass(frozen=True, kw_only=True)
+class AdapterState:
+    """One trainable set of weights."""
+
+    lora: dict[str, Tensor]
+    ema: dict[str, Tensor]
+    """Empty without an average."""
+    optimizer: dict[str, Any]
+    """`torch.optim.Optimizer.state_dict()`."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingState:
     """What a run continues from."""
 
     step: int
     """Optimizer steps done."""
-    lora: dict[str, Tensor]
-    ema: dict[str, Tensor]
-    optimizer: dict[str, Any]
-    """`torch.optim.Optimizer.state_dict()`."""
+    adapters: dict[str, AdapterState]
     config: dict[str, Any]
     """The configuration the state was trained with."""
     data: str = ""
     """Digest of the tuples and buckets: the order of batches is a function of them."""
+    unnamed: bool = False
+    """Whether it was read from a file whose entries do not begin with an adapter's name."""
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -85,10 +98,10 @@ def save(
         with folders.written_whole(final) as partial:
             for name, (tensors, metadata) in lora_files.items():
                 save_file(dict(tensors), partial / name, metadata={"format": "pt", **metadata})
-            tensors, scalars = split_optimizer(state.optimizer)
-            tensors |= {f"lora/{k}": v for k, v in state.lora.items()} | {f"ema/{k}": v for k, v in state.ema.items()}
+            tensors = {f"{name}/{key}": value for name, adapter in state.adapters.items() for key, value in tensors_of(adapter).items()}
             save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, partial / TENSORS)
-            record = {"step": state.step, "optimizer": scalars, "config": state.config, "data": state.data, **extra}
+            scalars = {name: split_optimizer(adapter.optimizer)[1] for name, adapter in state.adapters.items()}
+            record = {"step": state.step, "optimizers": scalars, "config": state.config, "data": state.data, **extra}
             (partial / STATE).write_text(json.dumps(record, indent=2), encoding="utf-8")
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk in its own class
         raise ValueError(_cannot_save(final, error, checkpoints(folder))) from error
@@ -118,6 +131,19 @@ def _cannot_save(final: Path, error: Exception, earlier: list[Path]) -> str:
     return f"cannot write {final}: {error}; {kept}. {make_room(final.parent)}"
 
 
+@contextmanager
+def naming_a_full_disk(path: Path, folder: Path) -> Iterator[None]:
+    """Around what writes `path`; `folder` is the `checkpoints` folder.
+
+    Raises:
+        ValueError: it cannot be written; with the remedy.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror or error}. {make_room(folder)}") from error
+
+
 def make_room(folder: Path) -> str:
     """What works after a full disk, as the end of a message."""
     found = checkpoints(folder)
@@ -130,13 +156,19 @@ def make_room(folder: Path) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
-    """What a checkpoint of this run holds: the kind of each tensor, as `kind` says it."""
+class AdapterLayout:
+    """What a checkpoint of this run holds of an adapter: the kind of each tensor, as `kind` says it."""
 
     lora: dict[str, str]
     """By the LoRA's names, in the order of the optimizer's parameters."""
     optimizer: dict[str, dict[str, str]]
     """By the LoRA's names, the optimizer's state of that parameter once it has been trained."""
+    trained: Callable[[int], int]
+    """How many of the run's first steps train it."""
+
+
+Layout = Mapping[str, AdapterLayout]
+"""By adapter."""
 
 
 def kind(value: Any) -> str:
@@ -173,14 +205,20 @@ def _load(path: Path) -> TrainingState:
     if missing := [name for name in (STATE, TENSORS) if not (path / name).is_file()]:
         raise _NoCheckpoint(f"it has no {' and no '.join(missing)}")
     record = _record(path)
-    groups = _tensors(path)
+    unnamed = "optimizers" not in record
+    optimizers = {EDIT: record["optimizer"]} if unnamed else record["optimizers"]
+    groups = _tensors(path, list(optimizers), unnamed)
     return TrainingState(
         step=record["step"],
-        lora=groups["lora"],
-        ema=groups["ema"],
-        optimizer=_join_optimizer(groups["optimizer"], record["optimizer"]),
+        adapters={
+            name: AdapterState(
+                lora=groups[name]["lora"], ema=groups[name]["ema"], optimizer=_join_optimizer(groups[name]["optimizer"], scalars)
+            )
+            for name, scalars in optimizers.items()
+        },
         config=record["config"],
         data=record.get("data", ""),
+        unnamed=unnamed,
     )
 
 
@@ -199,15 +237,20 @@ def _record(path: Path) -> dict[str, Any]:
         raise ValueError(f"{STATE}: step = {_shown(step)} is no number of steps")
     if (named := _NAME.fullmatch(path.name)) and int(named[1]) != step:
         raise ValueError(f"{STATE}: step = {_shown(step)} is not the folder's")
-    config, optimizer = record.get("config"), record.get("optimizer")
+    config = record.get("config")
     if not isinstance(config, dict) or not all(isinstance(section, dict) for section in config.values()):
         raise ValueError(f"{STATE}: config = {_shown(config)} is not a configuration")
     decay = config.get("objective", {}).get("ema_decay")
     if type(decay) not in (int, float) or not 0 <= decay < 1:
         raise ValueError(f"{STATE}: config.objective.ema_decay = {_shown(decay)} is not in [0, 1)")
-    states = optimizer.get("state") if isinstance(optimizer, dict) else None
-    if not isinstance(states, dict) or not all(isinstance(values, dict) for values in states.values()):
-        raise ValueError(f"{STATE}: optimizer = {_shown(optimizer)} is not an optimizer's state")
+    named = record.get("optimizers", {})
+    if not isinstance(named, dict):
+        raise ValueError(f"{STATE}: optimizers = {_shown(named)} is no object by adapter")
+    optimizers = {f"optimizers.{name}": value for name, value in named.items()}
+    for key, optimizer in (optimizers if "optimizers" in record else {"optimizer": record.get("optimizer")}).items():
+        states = optimizer.get("state") if isinstance(optimizer, dict) else None
+        if not isinstance(states, dict) or not all(isinstance(values, dict) for values in states.values()):
+            raise ValueError(f"{STATE}: {key} = {_shown(optimizer)} is not an optimizer's state")
     if not isinstance(record.get("data", ""), str):
         raise ValueError(f"{STATE}: data = {_shown(record['data'])} is no text")
     return record
@@ -218,19 +261,20 @@ def _shown(value: Any) -> str:
     return f"a {type(value).__name__}" if isinstance(value, dict | list) else f"{value!r:.40}"
 
 
-def _tensors(path: Path) -> dict[str, dict[str, Tensor]]:
-    """The groups of training.safetensors, all finite."""
-    groups: dict[str, dict[str, Tensor]] = {"lora": {}, "ema": {}, "optimizer": {}}
+def _tensors(path: Path, adapters: Sequence[str], unnamed: bool) -> dict[str, dict[str, dict[str, Tensor]]]:
+    """The groups of training.safetensors by adapter, all finite."""
+    groups: dict[str, dict[str, dict[str, Tensor]]] = {adapter: {"lora": {}, "ema": {}, "optimizer": {}} for adapter in adapters}
+    every: dict[str, Tensor] = {}
     with safe_open(path / TENSORS, framework="pt") as file:
         for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
-            group, _, name = key.partition("/")
-            if group not in groups:
-                raise ValueError(f"{TENSORS}: {key} is neither lora, ema nor optimizer")
+            adapter, _, entry = (EDIT, "", key) if unnamed else key.partition("/")
+            group, _, name = entry.partition("/")
+            if group not in groups.get(adapter, {}):
+                raise ValueError(f"{TENSORS}: {key} is neither lora, ema nor optimizer of {', '.join(adapters)}")
             # A copy: a view would keep the file mapped, and a mapped file cannot be removed on Windows.
-            groups[group][name] = file.get_tensor(key).clone()
-    for group, tensors in groups.items():
-        if (name := first_not_finite(tensors)) is not None:
-            raise ValueError(f"{TENSORS}: tensor {group}/{name} holds NaN or infinite values")
+            every[key] = groups[adapter][group][name] = file.get_tensor(key).clone()
+    if (key := first_not_finite(every)) is not None:
+        raise ValueError(f"{TENSORS}: tensor {key} holds NaN or infinite values")
     return groups
 
 
@@ -247,10 +291,19 @@ def compare(path: Path, state: TrainingState, layout: Layout) -> None:
 
 
 def _difference(state: TrainingState, layout: Layout) -> str | None:
+    for name in [*layout, *state.adapters]:
+        if name not in state.adapters or name not in layout:
+            return f"adapter {name} is {'not part of this run' if name in state.adapters else 'missing'}"
+    found = (_adapter_difference(state, name, adapter) for name, adapter in layout.items())
+    return next((text for text in found if text), None)
+
+
+def _adapter_difference(state: TrainingState, name: str, layout: AdapterLayout) -> str | None:
+    adapter, prefix = state.adapters[name], "" if state.unnamed else f"{name}/"
     averaged = layout.lora if state.config["objective"]["ema_decay"] else {}
-    found = [f"{TENSORS}: lora/{text}" for text in _compared(state.lora, layout.lora)]
-    found += [f"{TENSORS}: ema/{text}" for text in _compared(state.ema, averaged)]
-    return next(iter(found), None) or _optimizer_difference(state, layout)
+    found = [f"{TENSORS}: {prefix}lora/{text}" for text in _compared(adapter.lora, layout.lora)]
+    found += [f"{TENSORS}: {prefix}ema/{text}" for text in _compared(adapter.ema, averaged)]
+    return next(iter(found), None) or _optimizer_difference(adapter.optimizer, layout, layout.trained(state.step), f"{prefix}optimizer")
 
 
 def _compared(found: Mapping[Any, Any], wanted: Mapping[Any, str]) -> Iterator[str]:
@@ -261,36 +314,36 @@ def _compared(found: Mapping[Any, Any], wanted: Mapping[Any, str]) -> Iterator[s
             yield f"{name} is {kind(found[name])}, here it is {known}"
 
 
-def _optimizer_difference(state: TrainingState, layout: Layout) -> str | None:
-    """An expert that no step has trained yet has no state; a parameter alone always has one."""
+def _optimizer_difference(optimizer: Mapping[str, Any], layout: AdapterLayout, steps: int, prefix: str) -> str | None:
+    """An expert that no step has trained yet has no state; a parameter alone always has one after a step."""
     names = list(layout.lora)
-    groups, states = state.optimizer["param_groups"], state.optimizer["state"]
+    groups, states = optimizer["param_groups"], optimizer["state"]
     numbers = [group.get("params") if isinstance(group, dict) else None for group in groups] if isinstance(groups, list) else groups
     if numbers != [[*range(len(names))]]:
-        return f"{STATE}: optimizer.param_groups does not hold this run's {len(names)} parameters"
+        return f"{STATE}: param_groups does not hold this run's {len(names)} parameters ({prefix})"
     if unknown := [index for index in states if index not in range(len(names))]:
-        return f"optimizer/{unknown[0]} is not part of this run"
+        return f"{prefix}/{unknown[0]} is not part of this run"
     experts: dict[str, list[int]] = {}
     for index, name in enumerate(names):
         experts.setdefault(name.partition(".")[0], []).append(index)
     trained = {expert: members for expert, members in experts.items() if any(states.get(index) for index in members)}
-    if state.step and not trained:
+    if steps and not trained:
         trained = experts
     for index in (index for members in trained.values() for index in members):
         for text in _compared(states.get(index, {}), layout.optimizer[names[index]]):
-            return f"the optimizer's {names[index]}/{text} (optimizer/{index})"
-    return _count_difference(state, trained)
+            return f"the optimizer's {names[index]}/{text} ({prefix}/{index})"
+    return _count_difference(states, trained, steps)
 
 
-def _count_difference(state: TrainingState, trained: Mapping[str, list[int]]) -> str | None:
+def _count_difference(states: Mapping[int, Mapping[str, Any]], trained: Mapping[str, list[int]], steps: int) -> str | None:
     """Optimizers that count their steps have counted each of the run's once, in the expert that it trained."""
-    counts = {expert: {_number(state.optimizer["state"][i].get("step")) for i in members} for expert, members in trained.items()}
+    counts = {expert: {_number(states[i].get("step")) for i in members} for expert, members in trained.items()}
     if any(None in found for found in counts.values()):
         return None  # this one does not count
     uneven = [expert for expert, found in counts.items() if len(found) > 1]
-    if uneven or sum(next(iter(found)) for found in counts.values() if found) != state.step:
+    if uneven or sum(next(iter(found)) for found in counts.values() if found) != steps:
         told = "; ".join(f"{expert} {sorted(found)}" for expert, found in counts.items())
-        return f"the optimizer has counted other steps than the run's {state.step}: {told:.200}"
+        return f"the optimizer has counted other steps than the run's {steps}: {told:.200}"
     return None
 
 
@@ -346,6 +399,12 @@ def later(folder: Path, path: Path) -> list[Path]:
     """Checkpoints in `folder` after `path`, which is one of them."""
     found = [each.resolve() for each in checkpoints(folder)]
     return checkpoints(folder)[found.index(path.resolve()) + 1 :]
+
+
+def tensors_of(adapter: AdapterState) -> dict[str, Tensor]:
+    """All tensors of an adapter by their entries in training.safetensors."""
+    tensors, _ = split_optimizer(adapter.optimizer)
+    return tensors | {f"lora/{k}": v for k, v in adapter.lora.items()} | {f"ema/{k}": v for k, v in adapter.ema.items()}
 
 
 def split_optimizer(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from byg_plugin.config.sections import Config
+from byg_plugin.objectives import make_objective
 
 GIB = 2**30
 _STORED_BYTES = {"fp8": 1.0, "int8": 1.0, "nf4": 0.5 + 4 / 64}  # nf4: 4 bits and one float32 scale a 64-block
@@ -59,9 +60,9 @@ def memory_sum(
     inputs = config.train.batch_size * tokens * width * activation_bytes
     kept_by_block, at_peak = _block_tensors(next(iter(networks.values())), width)
     a_pass = inputs * blocks * (1 if config.model.gradient_checkpointing else kept_by_block)
-    unpaired = config.objective.name == "unpaired_cycle"
-    passes = 3 if unpaired and config.objective.graph == "joint" else 2 if unpaired and config.objective.merge_identity else 1
-    kept = passes * a_pass + (inputs * at_peak * (2 if passes == 2 else 1) if config.model.gradient_checkpointing else 0)
+    graphs, rows, merged_weights = make_objective(config.objective).memory
+    passes = graphs * rows
+    kept = passes * a_pass + (inputs * at_peak * rows if config.model.gradient_checkpointing else 0)
     parts = [
         Part(
             name=f"frozen weights ({config.model.quantization if config.model.quantization != 'none' else config.model.dtype})",
@@ -75,7 +76,7 @@ def memory_sum(
     ]
     if config.objective.ema_decay:
         parts.append(Part(name="EMA weights (float32)", bytes=lora * trained, exact=True))
-    if unpaired and config.objective.rollout_weights == "merged":
+    if merged_weights:
         merged = adapted * dtype_bytes * len(networks)
         parts.append(Part(name=f"merged weights of the rollout ({config.model.dtype})", bytes=merged, exact=True))
     what = "saved block inputs + one block recomputed" if config.model.gradient_checkpointing else "activations of all blocks"

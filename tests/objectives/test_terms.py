@@ -19,6 +19,8 @@ from byg_plugin.objectives.unpaired_cycle_config import UnpairedCycleConfig
 from tests.support.objective_runs import EXACT, GRAPHS, VARIANTS, Loop, objective, transcription
 from tests.support.toy_fields import RecordedFields, ToyFields, numbers, relative_difference, toy_batch, toy_network
 
+PAIRED = make_objective(PairedConfig())
+
 # --- closed forms ---
 
 
@@ -219,15 +221,15 @@ def test_paired_is_equation_1(fields, batch):
     loss = torch.stack([((batch.noise[i] - batch.target[i] - v[i]) ** 2).mean() for i in range(3)]).mean()
     expected = dict(zip(fields.lora, torch.autograd.grad(loss, list(fields.lora.values())), strict=True))
     loop = Loop(fields)
-    metrics = Paired(PairedConfig()).step(fields, batch, loop)
+    metrics = PAIRED.step(fields, batch, loop)
     assert relative_difference(fields.gradients(), expected) <= EXACT
     torch.testing.assert_close(metrics["loss"], loss.detach(), rtol=EXACT, atol=0)
     assert loop.last == [True] and fields.opened == ["edit"]
     validation = ToyFields()
-    torch.testing.assert_close(Paired(PairedConfig()).step(validation, batch, None)["loss"], loss.detach(), rtol=EXACT, atol=0)
+    torch.testing.assert_close(PAIRED.step(validation, batch, None)["loss"], loss.detach(), rtol=EXACT, atol=0)
     assert all(value.grad is None for value in validation.lora.values())
 
 
 def test_paired_without_a_target_says_what_is_missing(fields, batch):
     with pytest.raises(ValueError, match='"paired" needs a `target`'):
-        Paired(PairedConfig()).step(fields, dataclasses.replace(batch, target=None), Loop())
+        PAIRED.step(fields, dataclasses.replace(batch, target=None), Loop())

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from byg_plugin.objectives.base import Batch, Text
+from byg_plugin.objectives.base import FULL, IDENTITY, Batch, Text
 
 CHANNELS, FRAMES, HEIGHT, WIDTH = 3, 1, 2, 2
 TOKENS = FRAMES * HEIGHT * WIDTH
@@ -174,7 +174,7 @@ def toy_batch(t: tuple[float, ...] = (0.13, 0.52, 0.87), seed: str = "batch", st
         reverse_instruction=toy_text(count, f"{seed}/reverse_instruction"),
         t=torch.tensor(t, dtype=torch.float64),
         nodes=torch.linspace(1, 0, steps + 1, dtype=torch.float64),
-        identity_step=identity_step,
+        kind=IDENTITY if identity_step else FULL,
         target=numbers(*shape, seed=f"{seed}/target"),
     )
 

@@ -42,9 +42,11 @@ def tensors_changed(change: Callable[[Tensors], object], step: int = 4) -> Calla
 
     def work(out: Path) -> None:
         path = out / f"checkpoints/step-{step:06d}" / checkpoint.TENSORS
-        tensors = load_file(path)
+        found = load_file(path)
+        prefix = "edit/" if any(name.startswith("edit/") for name in found) else ""
+        tensors = {name.removeprefix(prefix): value for name, value in found.items()}
         change(tensors)
-        save_file({name: value.contiguous() for name, value in tensors.items()}, path)
+        save_file({prefix + name: value.contiguous() for name, value in tensors.items()}, path)
 
     return work
 
@@ -53,8 +55,9 @@ def state_changed(change: Callable[[dict[str, Any]], object]) -> Callable[[Path]
     def work(out: Path) -> None:
         path = out / "checkpoints/step-000004/state.json"
         record = json.loads(path.read_text())
-        change(record)
-        path.write_text(json.dumps(record))
+        named = record.pop("optimizers", {})
+        change(record := record | ({"optimizer": named["edit"]} if named else {}))
+        path.write_text(json.dumps(record | ({"optimizers": {"edit": record.pop("optimizer")}} if named else {})))
 
     return work
 
@@ -106,10 +109,13 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "ema_missing": (dropped(f"ema/{LORA}"), f"ema/{LORA} is missing"),
     "ema_broadcast": (first_row(f"ema/{LORA}"), rf"ema/{LORA} is float32 \(1, 32\)"),
     "ema_extra": (added(ema__other=torch.zeros(4, 32)), "ema/other is not part of this run"),
-    "moment_missing": (dropped("optimizer/3/exp_avg_sq"), r"exp_avg_sq is missing \(optimizer/3\)"),
-    "moments_of_one_missing": (dropped("optimizer/3/"), r"step is missing \(optimizer/3\)|exp_avg is missing \(optimizer/3\)"),
-    "moments_all_missing": (dropped("optimizer/"), r"is missing \(optimizer/0\)"),
-    "moment_broadcast": (first_row("optimizer/0/exp_avg"), r"exp_avg is float32 \(1, 32\).*\(optimizer/0\)"),
+    "moment_missing": (dropped("optimizer/3/exp_avg_sq"), r"exp_avg_sq is missing \((edit/)?optimizer/3\)"),
+    "moments_of_one_missing": (
+        dropped("optimizer/3/"),
+        r"(step|exp_avg) is missing \((edit/)?optimizer/3\)",
+    ),
+    "moments_all_missing": (dropped("optimizer/"), r"is missing \((edit/)?optimizer/0\)"),
+    "moment_broadcast": (first_row("optimizer/0/exp_avg"), r"exp_avg is float32 \(1, 32\).*\((edit/)?optimizer/0\)"),
     "moment_extra": (added(optimizer__0__max_exp_avg_sq=torch.zeros(4, 32)), "max_exp_avg_sq is not part of this run"),
     "parameter_extra": (added(optimizer__999__step=torch.zeros(())), "optimizer/999 is not part of this run"),
     "parameter_no_number": (added(optimizer__x__step=torch.zeros(())), "optimizer/x is no parameter's number"),
@@ -120,9 +126,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "groups_missing": (state_changed(lambda r: r["optimizer"].pop("param_groups")), "param_groups does not hold"),
     "groups_of_text": (state_changed(lambda r: r["optimizer"].update(param_groups=["x"])), "param_groups does not hold"),
     "scalar_extra": (state_changed(lambda r: r["optimizer"]["state"]["0"].update(beta=1)), "beta is not part of this run"),
-    "lora_nan": (spoilt(f"lora/{LORA}", float("nan")), f"training.safetensors: tensor lora/{LORA} holds NaN or infinite values"),
-    "ema_inf": (spoilt(f"ema/{LORA}", float("inf")), f"training.safetensors: tensor ema/{LORA} holds NaN"),
-    "moment_inf": (spoilt("optimizer/2/exp_avg", float("-inf")), "tensor optimizer/2/exp_avg holds NaN"),
+    "lora_nan": (spoilt(f"lora/{LORA}", float("nan")), f"training.safetensors: tensor (edit/)?lora/{LORA} holds NaN or infinite values"),
+    "ema_inf": (spoilt(f"ema/{LORA}", float("inf")), f"training.safetensors: tensor (edit/)?ema/{LORA} holds NaN"),
+    "moment_inf": (spoilt("optimizer/2/exp_avg", float("-inf")), "tensor (edit/)?optimizer/2/exp_avg holds NaN"),
     "tensors_damaged": (lambda out: (out / "checkpoints/step-000004/training.safetensors").write_bytes(b"xx") and None, "is damaged"),
     "tensors_missing": (lambda out: (out / "checkpoints/step-000004/training.safetensors").unlink(), "it has no training.safetensors"),
     "state_missing": (lambda out: (out / "checkpoints/step-000004/state.json").unlink(), "is not a checkpoint: it has no state.json"),
@@ -142,7 +148,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "config_list": (state_changed(lambda r: r.update(config=[1])), "config = a list is not a configuration"),
     "section_list": (state_changed(lambda r: r["config"].update(train=[1])), "config = a dict is not a configuration"),
     "decay_text": (state_changed(lambda r: r["config"]["objective"].update(ema_decay="0.9")), "ema_decay = '0.9' is not in"),
-    "optimizer_list": (state_changed(lambda r: r.update(optimizer=[])), "optimizer = a list is not an optimizer's state"),
+    "optimizer_list": (state_changed(lambda r: r.update(optimizer=[])), r"optimizer\S* = a list is not an optimizer's state"),
     "optimizer_state_list": (state_changed(lambda r: r["optimizer"].update(state=[])), "is not an optimizer's state"),
     "data_number": (state_changed(lambda r: r.update(data=5)), "data = 5 is no text"),
 }
@@ -150,6 +156,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
 
 @pytest.mark.parametrize("case", DAMAGE)
 def test_what_is_not_this_run_s_is_named_before_a_model_is_loaded(out: Path, monkeypatch: pytest.MonkeyPatch, case: str):
+    assert_refused(out, monkeypatch, case)
+
+
+def assert_refused(out: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     damage, message = DAMAGE[case]
     damage(out)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
@@ -247,9 +257,9 @@ def test_a_checkpoint_s_optimizer_options_are_not_taken_over(out: Path, referenc
     shutil.rmtree(out / "checkpoints/step-000002")
     longer = run_config(out, train={"steps": 5, "weight_decay": 0.25})
     trainer = make_trainer(longer, "latest")
-    assert trainer.optimizer.param_groups[0]["weight_decay"] == 0.25
+    assert trainer.engine.optimizers["edit"].param_groups[0]["weight_decay"] == 0.25
     trainer.run()
-    assert checkpoint.load(out / "checkpoints/step-000005").optimizer["param_groups"][0]["weight_decay"] == 0.25
+    assert checkpoint.load(out / "checkpoints/step-000005").adapters["edit"].optimizer["param_groups"][0]["weight_decay"] == 0.25
 
 
 def test_a_run_without_ema_goes_on_with_one_only_if_it_had_none(tmp_path: Path):
@@ -282,16 +292,15 @@ def test_the_layout_of_two_experts_is_the_host_s(tmp_path: Path, lora: dict[str,
 
 def two_experts(steps: dict[str, int | None], step: int) -> str | None:
     """The complaint about a checkpoint of two parameters, one an expert, that have been trained so often (None: never)."""
-    layout = checkpoint.Layout(lora=dict.fromkeys(steps, "float32 (1,)"), optimizer=dict.fromkeys(steps, {"step": "float32 ()"}))
-    states = {i: {"step": torch.tensor(float(n))} for i, n in enumerate(steps.values()) if n is not None}
-    state = checkpoint.TrainingState(
-        step=step,
-        lora={name: torch.zeros(1) for name in steps},
-        ema={},
-        optimizer={"param_groups": [{"params": [0, 1]}], "state": states},
-        config={"objective": {"ema_decay": 0}},
+    layout = checkpoint.AdapterLayout(
+        lora=dict.fromkeys(steps, "float32 (1,)"), optimizer=dict.fromkeys(steps, {"step": "float32 ()"}), trained=lambda step: step
     )
-    return checkpoint._difference(state, layout)
+    states = {i: {"step": torch.tensor(float(n))} for i, n in enumerate(steps.values()) if n is not None}
+    adapter = checkpoint.AdapterState(
+        lora={name: torch.zeros(1) for name in steps}, ema={}, optimizer={"param_groups": [{"params": [0, 1]}], "state": states}
+    )
+    state = checkpoint.TrainingState(step=step, adapters={"edit": adapter}, config={"objective": {"ema_decay": 0}})
+    return checkpoint._difference(state, {"edit": layout})
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from byg_plugin.objectives import make_objective
+from byg_plugin.objectives.base import IDENTITY
 from byg_plugin.randomness import coin, generator
 from tests.support.tiny import curve, make_trainer, run_config, wake
 from tests.support.training_runs import assert_same_run
@@ -35,7 +37,7 @@ def test_an_optimizer_step_is_the_mean_over_its_micro_steps(tmp_path: Path):
         return 1.0
 
     for position, examples in enumerate(micro_batches):
-        batch = trainer._batch(examples, generator(trainer.config.train.seed, "noise", position), identity_step=False)
+        batch = trainer._batch(examples, generator(trainer.config.train.seed, "noise", position))
         trainer.objective.step(trainer.host, batch, plain)
         for name, parameter in trainer.host.parameters.items():
             assert parameter.grad is not None
@@ -46,7 +48,7 @@ def test_an_optimizer_step_is_the_mean_over_its_micro_steps(tmp_path: Path):
     def take(*args: Any) -> None:
         taken.update({name: p.grad.clone() for name, p in trainer.host.parameters.items() if p.grad is not None})
 
-    trainer.optimizer.step = take  # type: ignore[method-assign]
+    trainer.engine.optimizers["edit"].step = take  # type: ignore[method-assign]
     metrics = trainer._optimizer_step(micro_batches)
     for name, wanted in total.items():
         torch.testing.assert_close(taken[name], wanted, rtol=1e-4, atol=1e-6)
@@ -77,7 +79,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer(tmp_path: Path, wh
             return original(fields, batch, backward)
         moments[:] = [
             {n: p.detach().clone() for n, p in trainer.host.parameters.items()},
-            [v["exp_avg"].clone() for v in trainer.optimizer.state.values()],
+            [v["exp_avg"].clone() for v in trainer.engine.optimizers["edit"].state.values()],
             {n: v.clone() for n, v in trainer.host.ema_weights.state().items()},
         ]
         if where == "loss":
@@ -94,22 +96,21 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer(tmp_path: Path, wh
         trainer.run()
     weights, exp_avg, ema = moments
     assert all(torch.equal(p, weights[n]) for n, p in trainer.host.parameters.items())
-    assert all(torch.equal(a["exp_avg"], b) for a, b in zip(trainer.optimizer.state.values(), exp_avg, strict=True))
+    assert all(torch.equal(a["exp_avg"], b) for a, b in zip(trainer.engine.optimizers["edit"].state.values(), exp_avg, strict=True))
     assert all(torch.equal(v, ema[n]) for n, v in trainer.host.ema_weights.state().items())
     assert [line["step"] for line in curve(tmp_path / "out")] == [1, 2, 3]
 
 
 def test_identity_steps_follow_warm_up_and_coin(tmp_path: Path):
     config = run_config(tmp_path / "out", objective={"identity_warmup_steps": 3, "identity_probability": 0.5})
-    trainer = make_trainer(config)
-    kinds = []
-    for trainer.step in range(200):
-        kinds.append(trainer._is_identity_step())
+    objective = make_objective(config.objective)
+    kinds = [objective.plan(step, 0).kind == IDENTITY for step in range(200)]
     assert all(kinds[:3])
     assert kinds[3:] == [coin(0, step, 0.5) for step in range(3, 200)]
     assert 0.4 < sum(kinds[3:]) / 197 < 0.6
-    never = make_trainer(run_config(tmp_path / "never", objective={"identity_warmup_steps": 0, "identity_probability": 0.0}))
-    assert not any(never._is_identity_step() for never.step in range(50))
+    assert [objective.plan(step, 1).kind == IDENTITY for step in range(3, 200)] == [coin(1, step, 0.5) for step in range(3, 200)]
+    never = make_objective(run_config(tmp_path / "never", objective={"identity_warmup_steps": 0, "identity_probability": 0.0}).objective)
+    assert not any(never.plan(step, 0).kind == IDENTITY for step in range(50))
 
 
 def test_paired_needs_targets(tmp_path: Path):

@@ -86,14 +86,14 @@ def test_the_rate_is_blamed_when_data_and_weights_are_clean(tmp_path: Path):
 
 def spoil_after_step(trainer: Trainer, step: int, value: float) -> None:
     """As a weight decay of 1e308 does: the gradients are finite, the weights are not."""
-    original = trainer.optimizer.step
+    original = trainer.engine.optimizers["edit"].step
 
     def optimize(*args: Any) -> None:
         original(*args)
         if trainer.step == step - 1:
             trainer.host.parameters[LORA].data.view(-1)[1] = value
 
-    trainer.optimizer.step = optimize  # type: ignore[method-assign]
+    trainer.engine.optimizers["edit"].step = optimize  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -121,7 +121,7 @@ def test_large_finite_weights_are_no_reason_to_stop(tmp_path: Path):
     """Their sum and their squares overflow float32."""
     trainer = make_trainer(run_config(tmp_path / "out"))
     trainer.host.parameters[LORA].data.fill_(3e38)
-    trainer._stop_if_spoilt()
+    trainer.diagnosis.after_step(1)
 
 
 @pytest.mark.parametrize("what", ["the EMA's", "optimizer/0/exp_avg", "the LoRA's"])
@@ -134,7 +134,7 @@ def test_nothing_that_is_not_finite_is_ever_saved(tmp_path: Path, what: str):
         if trainer.step == 4:
             tensors = {
                 "the EMA's": trainer.host.ema_weights.state()[LORA],
-                "optimizer/0/exp_avg": trainer.optimizer.state[trainer.parameters[0]]["exp_avg"],
+                "optimizer/0/exp_avg": trainer.engine.optimizers["edit"].state[next(iter(trainer.host.parameters.values()))]["exp_avg"],
                 "the LoRA's": trainer.host.parameters[LORA].data,
             }
             poison(tensors[what])
@@ -156,7 +156,7 @@ def test_a_checkpoint_that_is_not_finite_is_not_recommended(tmp_path: Path):
         if it.step == 3:
             path = out / "checkpoints/step-000003" / checkpoint.TENSORS
             tensors = load_file(path)
-            poison(tensors[f"ema/{LORA}"])
+            poison(tensors[f"edit/ema/{LORA}"])
             save_file(tensors, path)
 
     trainer.on_step = poison_newest

@@ -9,29 +9,30 @@ import pytest
 import torch
 
 from byg_plugin.config import extras
-from byg_plugin.training.loop import learning_rate
+from byg_plugin.training.optimizers import learning_rate
 from tests.support.tiny import curve, make_trainer, run_config
 
 
 def test_learning_rate_closed_form(tmp_path: Path, reference: Path):
     config = run_config(tmp_path, train={"steps": 12, "lr_warmup_steps": 4, "lr": 1.0})
-    rates = [learning_rate(config, step) for step in range(13)]
+    rates = [learning_rate(config.train, step) for step in range(13)]
     assert rates[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
     assert rates[4] == 1.0 and rates[8] == pytest.approx(0.5) and rates[12] == pytest.approx(0.0)
     assert rates[6] == pytest.approx((1 + math.cos(math.pi / 4)) / 2)
     constant = run_config(tmp_path, train={"steps": 12, "lr_warmup_steps": 0, "lr_schedule": "constant", "lr": 0.3})
-    assert {learning_rate(constant, step) for step in range(12)} == {0.3}
+    assert {learning_rate(constant.train, step) for step in range(12)} == {0.3}
     used = run_config(tmp_path)
-    assert [line["lr"] for line in curve(reference)] == [learning_rate(used, step) for step in range(6)]
+    assert [line["lr"] for line in curve(reference)] == [learning_rate(used.train, step) for step in range(6)]
 
 
 def test_the_optimizer_uses_the_schedule(tmp_path: Path):
     trainer = make_trainer(run_config(tmp_path / "out"))
     used: list[float] = []
-    step = trainer.optimizer.step
-    trainer.optimizer.step = lambda *a: (used.append(trainer.optimizer.param_groups[0]["lr"]), step(*a))  # type: ignore[method-assign]
+    optimizer = trainer.engine.optimizers["edit"]
+    step = optimizer.step
+    optimizer.step = lambda *a: (used.append(optimizer.param_groups[0]["lr"]), step(*a))  # type: ignore[method-assign]
     trainer.run()
-    assert used == [learning_rate(trainer.config, k) for k in range(6)]
+    assert used == [learning_rate(trainer.config.train, k) for k in range(6)]
 
 
 def test_muon_needs_a_torch_that_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -115,7 +115,7 @@ def test_a_resumed_run_depends_on_the_moments(tmp_path: Path, reference: Path):
     shutil.copytree(reference, out)
     shutil.rmtree(out / "checkpoints" / "step-000006")
     trainer = make_trainer(run_config(out), "latest")
-    for values in trainer.optimizer.state.values():
+    for values in trainer.engine.optimizers["edit"].state.values():
         values["exp_avg"].zero_()
     trainer.run()
     a, b = tensors_of(out), tensors_of(reference)

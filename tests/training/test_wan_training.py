@@ -92,7 +92,7 @@ def test_the_expert_that_a_step_does_not_train_is_unchanged_to_the_last_bit(tmp_
 
     def state() -> dict[str, Any]:
         moments = {
-            name: {key: value.clone() for key, value in trainer.optimizer.state.get(p, {}).items()}
+            name: {key: value.clone() for key, value in trainer.engine.optimizers["edit"].state.get(p, {}).items()}
             for name, p in trainer.host.parameters.items()
         }
         live = {name: p.detach().clone() for name, p in trainer.host.parameters.items()}
@@ -138,7 +138,7 @@ def test_t_of_a_run_has_the_configured_law_whatever_the_processes(tmp_path: Path
 
     def drawn(trainer: Trainer, step: int, micro: int, rank: int, world: int) -> torch.Tensor:
         position = (step * (2 // world) + micro) * world + rank
-        return trainer._batch(examples, loop.generator(0, "noise", position), False, high=trainer._side(step)).t
+        return trainer._batch(examples, loop.generator(0, "noise", position), high=trainer._side(step)).t
 
     alone = torch.cat([drawn(one, step, micro, 0, 1) for step in range(300) for micro in range(2)])
     together = torch.cat([drawn(two, step, 0, rank, 2) for step in range(300) for rank in range(2)])
@@ -316,7 +316,7 @@ def test_checkpoints_hold_both_experts(tmp_path: Path):
     trainer = make_trainer(run_config(tmp_path, train={"steps": 2}))
     trainer.run()
     state = checkpoint.load(checkpoint.checkpoints(tmp_path / "checkpoints")[-1])
-    assert state.lora.keys() == trainer.host.parameters.keys() and len(state.lora) == 80
+    assert state.adapters["edit"].lora.keys() == trainer.host.parameters.keys() and len(state.adapters["edit"].lora) == 80
 
 
 # --- previews and editing ---

@@ -1,0 +1,154 @@
+"""What a run goes on from: which checkpoint, and whether it is this run's. All of it before a model is loaded."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from torch import nn
+
+from byg_plugin.config.sections import Config, TrainConfig
+from byg_plugin.folders import DISCARDED, make_writable
+from byg_plugin.hosts import adapter_shapes
+from byg_plugin.models.base import Family
+from byg_plugin.objectives.base import Objective
+from byg_plugin.training import checkpoint
+from byg_plugin.training.optimizers import make_optimizer
+
+logger = get_logger(__name__)
+
+# What may differ between a checkpoint and the run that goes on from it without changing what is computed.
+_FREE = {"sample", "output", "train.save_every", "train.keep_last", "train.log_every", "train.validate_every", "train.tracker"}
+_FIXED = (
+    "lora.rank",
+    "lora.alpha",
+    "lora.targets",
+    "lora.experts",
+    "model.family",
+    "model.boundary",
+    "conditioning.position",
+    "objective.name",
+    "train.optimizer",
+)
+
+
+def find_start(output: Path, resume: str | None, discard_later: bool) -> Path | None:
+    """The checkpoint that a run into `output.dir` goes on from; None: it starts anew. The folder is made.
+
+    Args:
+        output: `output.dir`.
+        resume: None, "latest" or a checkpoint folder.
+        discard_later: as of `Trainer`.
+
+    Raises:
+        ValueError: something there would be written over, or the folder cannot be written.
+    """
+    folder = output / "checkpoints"
+    existing = checkpoint.checkpoints(folder)
+    found = None if resume is None else checkpoint.find(folder, resume)
+    own = found is not None and is_in(folder, found)
+    if discard_later and (not own or resume == "latest"):
+        raise ValueError(
+            f"--discard-later goes with --resume FOLDER, and FOLDER must be a checkpoint in {folder}"
+            + (f", e.g. {existing[-1]}" if existing else "; there is none")
+        )
+    if found and existing and not discard_later and found.resolve() != existing[-1].resolve():
+        which = f"{'later' if own else 'other'} checkpoint {existing[-1].name}"
+        discard = f"add --discard-later, which renames later ones to {DISCARDED}step-...; or " if own else ""
+        raise ValueError(
+            f"--resume {resume}: output.dir = {output} has the {which}, which is never overwritten: {discard}choose another "
+            f"output.dir; or go on from the newest with --resume latest"
+        )
+    if existing and not found:
+        raise ValueError(
+            f"output.dir = {output} already has checkpoints up to {existing[-1].name}: go on with --resume latest, "
+            f"or choose another output.dir"
+        )
+    try:
+        make_writable(folder)
+    except OSError as error:
+        raise ValueError(f"output.dir = {output} is not writable: {error.strerror}; choose another folder") from error
+    return found
+
+
+def is_in(folder: Path, path: Path) -> bool:
+    """Whether a checkpoint is one of `folder`'s."""
+    return path.resolve() in [each.resolve() for each in checkpoint.checkpoints(folder)]
+
+
+def load_start(
+    path: Path, config: Config, family: Family, objective: Objective, data: str, device: torch.device
+) -> tuple[checkpoint.TrainingState, checkpoint.Layout]:
+    """A checkpoint that this run can go on from, and what it must hold.
+
+    Args:
+        path: the checkpoint.
+        config: the whole configuration.
+        family: the model family.
+        objective: what is trained.
+        data: the digest of the run's tuples.
+        device: where the run's optimizers will be.
+
+    Raises:
+        ValueError: it is damaged, another run's, or at its end.
+    """
+    state = checkpoint.load(path)
+    _check_same_run(config, state.config)
+    if state.step > config.train.steps:
+        raise ValueError(
+            f"train.steps = {config.train.steps} is below the checkpoint's {state.step} steps: raise it, nothing is left to do"
+        )
+    if state.data != data:
+        logger.warning("--resume: the tuples are not those of the checkpoint; the order of batches differs from an uninterrupted run")
+    layout = _layout(config, family, objective, device)
+    checkpoint.compare(path, state, layout)
+    return state, layout
+
+
+def _check_same_run(config: Config, saved: dict[str, Any]) -> None:
+    """Refuse what cannot continue, and say loudly what makes the run another one."""
+    now = config.model_dump(mode="json")
+    changed = [
+        (f"{section}.{key}", saved.get(section, {}).get(key), value)
+        for section, values in now.items()
+        for key, value in values.items()
+        if saved.get(section, {}).get(key) != value
+    ]
+    fixed = [f"{key}: {old!r} -> {new!r}" for key, old, new in changed if key in _FIXED]
+    if fixed:
+        raise ValueError(f"--resume: the checkpoint was trained with other values of {'; '.join(fixed)}; set them back, or start a new run")
+    for key, old, new in changed:
+        if key not in _FREE and key.partition(".")[0] not in _FREE:
+            logger.warning("--resume: %s was %r and is now %r; the curve will differ from an uninterrupted run", key, old, new)
+
+
+def _layout(config: Config, family: Family, objective: Objective, device: torch.device) -> checkpoint.Layout:
+    return {
+        adapter: checkpoint.AdapterLayout(
+            lora={name: checkpoint.kind(torch.empty(shape, device="meta")) for name, shape in shapes.items()},
+            optimizer=_optimizer_layout(config.train, shapes, device),
+            trained=partial(_steps_of, adapter, objective, config.train.seed),
+        )
+        for adapter, shapes in adapter_shapes(config, family, objective.adapters).items()
+    }
+
+
+def _steps_of(adapter: str, objective: Objective, seed: int, steps: int) -> int:
+    return sum(adapter in objective.plan(step, seed).adapters for step in range(steps))
+
+
+def _optimizer_layout(train: TrainConfig, shapes: dict[str, tuple[int, int]], device: torch.device) -> dict[str, dict[str, str]]:
+    """The optimizer tells: it is asked for one step of zeros of each shape."""
+    states: dict[tuple[int, ...], dict[str, str]] = {}
+    for shape in set(shapes.values()):
+        weight = nn.Parameter(torch.zeros(shape, device=device))
+        weight.grad = torch.zeros_like(weight)
+        optimizer = make_optimizer(train, [weight])
+        optimizer.step()
+        tensors, scalars = checkpoint.split_optimizer(optimizer.state_dict())
+        states[shape] = {name.removeprefix("optimizer/0/"): checkpoint.kind(value) for name, value in tensors.items()}
+        states[shape] |= {name: checkpoint.kind(value) for name, value in scalars["state"]["0"].items()}
+    return {name: states[shape] for name, shape in shapes.items()}
