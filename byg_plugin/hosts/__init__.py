@@ -13,7 +13,7 @@ from byg_plugin.objectives.base import EDIT, Velocity, VelocityFields
 
 if TYPE_CHECKING:
     from byg_plugin.config.sections import Config
-    from byg_plugin.hosts.ema import Adapter, EmaWeights
+    from byg_plugin.hosts.ema import Adapter
 
 
 class Host(VelocityFields, Protocol):
@@ -21,13 +21,10 @@ class Host(VelocityFields, Protocol):
 
     device: device
     networks: dict[str, nn.Module]
-    parameters: dict[str, nn.Parameter]
-    """The trainable LoRA weights of the adapter `EDIT`, by the names of the LoRA file."""
-    ema_weights: EmaWeights
 
     @property
     def adapters(self) -> dict[str, Adapter]:
-        """All that is trained; the first is `EDIT`."""
+        """All that is trained, `EDIT` first: the three fields, previews and LoRA files are of that one."""
         ...
 
     def live(self) -> AbstractContextManager[Velocity]:
