@@ -33,6 +33,7 @@ _FIXED = (
     "objective.name",
     "train.optimizer",
 )
+_UNREAD = {"train.betas"}  # once written for every optimizer; None for one that has none
 
 
 def find_start(output: Path, resume: str | None, discard_later: bool) -> Path | None:
@@ -115,7 +116,7 @@ def _check_same_run(config: Config, saved: dict[str, Any]) -> None:
         (f"{section}.{key}", saved.get(section, {}).get(key), value)
         for section, values in now.items()
         for key, value in values.items()
-        if saved.get(section, {}).get(key) != value
+        if saved.get(section, {}).get(key) != value and not (value is None and f"{section}.{key}" in _UNREAD)
     ]
     fixed = [f"{key}: {old!r} -> {new!r}" for key, old, new in changed if key in _FIXED]
     if fixed:
