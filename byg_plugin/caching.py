@@ -22,7 +22,7 @@ def run(what: Literal["latents", "texts"], config_path: str, overrides: Sequence
         _in_musubi(what, config, prune=prune)
         return
     tuples = read_tuples(config.dataset)
-    places.check_model(config, "vae", *(places.ENCODERS if what == "texts" else ()))
+    places.check_model(config.model, "vae", *(places.ENCODERS if what == "texts" else ()))
 
     # After what may be wrong in configuration and tuples: these import torch, seconds.
     from accelerate import PartialState
@@ -33,7 +33,7 @@ def run(what: Literal["latents", "texts"], config_path: str, overrides: Sequence
     from byg_plugin.data import cache
     from byg_plugin.models import make_family
 
-    require_model_extras(config)
+    require_model_extras(config.model)
     device = resolve_device(config.model.device)
     state = PartialState(cpu=device.type == "cpu")
     processes = cache.Processes(rank=state.process_index, world=state.num_processes, gather=gather_object)

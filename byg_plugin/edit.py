@@ -154,7 +154,7 @@ def main() -> None:
     if args.model is not None:
         check_place(args.model, "--model ")
     elif config is not None and config.model.host == "diffusers":
-        check_model(config, *NETWORKS, "vae", *ENCODERS)
+        check_model(config.model, *NETWORKS, "vae", *ENCODERS)
     out = Path(args.out)
     check_out(out, jobs)
     pipe = EditPipeline.from_lora(

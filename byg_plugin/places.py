@@ -9,23 +9,23 @@ from typing import TYPE_CHECKING
 from byg_plugin import families
 
 if TYPE_CHECKING:
-    from byg_plugin.config.sections import Config
+    from byg_plugin.config.sections import ModelConfig
 
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 ENCODERS, NETWORKS = ("t5", "clip"), ("transformer", "transformer_2")
 
 
-def check_model(config: Config, *parts: str) -> None:
+def check_model(model: ModelConfig, *parts: str) -> None:
     """Whether the places of these parts of the base model are there; those that the family has not are passed over.
 
     Raises:
         ValueError: one is not set, or is neither here nor a hub id.
     """
-    spec = families.named(config.model.family)
+    spec = model.spec
     own = {*spec.experts, "vae", *spec.text_encoders}
     for part in parts:
         if part in own:
-            check_place(config.model.part(part), f"model.{part if getattr(config.model, part) else 'path'} = ")
+            check_place(model.part(part), f"model.{part if getattr(model, part) else 'path'} = ")
 
 
 def check_place(place: str, label: str) -> None:

@@ -121,7 +121,7 @@ def seeded_noise(shape: tuple[int, ...], seed: int, device: torch.device) -> Ten
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
 
 
-def finite(config: Config, result: Tensor, what: str) -> Tensor:
+def finite(dtype: str, result: Tensor, what: str) -> Tensor:
     """The result of sampling or decoding, as it is.
 
     Raises:
@@ -129,7 +129,7 @@ def finite(config: Config, result: Tensor, what: str) -> Tensor:
     """
     if is_finite(result):
         return result
-    half = 'model.dtype = "float16" overflows beyond 65504: use bfloat16; ' if config.model.dtype == "float16" else ""
+    half = 'model.dtype = "float16" overflows beyond 65504: use bfloat16; ' if dtype == "float16" else ""
     raise FloatingPointError(
         f"{what} are not finite (NaN or infinite), so there is no picture: {half}the LoRA's strength or a guidance scale is far beyond "
         "what the model was trained with, or the LoRA has diverged (try strength 0, then the published guidance)"

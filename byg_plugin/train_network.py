@@ -72,7 +72,7 @@ def main() -> None:
         return
     from byg_plugin import places
 
-    places.check_model(config, *places.NETWORKS, "vae", *places.ENCODERS)
+    places.check_model(config.model, *places.NETWORKS, "vae", *places.ENCODERS)
     if config.lora.init_from and args.resume is None:
         places.check_lora(config.lora.init_from, "lora.init_from = ")
     if config.lora.other_expert:
@@ -82,7 +82,7 @@ def main() -> None:
     from byg_plugin.models import make_family
 
     device = resolve_device(config.model.device)
-    require_model_extras(config)
+    require_model_extras(config.model)
     family = make_family(config)
     if args.dry_run:
         dry_run(config, family, device)
@@ -120,7 +120,7 @@ def train(config: Config, family: Family, device: Any, resume: str | None, *, di
     from byg_plugin.training.loop import Interrupted, Trainer
     from byg_plugin.version import versions
 
-    require_training_extras(config)
+    require_training_extras(config.train)
     check_launch("train.mixed_precision", config.train.mixed_precision)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     tracker = None if config.train.tracker == "none" else config.train.tracker
@@ -201,8 +201,8 @@ def _print_memory(config: Config, family: Family, size: tuple[int, ...]) -> None
     from byg_plugin.training import memory
 
     networks = family.meta_transformers()
-    shapes = lora_shapes(next(iter(networks.values())), config, family)
-    _, trained = memory.lora_copies(config, len(networks))
+    shapes = lora_shapes(next(iter(networks.values())), config.lora, family)
+    _, trained = memory.lora_copies(config.lora, len(networks))
     width, blocks = memory.sizes(next(iter(networks.values())))
     tokens = family.sequence_tokens(size[1], size[0], size[2])
     print(

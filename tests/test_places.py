@@ -33,7 +33,7 @@ def config(folder: Path, family: str = "flux", **model: Any) -> Config:
     ],
 )
 def test_what_is_there_or_can_be_a_hub_id_passes(tmp_path: Path, family: str, model: dict[str, str]):
-    places.check_model(config(tmp_path, family, **model), *EVERY)
+    places.check_model(config(tmp_path, family, **model).model, *EVERY)
 
 
 @pytest.mark.parametrize(
@@ -48,12 +48,12 @@ def test_what_is_there_or_can_be_a_hub_id_passes(tmp_path: Path, family: str, mo
 )
 def test_what_is_nowhere_is_named_by_its_key(tmp_path: Path, family: str, model: dict[str, str], says: str):
     with pytest.raises(ValueError, match=says):
-        places.check_model(config(tmp_path, family, **model), *EVERY)
+        places.check_model(config(tmp_path, family, **model).model, *EVERY)
 
 
 def test_a_command_needs_its_own_parts_alone(tmp_path: Path):
     """Latents can be cached where the network is not."""
-    places.check_model(config(tmp_path, transformer="~/gone", vae="~/there"), "vae")
+    places.check_model(config(tmp_path, transformer="~/gone", vae="~/there").model, "vae")
 
 
 @pytest.mark.parametrize("name", ["l.safetensors", "p_high_noise.safetensors", "p_low_noise.safetensors", "p.safetensors", "p"])

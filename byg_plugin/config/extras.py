@@ -6,7 +6,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 
 from byg_plugin import families
-from byg_plugin.config.sections import Config
+from byg_plugin.config.sections import ModelConfig, TrainConfig
 
 
 def require(package: str, why: str, extra: str, instead: str = "") -> None:
@@ -21,27 +21,26 @@ def require(package: str, why: str, extra: str, instead: str = "") -> None:
         raise ValueError(f"{why} needs {package}, which is not installed: in the folder of byg_plugin, {install}{otherwise}")
 
 
-def require_model_extras(config: Config) -> None:
+def require_model_extras(model: ModelConfig) -> None:
     """What loading and calling the configured model needs."""
     for package in ("diffusers", "transformers", "peft"):
-        require(package, f'model.host = "{config.model.host}"', "diffusers")
-    least = families.named(config.model.family).diffusers
+        require(package, f'model.host = "{model.host}"', "diffusers")
+    least = families.named(model.family).diffusers
     if tuple(int(part) for part in version("diffusers").split(".")[:2]) < least:
         raise ValueError(
-            f"model.family = {config.model.family!r} on the embedded host needs diffusers {least[0]}.{least[1]} or later, and this is "
+            f"model.family = {model.family!r} on the embedded host needs diffusers {least[0]}.{least[1]} or later, and this is "
             f"{version('diffusers')} (musubi-tuner pins an earlier one): use another environment"
         )
-    if config.model.quantization in ("int8", "nf4"):
-        require("bitsandbytes", f'model.quantization = "{config.model.quantization}"', "bnb", 'set model.quantization = "fp8"')
-    if config.model.attention == "xformers":
+    if model.quantization in ("int8", "nf4"):
+        require("bitsandbytes", f'model.quantization = "{model.quantization}"', "bnb", 'set model.quantization = "fp8"')
+    if model.attention == "xformers":
         require("xformers", 'model.attention = "xformers"', "xformers", 'set model.attention = "native"')
 
 
-def require_training_extras(config: Config) -> None:
+def require_training_extras(train: TrainConfig) -> None:
     """What training needs beyond the model."""
     import torch  # not above: the data tools need `require` and no torch, whose import takes seconds
 
-    train = config.train
     if train.optimizer == "adamw8bit":
         require("bitsandbytes", 'train.optimizer = "adamw8bit"', "bnb", 'set train.optimizer = "adamw"')
     if train.optimizer == "muon" and not hasattr(torch.optim, "Muon"):

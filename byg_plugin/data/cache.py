@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from byg_plugin.config.sections import Config
+from byg_plugin.config.sections import Config, DatasetConfig
 from byg_plugin.data import buckets, clips, media
 from byg_plugin.data.tuples import TEXTS, EditTuple
 from byg_plugin.documents import json_value
@@ -413,14 +413,14 @@ def _sha(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-def latent_store(config: Config) -> Store:
+def latent_store(dataset: DatasetConfig) -> Store:
     """Where latents lie."""
-    return Store(Path(config.dataset.cache_dir) / "latents", _are_latents, "python -m byg_plugin.cache_latents")
+    return Store(Path(dataset.cache_dir) / "latents", _are_latents, "python -m byg_plugin.cache_latents")
 
 
-def text_store(config: Config) -> Store:
+def text_store(dataset: DatasetConfig) -> Store:
     """Where text encodings lie."""
-    return Store(Path(config.dataset.cache_dir) / "texts", _are_encodings, "python -m byg_plugin.cache_text_encoder_outputs")
+    return Store(Path(dataset.cache_dir) / "texts", _are_encodings, "python -m byg_plugin.cache_text_encoder_outputs")
 
 
 def texts_of(tuples: Sequence[EditTuple]) -> list[str]:
@@ -476,7 +476,7 @@ def cache_latents(
         ValueError: the cache folder cannot be written.
     """
     processes = processes or Processes()
-    keys, store = Keys(config, family), latent_store(config)
+    keys, store = Keys(config, family), latent_store(config.dataset)
     pictures: dict[str, Picture] = {}
     problems: dict[str, None] = {}
     try:
@@ -505,10 +505,10 @@ def cache_latents(
                 bar.update(len(group))
     failed = processes.gather(failed)
     if processes.rank == 0 and config.dataset.max_lost:
-        write_lost(config, dict(failed), [key for key in pictures if store.has(key)])
+        write_lost(config.dataset, dict(failed), [key for key in pictures if store.has(key)])
     pruned = store.prune(pictures) if prune and processes.rank == 0 and not failed and not problems else 0
     every = [*problems, *(reason for _, reason in failed)]
-    _check_lost(config, every, lost_tuples(keys, tuples, dict(failed)), len(tuples), len(todo) - len(failed))
+    _check_lost(config.dataset, every, lost_tuples(keys, tuples, dict(failed)), len(tuples), len(todo) - len(failed))
     kept, small = len(pictures) - len(todo), sum(p.small for p in pictures.values())
     return Summary(encoded=len(todo) - len(failed), kept=kept, small=small, pruned=pruned, lost=tuple(every))
 
@@ -535,9 +535,9 @@ def lost_tuples(keys: Keys, tuples: Sequence[EditTuple], unreadable: Mapping[str
     return lost
 
 
-def read_lost(config: Config) -> dict[str, str]:
+def read_lost(dataset: DatasetConfig) -> dict[str, str]:
     """Why latents could not be made, by key; none where nothing was cached yet."""
-    path = Path(config.dataset.cache_dir) / "lost.json"
+    path = Path(dataset.cache_dir) / "lost.json"
     try:
         lost = json_value(path.read_bytes())
     except (OSError, ValueError):
@@ -545,13 +545,13 @@ def read_lost(config: Config) -> dict[str, str]:
     return {key: why for key, why in lost.items() if isinstance(why, str)} if isinstance(lost, dict) else {}
 
 
-def write_lost(config: Config, lost: Mapping[str, str], made: Iterable[str]) -> None:
+def write_lost(dataset: DatasetConfig, lost: Mapping[str, str], made: Iterable[str]) -> None:
     """Remember `lost` beside what was known, and forget what has been made since."""
-    before = read_lost(config)
+    before = read_lost(dataset)
     there = set(made)
     now = {key: reason for key, reason in {**before, **lost}.items() if key not in there}
     if now != before:
-        _write(Path(config.dataset.cache_dir) / "lost.json", json.dumps(now).encode())
+        _write(Path(dataset.cache_dir) / "lost.json", json.dumps(now).encode())
 
 
 def _look_at_all(files: ImageFiles, tuples: Sequence[EditTuple], processes: Processes) -> None:
@@ -619,7 +619,7 @@ def cache_texts(
         ValueError: the cache folder cannot be written, or an encoding is not finite.
     """
     processes = processes or Processes()
-    keys, store = Keys(config, family), text_store(config)
+    keys, store = Keys(config, family), text_store(config.dataset)
     by_key = {keys.text(text): text for text in [*texts_of(tuples), *texts_beside(config)]}
     todo = sorted(key for key in by_key if not store.has(key))
     processes.gather([])
@@ -635,7 +635,7 @@ def cache_texts(
                 for index, key in enumerate(group):
                     one = {name: value[index] for name, value in encoded.items()}
                     if (part := first_not_finite(one)) is not None:
-                        raise ValueError(_not_finite_text(config, by_key[key], part))
+                        raise ValueError(_not_finite_text(config.model.dtype, by_key[key], part))
                     store.write(key, one)
                 cut += [text for text, longer in zip(texts, family.longer_than_limit(encoders, texts), strict=True) if longer]
                 bar.update(len(group))
@@ -644,13 +644,11 @@ def cache_texts(
     return Summary(encoded=len(todo), kept=len(by_key) - len(todo), pruned=pruned, cut=tuple(cut))
 
 
-def _not_finite_text(config: Config, text: str, part: str) -> str:
+def _not_finite_text(dtype: str, text: str, part: str) -> str:
     """A message; `part` is the tensor's name in the family's encoding."""
     encoder = "model.clip" if part == "pooled" else "model.t5"
-    remedy = (
-        "T5 overflows in float16, set model.dtype = 'bfloat16'" if config.model.dtype == "float16" else "is it the right file, and whole?"
-    )
-    return f"model.dtype = {config.model.dtype!r}: {encoder} gives an encoding ({part}) that is not finite, of {text!r}; {remedy}"
+    remedy = "T5 overflows in float16, set model.dtype = 'bfloat16'" if dtype == "float16" else "is it the right file, and whole?"
+    return f"model.dtype = {dtype!r}: {encoder} gives an encoding ({part}) that is not finite, of {text!r}; {remedy}"
 
 
 @contextmanager
@@ -678,13 +676,13 @@ def _groups(items: Sequence[T], size: int, kind: Callable[[T], Any]) -> Iterable
         yield group
 
 
-def _check_lost(config: Config, problems: Sequence[str], lost: Mapping[int, str], tuples: int, cached: int) -> None:
+def _check_lost(dataset: DatasetConfig, problems: Sequence[str], lost: Mapping[int, str], tuples: int, cached: int) -> None:
     share = len(lost) / max(1, tuples)
-    if problems and share > config.dataset.max_lost:
+    if problems and share > dataset.max_lost:
         more = f"\n  ... and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         listed = "\n".join(f"  - {problem}" for problem in problems[:_SHOWN])
-        allowed = f"; dataset.max_lost = {config.dataset.max_lost} allows fewer of {tuples} tuples" if config.dataset.max_lost else ""
-        what = "image(s) or clip(s)" if config.dataset.frames > 1 else "image(s)"
+        allowed = f"; dataset.max_lost = {dataset.max_lost} allows fewer of {tuples} tuples" if dataset.max_lost else ""
+        what = "image(s) or clip(s)" if dataset.frames > 1 else "image(s)"
         raise UnusableImages(
             f"{len(problems)} {what} of dataset.tuples cannot be used{allowed} (the others are cached, {cached} new):\n{listed}{more}"
         )

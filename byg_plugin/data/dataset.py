@@ -43,7 +43,7 @@ class CachedTuples(Dataset[dict[str, Any]]):
         requires = make_objective(config.objective).requires
         assert requires <= {"target"}, f"nothing caches {sorted(requires)}"
         self.targets = "target" in requires
-        self._latents, self._texts = latent_store(config), text_store(config)
+        self._latents, self._texts = latent_store(config.dataset), text_store(config.dataset)
         self._keys = Keys(config, family)
         every = read_tuples(config.dataset)
         train, validation = split_tuples(every, config.dataset.validation_items)
@@ -59,7 +59,7 @@ class CachedTuples(Dataset[dict[str, Any]]):
     def _leave_out_lost(self, every: int) -> None:
         """Tuples whose image or clip cannot be used, as far as dataset.max_lost allows them; the rest is an error further on."""
         allowed = self.config.dataset.max_lost
-        lost = lost_tuples(self._keys, self.tuples, read_lost(self.config), targets=self.targets) if allowed else {}
+        lost = lost_tuples(self._keys, self.tuples, read_lost(self.config.dataset), targets=self.targets) if allowed else {}
         if not lost:
             return
         first = next(iter(lost.values()))

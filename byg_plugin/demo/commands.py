@@ -69,7 +69,7 @@ def cache_train_edit(out: Path, recipe: str, base: Path, overrides: Sequence[str
     from byg_plugin.lora.formats import expert_files  # torch: seconds
 
     options, resolved = settings(out, recipe, base, [*_precision(overrides), *overrides])
-    require_training_extras(resolved)  # the training's own check, before the caching
+    require_training_extras(resolved.train)  # the training's own check, before the caching
     suffix = "-ema" if resolved.objective.ema_decay else ""
     lora = Path(resolved.output.dir) / f"{resolved.output.name}{suffix}.safetensors"
     _refuse_other_settings(Path(resolved.output.dir) / "config.json", resolved, out)

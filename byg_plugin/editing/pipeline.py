@@ -59,7 +59,7 @@ class EditPipeline:
             raise ValueError(f"strength = {strength} is not {STRENGTHS}; 1 = as trained")
         self.config, self.card = config, card
         self.device = resolve_device(config.model.device)
-        require_model_extras(config)
+        require_model_extras(config.model)
         self.family = make_family(config)
         self.strength = strength
         self._lora, self._origin = lora, origin
@@ -241,8 +241,8 @@ class EditPipeline:
                 negative=None if negative is None else self._text_batch([negative]),
                 on_step=on_step,
             )
-        sampling.finite(self.config, edits, "the latents of the edit")
-        return sampling.finite(self.config, self.family.decode_latents(self._vae, edits), "the decoded pixels")
+        sampling.finite(self.config.model.dtype, edits, "the latents of the edit")
+        return sampling.finite(self.config.model.dtype, self.family.decode_latents(self._vae, edits), "the decoded pixels")
 
     def _text_batch(self, texts: Sequence[str]) -> dict[str, Tensor]:
         import torch

@@ -81,7 +81,7 @@ def adapter_shapes(config: Config, family: Family, adapters: Sequence[str]) -> d
     _check_adapters(config, adapters)
     from byg_plugin.hosts.diffusers import lora_layout
 
-    return {EDIT: lora_layout(config, family)}
+    return {EDIT: lora_layout(config.lora, family)}
 
 
 def _check_adapters(config: Config, adapters: Sequence[str]) -> None:

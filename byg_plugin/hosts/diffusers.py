@@ -23,7 +23,7 @@ from byg_plugin.models.base import Family
 from byg_plugin.objectives.base import EDIT, Text, Velocity
 
 if TYPE_CHECKING:
-    from byg_plugin.config.sections import Config
+    from byg_plugin.config.sections import Config, LoraConfig
 
 _ADAPTER = "byg"
 
@@ -44,7 +44,7 @@ class DiffusersHost:
     def __init__(self, config: Config, family: Family, device: torch.device, *, fresh: bool = True):
         self.config, self.family, self.device = config, family, device
         dtype = getattr(torch, config.model.dtype)
-        require_model_extras(config)
+        require_model_extras(config.model)
         _probe_attention(config.model.attention, device, dtype)
         self.networks: dict[str, nn.Module] = {}
         rng = torch.Generator().manual_seed(config.train.seed)
@@ -75,7 +75,7 @@ class DiffusersHost:
         if config.lora.init_from and fresh:
             started = start_lora.read_init(config)
             # Of a pair, an expert that is trained alone takes its own.
-            with start_lora.fitting(config, "init_from"):
+            with start_lora.fitting(config.lora, "init_from"):
                 self.load_lora({n: v for n, v in started.items() if n in self.parameters or not config.lora.other_expert})
         self.ema_weights = EmaWeights(self.parameters, config.objective.ema_decay)
 
@@ -228,7 +228,7 @@ class DiffusersHost:
         others = {name: p for name, p in self._every_lora.items() if name not in mine}
         expert = next(iter(others)).partition(".")[0]
         found = start_lora.read_other_expert(self.config)
-        with start_lora.fitting(self.config, "other_expert"):
+        with start_lora.fitting(self.config.lora, "other_expert"):
             self._set(others, {expert + name.removeprefix("transformer"): value for name, value in found.items()})
         for parameter in others.values():
             parameter.requires_grad_(False)
@@ -333,28 +333,28 @@ def matched_linears(network: nn.Module, pattern: str) -> list[str]:
     return [name for name, _ in matched]
 
 
-def lora_shapes(network: nn.Module, config: Config, family: Family) -> list[tuple[int, int]]:
+def lora_shapes(network: nn.Module, lora: LoraConfig, family: Family) -> list[tuple[int, int]]:
     """Shapes of all LoRA tensors that `[lora]` asks of this network (which may lie on the meta device)."""
     shapes = []
-    for name in matched_linears(network, config.lora.targets or family.default_lora_targets):
+    for name in matched_linears(network, lora.targets or family.default_lora_targets):
         linear: Any = network.get_submodule(name)
-        shapes += [(config.lora.rank, linear.in_features), (linear.out_features, config.lora.rank)]
+        shapes += [(lora.rank, linear.in_features), (linear.out_features, lora.rank)]
     return shapes
 
 
-def lora_layout(config: Config, family: Family) -> dict[str, tuple[int, int]]:
+def lora_layout(lora: LoraConfig, family: Family) -> dict[str, tuple[int, int]]:
     """Names and shapes of `DiffusersHost.parameters`, in their order; loads no weights."""
     networks = family.meta_transformers()
-    if config.lora.experts == "shared":
+    if lora.experts == "shared":
         networks = dict([next(iter(networks.items()))])
-    elif config.lora.other_expert:
-        trained = family.experts[config.lora.experts != "high_noise"]
+    elif lora.other_expert:
+        trained = family.experts[lora.experts != "high_noise"]
         networks = {trained: networks[trained]}
     layout: dict[str, tuple[int, int]] = {}
     for expert, network in networks.items():
-        names = matched_linears(network, config.lora.targets or family.default_lora_targets)
+        names = matched_linears(network, lora.targets or family.default_lora_targets)
         tensors = [f"{expert}.{name}.{part}.weight" for name in names for part in ("lora_A", "lora_B")]
-        layout |= zip(tensors, lora_shapes(network, config, family), strict=True)
+        layout |= zip(tensors, lora_shapes(network, lora, family), strict=True)
     return layout
 
 

@@ -14,7 +14,7 @@ from byg_plugin.lora.files import naming, read_lora
 from byg_plugin.lora.formats import convert, read_named
 
 if TYPE_CHECKING:
-    from byg_plugin.config.sections import Config
+    from byg_plugin.config.sections import ConditioningConfig, Config, LoraConfig
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def read_init(config: Config, *, tell: bool = True) -> dict[str, Tensor]:
     tensors, card = read_named(config.lora.init_from, config.model.family, "lora.init_from = ")
     _check_trained_alike(config, "init_from", card)
     if tell:
-        _tell_other_guidance(config, "init_from", card)
+        _tell_other_guidance(config.conditioning, "init_from", card)
     return tensors
 
 
@@ -62,16 +62,16 @@ def read_other_expert(config: Config, *, tell: bool = True) -> dict[str, Tensor]
         card = LoraCard.from_metadata(metadata)
         _check_trained_alike(config, "other_expert", card)
         if tell:
-            _tell_other_guidance(config, "other_expert", card)
+            _tell_other_guidance(config.conditioning, "other_expert", card)
         if card.expert == config.lora.experts:
             raise ValueError(f"{path} is for the {config.lora.experts} expert, which is the one that is trained")
         return convert(tensors, "diffusers", family=config.model.family)
 
 
 @contextmanager
-def fitting(config: Config, key: str) -> Iterator[None]:
+def fitting(lora: LoraConfig, key: str) -> Iterator[None]:
     """What does not fit the network says whose tensors they are: those of `lora.init_from` or `lora.other_expert`."""
-    with naming(getattr(config.lora, key), f"lora.{key} = "):
+    with naming(getattr(lora, key), f"lora.{key} = "):
         yield
 
 
@@ -87,7 +87,7 @@ def _check_trained_alike(config: Config, key: str, card: LoraCard) -> None:
         )
 
 
-def _tell_other_guidance(config: Config, key: str, card: LoraCard) -> None:
-    here = config.conditioning.guidance
+def _tell_other_guidance(conditioning: ConditioningConfig, key: str, card: LoraCard) -> None:
+    here = conditioning.guidance
     if card.guidance not in (None, here):
         logger.warning("lora.%s was trained with conditioning.guidance = %s, here it is %s", key, float(card.guidance), here)

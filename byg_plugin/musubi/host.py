@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from byg_plugin import families
-from byg_plugin.config.sections import Config
+from byg_plugin.config.sections import Config, DatasetConfig
 from byg_plugin.data.dataset import split_tuples
 from byg_plugin.data.tuples import TEXTS, EditTuple, read_tuples
 from byg_plugin.folders import alone_in
@@ -68,9 +68,9 @@ def _resume_from(config: Config, resume: str | None, args: Any) -> None:
 # --- commands ---
 
 
-def training_tuples(config: Config) -> list[EditTuple]:
+def training_tuples(dataset: DatasetConfig) -> list[EditTuple]:
     """The tuples without those that say `split = "validation"`; the host validates nothing, so none is held out beyond them."""
-    return split_tuples(read_tuples(config.dataset), 0)[0]
+    return split_tuples(read_tuples(dataset), 0)[0]
 
 
 def prepare(config: Config, resume: str | None = None) -> tuple[Checkout, argparse.Namespace, int]:
@@ -87,7 +87,7 @@ def prepare(config: Config, resume: str | None = None) -> tuple[Checkout, argpar
     args = musubi_options.arguments(config, host.parser())
     host.family.check(config.musubi)
     share_of_high_noise(config, families.named(config.model.family).boundary)
-    items = musubi_cache.check(Path(args.dataset_config), host.family, training_tuples(config))
+    items = musubi_cache.check(Path(args.dataset_config), host.family, training_tuples(config.dataset))
     _resume_from(config, resume, args)
     return host, args, items
 
@@ -110,7 +110,7 @@ def train(config: Config, resume: str | None = None) -> Path:
 def dry_run(config: Config) -> None:
     """Print what would be trained."""
     host, args, items = prepare(config)
-    tuples = training_tuples(config)
+    tuples = training_tuples(config.dataset)
     print(f"host: {Path(inspect.getfile(host.trainer)).parent}, {host.trainer_class.__name__}")
     print(f"items with latents and texts: {items}, tuples: {len(tuples)}")
     print(f"LoRA: {args.network_module}, rank {args.network_dim}, alpha {args.network_alpha}")
@@ -126,7 +126,7 @@ def cache_texts(config: Config, *, prune: bool = False) -> None:
     if prune:
         raise ValueError("--prune: the host's own caching scripts remove files of items that are gone; leave it out")
     host = open_host(config.model)
-    tuples = training_tuples(config)
+    tuples = training_tuples(config.dataset)
     place = config.musubi.get("dataset_config")
     if not isinstance(place, str) or not Path(place).is_file():
         raise ValueError(f"musubi.dataset_config = {place!r}: no such file; give the host's dataset TOML")

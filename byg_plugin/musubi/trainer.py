@@ -189,7 +189,7 @@ class UnpairedCycleTrainer:
             generator(seed, "noise", position),
             source.device,
             kind=self.byg_objective.plan(step, seed).kind,
-            high=side_of(self.byg_config, self.byg_high_share, step),
+            high=side_of(self.byg_config.train.seed, self.byg_high_share, step),
         )
         if not self._byg_proved:
             self.byg_fields.prove_base(step_batch.noise, step_batch.t, step_batch.src_caption)

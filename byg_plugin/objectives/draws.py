@@ -42,9 +42,9 @@ def share_of_high_noise(config: Config, boundary: float | None) -> float | None:
     return {"high_noise": 1.0, "low_noise": 0.0}.get(config.lora.experts, share)
 
 
-def side_of(config: Config, high_share: float | None, step: int) -> bool | None:
+def side_of(seed: int, high_share: float | None, step: int) -> bool | None:
     """Whether an optimizer step trains the high-noise expert: one toss, the same on every rank; None without experts."""
-    return None if high_share is None else coin(config.train.seed, step, high_share, "expert")
+    return None if high_share is None else coin(seed, step, high_share, "expert")
 
 
 def draw_t(objective: ObjectiveConfig, size: int, rng: torch.Generator, boundary: float | None, high: bool | None) -> Tensor:

@@ -138,7 +138,7 @@ class Trainer:
                 for path in later:
                     logger.warning("--discard-later: %s is now %s", path, set_aside(path))
                 if later:
-                    preview.set_aside_later(self.config, self.step)
+                    preview.set_aside_later(self.config.output, self.step)
         for path in (self._log_path, self._validation_path):
             with naming_a_full_disk(path, self.checkpoints):
                 logs.drop_lines_after(path, self.step)
@@ -266,7 +266,7 @@ class Trainer:
 
     def _side(self, step: int) -> bool | None:
         """Whether an optimizer step trains the high-noise expert: one toss, the same on every rank; None without experts."""
-        return side_of(self.config, self.high_share, step)
+        return side_of(self.config.train.seed, self.high_share, step)
 
     def _trained_by(self, step: int) -> list[tuple[str, str | None]]:
         """(adapter, expert) that an optimizer step trains; the expert is None where there is one LoRA for all."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from byg_plugin.config.sections import Config
+from byg_plugin.config.sections import Config, LoraConfig
 from byg_plugin.objectives import make_objective
 
 GIB = 2**30
@@ -52,7 +52,7 @@ def memory_sum(
             else:
                 rest += parameter.numel()
     lora = sum(prod(shape) for shape in lora_shapes) * 4.0
-    held, trained = lora_copies(config, len(networks))
+    held, trained = lora_copies(config.lora, len(networks))
     # A LoRA's shapes come in pairs, (rank, in) and (out, rank).
     adapted = sum(a[1] * b[0] for a, b in zip(lora_shapes[::2], lora_shapes[1::2], strict=True))
     moments = {"adamw": 2.0, "muon": 1.0, "adamw8bit": 0.5}[config.train.optimizer] * lora * trained
@@ -84,10 +84,10 @@ def memory_sum(
     return parts
 
 
-def lora_copies(config: Config, networks: int) -> tuple[int, int]:
+def lora_copies(lora: LoraConfig, networks: int) -> tuple[int, int]:
     """(LoRAs in memory, those that are trained), each of one expert's size."""
-    held = 1 if config.lora.experts == "shared" else networks
-    return held, 1 if config.lora.other_expert else held
+    held = 1 if lora.experts == "shared" else networks
+    return held, 1 if lora.other_expert else held
 
 
 def _block_tensors(network: nn.Module, width: int) -> tuple[float, float]:

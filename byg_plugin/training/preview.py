@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from byg_plugin import folders, sampling
-from byg_plugin.config.sections import Config
+from byg_plugin.config.sections import Config, OutputConfig
 from byg_plugin.data.clips import write_clip
 from byg_plugin.images import frames_of, save_png, side_by_side, strip
 from byg_plugin.models.base import Family, Text
@@ -28,14 +28,14 @@ logger = get_logger(__name__)
 _NAME = re.compile(r"step-(\d{6,})")
 
 
-def folder(config: Config, step: int) -> Path:
+def folder(output: OutputConfig, step: int) -> Path:
     """Where the previews of a step lie."""
-    return Path(config.output.dir) / "previews" / f"step-{step:06d}"
+    return Path(output.dir) / "previews" / f"step-{step:06d}"
 
 
 def is_whole(config: Config, data: CachedTuples, step: int) -> bool:
     """Whether the previews of a step are all there: an earlier version's folder may lack what a kill has cost."""
-    place = folder(config, step)
+    place = folder(config.output, step)
     wanted = [place / f"{i:03d}{suffix}" for i in range(min(config.sample.items, len(data))) for suffix in _suffixes(data, i)]
     return place.is_dir() and all(path.is_file() for path in wanted)
 
@@ -44,13 +44,13 @@ def _suffixes(data: CachedTuples, index: int) -> tuple[str, ...]:
     return (".png", ".mp4") if len(data.bucket(index)) > 2 else (".png",)
 
 
-def set_aside_later(config: Config, step: int) -> list[Path]:
+def set_aside_later(output: OutputConfig, step: int) -> list[Path]:
     """Rename the previews of steps after `step`; returns their new places.
 
     Raises:
         OSError: one cannot be renamed.
     """
-    numbered = [(path, _NAME.fullmatch(path.name)) for path in sorted(folder(config, 0).parent.glob("step-*"))]
+    numbered = [(path, _NAME.fullmatch(path.name)) for path in sorted(folder(output, 0).parent.glob("step-*"))]
     return [folders.set_aside(path) for path, match in numbered if match and int(match[1]) > step]
 
 
@@ -63,7 +63,7 @@ def write(config: Config, family: Family, host: Host, data: CachedTuples, step: 
     try:
         rendered = _render(config, family, host, data)
         pictures = []
-        with folders.written_whole(folder(config, step), replace=True) as place:
+        with folders.written_whole(folder(config.output, step), replace=True) as place:
             for index, (columns, instruction) in enumerate(rendered):
                 settings = {"step": step, "instruction": instruction, "seed": config.sample.seed + index, "steps": config.sample.steps}
                 is_clip = len(columns[0]) > 1
@@ -94,13 +94,15 @@ def _render(config: Config, family: Family, host: Host, data: CachedTuples) -> l
             edit = partial(sampling.sample_as_configured, config, family, velocity, noise, text, source)
             options = {"steps": sample.steps, "schedule": sample.schedule}
             negatives = [None] if negative is None else [negative, None]
-            edits = [sampling.finite(config, edit(**options, negative=against), "the latents of the edit") for against in negatives]
+            edits = [
+                sampling.finite(config.model.dtype, edit(**options, negative=against), "the latents of the edit") for against in negatives
+            ]
         latents.append(([source, *edits], data.tuples[index].instruction))
     # The VAE comes only now and goes at once: by turns with the activations of the network.
     vae = family.load_vae(host.device)
 
     def frames(x: Tensor) -> list[Image.Image]:
-        return frames_of(sampling.finite(config, family.decode_latents(vae, x), "the decoded pixels")[0])
+        return frames_of(sampling.finite(config.model.dtype, family.decode_latents(vae, x), "the decoded pixels")[0])
 
     return [([frames(x) for x in columns], instruction) for columns, instruction in latents]
 

@@ -30,12 +30,12 @@ def test_entries_are_the_family_s_encodings_of_the_cropped_pictures(tmp_path: Pa
     for item in read_tuples(config.dataset):
         wanted = Keys(config, FakeFamily()).source(item)
         pixels = to_tensor(crop_to_bucket(load_image(item.source), wanted.bucket))
-        latents = latent_store(config).read(wanted.key)["latents"]
+        latents = latent_store(config.dataset).read(wanted.key)["latents"]
         assert latents.dtype == torch.float32 and latents.shape == (3, 1, wanted.bucket[1] // 8, wanted.bucket[0] // 8)
         assert torch.equal(latents, FakeFamily().encode_pixels(torch.nn.Identity(), pixels[None, :, None])[0])
         for role in ROLES:
             text = getattr(item, role)
-            encoding = text_store(config).read(Keys(config, FakeFamily()).text(text))["t5"]
+            encoding = text_store(config.dataset).read(Keys(config, FakeFamily()).text(text))["t5"]
             assert encoding.dtype == torch.bfloat16 and torch.equal(encoding[0].float(), hashed(text))
 
 

@@ -245,7 +245,7 @@ def test_an_entry_s_numbers_are_looked_at_once(tmp_path: Path, monkeypatch: pyte
     run(config)
     looked: list[Any] = []
     monkeypatch.setattr(cache, "refuse_not_finite", lambda tensors, where, remedy: looked.append(where))
-    store, key = latent_store(config), min((tmp_path / "cache" / "latents").iterdir()).stem
+    store, key = latent_store(config.dataset), min((tmp_path / "cache" / "latents").iterdir()).stem
     for _ in range(3):
         store.read(key)
     assert len(looked) == 1
@@ -293,7 +293,7 @@ def test_lost_files_of_other_types_are_forgotten(tmp_path: Path, text: str) -> N
     (tmp_path / "0.png").write_bytes(b"no image")
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "lost.json").write_bytes(text.encode("latin-1"))
-    assert cache.read_lost(config) == {}
+    assert cache.read_lost(config.dataset) == {}
     assert len(cache_latents(config, FakeFamily(), read_tuples(config.dataset), CPU).lost) == 1
 
 

@@ -189,7 +189,7 @@ def test_another_vae_of_the_same_shape_is_another_model(tmp_path: Path) -> None:
     cache_latents(other, make_family(other), read_tuples(other.dataset), CPU)
     assert len(CachedTuples(other, make_family(other))) == 1 and before.items() <= entries(config).items()
     keys = [Keys(c, make_family(c)).source(read_tuples(c.dataset)[0]).key for c in (config, other)]
-    assert keys[0] != keys[1] and latent_store(config).has(keys[0])
+    assert keys[0] != keys[1] and latent_store(config.dataset).has(keys[0])
 
 
 def test_a_bad_tuple_stops_before_anything_is_loaded(tmp_path: Path) -> None:

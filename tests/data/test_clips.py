@@ -269,9 +269,9 @@ def test_a_clip_that_breaks_while_it_is_decoded_is_remembered_until_it_is_mended
     monkeypatch.setattr(clips, "read_clip", breaking)
     data = cached(config, family)
     assert [item.source.name for item in data.tuples] == ["short.mp4", "still.png"]
-    assert len(cache.read_lost(config)) == 1
+    assert len(cache.read_lost(config.dataset)) == 1
     monkeypatch.setattr(clips, "read_clip", read)
-    assert len(cached(config, family).tuples) == 3 and cache.read_lost(config) == {}
+    assert len(cached(config, family).tuples) == 3 and cache.read_lost(config.dataset) == {}
 
 
 def test_shorter_clips_are_taken_where_min_frames_allows_it(tmp_path: Path):

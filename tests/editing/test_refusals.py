@@ -121,7 +121,7 @@ def test_a_preview_that_is_no_number_is_told_and_not_written(
 def test_overflow_of_float16_is_named(lora: Path):
     pipe = pipeline(lora, dtype="float16")
     with pytest.raises(FloatingPointError, match='the latents .*model.dtype = "float16" overflows beyond 65504: use bfloat16'):
-        sampling.finite(pipe.config, torch.tensor([1.0, float("inf")]), "the latents of the edit")
+        sampling.finite(pipe.config.model.dtype, torch.tensor([1.0, float("inf")]), "the latents of the edit")
 
 
 @pytest.mark.parametrize("key", ["lora_A.weight", "lora_B.weight"])

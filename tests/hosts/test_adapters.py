@@ -53,7 +53,7 @@ def test_rank_and_targets_make_the_parameters(tmp_path: Path):
         for block in range(2)
         for side, shape in (("A", (3, width)), ("B", (width, 3)))
     }
-    assert sorted(lora_shapes(tiny_flux(), config, host.family)) == sorted(tuple(p.shape) for p in host.parameters.values())
+    assert sorted(lora_shapes(tiny_flux(), config.lora, host.family)) == sorted(tuple(p.shape) for p in host.parameters.values())
     fresh = [p for n, p in host.parameters.items() if "lora_B" in n]
     assert all((p == 0).all() for p in fresh), "a fresh LoRA starts at the base"
 

@@ -86,7 +86,7 @@ def test_lora_of_a_full_size_expert(tmp_path: Path):
     config = wan_config(tmp_path, lora={"rank": 64})
     with torch.device("meta"):
         network = WanTransformer3DModel.from_config(wan_files.shipped_config("transformer"))
-    shapes = lora_shapes(network, config, make_family(config))
+    shapes = lora_shapes(network, config.lora, make_family(config))
     assert len(shapes) == 2 * 400 and sum(rows * columns for rows, columns in shapes) == 306_708_480
 
 

@@ -253,7 +253,7 @@ def test_the_cache_step_adds_roles_to_the_hosts_items(tmp_path: Path, family: st
     monkeypatch.setattr(musubi, "encode_texts", encode)
     musubi.cache_texts(config)
     assert len(asked) == 12 and "3 items' texts cached, 0 were current" in capsys.readouterr().out
-    assert musubi_cache.check(tmp_path / "dataset.toml", musubi_family(family), musubi.training_tuples(config)) == 3
+    assert musubi_cache.check(tmp_path / "dataset.toml", musubi_family(family), musubi.training_tuples(config.dataset)) == 3
 
     # The host's own caching, before or after, and ours leave each other's tensors.
     from musubi_tuner.dataset import cache_io

@@ -285,9 +285,9 @@ def test_clips_are_not_edited_with_the_diffusers_that_the_host_pins(folder: Path
     from byg_plugin.config import extras
 
     monkeypatch.setattr(extras, "version", lambda package: "0.32.1")
-    extras.require_model_extras(host_config(folder, "flux"))
+    extras.require_model_extras(host_config(folder, "flux").model)
     with pytest.raises(ValueError, match="needs diffusers 0.35 or later, and this is 0.32.1"):
-        extras.require_model_extras(host_config(folder, T2V))
+        extras.require_model_extras(host_config(folder, T2V).model)
 
 
 @pytest.mark.parametrize("variable", ["ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"])
@@ -328,7 +328,7 @@ def test_held_out_tuples_are_not_trained_on(folder: Path):
         texts = {"src_caption": "a red car", "tgt_caption": "a blue car", "instruction": "make the car blue"}
         lines.append(json.dumps({"source": f"{name}.png", **texts, "reverse_instruction": "make the car red", **more}))
     (folder / "tuples.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    assert [item.source.stem for item in musubi.training_tuples(host_config(folder, T2V))] == ["a"]
+    assert [item.source.stem for item in musubi.training_tuples(host_config(folder, T2V).dataset)] == ["a"]
 
 
 def test_a_latent_cache_is_the_hosts(folder: Path):

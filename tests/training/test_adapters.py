@@ -127,7 +127,7 @@ class TwoSets(DiffusersHost):
 def alternating(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(UnpairedCycleConfig, "implementation", f"{__name__}:Alternating")
     monkeypatch.setattr(loop, "make_host", TwoSets)
-    shapes = lambda config, family, adapters: {EDIT: lora_layout(config, family), "critic": {CRITIC: (2, 3)}}  # noqa: E731
+    shapes = lambda config, family, adapters: {EDIT: lora_layout(config.lora, family), "critic": {CRITIC: (2, 3)}}  # noqa: E731
     monkeypatch.setattr(resume, "adapter_shapes", shapes)
 
 

@@ -218,9 +218,9 @@ def test_discarding_takes_previews_and_logs_along(tmp_path: Path):
         assert [line["step"] for line in curve(tmp_path / "out")] == [1, 2]
         assert [line["step"] for line in curve(tmp_path / "out", "validation.jsonl")] == [2]
         assert [path.name for path in checkpoint.checkpoints(first.parent)] == ["step-000002"]
-        assert not preview.folder(config, 4).exists() and preview.folder(config, 2).exists()
+        assert not preview.folder(config.output, 4).exists() and preview.folder(config.output, 2).exists()
         assert (first.parent / f"discarded-step-000004{number}/state.json").is_file()
-        assert preview.folder(config, 4).with_name(f"discarded-step-000004{number}").is_dir()
+        assert preview.folder(config.output, 4).with_name(f"discarded-step-000004{number}").is_dir()
         trainer.run()
         assert [curve(tmp_path / "out", name) for name in ("log.jsonl", "validation.jsonl")] == logs
         assert preview.is_whole(config, trainer.data, 4)
@@ -286,8 +286,8 @@ def test_the_layout_of_two_experts_is_the_host_s(tmp_path: Path, lora: dict[str,
     family.load_transformers = lambda dtype: ((name, tiny_wan().requires_grad_(False)) for name in family.experts)
     family.meta_transformers = lambda: {name: tiny_wan() for name in family.experts}
     host = DiffusersHost(config, family, torch.device("cpu"))
-    assert lora_layout(config, family) == {name: tuple(p.shape) for name, p in host.parameters.items()}
-    assert list(lora_layout(config, family)) == list(host.parameters)
+    assert lora_layout(config.lora, family) == {name: tuple(p.shape) for name, p in host.parameters.items()}
+    assert list(lora_layout(config.lora, family)) == list(host.parameters)
 
 
 def two_experts(steps: dict[str, int | None], step: int) -> str | None:

@@ -37,10 +37,10 @@ def test_the_optimizer_uses_the_schedule(tmp_path: Path):
 
 def test_muon_needs_a_torch_that_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     config = run_config(tmp_path / "out", train={"optimizer": "muon"})
-    extras.require_training_extras(config)
+    extras.require_training_extras(config.train)
     monkeypatch.delattr(torch.optim, "Muon")
     with pytest.raises(ValueError, match=r'train.optimizer = "muon" needs torch 2.9.*set train.optimizer = "adamw"'):
-        extras.require_training_extras(config)
+        extras.require_training_extras(config.train)
 
 
 def test_muon_s_first_update_is_as_long_as_adamw_s_would_be(tmp_path: Path):

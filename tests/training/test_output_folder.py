@@ -211,7 +211,7 @@ def test_a_preview_that_a_kill_cut_off_is_made(tmp_path: Path, left: str):
     """The first two are what an earlier version leaves behind."""
     config = run_config(tmp_path / "out", **PREVIEWED)
     make_trainer(config).run()
-    place = preview.folder(config, 2)
+    place = preview.folder(config.output, 2)
     wanted = {path.name: path.read_bytes() for path in place.iterdir()}
     if left == "partial_folder":
         place.rename(place.with_name(f".partial-{place.name}-1"))
@@ -249,10 +249,10 @@ def test_a_kill_while_a_preview_is_written_leaves_no_folder_of_its_name(tmp_path
         make_trainer(config).run()
 
     assert in_child(work) == -signal.SIGKILL
-    assert not preview.folder(config, 2).exists()
+    assert not preview.folder(config.output, 2).exists()
     make_trainer(config, "latest").run()
-    assert sorted(path.name for path in preview.folder(config, 2).iterdir()) == ["000.png", "001.png"]
-    assert sorted(path.name for path in preview.folder(config, 2).parent.iterdir()) == ["step-000000", "step-000002"]
+    assert sorted(path.name for path in preview.folder(config.output, 2).iterdir()) == ["000.png", "001.png"]
+    assert sorted(path.name for path in preview.folder(config.output, 2).parent.iterdir()) == ["step-000000", "step-000002"]
 
 
 # --- a full disk ---

@@ -32,7 +32,7 @@ def test_previews_have_fixed_seeds_and_the_asked_weights(tmp_path: Path):
         config = run_config(tmp_path / "out", sample={"items": 2, "steps": 2} | sample)
         torch.manual_seed(step)  # the run's own random state must not matter
         preview.write(config, trainer.family, trainer.host, trainer.data, step, trainer.accelerator)
-        return [np.asarray(Image.open(path)) for path in sorted(preview.folder(config, step).glob("*.png"))]
+        return [np.asarray(Image.open(path)) for path in sorted(preview.folder(config.output, step).glob("*.png"))]
 
     trainer = make_trainer(run_config(tmp_path / "out"))
     wake(trainer.host)
