@@ -9,10 +9,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from byg_plugin import layout
 from byg_plugin.config.extras import require_training_extras
 from byg_plugin.config.loading import load_config
 from byg_plugin.config.sections import Config
@@ -35,7 +35,7 @@ def settings(out: Path, recipe: str, base: Path, overrides: Sequence[str]) -> tu
     Raises:
         ValueError: an override is wrong.
     """
-    config = _configs(recipe) / recipe
+    config = layout.folder("configs") / recipe
     places = {
         "model.path": base,
         "dataset.tuples": out / "train" / "tuples.jsonl",
@@ -128,12 +128,6 @@ def _refuse_other_settings(trained: Path, resolved: Config, out: Path) -> None:
     """What was trained with other settings must not be shown as the result of these."""
     if trained.exists() and json.loads(trained.read_text(encoding="utf-8")) != json.loads(resolved.to_json()):
         raise ValueError(f"--out {out} was trained with other settings: delete it, or choose another folder")
-
-
-def _configs(recipe: str) -> Path:
-    """The recipes: beside the package in a clone, inside it once installed."""
-    beside = Path(__file__).resolve().parents[2] / "configs"
-    return beside if (beside / recipe).is_file() else Path(str(resources.files("byg_plugin.configs")))
 
 
 def parse(program: str, about: str, out: str) -> argparse.Namespace:
