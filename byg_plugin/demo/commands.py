@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from byg_plugin import layout
+from byg_plugin import _cli, layout
 from byg_plugin.config.extras import require_training_extras
 from byg_plugin.config.loading import load_config
 from byg_plugin.config.sections import Config
@@ -130,9 +130,22 @@ def _refuse_other_settings(trained: Path, resolved: Config, out: Path) -> None:
         raise ValueError(f"--out {out} was trained with other settings: delete it, or choose another folder")
 
 
-def parse(program: str, about: str, out: str) -> argparse.Namespace:
-    """The command line of a demo: `out` and `set`."""
+def parse(program: str, about: str, out: str, base: Path) -> argparse.Namespace:
+    """The command line of a demo: `out`, `base` and `set`; `base` is the folder of the one that ships with a clone.
+
+    Raises:
+        ValueError: there is no base.
+    """
     parser = argparse.ArgumentParser(prog=program, description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(out), help="folder of everything that is made")
+    parser.add_argument(
+        "--base", type=_cli.given_path, default=base, metavar="DIR", help="diffusers folder of the base; default: the clone's"
+    )
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override the configuration; repeatable")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if not (args.base / "model_index.json").is_file():
+        raise ValueError(
+            f"--base {args.base}: no base there. Its weights ship in a clone and in the sdist, not in the wheel: run the demo there, "
+            f"or name their byg_plugin/demo/{base.name} with --base"
+        )
+    return args
