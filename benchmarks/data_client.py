@@ -79,9 +79,8 @@ def measure(suffix: str, images: int, in_flight: int) -> dict[str, Any]:
         work = Path(name)
         write_images(work / "images", images, suffix)
         (work / "plan.json").write_text(json.dumps({"mode": "good"}))
-        stub = subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / "stub_server.py"), str(work / "plan.json")], stdout=subprocess.PIPE, text=True
-        )
+        command = [sys.executable, "-m", "tests.support.stub_server", str(work / "plan.json")]
+        stub = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
         try:
             assert stub.stdout
             url = f"http://127.0.0.1:{int(stub.stdout.readline())}/v1"

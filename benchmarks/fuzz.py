@@ -240,8 +240,8 @@ def _read_lora(folder: Path, path: Path) -> None:
 
 def _tiny() -> Any:
     """The tests' tiny models of the real classes."""
-    sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
-    import tiny
+    sys.path.append(str(Path(__file__).resolve().parents[1]))
+    from tests.support import tiny
 
     return tiny
 

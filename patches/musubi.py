@@ -19,7 +19,7 @@ def imports_without_cuda() -> Iterator[None]:
 
     Its Wan text encoder asks for the current CUDA device in the default of an argument, so on import. While the host is
     imported, that answers 0; afterwards it fails again as it should. Unnecessary once
-    `tests/test_musubi.py::test_patch_of_imports_is_needed` fails.
+    `tests/musubi/test_versions.py::test_patch_of_imports_is_needed` fails.
     """
     if not needs_device_index():
         yield

@@ -17,9 +17,9 @@ os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
 
 import pytest
 import torch
-from toy_fields import ToyFields, toy_batch
 
 from byg_plugin.objectives.base import Batch
+from tests.support.toy_fields import ToyFields, toy_batch
 
 torch.set_num_threads(int(os.environ.get("BYG_TEST_THREADS", "1")))
 # A script's background jobs are started with Ctrl-C ignored, and would hand that down to the commands that tests interrupt.

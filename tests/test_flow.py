@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from toy_fields import numbers
 
 from byg_plugin import flow
+from tests.support.toy_fields import numbers
 
 SHAPE = (4, 3, 1, 2, 5)
 

@@ -5,17 +5,15 @@ from __future__ import annotations
 import io
 import re
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import model_folder
 
 from byg_plugin import progress
 from byg_plugin.models.files import from_folder
 from byg_plugin.progress import Progress
-
-ROOT = Path(__file__).parents[1]
+from tests.support import ROOT
+from tests.support.tiny import model_folder
 
 
 class Terminal(io.StringIO):

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_fakes import picture, record
-from data_fakes import write_tuples as write_lines
 from safetensors.torch import save_file
 
 from byg_plugin.data.import_kontext import import_kontext
@@ -18,6 +16,8 @@ from byg_plugin.data.tuples import read_tuples_file
 from byg_plugin.edit import jobs_of
 from byg_plugin.models.files import _weight_files
 from dataset_tools.inputs import HIDDEN, files_below, passed_over
+from tests.support.data_fakes import picture, record
+from tests.support.data_fakes import write_tuples as write_lines
 
 SIDECAR = b"\0\x05\x16\x07\0\x02\0\0Mac OS X        " + bytes(32)
 

@@ -8,7 +8,7 @@
   colour name changed and those that had to change. (Asked for here, not for "preserved": joint success is the same.)
 
 Since these rules were fixed, recolouring and the other edits of what is there score as they did, pinned by golden values
-in tests/test_demo_metrics.py; adding came with all six edit types, and what reads the base's samples (`follows_caption`)
+in tests/demo/test_metrics.py; adding came with all six edit types, and what reads the base's samples (`follows_caption`)
 followed the world, all before the first reported run.
 
 Pixels on the edge of two regions are counted nowhere. The pebble's survival is reported and not required.

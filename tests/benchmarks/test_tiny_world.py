@@ -1,0 +1,136 @@
+"""The tiny-world study: its rows, stages and options."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks import demo_musubi
+from benchmarks import tiny_world as study
+from benchmarks import tiny_world_run as runs
+from byg_plugin.config.loading import load_config
+from byg_plugin.demo import world
+from tests.support import ROOT
+from tests.support.tiny_world_study import small
+
+pytestmark = pytest.mark.usefixtures("little_data")
+
+
+@pytest.fixture
+def whole(tmp_path) -> study.Study:
+    return study.Study(study.parse(["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]))
+
+
+def differences(whole: study.Study, name: str) -> dict[str, object]:
+    one, other = (runs.settings(whole.plan(run, 0)) for run in ("full", name))
+    return {f"{s}.{k}": v for s, values in other.items() for k, v in values.items() if one[s][k] != v}
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("no_routing", {"objective.routing": False}),
+        ("no_cycle", {"objective.cycle": False}),
+        ("no_directional", {"objective.directional": False}),
+        ("no_bootstrap", {"objective.bootstrap": False}),
+        ("no_prior", {"objective.prior": False}),
+        ("no_identity", {"objective.identity_probability": 0.0}),
+        ("paired_steps", {"objective.name": "paired"}),
+        ("six_full", {}),
+        ("six_paired_steps", {"objective.name": "paired"}),
+    ],
+)
+def test_a_row_changes_what_its_name_says_and_nothing_else(whole, name, changed):
+    assert differences(whole, name) == changed
+
+
+def test_every_row_has_a_valid_configuration_in_every_stage(tmp_path):
+    for stage in study.STAGES:
+        each = study.Study(study.parse(["--stage", stage, "--out", str(tmp_path)]))
+        for name, seed in each.tasks():
+            if not study.RUNS[name].as_long_as:
+                plan = each.plan(name, seed)
+                assert plan.config.train.seed == seed == plan.seed
+                assert plan.config.train.steps > plan.config.objective.identity_warmup_steps > 0
+
+
+@pytest.mark.parametrize("name", ["full", "no_cycle", "paired_steps", "six_full"])
+def test_the_committed_rows_have_the_settings_that_the_study_has_now(whole, name):
+    """Or the documents' figures are of another recipe: make the study again (`--list` names what is stale)."""
+    for seed in (0, 1, 2):
+        record = runs.read_json(ROOT / f"benchmarks/results/tiny_world/report/{name}-{seed}.json")
+        assert [found for found in runs.changes(record, whole.plan(name, seed)) if found != "another data"] == []  # `little_data`
+
+
+def test_the_demo_inside_musubi_tuner_has_the_objective_of_its_committed_figures(tmp_path):
+    places = [f'{key}="{tmp_path.as_posix()}"' for key in ("dataset.tuples", "dataset.cache_dir", "output.dir")]
+    demo = load_config(ROOT / "configs/demo.toml", places)
+    now = demo_musubi.recipe(demo, tmp_path, None).objective.model_dump(mode="json")
+    assert now == runs.read_json(demo_musubi.RESULT)["objective"]
+
+
+def test_stages_and_the_demo_share_no_pictures():
+    seen: set[world.Scene] = set()
+    for stage in study.STAGES.values():
+        types = study.WORLDS["recolour"]
+        train = world.sample_split(512, stage.data_seed, "train", types)
+        evaluation = runs.eval_edits(192, stage.data_seed, stage.split, types)
+        scenes = {edit.before for edit in (*train, *evaluation)}
+        assert len(scenes) == 704 and not scenes & seen
+        seen |= scenes
+    assert not seen & {edit.before for split in ("train", "eval") for edit in world.sample_split(512, 0, split)}
+
+
+def test_any_first_few_edits_are_balanced():
+    edits = runs.eval_edits(66, 0, "x", study.WORLDS["six"])
+    assert len(edits) == 66 == len({edit.id for edit in edits})
+    for few in (6, 30, 66):
+        kinds = [edit.edit_type for edit in edits[:few]]
+        assert {kinds.count(kind) for kind in study.WORLDS["six"]} == {few // 6}
+
+
+def test_equal_time_is_the_full_methods_cpu_seconds_at_the_baselines_pace(whole):
+    assert whole.lacks("paired_time", 1) == ["full", "paired_steps"]
+    runs.write_json(whole.result("full", 1), {"cpu_seconds": 500.0})
+    runs.write_json(whole.result("paired_steps", 1), {"seconds_per_step": 0.07})
+    assert not whole.lacks("paired_time", 1)
+    assert whole.plan("paired_time", 1).config.train.steps == 7143
+
+
+def test_equal_time_on_all_edit_types_is_that_of_the_full_method_on_them(whole):
+    runs.write_json(whole.result("six_full", 0), {"cpu_seconds": 600.0})
+    runs.write_json(whole.result("six_paired_steps", 0), {"seconds_per_step": 0.2})
+    plan = whole.plan("six_paired_time", 0)
+    assert plan.config.train.steps == 3000 and plan.train_recipe["with_targets"]
+    assert plan.eval_edits == whole.plan("six_full", 0).eval_edits
+
+
+def test_only_the_baseline_has_targets(whole):
+    for name in ("full", "paired_steps"):
+        plan = whole.plan(name, 0)
+        assert plan.train_recipe["with_targets"] == (name == "paired_steps")
+    assert whole.plan("full", 0).config.dataset.tuples != whole.plan("paired_steps", 0).config.dataset.tuples
+    assert whole.plan("full", 0).train_edits == whole.plan("paired_steps", 0).train_edits
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--only", "fool"], "no such run"),
+        (["--seeds", "0,x"], "whole numbers"),
+        (["--steps", "0.1"], "give another --out"),
+        (["--set", "train.lr=1e-3"], "belong together"),
+        (["--try", "a/b", "--set", "train.lr=1e-3"], "letters, digits"),
+        (["--try", "a", "--set", "train.lr=1e-3", "--only", "paired_time"], "given number of steps"),
+        (["--base", "nowhere"], "no such file or folder"),
+    ],
+)
+def test_options_that_cannot_be_honoured_are_refused(words, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        study.parse(words)
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_curve_points_lie_between_the_warmup_and_the_end(tmp_path):
+    plan = small(tmp_path).plan("full", 0)
+    assert runs.curve_steps(plan.config) == [6, 8, 10, 12, 14, 16, 18, 20]
+    assert runs.curve_steps(small(tmp_path).plan("paired_steps", 0).config) == [3, 6, 9, 11, 14, 17, 20]

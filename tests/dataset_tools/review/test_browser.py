@@ -1,0 +1,358 @@
+"""The review page in a real browser that drives it.
+
+Needs Chromium: on the PATH, or at CHROMIUM, or installed with `playwright install chromium`. Without one these tests are
+skipped; with BYG_REQUIRE_BROWSER=1, as CI sets it, they fail.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NoReturn
+
+import pytest
+from PIL import Image
+from playwright.sync_api import Browser, Page, Playwright, expect, sync_playwright
+
+from byg_plugin.data.clips import write_clip
+from byg_plugin.data.tuples import TEXTS
+from tests.support.review_server import PATIENCE, Server, on_disk, record, statuses, write_tuples
+
+MARKUP = '<img src=x onerror="window.broken = true"><b>bold</b> & </textarea><script>window.broken = true</script>'
+
+
+def browser_path(playwright: Playwright) -> str | None:
+    """The Chromium that is there: one that is named, one on the PATH, or the one that playwright has installed."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    found = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
+    own = playwright.chromium.executable_path
+    return found or (own if Path(own).is_file() else None)
+
+
+def without_browser(reason: str) -> NoReturn:
+    """Skip, or fail where a browser must be there."""
+    if os.environ.get("BYG_REQUIRE_BROWSER"):
+        pytest.fail(f"BYG_REQUIRE_BROWSER is set and there is {reason}")
+    pytest.skip(f"the review page is not tested: {reason}")
+
+
+def test_without_a_browser_its_tests_skip_and_where_it_must_be_there_they_fail(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    for name in ("CHROMIUM", "BYG_REQUIRE_BROWSER"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    playwright = SimpleNamespace(chromium=SimpleNamespace(executable_path=str(tmp_path / "chrome")))
+    assert browser_path(playwright) is None
+    with pytest.raises(pytest.skip.Exception, match="no Chromium"):
+        without_browser("no Chromium")
+    monkeypatch.setenv("BYG_REQUIRE_BROWSER", "1")
+    with pytest.raises(pytest.fail.Exception, match="no Chromium"):
+        without_browser("no Chromium")
+    (tmp_path / "chrome").touch()
+    assert browser_path(playwright) == str(tmp_path / "chrome")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        found = browser_path(playwright)
+        if found is None:
+            without_browser("no Chromium on the PATH, at CHROMIUM or from `playwright install chromium`")
+        launched = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"], timeout=PATIENCE * 1000)
+        expect.set_options(timeout=PATIENCE * 1000)
+        yield launched
+        launched.close()
+
+
+class Window:
+    """A page of the review, what it complained of and what it asked for."""
+
+    def __init__(self, browser: Browser, url: str) -> None:
+        self.complaints: list[str] = []
+        self.asked: list[str] = []
+        self.page: Page = browser.new_page(viewport={"width": 1280, "height": 800})
+        self.page.set_default_timeout(PATIENCE * 1000)
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on("console", lambda message: message.type == "error" and self.complaints.append(message.text))
+        self.page.on("request", lambda request: self.asked.append(request.url))
+        self.page.goto(url)
+        self.at_line()
+
+    def at_line(self, line: int | None = None) -> None:
+        """Wait until a tuple, or that of this line, is shown."""
+        expect(self.page.locator("#facts")).to_contain_text(re.compile(rf"line {line or ''}"))
+
+    def field(self, name: str):
+        return self.page.locator(f"#fields textarea[name={name}]")
+
+    def saved(self) -> None:
+        expect(self.page.locator("#saved")).to_have_text("Saved")
+
+    def press(self, *keys: str) -> None:
+        for key in keys:
+            self.page.keyboard.press(key)
+
+    def count(self, status: str, number: int) -> None:
+        expect(self.page.locator(f"#statuses button[data-status={status}] b")).to_have_text(str(number))
+
+
+@pytest.fixture
+def look(browser: Browser) -> Iterator[Callable[[Server], Window]]:
+    windows: list[Window] = []
+
+    def start(server: Server) -> Window:
+        windows.append(Window(browser, server.url))
+        return windows[-1]
+
+    yield start
+    for window in windows:
+        if not window.page.is_closed():
+            window.page.close()
+
+
+def test_keep_edit_discard_by_keys_then_reload(tuples: Path, serve: Callable[..., Server], look: Callable[[Server], Window]):
+    window = look(serve(tuples))
+    assert window.page.locator("#media img").evaluate("image => image.decode().then(() => image.naturalWidth)") == 64
+    window.press("k")
+    window.at_line(2)
+    window.press("d")
+    window.at_line(3)
+    window.press("f", "Control+a")
+    window.page.keyboard.type("kd fsou: keys are letters here")
+    window.press("Control+Enter")
+    window.at_line(4)
+    window.saved()
+    assert statuses(tuples) == ["kept", "discarded", "fixed", "open"]
+    assert on_disk(tuples)[2].texts["instruction"] == "kd fsou: keys are letters here"
+    window.page.reload()
+    window.at_line(4)
+    for status, number in {"all": 4, "open": 1, "kept": 1, "fixed": 1, "discarded": 1}.items():
+        window.count(status, number)
+    window.press("ArrowLeft")
+    window.at_line(3)
+    expect(window.field("instruction")).to_have_value("kd fsou: keys are letters here")
+    expect(window.page.locator(".field.instruction .was")).to_have_text("was: instruction of 2")
+    window.press("r")
+    expect(window.page.locator("#facts .badge")).to_have_text("kept")
+    window.press("o")
+    expect(window.page.locator("#facts .badge")).to_have_text("open")
+    window.saved()
+    assert on_disk(tuples)[2].texts["instruction"] == "instruction of 2"
+    assert statuses(tuples)[2] == "open"
+    assert window.complaints == []
+    assert {url.split("/")[2] for url in window.asked} == {window.page.url.split("/")[2]}
+
+
+def test_buttons_do_what_keys_do_and_undo_goes_back(tuples: Path, serve: Callable[..., Server], look: Callable[[Server], Window]):
+    window = look(serve(tuples))
+    window.page.click("#discard")
+    window.at_line(2)
+    window.page.click("#keep")
+    window.at_line(3)
+    window.page.click("#undo")
+    window.at_line(2)
+    window.page.click("#undo")
+    window.at_line(1)
+    window.count("open", 4)
+    window.page.click("#fix")
+    expect(window.field("instruction")).to_be_focused()
+    window.field("src_caption").fill("")
+    window.page.click("#keep")
+    expect(window.page.locator("#notice")).to_contain_text("Empty: Source caption")
+    window.saved()
+    assert statuses(tuples)[0] == "open"
+
+
+def test_a_killed_server_loses_nothing_and_the_page_goes_on(tuples: Path, serve: Callable[..., Server], look: Callable[[Server], Window]):
+    server = serve(tuples)
+    window = look(server)
+    window.press("k")
+    window.at_line(2)
+    window.field("tgt_caption").fill("typed and not decided")
+    window.saved()
+    server.kill()
+    assert statuses(tuples) == ["kept", "open", "open", "open"]
+    assert on_disk(tuples)[1].texts["tgt_caption"] == "typed and not decided"
+    window.field("tgt_caption").fill("typed while it was dead")
+    window.press("Escape", "d")  # the next tuple cannot be read, this one's decision waits in the page
+    expect(window.page.locator("#saved")).to_contain_text("Not saved (1)")
+    server.start()
+    window.saved()
+    window.at_line(3)
+    assert on_disk(tuples)[1].texts["tgt_caption"] == "typed while it was dead"
+    assert statuses(tuples) == ["kept", "discarded", "open", "open"]
+    server.kill()
+    server.start()
+    resumed = look(server)
+    resumed.at_line(3)  # the first that is open
+    resumed.count("discarded", 1)
+
+
+def test_kills_while_decisions_are_made_leave_those_that_the_page_called_saved(
+    tmp_path: Path, serve: Callable[..., Server], look: Callable[[Server], Window]
+):
+    tuples = write_tuples(tmp_path, [record(number) for number in range(12)])
+    server = serve(tuples)
+    window = look(server)
+    for number in range(12):
+        window.at_line(number + 1)
+        window.press("k" if number % 3 else "d")
+        if number % 4 == 3:
+            server.kill()  # with this decision before, in or after its write
+            server.start()
+    window.saved()
+    assert statuses(tuples) == ["kept" if number % 3 else "discarded" for number in range(12)]
+    assert len({item.key for item in on_disk(tuples)}) == 12
+
+
+def test_closing_right_after_a_key_loses_nothing(tuples: Path, serve: Callable[..., Server], look: Callable[[Server], Window]):
+    server = serve(tuples)
+    for number in range(8):
+        window = look(server)
+        window.press("f", "Control+a")
+        window.page.keyboard.type(f"text {number}")
+        window.page.close()
+        until(lambda number=number: on_disk(tuples)[0].texts["instruction"] == f"text {number}")
+    window = look(server)
+    window.press("k")
+    window.page.close()
+    until(lambda: statuses(tuples)[0] == "fixed")
+
+
+def until(true: Callable[[], bool], seconds: float = PATIENCE) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "did not come to pass"
+        time.sleep(0.05)
+
+
+def test_markup_in_texts_names_and_types_is_text(tmp_path: Path, serve: Callable[..., Server], look: Callable[[Server], Window]):
+    evil = {
+        "src_caption": MARKUP,
+        "tgt_caption": MARKUP,
+        "instruction": MARKUP,
+        "reverse_instruction": MARKUP,
+        "edit_type": MARKUP,
+        "id": MARKUP,
+    }
+    tuples = write_tuples(tmp_path, [record(0, **evil), record(1, MARKUP + ".png", **{**evil, "id": "b"}), record(2)])
+    tuples = tuples.rename(tmp_path / "<b>bold<b>.jsonl")
+    window = look(serve(tuples))
+    for _ in range(2):
+        for name in TEXTS:
+            expect(window.field(name)).to_have_value(MARKUP)
+        window.press("s")
+        expect(window.page.locator(".neighbour dd").first).to_be_visible()
+        if window.page.url.endswith("side=1"):
+            window.press("f", "Control+a")
+            window.page.keyboard.type("x")
+            expect(window.page.locator(".field.instruction .was")).to_have_text(f"was: {MARKUP}")
+            window.page.reload()
+            window.at_line(1)
+            window.press("r")
+            window.press("ArrowRight")
+            window.at_line(2)
+            break
+    expect(window.page.locator("#previous dd").first).to_have_text(MARKUP)
+    expect(window.page.locator("#facts")).to_contain_text("<b>bold</b>")
+    expect(window.page.locator("#media .problem")).to_have_text("source: no such file")
+    expect(window.page.locator("#media figcaption")).to_have_text(MARKUP + ".png")
+    assert window.page.locator("b:not(#statuses b), main script, img[src=x]").count() == 0
+    assert window.page.evaluate("window.broken") is None
+    assert window.complaints == []
+
+
+def test_filters_by_status_and_type_with_counts(tuples: Path, serve: Callable[..., Server], look: Callable[[Server], Window]):
+    window = look(serve(tuples))  # add, remove, add, remove
+    assert window.page.locator("#type option").all_text_contents() == ["all (4)", "add (2)", "remove (2)"]
+    window.page.select_option("#type", "remove")
+    window.at_line(2)
+    window.count("all", 2)
+    window.press("k")
+    window.at_line(4)
+    window.page.click("#statuses button[data-status=open]")
+    expect(window.page.locator("#position")).to_have_text("1 of 1")
+    window.page.select_option("#type", "all")
+    expect(window.page.locator("#position")).to_have_text("3 of 3")
+    window.press("d")  # it leaves the filter, and the page wraps to the first that is in it
+    window.at_line(1)
+    window.page.click("#statuses button[data-status=kept]")
+    window.at_line(2)
+    window.page.reload()
+    window.at_line(2)
+    expect(window.page.locator("#statuses button[data-status=kept]")).to_have_attribute("aria-pressed", "true")
+    window.page.click("#statuses button[data-status=fixed]")
+    expect(window.page.locator("#nothing")).to_be_visible()
+    window.press("k", "d", "r", "o", "f")  # of nothing
+    window.page.click("#statuses button[data-status=all]")
+    window.at_line()
+    window.saved()
+    assert statuses(tuples) == ["open", "kept", "open", "discarded"]
+    assert window.complaints == []
+
+
+def test_neighbours_stand_beside_the_tuple_and_are_a_click_away(
+    tuples: Path, serve: Callable[..., Server], look: Callable[[Server], Window]
+):
+    window = look(serve(tuples))
+    window.press("s")
+    expect(window.page.locator("#previous")).to_contain_text("Nothing before")
+    window.press("ArrowRight")
+    expect(window.page.locator("#previous dd")).to_have_text(
+        [f"{name} of 0" for name in ("src_caption", "instruction", "tgt_caption", "reverse_instruction")]
+    )
+    expect(window.page.locator("#next dd").nth(1)).to_have_text("instruction of 2")
+    boxes = [window.page.locator(f"#{name}").bounding_box() for name in ("previous", "current", "next")]
+    assert boxes[0]["x"] + boxes[0]["width"] <= boxes[1]["x"] and boxes[1]["x"] + boxes[1]["width"] <= boxes[2]["x"]
+    window.press("k")
+    window.at_line(3)
+    expect(window.page.locator("#previous .badge")).to_have_text("kept")
+    window.page.click("#previous")
+    window.at_line(2)
+    window.page.reload()
+    window.at_line(2)
+    expect(window.page.locator("#next")).to_contain_text("instruction of 2")
+
+
+def test_a_clip_plays_and_space_pauses_it(tmp_path: Path, serve: Callable[..., Server], look: Callable[[Server], Window]):
+    frames = [Image.new("RGB", (64, 64), (number * 8, 40, 90)) for number in range(24)]
+    write_clip(tmp_path / "clip.mp4", frames, 12)
+    window = look(serve(write_tuples(tmp_path, [record(0, "clip.mp4"), record(1, "clip.mp4", target="clip.mp4")])))
+    clip = window.page.locator("#media video")
+    until(lambda: clip.evaluate("clip => clip.currentTime") > 0.2, PATIENCE)
+    window.press(" ")
+    until(lambda: clip.evaluate("clip => clip.paused"))
+    window.press("ArrowRight")
+    expect(clip).to_have_count(2)
+    expect(window.page.locator("#media figcaption").last).to_have_text("target: clip.mp4")
+    assert window.complaints == []
+
+
+def test_a_second_window_does_not_overwrite_the_first_unseen(tuples: Path, serve: Callable[..., Server], look: Callable[[Server], Window]):
+    server = serve(tuples)
+    first, second = look(server), look(server)
+    first.field("instruction").fill("of the first")
+    first.saved()
+    second.field("instruction").fill("of the second")
+    expect(second.page.locator("#notice")).to_contain_text("Instruction: of the second")
+    expect(second.field("instruction")).to_have_value("of the first")
+    assert on_disk(tuples)[0].texts["instruction"] == "of the first"
+    second.page.click("#use-mine")
+    expect(second.field("instruction")).to_have_value("of the second")
+    second.saved()
+    assert on_disk(tuples)[0].texts["instruction"] == "of the second"
+
+
+def test_a_page_of_another_file_cannot_decide(tuples: Path, serve: Callable[..., Server], look: Callable[[Server], Window]):
+    server = serve(tuples)
+    window = look(server)
+    server.kill()
+    write_tuples(tuples.parent, [record(number) for number in (2, 3)])
+    server.start()
+    window.press("k")
+    expect(window.page.locator("#notice")).to_contain_text("copy your text, then reload")
+    assert statuses(tuples) == ["open", "open"]

@@ -1,0 +1,62 @@
+"""The demo from end to end, a few steps of it: plumbing, not learning."""
+
+import json
+
+import pytest
+import torch
+
+from byg_plugin.demo import commands
+from byg_plugin.demo.__main__ import run_demo
+from tests.support.tiny import FEW_STEPS
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo")
+    return out, run_demo(out, FEW_STEPS, train_tuples=12, eval_tuples=4)
+
+
+def test_every_method_is_in_the_table(demo):
+    out, tables = demo
+    assert json.loads((out / "figures.json").read_text(encoding="utf-8")) == tables
+    assert tables["ground truth"]["all"]["joint"] == 1.0
+    assert tables["copy the source"]["all"]["edit"] == 0.0
+    assert tables["edited without pairs"]["all"]["n"] == 4
+
+
+def test_pictures_and_lora_are_there(demo):
+    out, _ = demo
+    assert (out / "contact_sheet.png").stat().st_size > 5000
+    assert (out / "training" / "demo-ema.safetensors").is_file()
+    assert len(list((out / "edits").glob("*.png"))) == 8
+    steps = [json.loads(line)["step"] for line in (out / "training" / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert steps == [1, 2, 3]
+
+
+def test_a_second_run_trains_nothing(demo):
+    out, tables = demo
+    before = (out / "training" / "demo-ema.safetensors").stat().st_mtime_ns
+    assert run_demo(out, FEW_STEPS, train_tuples=12, eval_tuples=4) == tables
+    assert (out / "training" / "demo-ema.safetensors").stat().st_mtime_ns == before
+
+
+def test_other_settings_are_not_shown_as_these(demo):
+    out, _ = demo
+    with pytest.raises(ValueError, match="was trained with other settings"):
+        run_demo(out, [*FEW_STEPS, "train.lr=0.01"], train_tuples=12, eval_tuples=4)
+
+
+def test_no_ema_is_edited_with_the_live_weights(tmp_path):
+    tables = run_demo(
+        tmp_path, [*FEW_STEPS, "objective.ema_decay=0.0", "train.steps=1", "output.name=other"], train_tuples=12, eval_tuples=2
+    )
+    assert tables["edited without pairs"]["all"]["n"] == 2
+    assert not (tmp_path / "training" / "other-ema.safetensors").exists()
+
+
+@pytest.mark.parametrize(("bfloat16", "told"), [(0.2, []), (1.1, ['train.mixed_precision="no"']), (30.0, ['train.mixed_precision="no"'])])
+def test_a_cpu_without_bfloat16_trains_in_float32(monkeypatch, capsys, bfloat16, told):
+    monkeypatch.setattr(commands, "_seconds_of_product", {torch.bfloat16: bfloat16, torch.float32: 1.0}.__getitem__)
+    assert commands._precision([]) == told
+    assert ("float32" in capsys.readouterr().out) == bool(told)
+    assert commands._precision(['train.mixed_precision="bf16"']) == []

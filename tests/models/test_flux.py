@@ -1,0 +1,247 @@
+"""FLUX: packing, positions, exact times, the sampler's shift and the VAE's units, against diffusers' own code."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxKontextPipeline
+from torch import Tensor, nn
+
+from byg_plugin.models import flux, flux_files
+from byg_plugin.models.flux import FluxFamily, pack, position_ids, unpack
+from tests.support.tiny import model_folder, tiny_config, tiny_flux, tiny_texts
+
+CPU = torch.device("cpu")
+H, W = 4, 6
+
+
+def family(position: str = "same", guidance: float = 3.5) -> FluxFamily:
+    conditioning = {"position": position, "guidance": guidance}
+    return FluxFamily(tiny_config(Path("unused"), model={"path": str(model_folder())}, conditioning=conditioning))
+
+
+def latents(seed: int, batch: int = 2) -> Tensor:
+    return torch.randn(batch, 16, 1, H, W, generator=torch.Generator().manual_seed(seed))
+
+
+# --- packing and positions ---
+
+
+def test_pack_is_diffusers_packing_and_unpack_inverts_it():
+    x = latents(0)
+    tokens = pack(x)
+    assert torch.equal(tokens, FluxKontextPipeline._pack_latents(x[:, :, 0], 2, 16, H, W))
+    assert torch.equal(unpack(tokens, H, W), x)
+    assert not torch.equal(unpack(tokens, W, H)[:, :, :, :H, :H], x[:, :, :, :H, :H]), "height and width are not exchangeable"
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 2, 4, 4), (1, 16, 1, 5, 4), (1, 16, 1, 4, 5)])
+def test_pack_refuses_frames_and_odd_sides(shape: tuple[int, ...]):
+    with pytest.raises(ValueError, match="one frame and even latent sides"):
+        pack(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_position_ids_are_the_kontext_pipelines(first: int):
+    theirs = FluxKontextPipeline._prepare_latent_image_ids(1, H // 2, W // 2, CPU, torch.float32)
+    theirs[..., 0] = first
+    assert torch.equal(position_ids(H, W, first, CPU), theirs)
+
+
+def ids_of_call(position: str, source: Tensor | None) -> Tensor:
+    network, seen = tiny_flux(), []
+    network.pos_embed.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
+    family(position).velocity(network, latents(0), torch.tensor([0.3, 0.8]), tiny_texts(2, 1), source)
+    return seen[0][8:]  # after the 8 text tokens
+
+
+def test_source_positions():
+    own = position_ids(H, W, 0, CPU)
+    assert torch.equal(ids_of_call("same", latents(1)), torch.cat([own, own]))
+    assert torch.equal(ids_of_call("kontext", latents(1)), torch.cat([own, position_ids(H, W, 1, CPU)]))
+    assert torch.equal(ids_of_call("kontext", None), own)
+
+
+# --- the velocity ---
+
+
+def by_hand(network: nn.Module, noisy: Tensor, t: Tensor, texts: dict[str, Tensor], source: Tensor | None, first: float) -> Tensor:
+    """A call of the transformer written from the Kontext pipeline, with loops instead of reshapes."""
+
+    def tokens(x: Tensor) -> Tensor:
+        patches = [x[:, :, 0, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2].flatten(1) for i in range(H // 2) for j in range(W // 2)]
+        return torch.stack(patches, dim=1)
+
+    grid = [[0.0, float(i), float(j)] for i in range(H // 2) for j in range(W // 2)]
+    ids = grid if source is None else grid + [[first, i, j] for _, i, j in grid]
+    hidden = tokens(noisy) if source is None else torch.cat([tokens(noisy), tokens(source)], dim=1)
+    out = network(
+        hidden_states=hidden,
+        timestep=t,
+        guidance=torch.full((len(t),), 3.5),
+        encoder_hidden_states=texts["t5"],
+        pooled_projections=texts["pooled"],
+        txt_ids=torch.zeros(8, 3),
+        img_ids=torch.tensor(ids),
+        return_dict=False,
+    )[0][:, : len(grid)]
+    result = torch.zeros_like(noisy)
+    for k, (_, i, j) in enumerate(grid):
+        i, j = int(i), int(j)
+        result[:, :, 0, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2] = out[:, k].reshape(len(t), 16, 2, 2)
+    return result
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("position", "first"), [("same", 0.0), ("kontext", 1.0)])
+@pytest.mark.parametrize("with_source", [True, False])
+def test_velocity_is_the_hand_made_call(position: str, first: float, with_source: bool):
+    network, t, texts = tiny_flux(), torch.tensor([0.25, 0.8]), tiny_texts(2, 1)
+    source = latents(1) if with_source else None
+    ours = family(position).velocity(network, latents(0), t, texts, source)
+    torch.testing.assert_close(ours, by_hand(network, latents(0), t, texts, source, first), rtol=1e-5, atol=1e-6)
+    assert ours.dtype == torch.float32 and ours.std() > 0.01
+    if with_source:
+        other = "kontext" if position == "same" else "same"
+        assert not torch.allclose(ours, family(other).velocity(network, latents(0), t, texts, source), atol=1e-4)
+
+
+@torch.no_grad()
+def test_what_enters_the_network_matters():
+    network, t, texts = tiny_flux(), torch.tensor([0.25, 0.8]), tiny_texts(2, 1)
+    same = family()
+    usual = same.velocity(network, latents(0), t, texts, latents(1))
+    changed = {
+        "source": same.velocity(network, latents(0), t, texts, latents(2)),
+        "no source": same.velocity(network, latents(0), t, texts, None),
+        "t": same.velocity(network, latents(0), t.flip(0), texts, latents(1)),
+        "t5": same.velocity(network, latents(0), t, texts | {"t5": tiny_texts(2, 2)["t5"]}, latents(1)),
+        "pooled": same.velocity(network, latents(0), t, texts | {"pooled": tiny_texts(2, 2)["pooled"]}, latents(1)),
+        "guidance": family(guidance=1.0).velocity(network, latents(0), t, texts, latents(1)),
+    }
+    for name, value in changed.items():
+        assert (value - usual).abs().max() > 1e-3, name
+
+
+@torch.no_grad()
+def test_same_positions_make_noisy_and_source_tokens_exchangeable():
+    """Attention knows a token by content and position: swapping the two halves swaps their outputs. Kontext breaks that."""
+
+    def both_halves(position: str) -> tuple[Tensor, Tensor]:
+        network, t, texts = tiny_flux(), torch.tensor([0.4, 0.4]), tiny_texts(2, 1)
+        outputs = []
+        network.proj_out.register_forward_hook(lambda module, args, out: outputs.append(out))
+        for noisy, source in ((latents(0), latents(1)), (latents(1), latents(0))):
+            family(position).velocity(network, noisy, t, texts, source)
+        one, two = outputs
+        return one, torch.cat([two[:, 6:], two[:, :6]], dim=1)
+
+    torch.testing.assert_close(*both_halves("same"), rtol=1e-4, atol=1e-5)
+    one, two = both_halves("kontext")
+    assert (one - two).abs().max() > 1e-3
+
+
+def test_source_of_another_shape_is_refused():
+    with pytest.raises(ValueError, match="must have one shape"):
+        family().velocity(tiny_flux(), latents(0), torch.tensor([0.3, 0.8]), tiny_texts(2, 1), latents(1)[:, :, :, :2])
+
+
+def test_schnell_has_no_guidance():
+    network = tiny_flux(guidance_embeds=False)
+    out = family().velocity(network, latents(0), torch.tensor([0.3, 0.8]), tiny_texts(2, 1), latents(1))
+    assert torch.isfinite(out).all()
+
+
+# --- exact times ---
+
+
+def times_of_call(dtype: torch.dtype, autocast: bool) -> list[Tensor]:
+    """What enters the sinusoidal embeddings of t and guidance."""
+    network, seen = tiny_flux().to(dtype), []
+    network.time_text_embed.time_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        family().velocity(network, latents(0), torch.tensor([0.77, 0.3301]), tiny_texts(2, 1), latents(1))
+    return seen
+
+
+@pytest.mark.parametrize(("dtype", "autocast"), [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float32, True)])
+def test_times_and_guidance_are_exact_in_16_bit(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, autocast: bool):
+    wanted = [torch.tensor([0.77, 0.3301]) * 1000, torch.tensor([3500.0, 3500.0])]
+    for got, exact in zip(times_of_call(dtype, autocast), wanted, strict=True):
+        assert got.dtype == torch.float32
+        assert torch.equal(got, exact)
+    # Without the hook diffusers rounds: this test would notice its loss.
+    monkeypatch.setattr(flux, "_exact_times", lambda *args: nullcontext())
+    assert not all(torch.equal(g.float(), w) for g, w in zip(times_of_call(dtype, autocast), wanted, strict=True))
+
+
+def test_the_hook_on_times_is_gone_after_a_call_and_after_an_error():
+    network = tiny_flux()
+    with pytest.raises(KeyError):
+        family().velocity(network, latents(0), torch.tensor([0.3, 0.8]), {"t5": tiny_texts(2, 1)["t5"]}, None)
+    broken = tiny_texts(2, 1) | {"pooled": torch.zeros(2, 3)}
+    with pytest.raises(RuntimeError):
+        family().velocity(network, latents(0), torch.tensor([0.3, 0.8]), broken, None)
+    assert not network.time_text_embed._forward_pre_hooks
+
+
+# --- the sampler's shift ---
+
+
+@pytest.mark.parametrize("side", [64, 128])
+def test_shifted_nodes_are_the_schedulers(side: int):
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(flux_files.shipped_config("scheduler"))
+    nodes = torch.linspace(1, 0, 21)
+    tokens = (side // 2) ** 2
+    mu = 0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256)
+    scheduler.set_timesteps(sigmas=nodes[:-1].tolist(), mu=mu)
+    ours = family().shifted_nodes(nodes, (1, 16, 1, side, side))
+    torch.testing.assert_close(ours, scheduler.sigmas, rtol=1e-5, atol=1e-6)
+    assert ours[0] == 1 and ours[-1] == 0 and (ours[1:-1] > nodes[1:-1]).all()
+
+
+# --- pixels and texts ---
+
+
+@torch.no_grad()
+def test_latents_are_shifted_and_scaled_as_the_network_wants_them():
+    vae = family().load_vae(CPU)
+    pixels = torch.rand(2, 3, 1, 32, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    encoded = family().encode_pixels(vae, pixels)
+    mode = vae.encode(pixels[:, :, 0]).latent_dist.mode()
+    assert encoded.shape == (2, 16, 1, 4, 6)
+    torch.testing.assert_close(encoded[:, :, 0], (mode - 0.1159) * 0.3611)
+    assert torch.equal(encoded, family().encode_pixels(vae, pixels)), "the posterior is not sampled"
+    decoded = family().decode_latents(vae, encoded)
+    torch.testing.assert_close(decoded[:, :, 0], vae.decode(mode).sample.clamp(-1, 1), rtol=1e-4, atol=1e-5)
+    assert decoded.shape == pixels.shape
+    assert family().decode_latents(vae, encoded * 1e3).abs().max() <= 1
+
+
+def test_texts_are_padded_to_one_length_and_do_not_depend_on_their_neighbours():
+    encoders = family().load_text_encoders(CPU)
+    together = family().encode_texts(encoders, ["add snow", "remove the blue dog"])
+    assert together["t5"].shape == (2, 8, 24) and together["pooled"].shape == (2, 20)
+    alone = family().encode_texts(encoders, ["add snow"])
+    for name in together:
+        torch.testing.assert_close(together[name][:1], alone[name])
+        assert not torch.allclose(together[name][0], together[name][1])
+
+
+def test_texts_that_are_cut_are_known(caplog: pytest.LogCaptureFixture):
+    encoders = family().load_text_encoders(CPU)
+    fits, cut = " ".join(["snow"] * 7), " ".join(["snow"] * 8)  # 8 tokens, of which T5's end is one
+    assert family().longer_than_limit(encoders, [fits, cut, "add snow"]) == [False, True, False]
+    one, other = (family().encode_texts(encoders, [text + end])["t5"] for text, end in ((cut, ""), (cut, " dog")))
+    assert torch.equal(one, other), "what is past the limit is read after all"
+    assert "longer than the specified maximum" not in caplog.text
+
+
+def test_sizes():
+    flux_family = family()
+    assert flux_family.pixel_multiple() == 16
+    assert flux_family.sequence_tokens(64, 96) == 2 * 4 * 6 + 8
+    assert flux_family.expert_of(torch.tensor([0.1, 0.9])) in flux_family.meta_transformers()

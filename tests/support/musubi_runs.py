@@ -1,0 +1,127 @@
+"""Work folders, steps and runs inside the real musubi-tuner."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+from byg_plugin.data.tuples import TEXTS
+from byg_plugin.musubi import cache as musubi_cache
+from byg_plugin.musubi import host as musubi
+from byg_plugin.objectives.base import Batch
+from byg_plugin.timesteps import uniform_nodes
+from tests.support import ROOT
+from tests.support.musubi_host import (
+    A14B,
+    PLACE,
+    SITE,
+    T2V,
+    TEXT_TOKENS,
+    Rig,
+    host_config,
+    latents,
+    open_tiny,
+    reset_accelerate,
+    texts,
+    write_weights,
+)
+
+FAMILIES = [T2V, A14B, "flux"]
+
+
+@lru_cache(maxsize=8)
+def rig(family: str, **_: Any) -> Rig:
+    """One a family; tests leave it as they found it."""
+    import tempfile
+
+    made = Rig(Path(tempfile.mkdtemp(prefix="byg-musubi-")), family)
+    made.wake()
+    return made
+
+
+def one_batch(family: str) -> Batch:
+    t = {A14B: (0.55, 0.3), T2V: (0.7, 0.3), "flux": (0.7, 0.3)}[family]
+    return Batch(
+        source=latents(family, 2, 1),
+        noise=latents(family, 2, 2),
+        t=torch.tensor(t),
+        nodes=uniform_nodes(4),
+        **{role: texts(family, 2, 10 + index) for index, role in enumerate(TEXTS)},
+    )
+
+
+def child_env(**more: str) -> dict[str, str]:
+    path = [str(SITE), str(ROOT), str(Path(PLACE) / "src")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **more}
+
+
+def write_work(folder: Path, family: str, items: int = 3) -> None:
+    """Weights, the host's latent caches, tuples, and our roles in the text caches."""
+    write_weights(folder, family)
+    name = "fk" if family == "flux" else "wan"
+    cache = folder / "cache"
+    cache.mkdir()
+    lines = []
+    tuples = []
+    for index in range(items):
+        source = folder / f"photo{index}.png"
+        Image.new("RGB", (48, 32), (60 * index, 90, 120)).save(source)
+        latent = latents(family, 1, index)[0].bfloat16()
+        shape = "1x4x6" if family == "flux" else "2x4x6"
+        stored = latent[:, 0] if family == "flux" else latent
+        position = "" if family == "flux" else "_00000-005"
+        save_file({f"latents_{shape}_bfloat16": stored.contiguous()}, cache / f"photo{index}{position}_0048x0032_{name}.safetensors")
+        record = {"source": source.name, **{role: f"{role} {index}" for role in TEXTS}}
+        lines.append(json.dumps(record))
+    (folder / "tuples.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    kind = "image" if family == "flux" else "video"
+    frames = "" if family == "flux" else "target_frames = [5]\n"
+    toml = (
+        f'[general]\nresolution = [48, 32]\nbatch_size = 1\nenable_bucket = false\n[[datasets]]\n{kind}_directory = "{folder.as_posix()}"\n'
+    )
+    (folder / "dataset.toml").write_text(f'{toml}cache_directory = "{cache.as_posix()}"\n{frames}', encoding="utf-8")
+    from byg_plugin.data.tuples import read_tuples_file
+
+    tuples = read_tuples_file(folder / "tuples.jsonl")
+    for item, some in musubi_cache.matched(musubi_cache.cached_items(folder / "dataset.toml", name if name == "wan" else "flux"), tuples):
+        musubi_cache.write_roles(item, some, lambda text: encoded(family, text), "flux" if family == "flux" else "wan", "tiny")
+
+
+def encoded(family: str, text: str) -> dict[str, Tensor]:
+    seed = sum(map(ord, text))
+    found = {name: value[0] for name, value in texts(family, 1, seed).items()}
+    return {"t5": found["t5"], "pooled": found["pooled"][None]} if family == "flux" else {"umt5": found["umt5"][:5]}
+
+
+def write_config(folder: Path, family: str, out: str = "out", **options: Any) -> Path:
+    """A TOML file of the run."""
+    config = host_config(folder, family, musubi={"output_dir": str(folder / out), "seed": 3, **options})
+    lines = ["[model]", f'family = "{family}"', 'host = "musubi"', f'host_path = "{PLACE}"', 'device = "cpu"', "[dataset]"]
+    lines += [f'tuples = "{folder / "tuples.jsonl"}"', "[conditioning]", f"max_text_tokens = {TEXT_TOKENS}", "[objective]"]
+    lines += ["rollout_steps = 2", "identity_warmup_steps = 1", "ema_decay = 0.9", "[musubi]"]
+    lines += [f"{key} = {json.dumps(value)}" for key, value in config.musubi.items()]
+    path = folder / f"{out}.toml"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def run_here(config_path: Path, resume: str | None = None) -> Path:
+    """Train in this process, by the host's own loop."""
+    from byg_plugin.config.loading import load_config
+
+    config = load_config(config_path)
+    open_tiny(config.model.family)
+    reset_accelerate()
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return musubi.train(config, resume)

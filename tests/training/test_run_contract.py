@@ -1,0 +1,143 @@
+"""What a run promises about its start: earlier LoRAs, changed data, launch options, names in the metadata, memory."""
+
+import logging
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+
+from byg_plugin.lora.metadata import lora_metadata
+from byg_plugin.train_network import _check_launch
+from byg_plugin.training import checkpoint
+from byg_plugin.training.memory import memory_sum, report
+from tests.support import tiny
+from tests.support.tiny_wan import tiny_wan, wan_config
+
+SHORT = {"train": {"steps": 1, "save_every": 1}}
+
+
+def one_step_lora(out: Path) -> Path:
+    return tiny.make_trainer(tiny.run_config(out, **SHORT)).run()
+
+
+def test_a_resumed_run_needs_no_init_from_file(tmp_path: Path):
+    init = Path(shutil.copy(one_step_lora(tmp_path / "first"), tmp_path / "init.safetensors"))
+    sections = {"lora": {"init_from": str(init)}}
+    tiny.make_trainer(tiny.run_config(tmp_path / "second", **SHORT, **sections)).run()
+    init.unlink()
+    longer = {"train": {**SHORT["train"], "steps": 2}}
+    assert tiny.make_trainer(tiny.run_config(tmp_path / "second", **longer, **sections), "latest").run().is_file()
+
+
+def test_init_from_keeps_its_position(tmp_path: Path):
+    init = one_step_lora(tmp_path / "first")
+    config = tiny.run_config(tmp_path / "second", **SHORT, lora={"init_from": str(init)}, conditioning={"position": "kontext"})
+    with pytest.raises(ValueError, match="conditioning.position = 'same', here it is 'kontext'"):
+        tiny.make_trainer(config)
+
+
+def test_a_run_past_its_end_is_refused(tmp_path: Path):
+    longer = {"train": {**SHORT["train"], "steps": 2}}
+    tiny.make_trainer(tiny.run_config(tmp_path / "out", **longer)).run()
+    with pytest.raises(ValueError, match="train.steps = 1 is below the checkpoint's 2"):
+        tiny.make_trainer(tiny.run_config(tmp_path / "out", **SHORT), "latest")
+
+
+def test_changed_tuples_are_told_on_resume(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    one_step_lora(tmp_path / "out")
+    config = tiny.run_config(tmp_path / "out", **SHORT)
+    with caplog.at_level(logging.WARNING):
+        tiny.make_trainer(config, "latest")
+    assert "the tuples are not those" not in caplog.text
+    load = checkpoint.load
+    monkeypatch.setattr(checkpoint, "load", lambda path: replace(load(path), data="another order"))
+    with caplog.at_level(logging.WARNING):
+        tiny.make_trainer(config, "latest")
+    assert "the tuples are not those" in caplog.text
+
+
+def test_the_digest_follows_the_tuples(tmp_path: Path):
+    data = tiny.make_trainer(tiny.run_config(tmp_path / "out", **SHORT)).data
+    before = data.digest()
+    data.tuples[:2] = data.tuples[1::-1]
+    assert data.digest() != before
+
+
+def test_a_loaded_checkpoint_is_not_mapped(tmp_path: Path):
+    if not Path("/proc/self/maps").exists():
+        pytest.skip("no /proc/self/maps here")
+    one_step_lora(tmp_path / "out")
+    state = checkpoint.load(checkpoint.find(tmp_path / "out" / "checkpoints", "latest"))
+    assert state.lora
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("kind", "precision", "message"),
+    [("NO", "no", None), ("MULTI_GPU", "bf16", None), ("FSDP", "no", "asks for FSDP"), ("NO", "fp16", 'mixed precision "fp16"')],
+)
+def test_launch_options_that_are_not_honoured_are_refused(tmp_path: Path, kind: str, precision: str, message: str | None):
+    accelerator = SimpleNamespace(distributed_type=SimpleNamespace(value=kind), mixed_precision=precision)
+    config = tiny.run_config(tmp_path / "out", train={"mixed_precision": "bf16"})
+    if message is None:
+        _check_launch(accelerator, config)
+        return
+    with pytest.raises(ValueError, match=message):
+        _check_launch(accelerator, config)
+
+
+def test_the_metadata_names_the_network_that_was_used(tmp_path: Path):
+    config = tiny.run_config(tmp_path / "out", model={"path": "org/FLUX.1-dev", "transformer": "models/my_finetune.safetensors"})
+    assert lora_metadata(config, 1, "live")["byg.base"] == "my_finetune.safetensors"
+
+
+def test_the_memory_sum_follows_the_switches(tmp_path: Path):
+    def bytes_of(**sections: dict[str, object]) -> float:
+        config = tiny.run_config(tmp_path / "out", **sections)
+        parts = memory_sum(config, {"transformer": tiny.tiny_flux()}, [(4, 32), (32, 4)], tokens=100, width=32, blocks=4)
+        assert "estimate" in report(parts)
+        return sum(part.bytes for part in parts)
+
+    sequential = bytes_of()
+    assert bytes_of(objective={"graph": "joint"}) > bytes_of(objective={"merge_identity": True}) > sequential
+    assert bytes_of(model={"gradient_checkpointing": True}) < sequential
+    assert bytes_of(model={"quantization": "fp8"}) < sequential
+    assert bytes_of(objective={"ema_decay": 0.0}) == sequential - 4 * 2 * 4 * 32
+    assert bytes_of(objective={"name": "paired", "ema_decay": 0.0}) < bytes_of(objective={"name": "paired"})
+
+
+def test_lora_files_can_be_read_by_others(tmp_path: Path):
+    lora = one_step_lora(tmp_path / "out")
+    inside = checkpoint.find(tmp_path / "out" / "checkpoints", "latest") / lora.name
+    (tmp_path / "plain").write_bytes(b"")
+    assert lora.stat().st_mode == inside.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_the_memory_sum_counts_a_lora_for_each_expert_that_has_one(tmp_path: Path):
+    networks = {"transformer": tiny_wan(), "transformer_2": tiny_wan()}
+
+    def parts(**lora: object) -> dict[str, float]:
+        config = wan_config(tmp_path, lora=lora, objective={"ema_decay": 0.9, "rollout_weights": "merged"})
+        found = memory_sum(config, networks, [(4, 24), (32, 4)], tokens=100, width=24, blocks=2)
+        return {part.name.partition(" (")[0]: part.bytes for part in found}
+
+    one, merged = 4.0 * 4 * (24 + 32), 2 * 4.0 * 24 * 32
+    two, shared, alone = parts(), parts(experts="shared"), parts(experts="low_noise", other_expert="other.safetensors")
+    names = ("LoRA weights", "LoRA gradients", "optimizer moments", "EMA weights", "merged weights of the rollout")
+    assert [two[name] for name in names] == [2 * one, one, 4 * one, 2 * one, merged]
+    assert [shared[name] for name in names] == [one, one, 2 * one, one, merged]
+    assert [alone[name] for name in names] == [2 * one, one, 2 * one, one, merged]
+
+
+def test_the_memory_sum_of_a_published_wan_block(tmp_path: Path):
+    """What the recipes' headers say of 320 x 576, 81 frames."""
+    shape = {"num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824, "num_layers": 1}
+    with torch.device("meta"):
+        network = WanTransformer3DModel(**shape)
+    config = wan_config(tmp_path, model={"gradient_checkpointing": True}, train={"mixed_precision": "bf16"})
+    last = memory_sum(config, {"transformer": network}, [(4, 24), (32, 4)], tokens=30240, width=5120, blocks=40)[-1]
+    assert last.bytes / 2**30 == pytest.approx(11.5 + 12.1, abs=0.15) and not last.exact

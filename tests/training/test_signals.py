@@ -1,0 +1,188 @@
+"""The training command as processes: kills, Ctrl-C, SIGTERM, two processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from byg_plugin.training import checkpoint, loop
+from tests.support import ROOT
+from tests.support.tiny import curve, in_child, make_trainer, run_config, workspace
+from tests.support.training_runs import assert_same_run, tensors_of
+
+TOML = """
+[model]
+path = "{model}"
+dtype = "float32"
+device = "cpu"
+gradient_checkpointing = false
+[dataset]
+tuples = "{work}/tuples.jsonl"
+cache_dir = "{work}/cache"
+resolution = 64
+[conditioning]
+max_text_tokens = 8
+[lora]
+rank = 4
+[objective]
+rollout_steps = 2
+identity_warmup_steps = 2
+ema_decay = 0.9
+[train]
+steps = {steps}
+global_batch_size = 2
+mixed_precision = "no"
+tracker = "none"
+lr = 1e-2
+save_every = 2
+keep_last = 0
+lr_warmup_steps = 2
+lr_schedule = "cosine"
+[output]
+dir = "{out}"
+"""
+
+
+def write_toml(path: Path, out: Path, steps: int) -> Path:
+    config = run_config(out)
+    path.write_text(TOML.format(model=config.model.path, work=workspace(), out=out, steps=steps), encoding="utf-8")
+    return path
+
+
+def start(toml: Path, *arguments: str, log: Path) -> subprocess.Popen[bytes]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with open(log, "ab") as file:
+        command = [sys.executable, str(ROOT / "byg_plugin/train_network.py"), "--config", str(toml), *arguments]
+        return subprocess.Popen(command, stdout=file, stderr=file, cwd=toml.parent, env=environment)
+
+
+def wait_for_step(out: Path, step: int, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        path = out / "log.jsonl"
+        if path.exists() and any(f'"step": {step},' in line for line in path.read_text().splitlines()):
+            return
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.01)
+    raise AssertionError(f"step {step} was not reached: {log.read_text()}")
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows cannot send these signals to a process")
+def test_the_command_survives_kill_9_and_ctrl_c(tmp_path: Path):
+    out, steps, log = tmp_path / "out", 14, tmp_path / "log"
+    toml = write_toml(tmp_path / "run.toml", out, steps)
+    process = start(toml, log=log)
+    wait_for_step(out, 3, process, log)
+    process.kill()
+    assert process.wait(60) == -signal.SIGKILL
+    process = start(toml, "--resume", "latest", log=log)
+    wait_for_step(out, 7, process, log)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130, log.read_text()
+    said = log.read_text()
+    assert "interrupted: saving after this step" in said and "go on with --resume latest" in said and "Traceback" not in said
+    saved = checkpoint.checkpoints(out / "checkpoints")[-1]
+    assert curve(out)[-1]["step"] == checkpoint.load(saved).step < steps, "Ctrl-C saves the step it stopped after"
+    config = run_config(out, train={"steps": steps})
+    make_trainer(config, "latest").run()
+    make_trainer(run_config(tmp_path / "whole", train={"steps": steps})).run()
+    assert_same_run(out, tmp_path / "whole")
+    versions = json.loads((out / "run.json").read_text())
+    assert {"torch", "diffusers", "byg_plugin"} <= versions["versions"].keys() and "--resume" in versions["command"]
+    assert json.loads((out / "config.json").read_text())["train"]["steps"] == steps
+
+
+def test_two_processes_are_one_with_twice_the_accumulation(tmp_path: Path):
+    toml = write_toml(tmp_path / "run.toml", tmp_path / "out", 6)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(29000 + os.getpid() % 2000)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    # A small rate: Adam's first steps turn a rounding difference in a tiny gradient into one of the rate's size.
+    command = [*launch, str(ROOT / "byg_plugin/train_network.py"), "--config", str(toml)]
+    # Validation and previews are the first process's work; the other one must wait for it and not hang.
+    for override in ("train.lr=3e-4", "dataset.validation_items=1", "train.validate_every=2", "sample.every=3", "sample.steps=1"):
+        command += ["--set", override]
+    make_trainer(run_config(tmp_path / "one", dataset={"validation_items": 1}, train={"lr": 3e-4})).run()
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=240)
+    assert done.returncode == 0, done.stderr
+    for name in ("byg_lora", "byg_lora-ema"):
+        a, b = tensors_of(tmp_path / "out", name), tensors_of(tmp_path / "one", name)
+        assert max((a[n] - b[n]).abs().max().item() for n in a) <= 1e-6
+        assert max(b[n].abs().max().item() for n in b if "lora_B" in n) > 1e-4
+    for one, other in zip(curve(tmp_path / "out"), curve(tmp_path / "one"), strict=True):
+        assert one == pytest.approx(other, rel=1e-4, abs=1e-6)
+    assert [line["step"] for line in curve(tmp_path / "out", "validation.jsonl")] == [2, 4, 6]
+    assert len(list((tmp_path / "out/previews").iterdir())) == 3
+
+
+def test_sigterm_saves_and_a_second_one_stops_at_once(tmp_path: Path):
+    config = run_config(tmp_path / "out", train={"save_every": 0})
+
+    def work(signals: int) -> None:
+        trainer = make_trainer(config)
+        original = trainer._stop_if_not_finite
+
+        def hook(*args: Any) -> None:
+            original(*args)
+            for _ in range(signals if trainer.step == 2 else 0):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        trainer._stop_if_not_finite = hook  # type: ignore[method-assign]
+        try:
+            trainer.run()
+        except loop.Interrupted:
+            raise SystemExit(11) from None
+        except KeyboardInterrupt:
+            raise SystemExit(12) from None
+
+    assert in_child(lambda: work(1)) == 11
+    assert [p.name for p in checkpoint.checkpoints(tmp_path / "out/checkpoints")] == ["step-000003"]
+    shutil.rmtree(tmp_path / "out")
+    assert in_child(lambda: work(2)) == 12
+    assert checkpoint.checkpoints(tmp_path / "out/checkpoints") == []
+
+
+def test_ctrl_c_reaches_the_whole_group_and_the_loader_process_leaves_it_to_the_trainer(tmp_path: Path):
+    config = run_config(tmp_path / "out", dataset={"workers": 1}, train={"save_every": 0})
+
+    def work() -> None:
+        os.setpgid(0, 0)  # a terminal's Ctrl-C goes to a group; not to pytest's
+        trainer = make_trainer(config)
+        original = trainer._stop_if_not_finite
+
+        def hook(*args: Any) -> None:
+            original(*args)
+            if trainer.step == 2:
+                os.killpg(0, signal.SIGINT)
+                time.sleep(0.3)  # for the loader process to fall over
+
+        trainer._stop_if_not_finite = hook  # type: ignore[method-assign]
+        try:
+            trainer.run()
+        except loop.Interrupted:
+            raise SystemExit(11) from None
+
+    log = tmp_path / "log"
+    assert in_child(work, log) == 11, log.read_text()
+    assert log.read_text().count("interrupted: saving") == 1
+    assert checkpoint.checkpoints(tmp_path / "out/checkpoints")[-1].name == "step-000003"
+
+
+def test_what_needs_a_fork_is_skipped_where_there_is_none(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delattr(os, "fork", raising=False)
+    with pytest.raises(pytest.skip.Exception, match="no os.fork"):
+        in_child(lambda: None)
+
+
+def test_signal_handlers_are_given_back(tmp_path: Path):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    make_trainer(run_config(tmp_path / "out", train={"steps": 1})).run()
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
