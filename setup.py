@@ -1,4 +1,4 @@
-"""Package layout: the user-facing folders `configs`, `dataset_tools` and `patches` live inside `byg_plugin` once installed."""
+"""Package layout: the user-facing folders `configs`, `dataset_tools` and `patches` live inside `byg_plugin` once installed: layout.py."""
 
 import re
 from pathlib import Path
@@ -11,12 +11,16 @@ FOLDERS = ("configs", "dataset_tools", "patches")
 
 setup(
     version=VERSION,
-    packages=[*find_packages(include=["byg_plugin", "byg_plugin.*"]), *(f"byg_plugin.{folder}" for folder in FOLDERS)],
+    packages=[
+        *find_packages(include=["byg_plugin", "byg_plugin.*"]),
+        *(f"byg_plugin.{name}" for name in (*FOLDERS, *find_packages(include=[f"{folder}.*" for folder in FOLDERS]))),
+    ],
     package_dir={"byg_plugin": "byg_plugin", **{f"byg_plugin.{folder}": folder for folder in FOLDERS}},
     package_data={
         "byg_plugin.configs": ["*.toml"],
-        "byg_plugin.dataset_tools": ["_review_page/*"],
+        "byg_plugin.dataset_tools.review_page": ["static/*"],
         "byg_plugin.models": ["assets/**/*"],
-        "byg_plugin.demo": ["base/**/*", "video_base/**/*"],
     },
+    # MANIFEST.in adds the demo's weights, fifteen megabytes, to the sdist; they stay out of the wheel.
+    include_package_data=False,
 )

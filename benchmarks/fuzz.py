@@ -155,26 +155,10 @@ def _command(main: Callable[[], object], *arguments: object) -> None:
     main()
 
 
-def _repository_file(name: str) -> Path:
-    import byg_plugin
-
-    package = Path(byg_plugin.__file__).parent
-    return next(path for path in (package / name, package.parent / name) if path.exists())
-
-
-def _tools(name: str) -> Any:
-    """A module of dataset_tools, which lies beside the package in a clone and inside it once installed."""
-    import importlib
-
-    folder = _repository_file("dataset_tools")
-    within = "byg_plugin." if folder.parent.name == "byg_plugin" else ""
-    if not within:
-        sys.path.append(str(folder.parent))
-    return importlib.import_module(f"{within}dataset_tools.{name}")
-
-
 def _make_toml(folder: Path) -> list[Path]:
-    return [Path(shutil.copy(path, folder)) for path in sorted(_repository_file("configs").glob("*.toml"))]
+    from byg_plugin import layout
+
+    return [Path(shutil.copy(path, folder)) for path in sorted(layout.folder("configs").glob("*.toml"))]
 
 
 def _read_toml(folder: Path, path: Path) -> None:
@@ -211,12 +195,13 @@ def _make_tuples(folder: Path) -> list[Path]:
 
 
 def _read_tuples(folder: Path, path: Path) -> None:
+    from byg_plugin import layout
     from byg_plugin.data.tuples import read_tuples_file
 
     place = path if path.suffix == ".jsonl" else path.parent
     # The command ends with a code of its own when it has found something.
     with contextlib.suppress(SystemExit):
-        _tools("validate").main([str(place)])
+        layout.module("dataset_tools.validate").main([str(place)])
     read_tuples_file(place)
 
 

@@ -38,8 +38,6 @@ class Page:
     command: str
     metrics: str
     """Where they are defined."""
-    base: str
-    """Where the base is made."""
     columns: tuple[tuple[str, str, str], ...] = ()
     """(title, key, `percent` or `number`) of the columns that the main table has beside the common ones."""
 
@@ -48,13 +46,11 @@ PICTURES = Page(
     title="The tiny world",
     command="python -m benchmarks.tiny_world",
     metrics="byg_plugin/demo/metrics.py",
-    base="byg_plugin/demo/build_base.py",
 )
 CLIPS = Page(
     title="The moving tiny world",
     command="python -m benchmarks.video_world",
     metrics="byg_plugin/demo/video_metrics.py",
-    base="byg_plugin/demo/build_video_base.py",
     columns=(
         ("shape in every frame", "tracked", "percent"),
         ("trajectory error (px)", "trajectory_error", "number"),
@@ -447,7 +443,7 @@ def _notes(results: Results, page: Page) -> str:
         "- A preserved source needs a small error outside the edit and every bystander's colour: a run that edits nothing preserves all. "
         "The mask's IoU of at least 0.8 is asked for joint success alone, which is the same wherever it is asked.",
         "- The base has read instructions too: a share of its pictures (`INSTRUCTED`) came with an instruction that would have led to "
-        f"them in place of their caption (`{page.base}`); benchmarks/README.md says what that was worth.",
+        "them in place of their caption (`benchmarks/bases/common.py`); benchmarks/README.md says what that was worth.",
     ]
     if trained:
         bases = sorted({record["identity"]["base"] for record in trained})

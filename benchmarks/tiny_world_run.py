@@ -189,7 +189,7 @@ def base_digest(folder: Path) -> str:
     told = ("figures.json", "history.json", "model_index.json")  # they compute nothing
     files = sorted(path for path in folder.rglob("*") if path.suffix in (".safetensors", ".json") and path.name not in told)
     if not files:
-        raise ValueError(f"--base {folder}: no such base; make one with python -m byg_plugin.demo.build_base (clips: build_video_base)")
+        raise ValueError(f"--base {folder}: no such base; make one with python -m benchmarks.bases.flux (clips: benchmarks.bases.wan)")
     digest = hashlib.sha256()
     for path in files:
         digest.update(str(path.relative_to(folder).as_posix()).encode() + path.read_bytes())

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-_PACKAGE = Path(__file__).resolve().parent
-# In a clone the data tools lie beside the package, installed inside it.
-_OURS = (_PACKAGE, _PACKAGE.parent / "dataset_tools")
+from byg_plugin import layout
+
+_OURS = (layout.PACKAGE, layout.folder("dataset_tools"))
 
 
 def common_parser(description: str, *, config_required: bool = True) -> argparse.ArgumentParser:

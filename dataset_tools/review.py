@@ -32,7 +32,7 @@ from byg_plugin import _cli
 from byg_plugin.config.extras import require
 
 if TYPE_CHECKING:
-    from ._review_store import Review
+    from .review_page.store import Review
 
 _PORT = 7860
 
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _export(tuples: Path, target: Path, root: Path) -> None:
-    from ._review_export import export_reviewed
+    from .review_page.export import export_reviewed
 
     counts = export_reviewed(tuples, target, root)
     _cli.say(f"{target}: {counts['kept'] + counts['fixed']} tuples ({_counted(counts)})")
@@ -74,10 +74,10 @@ def _export(tuples: Path, target: Path, root: Path) -> None:
 def _serve(tuples: Path, root: Path, host: str, port: int, names: Sequence[str]) -> None:
     import uvicorn
 
-    from ._review_app import make_app
-    from ._review_guard import LOOPBACK_NAMES
-    from ._review_store import Review
-    from ._review_wire import server_config
+    from .review_page.app import make_app
+    from .review_page.guard import LOOPBACK_NAMES
+    from .review_page.store import Review
+    from .review_page.wire import server_config
 
     allowed = [*LOOPBACK_NAMES, host, *names]
     with Review(tuples) as review, _listen(host, port, names) as listening:

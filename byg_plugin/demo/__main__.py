@@ -17,9 +17,12 @@ from byg_plugin import _cli
 from byg_plugin.demo import commands, metrics, sheet, world
 
 TRAIN_TUPLES, EVAL_TUPLES = 512, 64
+BASE = Path(__file__).parent / "base"
 
 
-def run_demo(out: Path, overrides: list[str], train_tuples: int = TRAIN_TUPLES, eval_tuples: int = EVAL_TUPLES) -> dict[str, metrics.Table]:
+def run_demo(
+    out: Path, overrides: list[str], train_tuples: int = TRAIN_TUPLES, eval_tuples: int = EVAL_TUPLES, base: Path = BASE
+) -> dict[str, metrics.Table]:
     """All stages; returns the tables of figures by method and writes them and the contact sheet into `out`.
 
     Args:
@@ -27,8 +30,8 @@ def run_demo(out: Path, overrides: list[str], train_tuples: int = TRAIN_TUPLES, 
         overrides: `section.key=value` for the training configuration.
         train_tuples: tuples in the training set.
         eval_tuples: held-out edits that are measured.
+        base: diffusers folder of the frozen base.
     """
-    base = Path(__file__).parent / "base"
     commands.settings(out, "demo.toml", base, overrides)  # a wrong one is told before anything is made
     commands.write_data(out, world.write_dataset, {"train": train_tuples, "eval": eval_tuples})
     print(f"{train_tuples} training tuples (no targets) in {out / 'train'}, {eval_tuples} held-out edits in {out / 'eval'}")
@@ -47,8 +50,8 @@ def run_demo(out: Path, overrides: list[str], train_tuples: int = TRAIN_TUPLES, 
 
 def main() -> None:
     """The command."""
-    args = commands.parse("python -m byg_plugin.demo", __doc__ or "", "demo_out")
-    run_demo(args.out, args.set)
+    args = commands.parse("python -m byg_plugin.demo", __doc__ or "", "demo_out", BASE)
+    run_demo(args.out, args.set, base=args.base)
 
 
 if __name__ == "__main__":

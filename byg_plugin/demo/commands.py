@@ -9,10 +9,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from byg_plugin import _cli, layout
 from byg_plugin.config.extras import require_training_extras
 from byg_plugin.config.loading import load_config
 from byg_plugin.config.sections import Config
@@ -35,7 +35,7 @@ def settings(out: Path, recipe: str, base: Path, overrides: Sequence[str]) -> tu
     Raises:
         ValueError: an override is wrong.
     """
-    config = _configs(recipe) / recipe
+    config = layout.folder("configs") / recipe
     places = {
         "model.path": base,
         "dataset.tuples": out / "train" / "tuples.jsonl",
@@ -130,15 +130,22 @@ def _refuse_other_settings(trained: Path, resolved: Config, out: Path) -> None:
         raise ValueError(f"--out {out} was trained with other settings: delete it, or choose another folder")
 
 
-def _configs(recipe: str) -> Path:
-    """The recipes: beside the package in a clone, inside it once installed."""
-    beside = Path(__file__).resolve().parents[2] / "configs"
-    return beside if (beside / recipe).is_file() else Path(str(resources.files("byg_plugin.configs")))
+def parse(program: str, about: str, out: str, base: Path) -> argparse.Namespace:
+    """The command line of a demo: `out`, `base` and `set`; `base` is the folder of the one that ships with a clone.
 
-
-def parse(program: str, about: str, out: str) -> argparse.Namespace:
-    """The command line of a demo: `out` and `set`."""
+    Raises:
+        ValueError: there is no base.
+    """
     parser = argparse.ArgumentParser(prog=program, description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(out), help="folder of everything that is made")
+    parser.add_argument(
+        "--base", type=_cli.given_path, default=base, metavar="DIR", help="diffusers folder of the base; default: the clone's"
+    )
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override the configuration; repeatable")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if not (args.base / "model_index.json").is_file():
+        raise ValueError(
+            f"--base {args.base}: no base there. Its weights ship in a clone and in the sdist, not in the wheel: run the demo there, "
+            f"or name their byg_plugin/demo/{base.name} with --base"
+        )
+    return args

@@ -17,7 +17,6 @@ CLIP_SCALE = 2  # of a frame
 TILE = SCALE * world.SIZE  # pixels of a side
 GAP = 10
 TEXT = 62  # pixels of height for three lines: "replace the yellow triangle with a purple square"
-CAPTION = 84  # pixels of height for four lines: the caption of a scene with two objects
 BAR = 5  # pixels of height of the verdict under an edit
 LEGEND = 30  # pixels of height
 MARGIN = 112  # pixels of width for the rows' names
@@ -55,14 +54,14 @@ def clip_contact_sheet(
     entries = []
     for edit in tuples[: columns * rows]:
         source, made, truth = (
-            _strip(clip)
+            strip(clip)
             for clip in (video_world.render(edit.before, edit.motion), edits[edit.id], video_world.render(edit.after, edit.motion))
         )
         entries.append(_Entry(edit.instruction, source, made, truth, video_metrics.score(edits[edit.id], edit).joint))
     return _draw(path, entries, columns, CLIP_SCALE, TEXT // 3)
 
 
-def _strip(clip: np.ndarray) -> np.ndarray:
+def strip(clip: np.ndarray) -> np.ndarray:
     """(F, H, W, 3) -> frames side by side, two white pixels apart."""
     gap = np.full((clip.shape[1], 2, 3), 255, np.uint8)
     return np.concatenate([part for frame in clip for part in (gap, frame)][1:], axis=1)
@@ -120,29 +119,3 @@ def _column(sheet: Image.Image, corner: tuple[int, int], entry: _Entry, size: tu
     draw.multiline_text(middle, words, INK, ImageFont.load_default(16), anchor="mm", align="center")
     bar = y + edited + size[1] + 2
     draw.rectangle((x, bar, x + size[0] - 1, bar + BAR - 1), fill=GOOD if entry.success else BAD)
-
-
-def sample_sheet(path: str | Path, images: Sequence[np.ndarray], captions: Sequence[str], columns: int = 8) -> Path:
-    """Draw text-to-image samples `(N, SIZE, SIZE, 3)` uint8 with their captions as a PNG at `path`."""
-    return _captioned(path, images, captions, columns, SCALE, CAPTION)
-
-
-def clip_sample_sheet(path: str | Path, clips: np.ndarray, captions: Sequence[str], columns: int = 2) -> Path:
-    """The same of text-to-video samples `(N, FRAMES, SIZE, SIZE, 3)`, each as a strip of its frames."""
-    return _captioned(path, [_strip(clip) for clip in clips], captions, columns, CLIP_SCALE, CAPTION // 3)
-
-
-def _captioned(path: str | Path, images: Sequence[np.ndarray], captions: Sequence[str], columns: int, scale: int, text: int) -> Path:
-    rows = -(-len(images) // columns)
-    height, width = (scale * side for side in images[0].shape[:2])
-    sheet = Image.new("RGB", (GAP + columns * (width + GAP), GAP + rows * (height + text)), PAPER)
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
-    for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
-        x, y = GAP + number % columns * (width + GAP), GAP + number // columns * (height + text)
-        sheet.paste(Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST), (x, y))
-        words = "\n".join(textwrap.wrap(caption, width * 26 // TILE))
-        draw.multiline_text((x + width / 2, y + height + 4), words, INK, font, anchor="ma", align="center")
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
-    return path

@@ -74,10 +74,8 @@ def _through_mp4(clips: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def main() -> None:
     """The command."""
-    args = commands.parse("python -m byg_plugin.demo.video", __doc__ or "", "demo_video_out")
-    if not BASE.is_dir():
-        raise ValueError(f"{BASE} is missing: make it with python -m byg_plugin.demo.build_video_base --out {BASE} --work video_base_work")
-    run_demo(args.out, args.set)
+    args = commands.parse("python -m byg_plugin.demo.video", __doc__ or "", "demo_video_out", BASE)
+    run_demo(args.out, args.set, base=args.base)
 
 
 if __name__ == "__main__":

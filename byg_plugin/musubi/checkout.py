@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from byg_plugin import layout
 from byg_plugin.config.sections import ModelConfig
 from byg_plugin.musubi.family import MusubiFamily, musubi_family
 
@@ -84,27 +85,9 @@ def _put_on_path(host_path: str | None) -> str:
 
 
 def _import(name: str) -> Any:
-    with _patches().imports_without_cuda():
+    with layout.module("patches.musubi").imports_without_cuda():
         return importlib.import_module(f"musubi_tuner.{name}")
 
-
-def _patches() -> Any:
-    """`patches/musubi.py`: inside the package once that is installed, beside it in a clone."""
-    name = "byg_plugin.patches.musubi"
-    if name in sys.modules:
-        return sys.modules[name]
-    file = Path(__file__).resolve().parents[2] / "patches" / "musubi.py"
-    if not file.is_file():
-        return importlib.import_module(name)
-    spec = importlib.util.spec_from_file_location(name, file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.modules[name] = module
-    return module
-
-
-def _lacking(family: MusubiFamily) -> list[str]:
     """What an incompatible host does not have, a line each."""
     module, name = family.trainer
     try:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -64,11 +61,3 @@ def test_defaults_are_the_papers() -> None:
     assert (generate.model, generate.k, generate.style_conversion) == ("Qwen/Qwen3-VL-30B-A3B-Thinking", 3, 0.15)
     assert CaptionsSettings(table="x", out="y").model == "Qwen/Qwen3-VL-30B-A3B-Instruct"
     assert RenderSettings(captions="x", out="y").hold_out == 4
-
-
-def test_the_review_page_is_in_the_package(tmp_path: Path) -> None:
-    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path), "build_py", "--build-lib", str(tmp_path / "lib")]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    built = tmp_path / "lib" / "byg_plugin" / "dataset_tools"
-    assert {path.name for path in (built / "_review_page").iterdir()} == {"page.html", "page.css", "page.js", "page.svg"}
-    assert (built / "review.py").is_file()

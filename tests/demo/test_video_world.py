@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.bases import sample_sheet
 from byg_plugin.data.clips import clip_info, read_clip
 from byg_plugin.demo import metrics, sheet, video_metrics, video_world, world
 
@@ -327,7 +328,8 @@ def test_the_sheet_shows_strips_and_verdicts(tmp_path, edits):
 
 def test_the_sheet_of_samples_has_every_caption(tmp_path, edits):
     clips = np.stack([exact(edit) for edit in edits[:3]])
-    path = sheet.clip_sample_sheet(tmp_path / "samples.png", clips, [edit.tgt_caption for edit in edits[:3]])
+    path = sample_sheet.draw_clips(tmp_path / "samples.png", clips, [edit.tgt_caption for edit in edits[:3]])
     ink = np.array(Image.open(path).convert("L"))
-    assert ink.shape[0] == sheet.GAP + 2 * (sheet.CLIP_SCALE * world.SIZE + sheet.CAPTION // 3)
-    assert (ink[-sheet.CAPTION // 3 :, : ink.shape[1] // 2] < 100).any() and (ink[-sheet.CAPTION // 3 :, ink.shape[1] // 2 :] == 255).all()
+    text = sample_sheet.CAPTION // 3
+    assert ink.shape[0] == sheet.GAP + 2 * (sheet.CLIP_SCALE * world.SIZE + text)
+    assert (ink[-text:, : ink.shape[1] // 2] < 100).any() and (ink[-text:, ink.shape[1] // 2 :] == 255).all()

@@ -13,8 +13,8 @@ from typing import Any
 from PIL import Image
 
 from byg_plugin.data.tuples import TEXTS
-from dataset_tools._review_items import Item, read_items
-from dataset_tools._review_store import journal_path, read_decisions
+from dataset_tools.review_page.items import Item, read_items
+from dataset_tools.review_page.store import journal_path, read_decisions
 from tests.support import ROOT
 
 PATIENCE = 60  # seconds; a loaded machine starts a server slowly

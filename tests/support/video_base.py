@@ -6,15 +6,15 @@ from pathlib import Path
 
 import torch
 
-from byg_plugin.demo import build_video_base
+from benchmarks.bases import wan
 
 
 def write_video_base(folder: Path) -> Path:
     """Every part with random weights."""
     torch.manual_seed(0)
-    vae = build_video_base.AutoencoderKLWan(**build_video_base.VAE_CONFIG, latents_mean=[0.0] * 16, latents_std=[1.0] * 16)
-    experts = {name: build_video_base.make_transformer() for name in ("transformer", "transformer_2")}
+    vae = wan.AutoencoderKLWan(**wan.VAE_CONFIG, latents_mean=[0.0] * 16, latents_std=[1.0] * 16)
+    experts = {name: wan.make_transformer() for name in ("transformer", "transformer_2")}
     for expert in experts.values():
         torch.nn.init.normal_(expert.proj_out.weight, std=0.1)
-    build_video_base.save(folder, vae, experts, build_video_base.TextEncoder())
+    wan.save(folder, vae, experts, wan.TextEncoder())
     return folder

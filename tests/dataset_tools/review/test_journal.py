@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from byg_plugin.data.tuples import TEXTS, read_tuples_file
-from dataset_tools import _review_store
-from dataset_tools._review_export import export_reviewed
-from dataset_tools._review_items import Item, read_items
-from dataset_tools._review_store import Review, StaleError, journal_path
+from dataset_tools.review_page import store
+from dataset_tools.review_page.export import export_reviewed
+from dataset_tools.review_page.items import Item, read_items
+from dataset_tools.review_page.store import Review, StaleError, journal_path
 from tests.support import ROOT
 from tests.support.review_server import PATIENCE, on_disk, record, statuses, write_tuples
 
@@ -84,7 +84,7 @@ def test_a_full_disk_leaves_state_and_journal_as_they_were(tuples: Path, monkeyp
             return write(handle, data[:50])
 
         with monkeypatch.context() as patched:
-            patched.setattr(_review_store.os, "write", full)
+            patched.setattr(store.os, "write", full)
             with pytest.raises(OSError, match="No space"):
                 decide(review, 1, "kept", count=2)
         assert review.items[1].status == "open"

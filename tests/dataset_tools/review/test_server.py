@@ -20,9 +20,9 @@ import pytest
 import uvicorn
 from PIL import Image
 
-from dataset_tools._review_app import make_app
-from dataset_tools._review_store import Review
-from dataset_tools._review_wire import server_config
+from dataset_tools.review_page.app import make_app
+from dataset_tools.review_page.store import Review
+from dataset_tools.review_page.wire import server_config
 from tests.support.review_server import PATIENCE, Server, record, statuses, write_tuples
 
 
@@ -71,7 +71,7 @@ def test_files_outside_the_root_are_not_served(tmp_path: Path, serve: Callable[.
 @pytest.mark.parametrize(
     "path",
     ["/media/../tuples.jsonl", "/media/0/..%2f..%2ftuples.jsonl", "/tuples.jsonl", "/media/0/1.png", "/media/99/source", "/media/-1/source"]
-    + ["/page.html", "/_review_page/page.js", "/..%2freview.py", "/media/source?file=/etc/passwd", "/api/tuples/99"],
+    + ["/page.html", "/static/page.js", "/..%2freview.py", "/media/source?file=/etc/passwd", "/api/tuples/99"],
 )
 def test_a_path_from_the_browser_names_no_file(shared: Server, path: str):
     assert shared.ask(path)[0] == 404

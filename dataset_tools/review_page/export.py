@@ -9,9 +9,9 @@ from pathlib import Path
 
 from byg_plugin.data.tuples import read_tuples_file
 
-from ._review_items import read_items
-from ._review_store import journal_path, read_decisions
-from .journal import write_records
+from ..journal import write_records
+from .items import read_items
+from .store import journal_path, read_decisions
 
 REVIEWED = ("kept", "fixed")
 

@@ -22,12 +22,12 @@ from starlette.types import ASGIApp
 from byg_plugin.data import media
 from byg_plugin.documents import json_value
 
-from ._review_guard import LOOPBACK_NAMES, Guard
-from ._review_items import Item, original_texts
-from ._review_store import Review, StaleError
-from ._review_wire import PATIENCE
+from .guard import LOOPBACK_NAMES, Guard
+from .items import Item, original_texts
+from .store import Review, StaleError
+from .wire import PATIENCE
 
-_PAGE = Path(__file__).with_name("_review_page")
+_PAGE = Path(__file__).with_name("static")
 _PAGE_FILES = {
     **{"/": ("page.html", "text/html"), "/page.css": ("page.css", "text/css")},
     **{"/page.js": ("page.js", "text/javascript"), "/page.svg": ("page.svg", "image/svg+xml")},

@@ -1,6 +1,6 @@
 """Train the tiny FLUX base of the demo and write it as a complete diffusers FLUX.1 folder.
 
-    python -m byg_plugin.demo.build_base --out byg_plugin/demo/base --report base_report
+    python -m benchmarks.bases.flux --out byg_plugin/demo/base --report base_report
 
 Every part is of the real class in a tiny size: the VAE is trained first (a quarter of an hour of one core), then the
 transformer together with both text encoders on captions of the tiny world (some hours). The shipped one was made in parts, by
@@ -14,7 +14,7 @@ import copy
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -24,29 +24,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-from byg_plugin import timesteps
-from byg_plugin.demo import metrics, sheet, world
+from benchmarks.bases import common, sample_sheet
+from byg_plugin.demo import metrics, world
 from byg_plugin.models.flux import pack, position_ids, unpack
 
 TEXT_TOKENS = 16  # "a red circle top left and a blue square top right on a green background" and the end token
 CLIP_TOKENS = 18
 GUIDANCE = 3.5
-# Noise (standard deviation) added to the clean latents in training. The decoder does not see it, and it bounds how
-# steep the velocity gets at small t: without it noise has to be amplified by 1/t where latents are constant.
-DITHER = 0.1
-NO_CAPTION = 0.1  # share of pictures that are shown without their caption
-# Share of pictures whose caption tells one thing only, in the words of an instruction that would have led to it ("make the
-# circle red"). A text-to-image model of the world has read such texts and draws what they name; one that has not would
-# have to learn the language together with the editing.
-INSTRUCTED = 0.3
-# FLUX.1-dev has classifier-free guidance distilled into it; so has this base. Its target leans away from what it predicts
-# without the caption by this share of the difference: a guidance scale of 1 / (1 - share) (Tang et al. 2025).
-GUIDED_SHARE = 0.5
 LATENT_CHANNELS = 16
 # A level less than FLUX's: latents a quarter of the pixels' size, tokens of 8 x 8 pixels. With tokens of 16 x 16, which hold
 # half an object and what is around it, even pairs taught only half of the edits (benchmarks/README.md).
@@ -108,26 +96,14 @@ class Budget:
 # --- text ----------------------------------------------------------------------------------------------------------
 
 
-def word_tokenizer(
-    specials: list[str], unknown: str, template: str, words: Sequence[str] | None = None, **names: str | int
-) -> PreTrainedTokenizerFast:
-    """A word-level tokenizer of the world's vocabulary, or of other words; `specials` get the first ids, in order."""
-    vocabulary = {word: i for i, word in enumerate([*specials, *(world.vocabulary() if words is None else words)])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=unknown))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    used = [(name, vocabulary[name]) for name in specials if name in template.split()]
-    tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=used)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=unknown, **names)
-
-
 def make_tokenizers() -> tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast]:
     """The CLIP-like tokenizer (start, words, end; padded with the end token) and the T5-like one (words, end, pad)."""
     start, end = "<|startoftext|>", "<|endoftext|>"
-    clip = word_tokenizer(
+    clip = common.word_tokenizer(
         [start, end, "<unk>"], "<unk>", f"{start} $A {end}",
         bos_token=start, eos_token=end, pad_token=end, model_max_length=CLIP_TOKENS,
     )  # fmt: skip
-    t5 = word_tokenizer(
+    t5 = common.word_tokenizer(
         ["<pad>", "</s>", "<unk>", "<mask>"], "<unk>", "$A </s>",
         eos_token="</s>", pad_token="<pad>", mask_token="<mask>", model_max_length=TEXT_TOKENS,
     )  # fmt: skip
@@ -220,20 +196,14 @@ def _scenes(rng: np.random.Generator, n: int) -> list[world.Scene]:
     return [world.sample_scene(rng, int(rng.choice(3, p=(0.1, 0.4, 0.5)))) for _ in range(n)]
 
 
-def rate_factor(step: int, steps: int, warmup: int) -> float:
-    """Of the learning rate: linear warm-up, then a cosine down to 1 %."""
-    return min(1.0, (step + 1) / warmup) * (0.01 + 0.99 * (1 + math.cos(math.pi * min(1.0, step / steps))) / 2)
-
-
 def _schedule(optimizer: torch.optim.Optimizer, steps: int, warmup: int) -> torch.optim.lr_scheduler.LambdaLR:
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, steps, warmup))
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: common.rate_factor(step, steps, warmup))
 
 
-Log = Callable[[str, int, dict[str, float]], None]
 Snapshot = Callable[[FluxTransformer2DModel, "TextEncoders"], None]
 
 
-def train_vae(budget: Budget, seed: int, log: Log) -> AutoencoderKL:
+def train_vae(budget: Budget, seed: int, log: common.Log) -> AutoencoderKL:
     """An `AutoencoderKL` whose `shift_factor` and `scaling_factor` make its latents zero-mean, unit-variance overall.
 
     The KL weight is high for an image VAE: the decoder then forgives the small errors of a small flow model.
@@ -291,19 +261,6 @@ def decode(vae: AutoencoderKL, latents: Tensor) -> np.ndarray:
 # --- the flow model ------------------------------------------------------------------------------------------------
 
 
-def sample_times(n: int, rng: torch.Generator) -> Tensor:
-    """(n,) times: half uniform (stratified over the batch), a quarter logit-normal and noisier, a quarter crowded towards 0.
-
-    What a picture shows is settled at large t, logit-normal times shifted by 2; an editor's last steps, and the prior
-    it is trained with, live at small t.
-    """
-    kinds = torch.randperm(n, generator=rng)
-    u = (torch.arange(n) + torch.rand(n, generator=rng)) / n
-    u = u[torch.randperm(n, generator=rng)]
-    noisier = timesteps.shift(torch.sigmoid(torch.randn(n, generator=rng)), 2.0)
-    return torch.where(kinds < n // 2, u, torch.where(kinds < 3 * n // 4, noisier, u.square()))
-
-
 def velocity(network: FluxTransformer2DModel, noisy: Tensor, t: Tensor, text: tuple[Tensor, Tensor]) -> Tensor:
     """The network's velocity (noise - data) at latents (N, 16, 1, h, w) and times (N,) in [0, 1]."""
     h, w = noisy.shape[-2:]
@@ -329,57 +286,18 @@ def make_transformer() -> FluxTransformer2DModel:
     return network
 
 
-class Pictures(NamedTuple):
-    """What the flow is trained on: latents (n, 16, 1, h, w) of scenes, and a caption and an instruction of each."""
-
-    latents: Tensor
-    captions: list[str]
-    instructions: list[str]
-
-    def texts(self, pick: Tensor, rng: torch.Generator) -> list[str]:
-        """A text for each picked picture: none, the instruction or the caption."""
-        chance = torch.rand(len(pick), generator=rng).tolist()
-        shares = (NO_CAPTION, NO_CAPTION + INSTRUCTED)
-        return [
-            "" if c < shares[0] else self.instructions[i] if c < shares[1] else self.captions[i]
-            for i, c in zip(pick.tolist(), chance, strict=True)
-        ]
-
-
-def _pictures(vae: AutoencoderKL, n: int, seed: int) -> Pictures:
+def _pictures(vae: AutoencoderKL, n: int, seed: int) -> common.Pictures:
     """`n` scenes."""
     rng = np.random.default_rng([seed, 2])
     scenes = _scenes(rng, n)
     batches = (scenes[i : i + 100] for i in range(0, n, 100))
     latents = [encode(vae, to_pixels(np.stack([world.render(scene) for scene in batch]))) for batch in batches]
     captions = [world.caption(scene) for scene in scenes]
-    return Pictures(torch.cat(latents), captions, [world.instruction_that_leads_to(rng, scene) for scene in scenes])
-
-
-class Average:
-    """Exponential moving average of parameters with a ramp, so that early weights are forgotten."""
-
-    def __init__(self, parameters: list[nn.Parameter], decay: float) -> None:
-        self._live, self._decay, self.step = parameters, decay, 0
-        self.mean = [p.detach().clone() for p in parameters]
-
-    @torch.no_grad()
-    def update(self) -> None:
-        self.step += 1
-        decay = min(self._decay, (1 + self.step) / (10 + self.step))
-        torch._foreach_lerp_(self.mean, [p.detach() for p in self._live], 1 - decay)
-
-    @torch.no_grad()
-    def swap(self) -> None:
-        """Exchange the averages with the parameters."""
-        for live, mean in zip(self._live, self.mean, strict=True):
-            kept = live.clone()
-            live.copy_(mean)
-            mean.copy_(kept)
+    return common.Pictures(torch.cat(latents), captions, [world.instruction_that_leads_to(rng, scene) for scene in scenes])
 
 
 def train_flow(
-    vae: AutoencoderKL, budget: Budget, seed: int, log: Log, snapshot: Snapshot | None = None, start: Path | None = None
+    vae: AutoencoderKL, budget: Budget, seed: int, log: common.Log, snapshot: Snapshot | None = None, start: Path | None = None
 ) -> tuple[FluxTransformer2DModel, TextEncoders]:
     """The transformer and its text encoders, averaged over training; `snapshot` sees them every 2500 steps.
 
@@ -393,17 +311,17 @@ def train_flow(
         _load(start, network, encoders)
     masked = MaskedWords(encoders, sentences(seed))
     parameters = [*network.parameters(), *encoders.parameters(), *masked.parameters()]
-    average = Average(parameters, 0.999)
+    average = common.Average(parameters, 0.999)
     optimizers = _optimizers(parameters, budget)
     schedules = [_schedule(optimizer, budget.flow_steps, 200) for optimizer in optimizers]
     sums: dict[str, float] = {}
     for step, pick in zip(range(budget.flow_steps), _shuffled(len(pictures.latents), budget.flow_batch, rng), strict=False):
         clean = pictures.latents[pick]
-        clean = clean + DITHER * torch.randn(clean.shape, generator=rng)
-        noise, t = torch.randn(clean.shape, generator=rng), sample_times(len(pick), rng)
+        clean = clean + common.DITHER * torch.randn(clean.shape, generator=rng)
+        noise, t = torch.randn(clean.shape, generator=rng), common.sample_times(len(pick), rng)
         at = t.view(-1, 1, 1, 1, 1)
         texts = pictures.texts(pick, rng)
-        guided = GUIDED_SHARE if step >= budget.guided_from * budget.flow_steps else 0.0
+        guided = common.GUIDED_SHARE if step >= budget.guided_from * budget.flow_steps else 0.0
         # The fused attention's backward takes ten times as long in bfloat16 as plain products do.
         with torch.autocast("cpu", torch.bfloat16, enabled=budget.bfloat16), sdpa_kernel(SDPBackend.MATH):
             flow = _flow_loss(network, encoders, (1 - at) * clean + at * noise, t, texts, noise - clean, guided)
@@ -457,17 +375,7 @@ def _load(folder: Path, network: FluxTransformer2DModel, encoders: TextEncoders)
 def _optimizers(parameters: list[nn.Parameter], budget: Budget) -> list[torch.optim.Optimizer]:
     matrices = [p for p in parameters if p.ndim == 2 and min(p.shape) >= 64]
     taken = {id(p) for p in matrices}
-    return optimizers(matrices, [p for p in parameters if id(p) not in taken], budget.muon_rate, budget.flow_rate)
-
-
-def optimizers(matrices: list[nn.Parameter], rest: list[nn.Parameter], muon_rate: float, adamw_rate: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices, AdamW for all else."""
-    if not hasattr(torch.optim, "Muon"):
-        raise ValueError(f"torch {torch.__version__} has no Muon optimizer: building the base needs torch 2.9 or later")
-    return [
-        torch.optim.Muon(matrices, lr=muon_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, lr=adamw_rate, betas=(0.9, 0.98), weight_decay=0.01),
-    ]
+    return common.optimizers(matrices, [p for p in parameters if id(p) not in taken], budget.muon_rate, budget.flow_rate)
 
 
 def _shuffled(n: int, size: int, rng: torch.Generator) -> Iterator[Tensor]:
@@ -521,15 +429,6 @@ def measure(
     return figures, images, captions
 
 
-def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """As `save_pretrained`, under a class name that every version of transformers knows."""
-    tokenizer.save_pretrained(folder)
-    path = folder / "tokenizer_config.json"
-    # transformers 5 writes a name here that 4 does not know; both know the older one.
-    settings = json.loads(path.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
-    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-
-
 _CLASSES = {
     "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
     "text_encoder": ("transformers", "CLIPTextModel"),
@@ -548,8 +447,8 @@ def save(out: Path, vae: AutoencoderKL, network: FluxTransformer2DModel, encoder
     copy.deepcopy(network).half().save_pretrained(out / "transformer")
     encoders.clip.save_pretrained(out / "text_encoder")
     encoders.t5.save_pretrained(out / "text_encoder_2")
-    save_tokenizer(encoders.clip_tokenizer, out / "tokenizer")
-    save_tokenizer(encoders.t5_tokenizer, out / "tokenizer_2")
+    common.save_tokenizer(encoders.clip_tokenizer, out / "tokenizer")
+    common.save_tokenizer(encoders.t5_tokenizer, out / "tokenizer_2")
     FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True).save_pretrained(out / "scheduler")
     index: dict[str, str | list] = {"_class_name": "FluxPipeline", "_diffusers_version": diffusers.__version__}
     index |= {"feature_extractor": [None, None], "image_encoder": [None, None]}
@@ -572,7 +471,7 @@ def load_vae(folder: Path) -> AutoencoderKL:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line; see the module's docstring."""
-    parser = argparse.ArgumentParser("python -m byg_plugin.demo.build_base", description="Train the demo's base.")
+    parser = argparse.ArgumentParser("python -m benchmarks.bases.flux", description="Train the demo's base.")
     budget = Budget()
     parser.add_argument("--out", type=Path, required=True, help="folder to write the base to")
     parser.add_argument("--report", type=Path, required=True, help="folder for the training curve and the sample sheet")
@@ -617,7 +516,7 @@ def main(arguments: list[str] | None = None) -> None:
         save(args.out, vae, network, encoders)
         (args.out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
         write_curve()
-        sheet.sample_sheet(args.report / "samples.png", images[:32], captions[:32])
+        sample_sheet.draw(args.report / "samples.png", images[:32], captions[:32])
 
     if args.flow_steps:
         write(*train_flow(vae, budget, args.seed, log, write, args.start))

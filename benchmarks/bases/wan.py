@@ -1,6 +1,6 @@
 """Train the tiny two-expert Wan base of the video demo and write it as a complete diffusers Wan2.2 folder.
 
-    python -m byg_plugin.demo.build_video_base --out byg_plugin/demo/video_base --work video_base_work
+    python -m benchmarks.bases.wan --out byg_plugin/demo/video_base --work video_base_work
 
 Every part is of the real class in a tiny size, with the sizes that other programs take for granted: patch (1, 2, 2), 16
 latent channels, text of width 4096, boundary 0.875. First the VAE is trained (23 minutes of one core), then one transformer
@@ -16,10 +16,8 @@ import argparse
 import copy
 import json
 import math
-import os
-import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,16 +28,15 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, unpatchify
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import UMT5Config, UMT5EncoderModel
 
+from benchmarks.bases import common, resumable, sample_sheet
 from byg_plugin import families
-from byg_plugin.demo import build_base, sheet, video_metrics, video_world, world
+from byg_plugin.demo import video_metrics, video_world, world
 from byg_plugin.models.wan import exact_time, to_wan_timestep
 from byg_plugin.randomness import derived_seed, generator
-from byg_plugin.training.checkpoint import save_file
 
 FAMILY = "wan2.2-t2v-a14b"
 BOUNDARY = float(families.named(FAMILY).boundary or 0)
@@ -112,87 +109,6 @@ class Budget:
 OPTIONS = ("vae_share", "clips", "flow_steps", "high_steps", "low_steps")  # what the command line can change of it
 
 
-# --- what survives a kill --------------------------------------------------------------------------------------------
-
-
-class Training:
-    """One resumable training: its state in one file, which is whole at any time.
-
-    Args:
-        path: the file.
-        settings: what the state is a function of.
-        minutes: between two savings.
-    """
-
-    def __init__(self, path: Path, settings: Mapping[str, Any], minutes: float):
-        self._path, self._seconds = path, 60 * minutes
-        self._settings = json.dumps(settings, sort_keys=True)
-        self._written = time.perf_counter()
-        self._cpu = time.process_time()
-        self._spent = 0.0
-
-    def load(self, module: nn.Module, optimizers: list[torch.optim.Optimizer], average: build_base.Average | None) -> int:
-        """Put what was saved into them and return how many steps are done.
-
-        Raises:
-            ValueError: the file was made with other settings.
-        """
-        if not self._path.is_file():
-            return 0
-        with safe_open(self._path, framework="pt") as file:
-            told = file.metadata()
-            if told["settings"] != self._settings:
-                raise ValueError(f"--work: {self._path} was made with other settings; delete it, or choose another folder")
-            module.load_state_dict({name[7:]: file.get_tensor(name) for name in file.keys() if name.startswith("module.")})  # noqa: SIM118
-            for number, optimizer in enumerate(optimizers):
-                _load_optimizer(optimizer, f"optimizer.{number}.", file)
-            if average:
-                average.step = int(told["step"])
-                average.mean = [file.get_tensor(f"average.{i}") for i in range(len(average.mean))]
-        self._spent = float(told["cpu_seconds"])
-        return int(told["step"])
-
-    def cpu_seconds(self) -> float:
-        """Of this training, over all its runs."""
-        return self._spent + time.process_time() - self._cpu
-
-    def save(
-        self, step: int, module: nn.Module, optimizers: list[torch.optim.Optimizer], average: build_base.Average | None, *, now: bool
-    ) -> None:
-        """Write the state if it is time, or `now`."""
-        if not now and time.perf_counter() - self._written < self._seconds:
-            return
-        tensors = {f"module.{name}": value for name, value in module.state_dict().items()}
-        for number, optimizer in enumerate(optimizers):
-            for index, state in optimizer.state_dict()["state"].items():
-                tensors |= {f"optimizer.{number}.{index}.{name}": value for name, value in state.items()}
-        if average:
-            tensors |= {f"average.{i}": value for i, value in enumerate(average.mean)}
-        told = {"step": str(step), "settings": self._settings, "cpu_seconds": f"{self.cpu_seconds():.1f}"}
-        # Copies: safetensors refuses what shares memory, as tied embeddings do.
-        partial = self._path.with_name(f".partial-{self._path.name}")
-        save_file({name: value.detach().clone().contiguous() for name, value in tensors.items()}, partial, metadata=told)
-        os.replace(partial, self._path)
-        self._written = time.perf_counter()
-
-
-def _load_optimizer(optimizer: torch.optim.Optimizer, prefix: str, file: Any) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
-    for name in (name for name in file.keys() if name.startswith(prefix)):  # noqa: SIM118
-        index, _, key = name[len(prefix) :].partition(".")
-        state.setdefault(int(index), {})[key] = file.get_tensor(name)
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-
-
-def _set_rate(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
-
-
-Log = Callable[[str, int, dict[str, float]], None]
-
-
 @dataclass(frozen=True)
 class Work:
     """A folder of states, the budget and the seed that they are a function of, and where the curve is told."""
@@ -201,11 +117,11 @@ class Work:
     budget: Budget
     seed: int
     minutes: float
-    log: Log
+    log: common.Log
 
-    def training(self, name: str, **settings: Any) -> Training:
+    def training(self, name: str, **settings: Any) -> resumable.Training:
         """The resumable training of this name; its state is a function of these settings, the seed and nothing else."""
-        return Training(self.folder / f"{name}.safetensors", {"seed": self.seed, **settings}, self.minutes)
+        return resumable.Training(self.folder / f"{name}.safetensors", {"seed": self.seed, **settings}, self.minutes)
 
     def rng(self, purpose: str, step: int) -> np.random.Generator:
         """Numbers that depend on seed, purpose and step alone."""
@@ -299,7 +215,7 @@ def _vae_stage(work: Work, vae: AutoencoderKLWan, number: int, stage: VaeStage) 
         optimizers[0].zero_grad()
         (losses["squared"] + stage.absolute * losses["absolute"] + stage.kl * losses["kl"]).backward()
         nn.utils.clip_grad_norm_(trained, 0.5)
-        _set_rate(optimizers, build_base.rate_factor(step, steps, 100))
+        _set_rate(optimizers, common.rate_factor(step, steps, 100))
         optimizers[0].step()
         if step % 100 == 99:
             values = {name: loss.item() for name, loss in losses.items()}
@@ -381,7 +297,7 @@ class TextEncoder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.tokenizer = build_base.word_tokenizer(
+        self.tokenizer = common.word_tokenizer(
             ["<pad>", "</s>", "<unk>"], "<unk>", "$A </s>", video_world.vocabulary(),
             eos_token="</s>", pad_token="<pad>", model_max_length=TEXT_TOKENS,
         )  # fmt: skip
@@ -408,7 +324,7 @@ class TextEncoder(nn.Module):
 # --- the flow model --------------------------------------------------------------------------------------------------
 
 
-def make_pictures(vae: AutoencoderKLWan, work: Work, chunk: int = 500) -> build_base.Pictures:
+def make_pictures(vae: AutoencoderKLWan, work: Work, chunk: int = 500) -> common.Pictures:
     """`budget.clips` clips, encoded, in float16; each chunk is kept on the disk once it is done."""
     parts, captions, instructions = [], [], []
     for start in range(0, work.budget.clips, chunk):
@@ -425,7 +341,7 @@ def make_pictures(vae: AutoencoderKLWan, work: Work, chunk: int = 500) -> build_
             holder.latents = torch.cat(pieces).half()
             kept.save(1, holder, [], None, now=True)
         parts.append(holder.latents)
-    return build_base.Pictures(torch.cat(parts), captions, instructions)
+    return common.Pictures(torch.cat(parts), captions, instructions)
 
 
 def velocity(network: WanTransformer3DModel, noisy: Tensor, t: Tensor, text: Tensor) -> Tensor:
@@ -465,7 +381,7 @@ Times = Callable[[int, torch.Generator], Tensor]
 
 def _low_times(n: int, rng: torch.Generator) -> Tensor:
     """(n,) times that the low-noise expert serves."""
-    return BOUNDARY * build_base.sample_times(n, rng)
+    return BOUNDARY * common.sample_times(n, rng)
 
 
 def _high_times(n: int, rng: torch.Generator) -> Tensor:
@@ -478,11 +394,11 @@ def train_flow(vae: AutoencoderKLWan, work: Work) -> tuple[dict[str, WanTransfor
     pictures, budget = make_pictures(vae, work), work.budget
     torch.manual_seed(work.seed + 1)
     flow = Flow()
-    _train(work, "flow", flow, pictures, build_base.sample_times, budget.flow_steps, guided=0.0)
+    _train(work, "flow", flow, pictures, common.sample_times, budget.flow_steps, guided=0.0)
     experts = {}
     for name, times, steps in (("transformer", _high_times, budget.high_steps), ("transformer_2", _low_times, budget.low_steps)):
         expert = copy.deepcopy(flow)
-        _train(work, name, expert, pictures, times, steps, guided=build_base.GUIDED_SHARE)
+        _train(work, name, expert, pictures, times, steps, guided=common.GUIDED_SHARE)
         experts[name] = expert.network.eval()
     return experts, flow.encoder.eval()
 
@@ -491,7 +407,7 @@ def _train(
     work: Work,
     name: str,
     flow: Flow,
-    pictures: build_base.Pictures,
+    pictures: common.Pictures,
     times: Times,
     steps: int,
     *,
@@ -500,7 +416,7 @@ def _train(
     """Train the network for `steps` and leave the averages of its weights in it; goes on where it stopped."""
     budget, parameters = work.budget, [*flow.network.parameters()]
     optimizers = _optimizers(flow.network, budget)
-    average = build_base.Average(parameters, 0.999)
+    average = common.Average(parameters, 0.999)
     others = {"flow": ("high_steps", "low_steps"), "transformer": ("low_steps",), "transformer_2": ("high_steps",)}[name]
     sizes = {key: value for key, value in asdict(budget).items() if key not in others}
     training = work.training(name, stages=VAE_STAGES, transformer=TRANSFORMER_CONFIG, **sizes)
@@ -511,7 +427,7 @@ def _train(
         clean = pictures.latents
         pick = torch.randint(len(clean), (budget.flow_batch,), generator=rng)
         clean = clean[pick].float()
-        clean = clean + build_base.DITHER * torch.randn(clean.shape, generator=rng)
+        clean = clean + common.DITHER * torch.randn(clean.shape, generator=rng)
         noise, t = torch.randn(clean.shape, generator=rng), times(len(pick), rng)
         at = t.view(-1, 1, 1, 1, 1)
         with _fast():
@@ -520,7 +436,7 @@ def _train(
                 parameter.grad = None
             loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
-        _set_rate(optimizers, build_base.rate_factor(step, steps, 200))
+        _set_rate(optimizers, common.rate_factor(step, steps, 200))
         for optimizer in optimizers:
             optimizer.step()
         average.update()
@@ -530,6 +446,12 @@ def _train(
             sums = 0.0
         training.save(step + 1, flow, optimizers, average, now=step + 1 == steps)
     average.swap()
+
+
+def _set_rate(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
 
 
 @contextmanager
@@ -545,7 +467,7 @@ def _optimizers(network: WanTransformer3DModel, budget: Budget) -> list[torch.op
     matrices = [p for p in parameters if p.ndim == 2 and min(p.shape) > 16 and p is not wide]
     taken = {id(p) for p in (*matrices, wide)}
     rest = [p for p in parameters if id(p) not in taken]
-    optimizers = build_base.optimizers(matrices, rest, budget.muon_rate, budget.flow_rate)
+    optimizers = common.optimizers(matrices, rest, budget.muon_rate, budget.flow_rate)
     optimizers[0].add_param_group({"params": [wide], "lr": budget.text_rate})
     return optimizers
 
@@ -629,7 +551,7 @@ def save(out: Path, vae: AutoencoderKLWan, experts: Mapping[str, WanTransformer3
     parts = {"vae": vae, **experts, "text_encoder": encoder.umt5}
     for name, module in parts.items():
         copy.deepcopy(module).half().save_pretrained(out / name)
-    build_base.save_tokenizer(encoder.tokenizer, out / "tokenizer")
+    common.save_tokenizer(encoder.tokenizer, out / "tokenizer")
     scheduler = UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=families.named(FAMILY).shift
     )
@@ -640,41 +562,16 @@ def save(out: Path, vae: AutoencoderKLWan, experts: Mapping[str, WanTransformer3
     (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-Curve = dict[tuple[str, int], dict[str, Any]]
-
-
-def _read_curve(path: Path) -> Curve:
-    """Rows by stage and step; a line that a kill cut off is dropped."""
-    lines: Curve = {}
-    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        with suppress(json.JSONDecodeError):
-            row = json.loads(text)
-            lines[row["stage"], row["step"]] = row
-    return lines
-
-
-def _curve_log(path: Path) -> Log:
-    """Lines of JSON; a step that is made again after a kill replaces its line."""
-    lines = _read_curve(path)
-
-    def log(stage: str, step: int, values: dict[str, float]) -> None:
-        lines[stage, step] = {"stage": stage, "step": step} | {name: round(value, 5) for name, value in values.items()}
-        print(json.dumps(lines[stage, step]), flush=True)
-        path.write_text("".join(json.dumps(row) + "\n" for row in lines.values()), encoding="utf-8")
-
-    return log
-
-
 def history(curve: Path, budget: Budget, seed: int) -> dict[str, Any]:
     """How a base was trained, from the curve that its building told."""
     parts: dict[str, list[dict[str, Any]]] = {}
-    for row in _read_curve(curve).values():
+    for row in resumable.read_curve(curve).values():
         parts.setdefault(row.pop("stage"), []).append(row)
     chosen = {"seed": seed} | {name: getattr(budget, name) for name in OPTIONS}
     options = [f"--{name.replace('_', '-')} {value}" for name, value in chosen.items()]
     return {
         "about": "One core; each part starts from the one before. Losses are means over 100 steps (VAE: of one batch).",
-        "command": " ".join(["python -m byg_plugin.demo.build_video_base", *options]),
+        "command": " ".join(["python -m benchmarks.bases.wan", *options]),
         "vae_stages": [stage._asdict() for stage in VAE_STAGES],
         "parts": [{"what": name, "columns": [*rows[0]], "curve": [[*row.values()] for row in rows]} for name, rows in parts.items()],
     }
@@ -682,7 +579,7 @@ def history(curve: Path, budget: Budget, seed: int) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line; see the module's docstring."""
-    parser = argparse.ArgumentParser("python -m byg_plugin.demo.build_video_base", description="Train the video demo's base.")
+    parser = argparse.ArgumentParser("python -m benchmarks.bases.wan", description="Train the video demo's base.")
     budget = Budget()
     parser.add_argument("--out", type=Path, required=True, help="folder to write the base to")
     parser.add_argument("--work", type=Path, required=True, help="folder of unfinished work, training curve and sample sheet")
@@ -696,7 +593,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     (args.work / "clips").mkdir(parents=True, exist_ok=True)
     budget, curve = replace(budget, **{name: getattr(args, name) for name in OPTIONS}), args.work / "curve.jsonl"
-    work = Work(args.work, budget, args.seed, args.save_minutes, _curve_log(curve))
+    work = Work(args.work, budget, args.seed, args.save_minutes, resumable.curve_log(curve))
     vae = train_vae(work)
     experts, encoder = train_flow(vae, work)
     save(args.out, vae, experts, encoder)
@@ -706,7 +603,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(json.dumps(figures), flush=True)
     for name, told in (("figures", figures), ("history", history(curve, budget, args.seed))):
         (args.out / f"{name}.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-    sheet.clip_sample_sheet(args.work / "samples.png", clips[:16], captions[:16])
+    sample_sheet.draw_clips(args.work / "samples.png", clips[:16], captions[:16])
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from byg_plugin.data.tuples import TEXTS, is_unicode
 from byg_plugin.documents import json_value
 
-from ._review_items import Item, original_texts, read_items
+from .items import Item, original_texts, read_items
 
 STATUSES = ("open", "kept", "fixed", "discarded")
 _MAX_TEXT = 20_000  # characters; a caption has hundreds

@@ -1,0 +1,1 @@
+"""The builders of the tiny bases that the demos edit with."""

@@ -1,0 +1,34 @@
+"""Where the folders beside the package are found: in a clone, and once installed."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from byg_plugin import layout
+from tests.support import ROOT
+
+
+def test_a_clone_has_them_beside_the_package():
+    for name in ("configs", "dataset_tools", "patches"):
+        assert layout.folder(name) == ROOT / name
+    assert layout.PACKAGE == ROOT / "byg_plugin"
+
+
+def test_installed_the_folder_beside_the_package_is_anothers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(layout, "PACKAGE", tmp_path / "byg_plugin")
+    for folder in ("byg_plugin/configs", "configs"):
+        (tmp_path / folder).mkdir(parents=True)
+    assert layout.folder("configs") == tmp_path / "byg_plugin" / "configs"
+
+
+def test_their_modules_have_one_name_everywhere(monkeypatch: pytest.MonkeyPatch):
+    for name in [name for name in sys.modules if name.startswith("byg_plugin.patches")]:
+        monkeypatch.delitem(sys.modules, name)
+    module = layout.module("patches.musubi")
+    assert module.__name__ == "byg_plugin.patches.musubi" and Path(module.__file__ or "") == ROOT / "patches" / "musubi.py"
+    assert layout.module("patches.musubi") is module
+    with pytest.raises(ImportError, match="patches.nothing"):
+        layout.module("patches.nothing")
