@@ -88,6 +88,8 @@ def _import(name: str) -> Any:
     with layout.module("patches.musubi").imports_without_cuda():
         return importlib.import_module(f"musubi_tuner.{name}")
 
+
+def _lacking(family: MusubiFamily) -> list[str]:
     """What an incompatible host does not have, a line each."""
     module, name = family.trainer
     try:
