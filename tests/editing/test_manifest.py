@@ -64,10 +64,10 @@ def test_a_source_behind_links_is_found(out: Path, tmp_path: Path):
     (tmp_path / "in" / "a.jpg").write_bytes(b"x")
     (tmp_path / "deep" / "er").mkdir(parents=True)
     (tmp_path / "deep" / "er" / "link").symlink_to(tmp_path / "in")
-    (tmp_path / "short").symlink_to(out)
+    (tmp_path / "deep" / "er" / "short").symlink_to(out)
     for source in ("deep/er/link/a.jpg", "deep/er/link/../in/a.jpg"):
-        manifest.append(tmp_path / "short", edit(tmp_path, source=tmp_path / source))
-    for folder in (out, tmp_path / "short"):
+        manifest.append(tmp_path / "deep/er/short", edit(tmp_path, source=tmp_path / source))
+    for folder in (out, tmp_path / "deep/er/short"):
         assert [one.source.read_bytes() for one in read_manifest(folder)] == [b"x", b"x"]
 
 
