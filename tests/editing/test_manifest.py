@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from byg_plugin import EditPipeline
 from byg_plugin.editing import manifest
 from byg_plugin.editing.manifest import Edit, read_manifest
 from byg_plugin.lora.card import LoraCard
@@ -223,6 +224,7 @@ def test_a_file_of_that_name_that_is_none_of_ours_stops_before_the_work(lora: Pa
     mine = tmp_path / "edits.jsonl"
     mine.write_bytes((workspace() / "tuples.jsonl").read_bytes())
     before = mine.read_bytes()
+    monkeypatch.setattr(EditPipeline, "from_lora", lambda *args, **options: pytest.fail("the work has begun"))
     with pytest.raises(ValueError, match=r"edits\.jsonl, line 1: .* is missing"):
-        command(monkeypatch, None, "--lora", lora, "--source", photo(), "--instruction", "add", "--out", tmp_path)
+        command(monkeypatch, lora, "--source", photo(), "--instruction", "add", "--out", tmp_path)
     assert mine.read_bytes() == before and list(tmp_path.iterdir()) == [mine]
