@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from byg_plugin import EditPipeline
 from byg_plugin.editing import manifest
 from byg_plugin.editing.manifest import Edit, read_manifest
 from byg_plugin.lora.card import LoraCard
@@ -64,10 +65,10 @@ def test_a_source_behind_links_is_found(out: Path, tmp_path: Path):
     (tmp_path / "in" / "a.jpg").write_bytes(b"x")
     (tmp_path / "deep" / "er").mkdir(parents=True)
     (tmp_path / "deep" / "er" / "link").symlink_to(tmp_path / "in")
-    (tmp_path / "short").symlink_to(out)
+    (tmp_path / "deep" / "er" / "short").symlink_to(out)
     for source in ("deep/er/link/a.jpg", "deep/er/link/../in/a.jpg"):
-        manifest.append(tmp_path / "short", edit(tmp_path, source=tmp_path / source))
-    for folder in (out, tmp_path / "short"):
+        manifest.append(tmp_path / "deep/er/short", edit(tmp_path, source=tmp_path / source))
+    for folder in (out, tmp_path / "deep/er/short"):
         assert [one.source.read_bytes() for one in read_manifest(folder)] == [b"x", b"x"]
 
 
@@ -223,6 +224,7 @@ def test_a_file_of_that_name_that_is_none_of_ours_stops_before_the_work(lora: Pa
     mine = tmp_path / "edits.jsonl"
     mine.write_bytes((workspace() / "tuples.jsonl").read_bytes())
     before = mine.read_bytes()
+    monkeypatch.setattr(EditPipeline, "from_lora", lambda *args, **options: pytest.fail("the work has begun"))
     with pytest.raises(ValueError, match=r"edits\.jsonl, line 1: .* is missing"):
-        command(monkeypatch, None, "--lora", lora, "--source", photo(), "--instruction", "add", "--out", tmp_path)
+        command(monkeypatch, lora, "--source", photo(), "--instruction", "add", "--out", tmp_path)
     assert mine.read_bytes() == before and list(tmp_path.iterdir()) == [mine]
