@@ -89,7 +89,7 @@ def drawn(it: Any, steps: int, accumulation: int, ranks: int, size: int = 1) -> 
     rows = {f"byg_{role}_{part}": [value] for role in TEXTS for part, value in (("umt5", torch.ones(3, 2)), ("lengths", torch.tensor([3])))}
     rows = {name: values * size for name, values in rows.items()}
     found: list[list[Any]] = []
-    it.byg_objective = SimpleNamespace(step=lambda fields, batch, backward: found[-1].append(batch) or {"loss": torch.ones(())})
+    it.byg_objective.step = lambda fields, batch, backward: found[-1].append(batch) or {"loss": torch.ones(())}
     it._byg_proved = True
     it.byg_fields.ema_weights = EmaWeights({}, 0.0)
     args = SimpleNamespace(gradient_accumulation_steps=accumulation)

@@ -188,7 +188,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path):
     whole = make_trainer(run_config(tmp_path / "whole", **options)).run()
     make_trainer(run_config(tmp_path / "parts", **options, train={"steps": 2})).run()
     resumed = make_trainer(run_config(tmp_path / "parts", **options), "latest")
-    assert resumed._side_steps == {side: sides(resumed, 2).count(side) for side in set(sides(resumed, 2))}
+    names = {side: resumed.family.experts[not side] for side in sides(resumed, 2)}
+    assert resumed._steps_of == {("edit", name): sides(resumed, 2).count(side) for side, name in names.items()}
     last = resumed.run()
     assert curve(tmp_path / "whole") == curve(tmp_path / "parts")
     for name in sorted(path.name for path in whole.parent.glob("*.safetensors")):
