@@ -149,7 +149,7 @@ def run(out: Path, host_path: str | None, overrides: list[str]) -> dict[str, Any
     write_host_files(demo, out)
 
     config = recipe(demo, out, host_path)
-    musubi.open_host(config)
+    musubi.open_checkout(config)
     shrink(BASE)
     os.environ["ACCELERATE_USE_CPU"] = "true"
     wall, cpu = time.perf_counter(), time.process_time()

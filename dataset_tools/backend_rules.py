@@ -107,10 +107,10 @@ def propose(caption: str | None, style: str | None, order: Sequence[str], rng: r
     raise NotServed("no_rule", f"no single-colored object, no place and no known style in the caption {caption!r}")
 
 
-Texts = tuple[str, str, str, str]
+FourTexts = tuple[str, str, str, str]
 
 
-def _color(caption: str, rng: random.Random) -> Texts | None:
+def _color(caption: str, rng: random.Random) -> FourTexts | None:
     """Another color for an object that is named once with one color."""
     candidates = []
     for match in _COLOR.finditer(caption):
@@ -146,7 +146,7 @@ def _noun(after: str) -> str | None:
     return " ".join(words[:2] if len(words) > 2 else words)
 
 
-def _background(caption: str, rng: random.Random) -> Texts | None:
+def _background(caption: str, rng: random.Random) -> FourTexts | None:
     """Another place for a caption that names one."""
     found = list(_PLACE.finditer(caption))
     if len(found) != 1:
@@ -158,7 +158,7 @@ def _background(caption: str, rng: random.Random) -> Texts | None:
     return caption, command + _a(new), tgt, command + (f"the {place}" if place.endswith("s") else _a(place))
 
 
-def _style(caption: str, style: str | None, rng: random.Random) -> Texts | None:
+def _style(caption: str, style: str | None, rng: random.Random) -> FourTexts | None:
     """A photograph to a style, or a picture of a known style to a photograph."""
     medium = _MEDIUM.match(caption)
     content = caption[medium.end() :] if medium else caption

@@ -60,7 +60,7 @@ def inputs(settings: GenerateSettings, others: Counter[str]) -> Iterator[ImageIn
         )
     else:
         every = folder_images(place, base, settings.style, others)
-    return (item for item in every if in_shard(item.source, settings.part))
+    return (item for item in every if in_shard(item.source, settings.shard_and_count))
 
 
 @dataclass
@@ -181,7 +181,7 @@ def generate(settings: GenerateSettings) -> Done:
     require("json_repair", "reading models' answers", "data")
     others: Counter[str] = Counter()
     items = inputs(settings, others)
-    out = shard_file(Path(settings.out), settings.part)
+    out = shard_file(Path(settings.out), settings.shard_and_count)
     results = Results(out, name="source", label=lambda record: str(record.get("edit_type", "")), retry=settings.retry)
     try:
         priority = dict.fromkeys(backend_rules.TYPES, 1.0) if settings.backend == "rules" else PRIORITY

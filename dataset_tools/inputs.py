@@ -194,14 +194,14 @@ def column(row: Mapping[str, Any], name: str) -> Any:
     return _columns(row).get(_folded(name))
 
 
-def in_shard(name: str, part: tuple[int, int]) -> bool:
+def in_shard(name: str, shard: tuple[int, int]) -> bool:
     """Whether an input belongs to a shard (number, how many)."""
-    return zlib.crc32(name.encode(errors="surrogateescape")) % part[1] == part[0]
+    return zlib.crc32(name.encode(errors="surrogateescape")) % shard[1] == shard[0]
 
 
-def shard_file(out: Path, part: tuple[int, int]) -> Path:
+def shard_file(out: Path, shard: tuple[int, int]) -> Path:
     """The output file of a shard: the whole run's own, or one with the shard in its name."""
-    return out if part[1] == 1 else out.with_name(f"{out.stem}.{part[0] + 1}of{part[1]}{out.suffix}")
+    return out if shard[1] == 1 else out.with_name(f"{out.stem}.{shard[0] + 1}of{shard[1]}{out.suffix}")
 
 
 def _columns(row: Mapping[str, Any]) -> dict[str, Any]:

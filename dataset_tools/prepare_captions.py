@@ -167,8 +167,8 @@ def prepare(settings: CaptionsSettings) -> tuple[Path, str]:
     of_clips = settings.clips is not None
     others: Counter[str] = Counter()
     rows = clip_inputs(settings, others) if of_clips else iter(table_inputs(settings))
-    mine = (row for row in rows if in_shard(row.name, settings.part))
-    out = shard_file(Path(settings.out), settings.part)
+    mine = (row for row in rows if in_shard(row.name, settings.shard_and_count))
+    out = shard_file(Path(settings.out), settings.shard_and_count)
     results = Results(
         out, name=_NAME[of_clips], label=style_of if of_clips else lambda record: str(record.get("style", "")), retry=settings.retry
     )

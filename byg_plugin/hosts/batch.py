@@ -10,7 +10,7 @@ from torch import Tensor
 
 from byg_plugin import sampling
 from byg_plugin.data.tuples import TEXTS
-from byg_plugin.models.base import Geometry
+from byg_plugin.families.geometry import Geometry
 from byg_plugin.objectives.base import Batch, Text
 from byg_plugin.objectives.draws import draw_t
 

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from byg_plugin import families, timesteps
 from byg_plugin.families import HIGH, LOW
 from byg_plugin.models import files, wan_files
-from byg_plugin.models.base import Text
 from byg_plugin.models.geometry import SpecGeometry
+from byg_plugin.objectives.base import Text
 
 if TYPE_CHECKING:
     from byg_plugin.config.sections import Config

@@ -52,7 +52,7 @@ class Checkout:
         return _import(name)
 
 
-def open_host(model: ModelConfig) -> Checkout:
+def open_checkout(model: ModelConfig) -> Checkout:
     """Import the host and look at what it can do.
 
     Raises:

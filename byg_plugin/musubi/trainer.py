@@ -92,14 +92,14 @@ class UnpairedCycleTrainer:
     """
 
     byg_config: Config
-    byg_host: Checkout
+    byg_checkout: Checkout
 
     def __init__(self) -> None:
         super().__init__()
         self.byg_progress = Progress()
         self.byg_objective = make_objective(self.byg_config.objective)
         self.byg_fields: MusubiFields
-        self.byg_family = SpecGeometry(families.named(self.byg_config.model.family))
+        self.byg_geometry = SpecGeometry(families.named(self.byg_config.model.family))
         self._byg_companions: list[Path] = []
         self._byg_proved = False
 
@@ -129,14 +129,14 @@ class UnpairedCycleTrainer:
             self._check_state(self.byg_progress.state, parameters)
             ema.load(self.byg_progress.ema)
         if getattr(self, "high_low_training", False):
-            self.byg_family = SpecGeometry(self.byg_family.spec, float(self.timestep_boundary))  # type: ignore[attr-defined]
-        self.byg_high_share = share_of_high_noise(self.byg_config, self.byg_family.boundary)
+            self.byg_geometry = SpecGeometry(self.byg_geometry.spec, float(self.timestep_boundary))  # type: ignore[attr-defined]
+        self.byg_high_share = share_of_high_noise(self.byg_config, self.byg_geometry.boundary)
         swapped = bool(getattr(args, "blocks_to_swap", 0))
         self.byg_fields = MusubiFields(
             plain,
             ema,
-            self.byg_host.family.call(accelerator, transformer, self.byg_config.conditioning),
-            experts=HostExperts(self, args, accelerator, transformer) if self.byg_family.boundary is not None else None,
+            self.byg_checkout.family.call(accelerator, transformer, self.byg_config.conditioning),
+            experts=HostExperts(self, args, accelerator, transformer) if self.byg_geometry.boundary is not None else None,
             swap=BlockSwap(accelerator.unwrap_model(transformer)) if swapped else None,
         )
         if self.byg_progress.step:
@@ -180,10 +180,12 @@ class UnpairedCycleTrainer:
         ) * accelerator.num_processes + accelerator.process_index
         self.byg_progress.micro += 1
         choice = torch.rand(len(source), generator=generator(seed, "tuple", position)).tolist()
-        texts = musubi_cache.texts_of_batch(batch, len(source), self.byg_host.family, choice, self.byg_config.conditioning.max_text_tokens)
+        texts = musubi_cache.texts_of_batch(
+            batch, len(source), self.byg_checkout.family, choice, self.byg_config.conditioning.max_text_tokens
+        )
         step_batch = draw_batch(
             self.byg_config.objective,
-            self.byg_family,
+            self.byg_geometry,
             source,
             texts,
             generator(seed, "noise", position),
@@ -256,7 +258,7 @@ class UnpairedCycleTrainer:
         side, frames = musubi_cache.sizes(Path(args.dataset_config))
         dataset = self.byg_config.dataset.model_copy(update={"resolution": side, "frames": frames})
         config = self.byg_config.model_copy(update={"dataset": dataset})
-        card = LoraCard.of(config, self.byg_progress.step, weights, self.byg_family, base=Path(args.dit).name)
+        card = LoraCard.of(config, self.byg_progress.step, weights, self.byg_geometry, base=Path(args.dit).name)
         step = None if weights == "live" else card.step  # the live one's is asked for once, at the start
         return replace(card, step=step, alpha=args.network_alpha, host="musubi").to_metadata()
 
@@ -274,7 +276,7 @@ class UnpairedCycleTrainer:
             self.byg_fields.network.save_weights(str(partial_file), save_dtype, {**metadata, **self._metadata(args, "ema")})
             os.replace(partial_file, companion)
         if args.huggingface_repo_id is not None:
-            upload = self.byg_host.module("utils.huggingface_utils").upload
+            upload = self.byg_checkout.module("utils.huggingface_utils").upload
             upload(args, str(companion), f"/{companion.name}", force_sync_upload=bool(rest and rest[0]))
         self._byg_companions.append(saved)
 
@@ -301,7 +303,7 @@ class UnpairedCycleTrainer:
 
     def process_sample_prompts(self, args: Any, accelerator: Any, sample_prompts: str, *rest: Any) -> Any:
         """Each prompt is an instruction and has a source: `make it snow --ci photo.jpg`, of clips `--cn clip.mp4`."""
-        for number, prompt in enumerate(self.byg_host.trainer.load_prompts(sample_prompts), 1):
+        for number, prompt in enumerate(self.byg_checkout.trainer.load_prompts(sample_prompts), 1):
             source = _source_of(prompt)
             if source is None or not Path(source).is_file():
                 what = "has no source" if source is None else f"has the source {source}, which is no file"
@@ -347,14 +349,14 @@ class UnpairedCycleTrainer:
         size = (width // 16 * 16, height // 16 * 16)
         pixels = self._source_pixels(sample_parameter, size, frame_count)
         vae.to(device)
-        family, tokens = self.byg_host.family, self.byg_config.conditioning.max_text_tokens
+        family, tokens = self.byg_checkout.family, self.byg_config.conditioning.max_text_tokens
         with _autocast(device, vae):
             source = family.encode_pixels(vae, pixels.to(device))
         vae.to("cpu")
         text = family.text_of_prompt(sample_parameter, "", tokens)
         assert text is not None
         negative = family.text_of_prompt(sample_parameter, "negative_", tokens) if do_classifier_free_guidance else None
-        nodes = sampling.sampling_nodes(self.byg_family, sample_steps, "shifted", tuple(source.shape))  # type: ignore[arg-type]
+        nodes = sampling.sampling_nodes(self.byg_geometry, sample_steps, "shifted", tuple(source.shape))  # type: ignore[arg-type]
         noise = torch.randn(source.shape, generator=generator, device=device)
         with self.byg_fields.ema() as velocity:
             field = velocity if negative is None or cfg_scale is None else sampling.guided(velocity, negative, lambda t: cfg_scale)
@@ -372,9 +374,9 @@ class UnpairedCycleTrainer:
         if "control_video_path" not in prompt:
             pictures = [load_image(Path(place))]
         else:
-            media = self.byg_host.module("dataset.media_utils")
+            media = self.byg_checkout.module("dataset.media_utils")
             pictures = [Image.fromarray(array) for array in media.load_video(place, 0, frames)]
-            pictures = pictures[: self.byg_family.clip_frames(len(pictures))]
+            pictures = pictures[: self.byg_geometry.clip_frames(len(pictures))]
         return torch.stack([to_tensor(crop_to_bucket(picture, size)) for picture in pictures], dim=1)[None]
 
 
@@ -387,10 +389,10 @@ def _source_of(prompt: Any) -> str | None:
     return prompt.get("control_video_path") or images[0] or prompt.get("image_path")
 
 
-def make_trainer(host: Checkout, config: Config) -> Any:
+def make_trainer(checkout: Checkout, config: Config) -> Any:
     """The network trainer `unpaired-cycle` of a family, a subclass of the host's."""
-    name = f"UnpairedCycle{host.trainer_class.__name__}"
-    made: type[Any] = type(name, (UnpairedCycleTrainer, host.trainer_class), {"byg_config": config, "byg_host": host})
+    name = f"UnpairedCycle{checkout.trainer_class.__name__}"
+    made: type[Any] = type(name, (UnpairedCycleTrainer, checkout.trainer_class), {"byg_config": config, "byg_checkout": checkout})
     return made()
 
 

@@ -112,7 +112,7 @@ class Trainer:
         self._clear_later()
         self._stop = False
         # Steps that have trained each adapter, of separate experts each one's part of it.
-        self._steps_of = Counter(part for step in range(self.step) for part in self._trained_by(step))
+        self._steps_of = Counter(trained for step in range(self.step) for trained in self._trained_by(step))
 
     # --- start and state ---
 
@@ -276,12 +276,12 @@ class Trainer:
 
     def _update_ema(self) -> None:
         """Of what this step has trained. An expert's average counts that expert's own steps: it starts as fast as a lone one's."""
-        for part in self._trained_by(self.step):
-            self._steps_of[part] += 1
-            name, expert = part
+        for trained in self._trained_by(self.step):
+            self._steps_of[trained] += 1
+            name, expert = trained
             adapter = self.host.adapters[name]
             names = None if expert is None else {key for key in adapter.parameters if key.partition(".")[0] == expert}
-            adapter.ema.update(self._steps_of[part], names)
+            adapter.ema.update(self._steps_of[trained], names)
 
     def _share(self, name: str) -> int:
         """What a metric of one micro-step is divided by: losses are averaged, counts are added up."""

@@ -18,7 +18,8 @@ from byg_plugin import folders, sampling
 from byg_plugin.config.sections import Config, OutputConfig
 from byg_plugin.data.clips import write_clip
 from byg_plugin.images import frames_of, save_png, side_by_side, strip
-from byg_plugin.models.base import Family, Text
+from byg_plugin.models.base import Family
+from byg_plugin.objectives.base import Text
 
 if TYPE_CHECKING:
     from byg_plugin.data.dataset import CachedTuples

@@ -275,10 +275,10 @@ def test_a_missing_host_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch):
     config = host_config(folder, T2V)
     model = config.model.model_copy(update={"host_path": str(folder)})
     with pytest.raises(ValueError, match="no checkout of musubi-tuner there"):
-        musubi.open_host(model)
+        musubi.open_checkout(model)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="set model.host_path"):
-        musubi.open_host(model.model_copy(update={"host_path": None}))
+        musubi.open_checkout(model.model_copy(update={"host_path": None}))
 
 
 def test_clips_are_not_edited_with_the_diffusers_that_the_host_pins(folder: Path, monkeypatch: pytest.MonkeyPatch):

@@ -48,7 +48,7 @@ class Accelerator:
 
 def trainer(folder: Path, family: str = T2V, **sections: dict[str, Any]) -> Any:
     config = host_config(folder, family, **sections)
-    made: Any = type("Played", (UnpairedCycleTrainer,), {"byg_config": config, "byg_host": SimpleNamespace(family=WanOnMusubi())})()
+    made: Any = type("Played", (UnpairedCycleTrainer,), {"byg_config": config, "byg_checkout": SimpleNamespace(family=WanOnMusubi())})()
     made.byg_fields = Fields()
     made.byg_high_share = None
     return made
@@ -177,7 +177,7 @@ def test_the_average_is_uploaded_where_the_host_uploads(tmp_path: Path):
     it, sent = trainer(tmp_path, musubi={"output_dir": str(tmp_path)}), []
     (tmp_path / "dataset.toml").write_text("[[datasets]]\n", encoding="utf-8")
     upload = lambda args, place, name, force_sync_upload: sent.append((Path(place).is_file(), name, force_sync_upload))  # noqa: E731
-    it.byg_host.module = lambda name: SimpleNamespace(upload=upload)
+    it.byg_checkout.module = lambda name: SimpleNamespace(upload=upload)
     it.byg_fields.ema_weights = EmaWeights({}, 0.9)
     it.byg_fields.network.save_weights = lambda place, dtype, metadata: Path(place).touch()
     args = SimpleNamespace(output_dir=str(tmp_path), dataset_config=tmp_path / "dataset.toml", dit="dit", network_alpha=4)

@@ -62,7 +62,7 @@ def test_an_incompatible_host_is_one_error(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delattr(model, "switch_block_swap_for_training")
     monkeypatch.setattr(model, "forward", lambda self, x, t, context, seq_len: x)
     with pytest.raises(ValueError, match="it lacks:") as told:
-        musubi.open_host(host_config(Path("."), T2V).model)
+        musubi.open_checkout(host_config(Path("."), T2V).model)
     lacking = [line.removeprefix("  - ") for line in str(told.value).splitlines()[1:]]
     starts = ["the seam WanNetworkTrainer.process_batch", "the seam WanNetworkTrainer.on_post_save"]
     starts += ["WanModel.switch_block_swap_for_training", "WanModel.forward(f_indices"]

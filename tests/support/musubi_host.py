@@ -44,7 +44,7 @@ def open_tiny(family: str) -> Checkout:
         musubi_stubs.install()
     import musubi_stubs
 
-    host = musubi.open_host(host_config(Path("."), family).model)
+    host = musubi.open_checkout(host_config(Path("."), family).model)
     musubi_stubs.shrink()
     if family != "flux":
         _attention_in_float32(host)
