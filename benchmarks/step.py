@@ -38,7 +38,7 @@ from benchmarks.provenance import ROOT
 from byg_plugin import _cli, timesteps
 from byg_plugin.config.loading import load_config, parse_config
 from byg_plugin.config.sections import Config
-from byg_plugin.data.tuples import TEXTS
+from byg_plugin.data.rules import ROLES
 from byg_plugin.hosts.diffusers import DiffusersHost
 from byg_plugin.models import flux_files, wan, wan_files
 from byg_plugin.models.flux import FluxFamily
@@ -356,7 +356,7 @@ def make_batch(shape: Shape, steps: int, device: torch.device) -> Batch:
         return {"t5": normal(shape.batch, shape.text_tokens, widths[0]), "pooled": normal(shape.batch, widths[1])}
 
     latents = (shape.batch, 16, shape.frames, shape.side, shape.side)
-    texts = {role: text() for role in TEXTS}
+    texts = {role: text() for role in ROLES}
     return Batch(
         source=normal(*latents),
         noise=normal(*latents),
@@ -466,7 +466,7 @@ class Bench:
         tensors = [t for network in host.networks.values() for t in (*network.parameters(), *network.buffers())]
         tensors += [linear.weight for linear in host._merged] + list(host.ema_weights.state().values())
         tensors += [p.grad for p in host.parameters.values() if p.grad is not None]
-        tensors += [value for role in TEXTS for value in getattr(batch, role).values()]
+        tensors += [value for role in ROLES for value in getattr(batch, role).values()]
         return [*tensors, batch.source, batch.noise, batch.t, batch.nodes, *([] if batch.target is None else [batch.target])]
 
     def _allocator_peak(self, batch: Batch) -> dict[str, float]:

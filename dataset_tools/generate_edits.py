@@ -26,8 +26,8 @@ from dataclasses import dataclass, field
 from byg_plugin import _cli
 from byg_plugin.config.extras import require
 from byg_plugin.data import media
-from byg_plugin.data.rules import Finding, check_texts, is_photorealistic
-from byg_plugin.data.tuples import IMAGE_SUFFIXES, TEXTS
+from byg_plugin.data.rules import ROLES, Finding, check_texts, is_photorealistic
+from byg_plugin.data.tuples import IMAGE_SUFFIXES
 
 from . import backend_rules, prompts
 from .asking import Attempt
@@ -150,7 +150,7 @@ class _Attempt(Attempt):
         return [*findings, *check_texts(texts, source_style=self.item.style, target_style=target_style)]
 
     def _tuple(self, texts: dict[str, str], findings: Sequence[Finding], repaired: bool) -> Outcome:
-        record = {"source": self.name, **{name: texts[name] for name in (*TEXTS, "edit_type")}}
+        record = {"source": self.name, **{name: texts[name] for name in (*ROLES, "edit_type")}}
         return self.accepted(record, texts["edit_type"], findings, repaired)
 
 

@@ -32,7 +32,8 @@ from torch import Tensor
 
 from byg_plugin.config.sections import Config, DatasetConfig
 from byg_plugin.data import buckets, clips, media
-from byg_plugin.data.tuples import TEXTS, EditTuple
+from byg_plugin.data.rules import ROLES
+from byg_plugin.data.tuples import EditTuple
 from byg_plugin.documents import json_value
 from byg_plugin.finite import first_not_finite, is_finite, refuse_not_finite
 from byg_plugin.models.base import Family
@@ -425,7 +426,7 @@ def text_store(dataset: DatasetConfig) -> Store:
 
 def texts_of(tuples: Sequence[EditTuple]) -> list[str]:
     """All texts, each once, in order of appearance."""
-    return list(dict.fromkeys(getattr(item, role) for item in tuples for role in TEXTS))
+    return list(dict.fromkeys(getattr(item, role) for item in tuples for role in ROLES))
 
 
 def texts_beside(config: Config) -> list[str]:

@@ -16,7 +16,8 @@ from torch.utils.data import Dataset
 
 from byg_plugin.config.sections import Config
 from byg_plugin.data.cache import Keys, Picture, Spec, Store, latent_store, lost_tuples, read_lost, text_store, texts_beside
-from byg_plugin.data.tuples import TEXTS, EditTuple, read_tuples
+from byg_plugin.data.rules import ROLES
+from byg_plugin.data.tuples import EditTuple, read_tuples
 from byg_plugin.models.base import Family
 from byg_plugin.objectives import make_objective
 from byg_plugin.randomness import generator
@@ -80,7 +81,7 @@ class CachedTuples(Dataset[dict[str, Any]]):
             self._pictures.append((source, target))
             images |= {picture.key: str(picture.file) for picture in (source, target) if picture}
             sizes |= {picture.key: (picture.bucket, picture.frames) for picture in (source, target) if picture}
-            texts |= {self._keys.text(getattr(item, role)): getattr(item, role) for role in TEXTS}
+            texts |= {self._keys.text(getattr(item, role)): getattr(item, role) for role in ROLES}
         texts |= {self._keys.text(text): text for text in texts_beside(self.config)}
         if self._keys.files.known != remembered:
             with suppress(ValueError):  # a cache that may only be read: the images are hashed again next time
@@ -116,7 +117,7 @@ class CachedTuples(Dataset[dict[str, Any]]):
         source, target = self._pictures[index]
         this = self.tuples[index].id
         item: dict[str, Any] = {"index": index, "source": self._latent(source, f"{source.file}, source of tuple {this}")}
-        for role in TEXTS:
+        for role in ROLES:
             item[role] = self.encoding(text := getattr(self.tuples[index], role), f"{text!r}, {role} of tuple {this}")
         if target is not None:
             item["target"] = self._latent(target, f"{target.file}, target of tuple {this}")
@@ -227,7 +228,7 @@ def _held_out_rank(source: str) -> tuple[str, str, str]:
 def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Stack items of one bucket; text encodings stay named tensors."""
     batch: dict[str, Any] = {"index": [item["index"] for item in items], "source": torch.stack([item["source"] for item in items])}
-    for role in TEXTS:
+    for role in ROLES:
         batch[role] = {name: torch.stack([item[role][name] for item in items]) for name in items[0][role]}
     if "target" in items[0]:
         batch["target"] = torch.stack([item["target"] for item in items])

@@ -27,7 +27,8 @@ from torch import Tensor
 
 from byg_plugin.config.fields import why_no_place
 from byg_plugin.config.loading import shown
-from byg_plugin.data.tuples import TEXTS, EditTuple
+from byg_plugin.data.rules import ROLES
+from byg_plugin.data.tuples import EditTuple
 from byg_plugin.documents import toml_table
 from byg_plugin.finite import is_finite
 from byg_plugin.lora.files import write_lora
@@ -91,7 +92,7 @@ def matched(items: Sequence[Item], tuples: Sequence[EditTuple]) -> list[tuple[It
 
 def digest(tuples: Sequence[EditTuple]) -> str:
     """Identity of all texts of one item."""
-    texts = [[getattr(item, role) for role in TEXTS] for item in tuples]
+    texts = [[getattr(item, role) for role in ROLES] for item in tuples]
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
 
@@ -128,7 +129,7 @@ def write_roles(item: Item, tuples: Sequence[EditTuple], encoding: Callable[[str
             raise ValueError(f"{item.path}: not a readable cache file ({error}); remove it and cache the texts again") from error
         if metadata["architecture"] != architecture:
             raise ValueError(f"{item.path}: caches texts of {metadata['architecture']}, model.family needs {architecture}")
-    for role in TEXTS:
+    for role in ROLES:
         encoded = [encoding(getattr(one, role)) for one in tuples]
         first = family.text_parts[0]
         tensors[f"{_PREFIX}{role}_lengths_int64"] = torch.tensor([len(one[first]) for one in encoded])
@@ -153,7 +154,7 @@ def texts_of_batch(batch: Mapping[str, Any], size: int, family: MusubiFamily, ch
         ValueError: a role is missing on an item, or encoded otherwise than `tokens` says.
     """
     found: dict[str, Text] = {}
-    for role in TEXTS:
+    for role in ROLES:
         lengths = _list(batch, role, "lengths", size)
         named: dict[str, Tensor] = {}
         for part in family.text_parts:
@@ -226,7 +227,7 @@ def _wrong_entries(path: Path, family: MusubiFamily, count: int) -> str | None:
     """What is wrong with the roles in a text cache file of `count` tuples, by its header and the lengths; None: nothing."""
     with safe_open(path, framework="pt") as file:
         shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
-        for role in TEXTS:
+        for role in ROLES:
             lengths = f"{_PREFIX}{role}_lengths_int64"
             if shapes.get(lengths) != [count]:
                 return f"{lengths} has shape {shapes.get(lengths)}, and there are {count} tuples"

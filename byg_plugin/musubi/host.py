@@ -21,7 +21,8 @@ import torch
 from byg_plugin import families
 from byg_plugin.config.sections import Config, DatasetConfig
 from byg_plugin.data.dataset import split_tuples
-from byg_plugin.data.tuples import TEXTS, EditTuple, read_tuples
+from byg_plugin.data.rules import ROLES
+from byg_plugin.data.tuples import EditTuple, read_tuples
 from byg_plugin.folders import alone_in
 from byg_plugin.musubi import cache as musubi_cache
 from byg_plugin.musubi import options as musubi_options
@@ -134,7 +135,7 @@ def cache_texts(config: Config, *, prune: bool = False) -> None:
     encoder = _encoder_identity(config)
     todo = [(item, some) for item, some in every if not musubi_cache.is_current(item.path, some, encoder)]
     if todo:
-        texts = sorted({getattr(one, role) for _, some in todo for one in some for role in TEXTS})
+        texts = sorted({getattr(one, role) for _, some in todo for one in some for role in ROLES})
         encoded = encode_texts(checkout, config, texts)
         for item, some in todo:
             musubi_cache.write_roles(item, some, encoded.__getitem__, checkout.family, encoder)

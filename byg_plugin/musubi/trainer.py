@@ -27,7 +27,7 @@ from byg_plugin import families, sampling
 from byg_plugin.config.sections import Config
 from byg_plugin.data.buckets import crop_to_bucket, to_tensor
 from byg_plugin.data.media import load_image
-from byg_plugin.data.tuples import TEXTS
+from byg_plugin.data.rules import ROLES
 from byg_plugin.documents import json_value
 from byg_plugin.finite import all_finite, first_not_finite, not_finite, refuse_not_finite
 from byg_plugin.hosts.batch import draw_batch
@@ -225,7 +225,7 @@ class UnpairedCycleTrainer:
         """The learning rate is blamed only when data and weights are clean."""
         if batch is not None:
             named = {"latents": batch.source} | {
-                f"{role} ({part})": value for role in TEXTS for part, value in getattr(batch, role).items()
+                f"{role} ({part})": value for role in ROLES for part, value in getattr(batch, role).items()
             }
             if (name := first_not_finite(named)) is not None:
                 file = _cache_file_not_finite(Path(args.dataset_config))

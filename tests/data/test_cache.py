@@ -18,9 +18,10 @@ from byg_plugin.data import cache
 from byg_plugin.data.buckets import crop_to_bucket, to_tensor
 from byg_plugin.data.cache import Keys, Processes, cache_latents, latent_store, text_store
 from byg_plugin.data.media import load_image
+from byg_plugin.data.rules import ROLES
 from byg_plugin.data.tuples import read_tuples
 from tests.support.cache_runs import edit_tuples, run, with_dataset
-from tests.support.data_fakes import CPU, ROLES, FakeFamily, data_set, entries, hashed, picture, record
+from tests.support.data_fakes import CPU, FakeFamily, data_set, entries, hashed, picture, record
 from tests.support.icc import P3, rgb
 
 

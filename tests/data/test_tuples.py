@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from byg_plugin.config.sections import DatasetConfig
+from byg_plugin.data.rules import ROLES
 from byg_plugin.data.tuples import EditTuple, read_tuples, read_tuples_file
-from tests.support.data_fakes import ROLES, picture, record, write_tuples
+from tests.support.data_fakes import picture, record, write_tuples
 
 
 @pytest.fixture

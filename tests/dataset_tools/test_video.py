@@ -15,8 +15,8 @@ from PIL import Image
 
 from byg_plugin.data import clips
 from byg_plugin.data.dataset import split_tuples
-from byg_plugin.data.rules import check_texts
-from byg_plugin.data.tuples import TEXTS, read_tuples_file
+from byg_plugin.data.rules import ROLES, check_texts
+from byg_plugin.data.tuples import read_tuples_file
 from dataset_tools import render_videos
 from dataset_tools.prepare_captions import sampled_frames, table_inputs
 from dataset_tools.settings import CaptionsSettings, RenderSettings
@@ -59,7 +59,7 @@ def test_captions_of_a_tuple_share_one_text_with_the_styles_swapped() -> None:
             assert target in STYLES and target != style
             assert record["src_caption"].replace(style, target) == record["tgt_caption"] != record["src_caption"]
             assert target in record["instruction"] and style in record["reverse_instruction"]
-            assert not list(check_texts({role: record[role] for role in TEXTS}, source_style=style))
+            assert not list(check_texts({role: record[role] for role in ROLES}, source_style=style))
         assert "Turn the video to photo-realistic style" in {r["instruction"] for r in made} or style == "photo-realistic"
     assert {other_style("3d-cgi", f"c{k}") for k in range(40)} == set(STYLES)
 

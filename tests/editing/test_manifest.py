@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from byg_plugin.data.rules import ROLES
 from byg_plugin.editing import manifest
 from byg_plugin.editing.manifest import Edit, read_manifest
 from byg_plugin.lora.card import LoraCard
@@ -164,8 +165,7 @@ def test_a_line_says_what_was_edited_by_what(lora: Path, tmp_path: Path, monkeyp
     assert sorted(edits) == [f"{index:05d}_{Path(record['source']).stem}.png" for index, record in enumerate(records)]
     for index, (record, one) in enumerate(zip(records, (edits[name] for name in sorted(edits)), strict=True)):
         assert one.source == workspace().resolve() / record["source"] and one.source.is_file() and one.id
-        told = ("instruction", "src_caption", "tgt_caption", "reverse_instruction")
-        assert {name: getattr(one, name) for name in told} == {name: record[name] for name in told}
+        assert {name: getattr(one, name) for name in ROLES} == {name: record[name] for name in ROLES}
         assert one.seed == 4 + index and (one.frames, one.fps) == (None, None)
         with Image.open(one.edit) as image, Image.open(one.side_by_side) as both:
             assert image.size == one.size and both.width == 2 * one.size[0] + 4

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from byg_plugin.data.tuples import TEXTS
+from byg_plugin.data.rules import ROLES
 from byg_plugin.lora import formats as lora_formats
 from byg_plugin.musubi import cache as musubi_cache
 from byg_plugin.musubi import host as musubi
@@ -114,7 +114,7 @@ def test_ranks_draw_different_noise(tmp_path: Path):
     Accelerator(cpu=True)  # the autocast of those below asks for accelerate's state
     batch = {
         f"byg_{role}_{part}": value
-        for role in TEXTS
+        for role in ROLES
         for part, value in (("umt5", [torch.ones(3, WAN_TEXT)]), ("lengths", [torch.tensor([3])]))
     }
     seen = []
@@ -167,7 +167,7 @@ def test_readmes_commands_lead_to_a_preview(tmp_path: Path):
         (tmp_path / f"models/{name}.safetensors").touch()
     Image.new("RGB", (64, 48), (40, 90, 200)).save(tmp_path / "data/images/parrots.jpg")
     (tmp_path / "data/images/parrots.txt").write_text("not used", encoding="utf-8")
-    tuples = {"source": "images/parrots.jpg", **{role: f"{role} of parrots" for role in TEXTS}}
+    tuples = {"source": "images/parrots.jpg", **{role: f"{role} of parrots" for role in ROLES}}
     (tmp_path / "data/tuples.jsonl").write_text(json.dumps(tuples), encoding="utf-8")
     (tmp_path / "data/preview_prompts.txt").write_text("make it snow --ci data/images/parrots.jpg --w 64 --h 48 --s 2 --d 1\n")
     places = "".join(f'{key} = "data/images"\n' for key in ("image_directory", "control_directory"))

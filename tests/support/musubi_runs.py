@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from byg_plugin.data.tuples import TEXTS
+from byg_plugin.data.rules import ROLES
 from byg_plugin.musubi import cache as musubi_cache
 from byg_plugin.musubi import host as musubi
 from byg_plugin.musubi.family import musubi_family
@@ -56,7 +56,7 @@ def one_batch(family: str) -> Batch:
         noise=latents(family, 2, 2),
         t=torch.tensor(t),
         nodes=uniform_nodes(4),
-        **{role: texts(family, 2, 10 + index) for index, role in enumerate(TEXTS)},
+        **{role: texts(family, 2, 10 + index) for index, role in enumerate(ROLES)},
     )
 
 
@@ -81,7 +81,7 @@ def write_work(folder: Path, family: str, items: int = 3) -> None:
         stored = latent[:, 0] if family == "flux" else latent
         position = "" if family == "flux" else "_00000-005"
         save_file({f"latents_{shape}_bfloat16": stored.contiguous()}, cache / f"photo{index}{position}_0048x0032_{name}.safetensors")
-        record = {"source": source.name, **{role: f"{role} {index}" for role in TEXTS}}
+        record = {"source": source.name, **{role: f"{role} {index}" for role in ROLES}}
         lines.append(json.dumps(record))
     (folder / "tuples.jsonl").write_text("\n".join(lines), encoding="utf-8")
     kind = "image" if family == "flux" else "video"
