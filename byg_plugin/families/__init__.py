@@ -1,22 +1,20 @@
 """The model families by name, and what their authors publish beside the weights. Data alone: no torch.
 
-A family is a file here (its `FamilySpec`s), a file in `models/` (its weights), and its line below.
+A family is a file here (its `SPECS`), a file in `models/` (its weights), and its line below.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Literal
 
-from byg_plugin.families import flux, wan
 from byg_plugin.families.spec import EXPERT_SUFFIXES, HIGH, LOW, FamilySpec
 
-SPECS: dict[str, FamilySpec] = {
-    spec.name: spec
-    for spec in (
-        *flux.SPECS,
-        *wan.SPECS,
-    )
-}
+_FILES = (
+    "flux",
+    "wan",
+)
+SPECS: dict[str, FamilySpec] = {spec.name: spec for file in _FILES for spec in import_module(f"{__name__}.{file}").SPECS}
 LoraFormat = Literal["diffusers", "comfyui", "musubi"]
 LORA_FORMATS: tuple[LoraFormat, ...] = ("diffusers", "comfyui", "musubi")
 POSITIONS: tuple[str, ...] = tuple(dict.fromkeys(position for spec in SPECS.values() for position in spec.positions))

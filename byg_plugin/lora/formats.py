@@ -321,7 +321,7 @@ def written_files(tensors: Mapping[str, Tensor], family: str) -> dict[str, dict[
     A network with one LoRA, or one LoRA shared by both experts, is one file: the suffix is empty.
     """
     layout = layout_of(family)
-    if layout.written == "diffusers":
+    if layout.written == "diffusers" and not layout.pairs:  # as they are named here
         return {"": dict(tensors)}
     by_expert: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in tensors.items():

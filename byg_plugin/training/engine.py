@@ -147,6 +147,11 @@ class PlainEngine:
             optimizer.load_state_dict({"state": states[name]["state"], "param_groups": options})
 
 
+def make_engine(train: TrainConfig, adapters: Adapters, accumulation: int, device: torch.device) -> Engine:
+    """The engine of a run; arguments as of `PlainEngine`. A second one is chosen here."""
+    return PlainEngine(train, adapters, accumulation, device)
+
+
 def _world() -> int:
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 

@@ -36,7 +36,7 @@ from byg_plugin.randomness import derived_seed, generator
 from byg_plugin.training import checkpoint, logs, preview
 from byg_plugin.training.checkpoint import naming_a_full_disk
 from byg_plugin.training.diagnosis import Diagnosis
-from byg_plugin.training.engine import Engine, PlainEngine
+from byg_plugin.training.engine import make_engine
 from byg_plugin.training.optimizers import learning_rate
 from byg_plugin.training.resume import find_start, is_in, load_start
 from byg_plugin.version import versions
@@ -95,7 +95,7 @@ class Trainer:
         # A resumed run has its weights: it needs no file that it started from.
         self.host = make_host(config, family, accelerator.device, fresh=state is None, adapters=self.objective.adapters)
         trained = {name: adapter.parameters for name, adapter in self.host.adapters.items()}
-        self.engine: Engine = PlainEngine(config.train, trained, self.accumulation, accelerator.device)
+        self.engine = make_engine(config.train, trained, self.accumulation, accelerator.device)
         self.engine.broadcast()
         self.diagnosis = Diagnosis(config.train, self.host, self.data, self.engine, self.checkpoints)
         if self.high_share is not None:
