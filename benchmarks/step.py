@@ -229,9 +229,9 @@ def plan(shape: Shape) -> list[tuple[Row, bool]]:
     rows = all_rows(shape)
     return [
         (row, checkpointing)
-        for position, checkpointing in enumerate(shape.checkpointing)
+        for index, checkpointing in enumerate(shape.checkpointing)
         for row in rows
-        if position == 0 or row.name in RECOMPUTED
+        if index == 0 or row.name in RECOMPUTED
     ]
 
 

@@ -236,7 +236,7 @@ def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 class BucketBatches:
-    """An endless order of one-bucket batches that is a pure function of (seed, position): resuming needs no state.
+    """An endless order of one-bucket batches that is a pure function of (seed, step): resuming needs no state.
 
     In each epoch every tuple appears at least once; a bucket's last batch is filled up from its beginning, so that no
     tuple is ever dropped.
@@ -266,5 +266,5 @@ class BucketBatches:
 
     def micro_batch(self, step: int, micro: int, rank: int, world: int, accumulation: int) -> list[int]:
         """Tuples of one micro-step. N processes take together what one takes with N times the accumulation."""
-        epoch, place = divmod((step * accumulation + micro) * world + rank, self.per_epoch)
-        return self.batches(epoch)[place]
+        epoch, index = divmod((step * accumulation + micro) * world + rank, self.per_epoch)
+        return self.batches(epoch)[index]

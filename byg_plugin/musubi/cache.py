@@ -269,8 +269,8 @@ def cached_items(dataset_config: Path, family: MusubiFamily) -> list[Item]:
 def _latent_files(dataset_config: Path, family: MusubiFamily) -> Iterator[tuple[Path, Item]]:
     name = family.architecture[0]
     for folder, is_video in cache_folders(dataset_config):
-        position = r"_\d+-\d+(?:-\d+)?" if is_video else ""
-        pattern = re.compile(rf"(.+){position}_\d+x\d+_{name}\.safetensors")
+        window = r"_\d+-\d+(?:-\d+)?" if is_video else ""
+        pattern = re.compile(rf"(.+){window}_\d+x\d+_{name}\.safetensors")
         for path in sorted(folder.glob(f"*_{name}.safetensors")):
             if not is_hidden(path.name) and (match := pattern.fullmatch(path.name)):
                 text = folder / f"{match[1]}_{name}_te.safetensors"

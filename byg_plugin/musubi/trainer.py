@@ -1,6 +1,6 @@
 """The objective in the seams of musubi-tuner's network trainers. Imports nothing of the host: its classes are handed in.
 
-Overrides `process_batch`, the `on_*` and `extra_*` hooks and `do_inference`. Hook arguments are taken by their position, their
+Overrides `process_batch`, the `on_*` and `extra_*` hooks and `do_inference`. Hook arguments are taken by their order, their
 names differ between the host's versions. Order: load_transformer, on_transformer_loaded, extra_trainable_params, prepare,
 resume, on_train_start, extra_metadata, then for each batch process_batch and on_post_optimizer_step, and on_post_save.
 """
@@ -174,12 +174,12 @@ class UnpairedCycleTrainer:
         seed, step = self.byg_config.train.seed, self.byg_progress.step
         source = latents.to(accelerator.device).float()
         source = source.unsqueeze(2) if source.ndim == 4 else source
-        # Position in the run over all ranks: every rank draws other numbers, a resumed run goes on with its own.
-        position = (
+        # Over the run and all ranks: every rank draws other numbers, a resumed run goes on with its own.
+        micro_index = (
             step * args.gradient_accumulation_steps + self.byg_progress.micro
         ) * accelerator.num_processes + accelerator.process_index
         self.byg_progress.micro += 1
-        choice = torch.rand(len(source), generator=generator(seed, "tuple", position)).tolist()
+        choice = torch.rand(len(source), generator=generator(seed, "tuple", micro_index)).tolist()
         texts = musubi_cache.texts_of_batch(
             batch, len(source), self.byg_checkout.family, choice, self.byg_config.conditioning.max_text_tokens
         )
@@ -188,7 +188,7 @@ class UnpairedCycleTrainer:
             self.byg_geometry,
             source,
             texts,
-            generator(seed, "noise", position),
+            generator(seed, "noise", micro_index),
             source.device,
             kind=self.byg_objective.plan(step, seed).kind,
             high=side_of(self.byg_config.train.seed, self.byg_high_share, step),
