@@ -87,8 +87,8 @@ def shape_named(name: str) -> Shape:
         transformer = _flux(1, 2, heads=2, head=16, text=24, pooled=20) | {"axes_dims_rope": (4, 6, 6)}
         return Shape(transformer=transformer, side=8, text_tokens=6, rank=4, batch=2, rollout_steps=(4, 2))
     if name == "demo":
-        places = [f"{key}=unused" for key in ("dataset.tuples", "dataset.cache_dir", "output.dir", "model.path")]
-        demo = load_config(ROOT / "configs/demo.toml", places)
+        paths = [f"{key}=unused" for key in ("dataset.tuples", "dataset.cache_dir", "output.dir", "model.path")]
+        demo = load_config(ROOT / "configs/demo.toml", paths)
         folder = ROOT / "byg_plugin/demo/base"
         base = json.loads((folder / "transformer/config.json").read_text(encoding="utf-8"))
         return Shape(

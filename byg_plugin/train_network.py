@@ -54,9 +54,9 @@ def main() -> None:
     if args.print_config:
         print(config.to_json())
         return
-    from byg_plugin.data.tuples import check_places
+    from byg_plugin.data.tuples import check_paths
 
-    check_places(config.dataset)
+    check_paths(config.dataset)
     # After what needs neither: these import torch and diffusers, seconds.
     if config.model.host == "musubi":
         from byg_plugin.musubi import host as musubi

@@ -56,7 +56,7 @@ _COLOR = re.compile(
     rf"\b((?:(?:dark|light|bright|pale|deep|hot|pastel|navy|sky)[ -])?(?:{'|'.join(_COLOR_WORDS)}))\b((?:\s+[a-z][a-z'-]*)+)", re.IGNORECASE
 )
 _ANY_COLOR = re.compile(rf"\b(?:{'|'.join(_COLOR_WORDS)})\b", re.IGNORECASE)
-_PLACE = re.compile(
+_IN_PLACE = re.compile(
     rf"\b(?:in|on|at|by|near|along|across)\s+(?:(a|an|the)\s+)((?:(?!of\b|the\b|an?\b|and\b)[a-z-]+\s+){{0,2}}(?:{_PLACE_WORDS}))"
     # A noun that follows makes another thing of it: a street sign.
     rf"(?=\s*(?:[.,;:]|$)|\s+(?:{'|'.join(sorted(_STOP))})\b)",
@@ -148,14 +148,14 @@ def _noun(after: str) -> str | None:
 
 def _background(caption: str, rng: random.Random) -> FourTexts | None:
     """Another place for a caption that names one."""
-    found = list(_PLACE.finditer(caption))
+    found = list(_IN_PLACE.finditer(caption))
     if len(found) != 1:
         return None
-    phrase, place = found[0], found[0][2].casefold()
-    new = rng.choice([name for name in PLACES if name.split()[-1] not in place and place.split()[-1] not in name])
+    phrase, scene = found[0], found[0][2].casefold()
+    new = rng.choice([name for name in PLACES if name.split()[-1] not in scene and scene.split()[-1] not in name])
     tgt = caption[: phrase.start()] + PLACES[new] + caption[phrase.end() :]
     command = "change the background to "
-    return caption, command + _a(new), tgt, command + (f"the {place}" if place.endswith("s") else _a(place))
+    return caption, command + _a(new), tgt, command + (f"the {scene}" if scene.endswith("s") else _a(scene))
 
 
 def _style(caption: str, style: str | None, rng: random.Random) -> FourTexts | None:

@@ -45,12 +45,12 @@ def inputs(settings: GenerateSettings, others: Counter[str]) -> Iterator[ImageIn
     Raises:
         ValueError: no such folder or table; while they are read: no such column.
     """
-    place, base = Path(settings.images), Path(settings.out).absolute().parent
-    if not (place.is_file() if is_table(place) else place.is_dir()):
-        raise ValueError(f"images = {place}: no such folder or table ({', '.join(TABLES)})")
-    if is_table(place):
+    path, base = Path(settings.images), Path(settings.out).absolute().parent
+    if not (path.is_file() if is_table(path) else path.is_dir()):
+        raise ValueError(f"images = {path}: no such folder or table ({', '.join(TABLES)})")
+    if is_table(path):
         every = table_images(
-            place,
+            path,
             base,
             root=Path(settings.image_root) if settings.image_root else None,
             image=settings.image_column,
@@ -59,7 +59,7 @@ def inputs(settings: GenerateSettings, others: Counter[str]) -> Iterator[ImageIn
             default_style=settings.style,
         )
     else:
-        every = folder_images(place, base, settings.style, others)
+        every = folder_images(path, base, settings.style, others)
     return (item for item in every if in_shard(item.source, settings.shard_and_count))
 
 

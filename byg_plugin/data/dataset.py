@@ -89,9 +89,9 @@ class CachedTuples(Dataset[dict[str, Any]]):
         complaints = []
         for store, wanted, what in ((self._latents, images, "images"), (self._texts, texts, "texts")):
             specs = {key: store.spec(key) for key in wanted}
-            there = {key: spec for key, spec in specs.items() if spec is not None}
-            complaints += _missing(store, [name for key, name in wanted.items() if key not in there], len(wanted), what)
-            complaints += _unlike(store, there, sizes, wanted)
+            present = {key: spec for key, spec in specs.items() if spec is not None}
+            complaints += _missing(store, [name for key, name in wanted.items() if key not in present], len(wanted), what)
+            complaints += _unlike(store, present, sizes, wanted)
         if complaints:
             raise ValueError(
                 f"dataset.cache_dir = {Path(self.config.dataset.cache_dir)} does not match the tuples, model and resolution:\n"

@@ -180,9 +180,9 @@ def names_style(caption: str, style: str) -> bool:
     if is_photorealistic(style):
         return bool(_PHOTO.search(caption))
     words = [word for word in re.findall(r"\w+", style.casefold()) if word not in _WEAK]
-    there = set(re.findall(r"\w+", caption.casefold()))
+    present = set(re.findall(r"\w+", caption.casefold()))
     # A label such as "oil painting" may come as "painted in oils".
-    return any(any(_same_stem(word, other) for other in there) for word in words) if words else True
+    return any(any(_same_stem(word, other) for other in present) for word in words) if words else True
 
 
 _WEAK = frozenset({"style", "art", "a", "an", "the", "in", "of", "like", "picture", "image", "non", "book", "glass", "wash"})

@@ -72,12 +72,12 @@ def read_tuples(dataset: DatasetConfig) -> list[EditTuple]:
     Raises:
         ValueError: the place is missing, or lists every problem of its tuples (the first 20 in words).
     """
-    check_places(dataset)
+    check_paths(dataset)
     root = Path(dataset.image_root) if dataset.image_root else None
     return read_tuples_file(Path(dataset.tuples), root, rules=dataset.rules)
 
 
-def check_places(dataset: DatasetConfig) -> None:
+def check_paths(dataset: DatasetConfig) -> None:
     """Whether a `[dataset]` section's tuples and images are there at all, without reading them.
 
     Raises:
@@ -255,10 +255,10 @@ def _schema(record: Mapping[str, Any], root: Path) -> Iterator[Finding]:
 
 def path_words(value: str, root: Path) -> str:
     """A path that leads nowhere, for a message: with what its characters say of why."""
-    place = str(_resolve(value, root))
+    path = str(_resolve(value, root))
     if any(ord(character) < 32 or character == "\x7f" for character in value):
-        return f"{place!r}: it holds control characters; in JSON a backslash begins an escape (\\t, \\n): write / or \\\\ in paths"
-    return f"{place} (its backslashes are read as /)" if "\\" in value and "\\" not in place else place
+        return f"{path!r}: it holds control characters; in JSON a backslash begins an escape (\\t, \\n): write / or \\\\ in paths"
+    return f"{path} (its backslashes are read as /)" if "\\" in value and "\\" not in path else path
 
 
 def _field_problems(record: Mapping[str, Any]) -> list[str]:

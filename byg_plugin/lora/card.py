@@ -115,9 +115,9 @@ def has_card(metadata: Mapping[str, str]) -> bool:
     return any(key.startswith(_PREFIX) for key in metadata)
 
 
-def base_name(place: str) -> str:
+def base_name(path: str) -> str:
     """The last part of a path or hub id, of either system: no folders of a person's machine go into results."""
-    return place.replace("\\", "/").rstrip("/").rpartition("/")[2]
+    return path.replace("\\", "/").rstrip("/").rpartition("/")[2]
 
 
 def _text(key: str, text: str) -> str:

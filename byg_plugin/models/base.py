@@ -17,7 +17,7 @@ from byg_plugin.objectives.base import Text
 
 
 class Family(Geometry, Protocol):
-    """One model family with its weights, configured (position, guidance, parts' places)."""
+    """One model family with its weights, configured (position, guidance, paths of its parts)."""
 
     default_lora_targets: str
     """Regular expression that a whole module name must match."""

@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from byg_plugin.config.fields import why_no_place
+from byg_plugin.config.fields import why_no_path
 from byg_plugin.config.loading import shown
 from byg_plugin.data.rules import ROLES
 from byg_plugin.data.tuples import EditTuple
@@ -80,8 +80,8 @@ def matched(items: Sequence[Item], tuples: Sequence[EditTuple]) -> list[tuple[It
             f"{len(without)} of {len(items)} items of musubi.dataset_config have no tuple in dataset.tuples with a source of their name "
             f"({', '.join(without[:_SHOWN])}): add tuples (held-out ones do not count), or take them out of the host's dataset"
         )
-    there = {item.stem for item in items}
-    lost = [stem for stem in by_stem if stem not in there]
+    stems = {item.stem for item in items}
+    lost = [stem for stem in by_stem if stem not in stems]
     if lost:
         raise ValueError(
             f"{len(lost)} of {len(by_stem)} sources of dataset.tuples are no items of musubi.dataset_config ({', '.join(lost[:_SHOWN])}): "
@@ -299,12 +299,12 @@ def cache_folders(dataset_config: Path) -> list[tuple[Path, bool]]:
     for dataset in datasets(dataset_config):
         is_video = "video_directory" in dataset or "video_jsonl_file" in dataset
         media = dataset.get("video_directory" if is_video else "image_directory")
-        place = dataset.get("cache_directory", media)
-        if place is None:
+        folder = dataset.get("cache_directory", media)
+        if folder is None:
             raise ValueError(
                 f"musubi.dataset_config = {dataset_config}: a dataset has no cache_directory, which the host needs with a jsonl file"
             )
-        folders.append((Path(place), is_video))
+        folders.append((Path(folder), is_video))
     return folders
 
 
@@ -331,7 +331,7 @@ def datasets(dataset_config: Path) -> list[dict[str, Any]]:
 def _wrong(dataset: Mapping[str, Any]) -> str | None:
     """What is wrong with the keys of a dataset that are read here; the host reads the others."""
     for key in ("cache_directory", "image_directory", "video_directory"):
-        if key in dataset and (why := why_no_place(dataset[key]) if isinstance(dataset[key], str) else "is not a text"):
+        if key in dataset and (why := why_no_path(dataset[key]) if isinstance(dataset[key], str) else "is not a text"):
             return f"{key} = {shown(dataset[key])} {why}"
     for key, sizes in (("resolution", (2,)), ("target_frames", range(1, _MOST_LENGTHS))):
         value = dataset.get(key, [1, 1])

@@ -43,14 +43,14 @@ _FIXED_ON_RESUME = (
 
 def _resume_from(config: Config, resume: str | None, args: Any) -> None:
     folder = Path(args.output_dir)
-    there = states(folder)
+    existing = states(folder)
     if resume is None:
         name = glob.escape(args.output_name)
-        if written := [*there, *sorted(folder.glob(f"{name}.safetensors")), *sorted(folder.glob(f"{name}-*.safetensors"))]:
+        if written := [*existing, *sorted(folder.glob(f"{name}.safetensors")), *sorted(folder.glob(f"{name}-*.safetensors"))]:
             raise ValueError(f"musubi.output_dir = {folder} already has {written[0].name}: go on with --resume FOLDER, or choose another")
         return
     if resume == "latest":
-        newest = f"--resume {there[-1]}" if there else "none is there yet"
+        newest = f"--resume {existing[-1]}" if existing else "none is there yet"
         raise ValueError(f"--resume latest: the host unpickles the state it reads, which can run code, so name the folder: {newest}")
     saved = read_state(Path(resume))["config"]
     now = config.model_dump(mode="json")
@@ -128,10 +128,10 @@ def cache_texts(config: Config, *, prune: bool = False) -> None:
         raise ValueError("--prune: the host's own caching scripts remove files of items that are gone; leave it out")
     checkout = open_checkout(config.model)
     tuples = training_tuples(config.dataset)
-    place = config.musubi.get("dataset_config")
-    if not isinstance(place, str) or not Path(place).is_file():
-        raise ValueError(f"musubi.dataset_config = {place!r}: no such file; give the host's dataset TOML")
-    every = musubi_cache.matched(musubi_cache.latents_of(Path(place), checkout.family), tuples)
+    path = config.musubi.get("dataset_config")
+    if not isinstance(path, str) or not Path(path).is_file():
+        raise ValueError(f"musubi.dataset_config = {path!r}: no such file; give the host's dataset TOML")
+    every = musubi_cache.matched(musubi_cache.latents_of(Path(path), checkout.family), tuples)
     encoder = _encoder_identity(config)
     todo = [(item, some) for item, some in every if not musubi_cache.is_current(item.path, some, encoder)]
     if todo:
@@ -145,10 +145,10 @@ def cache_texts(config: Config, *, prune: bool = False) -> None:
 def _encoder_identity(config: Config) -> str:
     parts = []
     for name in musubi_options.spec_of(config.model).text_encoders:
-        place = config.musubi.get(name)
-        if not isinstance(place, str) or not Path(place).is_file():
-            raise ValueError(f"musubi.{name} = {place!r}: no such file; give the text encoder that the host's own caching takes")
-        parts.append(f"{Path(place).name}:{Path(place).stat().st_size}")
+        path = config.musubi.get(name)
+        if not isinstance(path, str) or not Path(path).is_file():
+            raise ValueError(f"musubi.{name} = {path!r}: no such file; give the text encoder that the host's own caching takes")
+        parts.append(f"{Path(path).name}:{Path(path).stat().st_size}")
     return "|".join([*parts, "fp8" if config.musubi.get("fp8_t5") else "bf16", str(config.conditioning.max_text_tokens)])
 
 

@@ -151,8 +151,8 @@ class UnpairedCycleTrainer:
         wanted = {name: tuple(value.shape) for name, value in parameters.items()}
         for name in [*wanted, *found]:
             if found.get(name) != wanted.get(name):
-                there, here = (f"has shape {each[name]}" if name in each else "is missing" for each in (found, wanted))
-                raise ValueError(f"--resume {folder}: {STATE_TENSORS}: {name} {there}, in this run it {here}; take another state")
+                in_state, in_run = (f"has shape {each[name]}" if name in each else "is missing" for each in (found, wanted))
+                raise ValueError(f"--resume {folder}: {STATE_TENSORS}: {name} {in_state}, in this run it {in_run}; take another state")
 
     def _continue(self, args: Any) -> None:
         """The host counts from 0 again: it would train all steps once more, and write over files that have the same numbers."""
@@ -199,8 +199,8 @@ class UnpairedCycleTrainer:
         metrics = self.byg_objective.step(self.byg_fields, step_batch, partial(self._backward, accelerator))
         self._stop_if_not_finite(accelerator, metrics, args, step_batch)
         values = torch.stack([value.float() for value in metrics.values()]).tolist()
-        told = {f"loss/{name}": value for name, value in zip(metrics, values, strict=True)}
-        return metrics["loss"].detach().clone().requires_grad_(), told | {"identity_step": float(step_batch.identity_step)}
+        reported = {f"loss/{name}": value for name, value in zip(metrics, values, strict=True)}
+        return metrics["loss"].detach().clone().requires_grad_(), reported | {"identity_step": float(step_batch.identity_step)}
 
     def _backward(self, accelerator: Any, loss: Tensor, *, last: bool) -> float:
         """As the host would; it averages gradients over processes itself, after `process_batch`."""
@@ -272,7 +272,7 @@ class UnpairedCycleTrainer:
         saved = Path(args.output_dir) / ckpt_name
         companion = saved.with_name(f"{saved.stem}-ema{saved.suffix}")
         partial_file = companion.with_name(f".partial-{companion.name}")
-        with _told_if_full(companion), self.byg_fields.ema_weights.swapped_in():
+        with _naming_a_full_disk(companion), self.byg_fields.ema_weights.swapped_in():
             self.byg_fields.network.save_weights(str(partial_file), save_dtype, {**metadata, **self._metadata(args, "ema")})
             os.replace(partial_file, companion)
         if args.huggingface_repo_id is not None:
@@ -291,7 +291,7 @@ class UnpairedCycleTrainer:
         folder = Path(output_dir)
         tensors = {name: value.detach().cpu().contiguous().clone() for name, value in self.byg_fields.ema_weights.state().items()}
         record = {"step": self.byg_progress.step, "config": self.byg_config.model_dump(mode="json")}
-        with _told_if_full(folder):
+        with _naming_a_full_disk(folder):
             save_file(tensors, folder / STATE_TENSORS)
             (folder / STATE).write_text(json.dumps(record, indent=2), encoding="utf-8")
 
@@ -369,13 +369,13 @@ class UnpairedCycleTrainer:
 
     def _source_pixels(self, prompt: Any, size: tuple[int, int], frames: int) -> Tensor:
         """(1, 3, F, H, W) in [-1, 1]."""
-        place = _source_of(prompt)
-        assert place is not None, "process_sample_prompts has looked"
+        source = _source_of(prompt)
+        assert source is not None, "process_sample_prompts has looked"
         if "control_video_path" not in prompt:
-            pictures = [load_image(Path(place))]
+            pictures = [load_image(Path(source))]
         else:
             media = self.byg_checkout.module("dataset.media_utils")
-            pictures = [Image.fromarray(array) for array in media.load_video(place, 0, frames)]
+            pictures = [Image.fromarray(array) for array in media.load_video(source, 0, frames)]
             pictures = pictures[: self.byg_geometry.clip_frames(len(pictures))]
         return torch.stack([to_tensor(crop_to_bucket(picture, size)) for picture in pictures], dim=1)[None]
 
@@ -456,11 +456,11 @@ def _cache_file_not_finite(dataset_config: Path) -> str:
 
 
 @contextmanager
-def _told_if_full(place: Path) -> Iterator[None]:
+def _naming_a_full_disk(path: Path) -> Iterator[None]:
     """safetensors reports a full disk in its own class."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         raise ValueError(
-            f"cannot write {place}: {error}. Make room, then go on with --resume of an earlier state, or start again"
+            f"cannot write {path}: {error}. Make room, then go on with --resume of an earlier state, or start again"
         ) from error
