@@ -171,7 +171,7 @@ class ConditioningConfig(Section):
     max_text_tokens: Annotated[int, Field(ge=4, le=512)] = Field(512, description="T5 or UMT5 tokens a text is padded or cut to.")
 
 
-SECTIONS_OF_OBJECTIVES: dict[str, type[ObjectiveConfig]] = {name: resolve_name(place) for name, place in OBJECTIVES.items()}
+SECTIONS_OF_OBJECTIVES: dict[str, type[ObjectiveConfig]] = {name: resolve_name(path) for name, path in OBJECTIVES.items()}
 
 
 def _objective_of(section: Any) -> Any:

@@ -279,9 +279,9 @@ def test_a_memory_without_readers_is_asked_for_them_and_not_hashed_again(tmp_pat
     for path in tmp_path.glob("*.png"):
         os.utime(path, (1000, 1000))
     run(config)
-    place = tmp_path / "cache" / "files.json"
-    old = {name: known[:5] for name, known in json.loads(place.read_text()).items()}
-    place.write_text(json.dumps(old))
+    path = tmp_path / "cache" / "files.json"
+    old = {name: known[:5] for name, known in json.loads(path.read_text()).items()}
+    path.write_text(json.dumps(old))
     monkeypatch.setattr(cache, "_file_digest", lambda file: pytest.fail("read"))
     assert run(config)[0].images == 0
-    assert all(len(known) == 8 for known in json.loads(place.read_text()).values())
+    assert all(len(known) == 8 for known in json.loads(path.read_text()).values())

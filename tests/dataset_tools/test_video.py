@@ -74,9 +74,9 @@ def test_rows_are_drawn_at_random_and_the_same_at_each_run(tmp_path: Path) -> No
 
     first = drawn(0)
     assert len(set(first)) == 100 and first == drawn(0) != drawn(1)
-    places = [int(name[1:]) for name in first]
+    rows = [int(name[1:]) for name in first]
     # A quarter of the rows in each quarter of the table: 25 of 100 with a deviation of 4.
-    assert all(7 < sum(100 * q <= place < 100 * (q + 1) for place in places) < 43 for q in range(4))
+    assert all(7 < sum(100 * q <= row < 100 * (q + 1) for row in rows) < 43 for q in range(4))
 
 
 def test_captions_are_cleaned_repaired_or_rejected_and_wrapped(tmp_path: Path) -> None:

@@ -220,9 +220,9 @@ def test_an_interrupted_run_leaves_whole_lines_of_whole_files(lora: Path, tmp_pa
 
 
 def test_a_file_of_that_name_that_is_none_of_ours_stops_before_the_work(lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    mine = tmp_path / "edits.jsonl"
-    mine.write_bytes((workspace() / "tuples.jsonl").read_bytes())
-    before = mine.read_bytes()
+    own = tmp_path / "edits.jsonl"
+    own.write_bytes((workspace() / "tuples.jsonl").read_bytes())
+    before = own.read_bytes()
     with pytest.raises(ValueError, match=r"edits\.jsonl, line 1: .* is missing"):
         command(monkeypatch, None, "--lora", lora, "--source", photo(), "--instruction", "add", "--out", tmp_path)
-    assert mine.read_bytes() == before and list(tmp_path.iterdir()) == [mine]
+    assert own.read_bytes() == before and list(tmp_path.iterdir()) == [own]

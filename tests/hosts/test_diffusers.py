@@ -95,12 +95,12 @@ def test_contexts_restore_what_they_found_when_nested(tmp_path: Path):
 def test_ema_swaps_pointers_and_puts_the_live_weights_back(tmp_path: Path):
     host = make_host(host_config(tmp_path))
     name, parameter = next(iter(host.parameters.items()))
-    place, shadow = parameter.data_ptr(), host.ema_weights.state()[name].clone()
+    address, shadow = parameter.data_ptr(), host.ema_weights.state()[name].clone()
     assert not torch.equal(parameter, shadow)
     with host.ema():
         assert torch.equal(parameter, shadow)
         assert not torch.is_grad_enabled()
-    assert parameter.data_ptr() == place and torch.is_grad_enabled()
+    assert parameter.data_ptr() == address and torch.is_grad_enabled()
 
 
 def test_ema_with_decay_0_is_the_live_lora(tmp_path: Path):

@@ -337,9 +337,9 @@ def test_an_expert_is_quantised_before_the_other_is_read(tmp_path: Path, monkeyp
     found: list[set[type]] = []
     read = wan_files.load_wan_transformer
 
-    def reading(*place: Any, **options: Any) -> WanTransformer3DModel:
+    def reading(*path: Any, **options: Any) -> WanTransformer3DModel:
         found.extend({type(m) for name, m in network.named_modules() if name.endswith(".base_layer")} for network in networks)
-        networks.append(read(*place, **options))
+        networks.append(read(*path, **options))
         return networks[-1]
 
     monkeypatch.setattr(wan_files, "load_wan_transformer", reading)

@@ -176,7 +176,7 @@ DATASETS = {
 def test_a_dataset_toml_of_another_shape_is_named(tmp_path: Path, text: str, says: str):
     path = tmp_path / "dataset.toml"
     path.write_text(text, encoding="utf-8")
-    for read in (musubi_cache.sizes, lambda place: musubi_cache.cached_items(place, WAN)):
+    for read in (musubi_cache.sizes, lambda path: musubi_cache.cached_items(path, WAN)):
         with pytest.raises(ValueError, match=f"musubi.dataset_config = .*dataset.toml: .*{says}") as caught:
             read(path)
         assert len(str(caught.value)) < 1000

@@ -176,10 +176,10 @@ def test_companions_of_files_that_the_host_removed_are_removed(tmp_path: Path):
 def test_the_average_is_uploaded_where_the_host_uploads(tmp_path: Path):
     it, sent = trainer(tmp_path, musubi={"output_dir": str(tmp_path)}), []
     (tmp_path / "dataset.toml").write_text("[[datasets]]\n", encoding="utf-8")
-    upload = lambda args, place, name, force_sync_upload: sent.append((Path(place).is_file(), name, force_sync_upload))  # noqa: E731
+    upload = lambda args, path, name, force_sync_upload: sent.append((Path(path).is_file(), name, force_sync_upload))  # noqa: E731
     it.byg_checkout.module = lambda name: SimpleNamespace(upload=upload)
     it.byg_fields.ema_weights = EmaWeights({}, 0.9)
-    it.byg_fields.network.save_weights = lambda place, dtype, metadata: Path(place).touch()
+    it.byg_fields.network.save_weights = lambda path, dtype, metadata: Path(path).touch()
     args = SimpleNamespace(output_dir=str(tmp_path), dataset_config=tmp_path / "dataset.toml", dit="dit", network_alpha=4)
     for repository in (None, "someone/somewhere"):
         args.huggingface_repo_id = repository

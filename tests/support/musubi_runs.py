@@ -23,7 +23,7 @@ from byg_plugin.timesteps import uniform_nodes
 from tests.support import ROOT
 from tests.support.musubi_host import (
     A14B,
-    PLACE,
+    CHECKOUT,
     SITE,
     T2V,
     TEXT_TOKENS,
@@ -61,7 +61,7 @@ def one_batch(family: str) -> Batch:
 
 
 def child_env(**more: str) -> dict[str, str]:
-    path = [str(SITE), str(ROOT), str(Path(PLACE) / "src")]
+    path = [str(SITE), str(ROOT), str(Path(CHECKOUT) / "src")]
     return os.environ | {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **more}
 
 
@@ -107,7 +107,7 @@ def encoded(family: str, text: str) -> dict[str, Tensor]:
 def write_config(folder: Path, family: str, out: str = "out", **options: Any) -> Path:
     """A TOML file of the run."""
     config = host_config(folder, family, musubi={"output_dir": str(folder / out), "seed": 3, **options})
-    lines = ["[model]", f'family = "{family}"', 'host = "musubi"', f'host_path = "{PLACE}"', 'device = "cpu"', "[dataset]"]
+    lines = ["[model]", f'family = "{family}"', 'host = "musubi"', f'host_path = "{CHECKOUT}"', 'device = "cpu"', "[dataset]"]
     lines += [f'tuples = "{folder / "tuples.jsonl"}"', "[conditioning]", f"max_text_tokens = {TEXT_TOKENS}", "[objective]"]
     lines += ["rollout_steps = 2", "identity_warmup_steps = 1", "ema_decay = 0.9", "[musubi]"]
     lines += [f"{key} = {json.dumps(value)}" for key, value in config.musubi.items()]
