@@ -26,7 +26,7 @@ def test_readme_names_only_files_that_exist():
     links = re.findall(r"\]\(([^)#:]+)\)", text)
     commands = re.findall(r"(byg_plugin/\w+\.py|configs/\w+\.toml)", text)
     assert len(links) >= 8 and len(commands) >= 6
-    missing = [place for place in {*links, *commands} if not (ROOT / place).exists() and not (ROOT / "byg_plugin" / place).exists()]
+    missing = [path for path in {*links, *commands} if not (ROOT / path).exists() and not (ROOT / "byg_plugin" / path).exists()]
     assert not missing
 
 

@@ -93,12 +93,12 @@ def test_discarding_takes_previews_and_logs_along(tmp_path: Path):
 
 @pytest.mark.parametrize("resume", [None, "latest", "elsewhere"])
 def test_discarding_needs_a_checkpoint_of_this_folder(out: Path, tmp_path: Path, reference: Path, resume: str | None):
-    place = str(reference / "checkpoints/step-000002") if resume == "elsewhere" else resume
+    source = str(reference / "checkpoints/step-000002") if resume == "elsewhere" else resume
     with pytest.raises(ValueError, match="--discard-later goes with --resume FOLDER, and FOLDER must be a checkpoint in"):
-        make_trainer(run_config(out, **SHORT), place, discard_later=True)
+        make_trainer(run_config(out, **SHORT), source, discard_later=True)
     if resume == "elsewhere":
         with pytest.raises(ValueError, match="has the other checkpoint step-000004.*overwritten: choose another output.dir"):
-            make_trainer(run_config(out, **SHORT), place)
+            make_trainer(run_config(out, **SHORT), source)
     assert [path.name for path in checkpoint.checkpoints(out / "checkpoints")] == ["step-000002", "step-000004"]
 
 
