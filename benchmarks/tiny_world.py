@@ -35,8 +35,9 @@ from benchmarks import tiny_world_run as runs
 from benchmarks.provenance import ROOT
 from benchmarks.tiny_world_run import Plan
 from byg_plugin import _cli
-from byg_plugin.config.loading import load_config
-from byg_plugin.config.sections import Config
+from byg_plugin.config.loading import load_config, parse_config, read_config
+from byg_plugin.config.objective import DEFAULT
+from byg_plugin.config.sections import SECTIONS_OF_OBJECTIVES, Config
 from byg_plugin.demo import world
 from byg_plugin.progress import Progress
 from byg_plugin.training.loop import Interrupted
@@ -243,9 +244,9 @@ class Study:
         }
         scaled = [f"{key}={max(1, round(value * scale)) if value else 0}" for key, value in lengths.items()]
         wanted = [*fixed, *scaled, *overrides]
-        steps = load_config(self.options.config, wanted).train.steps
+        steps = _recipe_of(self.options.config, wanted).train.steps
         rhythm = [f"train.save_every={max(1, steps // 10)}", f"train.log_every={max(1, min(10, steps // 50))}"]
-        return load_config(self.options.config, [*wanted, *rhythm])
+        return _recipe_of(self.options.config, [*wanted, *rhythm])
 
     def _world_digest(self) -> str:
         """Names the data folders: a world that is drawn otherwise gets other ones."""
@@ -259,6 +260,14 @@ class Study:
             return "todo"
         changed = runs.changes(record, plan)
         return f"stale ({'; '.join(changed)})" if changed else "done"
+
+
+def _recipe_of(path: Path, overrides: list[str]) -> Config:
+    """A row's configuration. The recipe is the full method's: of a row with another objective, what that one does not know is left out."""
+    raw = read_config(path, overrides)
+    section = raw.get("objective", {})
+    known = SECTIONS_OF_OBJECTIVES[section.get("name", DEFAULT)].model_fields
+    return parse_config({**raw, "objective": {key: value for key, value in section.items() if key in known}}, origin=str(path))
 
 
 def _toml(value: str | Path) -> str:
@@ -305,7 +314,7 @@ def effort(plan: Plan, step: int | None = None) -> float:
         return 20.0
     config = plan.config
     step = config.train.steps if step is None else step
-    warmup = config.objective.identity_warmup_steps if config.objective.name == "unpaired_cycle" else step
+    warmup = getattr(config.objective, "identity_warmup_steps", step)
     return min(step, warmup) + 6.0 * max(0, step - warmup)
 
 

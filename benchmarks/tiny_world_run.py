@@ -26,7 +26,7 @@ from PIL import Image
 
 from benchmarks import provenance
 from byg_plugin import sampling
-from byg_plugin.config.sections import Config, keys_of
+from byg_plugin.config.sections import ONCE_ALWAYS_WRITTEN, Config, keys_of
 from byg_plugin.data import cache
 from byg_plugin.data.buckets import to_tensor
 from byg_plugin.data.tuples import read_tuples
@@ -160,7 +160,7 @@ def changes(record: Mapping[str, Any], plan: Plan) -> list[str]:
         old = record["config"].get(section, {})
         for key, value in values.items():
             before = old[key] if key in old else _default(section, key)
-            if before != value:
+            if before != value and not (value is None and f"{section}.{key}" in ONCE_ALWAYS_WRITTEN):
                 found.append(f"{section}.{key}: {before} -> {value}")
     return found
 
@@ -312,7 +312,7 @@ class Evaluator:
 def curve_steps(config: Config) -> list[int]:
     """Steps after which a run is evaluated: the end of the identity warm-up, `CURVE_POINTS` between, the end."""
     steps = config.train.steps
-    first = min(steps, config.objective.identity_warmup_steps) if config.objective.name == "unpaired_cycle" else 0
+    first = min(steps, getattr(config.objective, "identity_warmup_steps", 0))
     return sorted({first + round((steps - first) * k / (CURVE_POINTS + 1)) for k in range(CURVE_POINTS + 2)} - {0})
 
 
@@ -367,7 +367,7 @@ class _Watch:
     def seconds(self) -> dict[str, float]:
         """CPU and wall seconds of training, and CPU seconds a step: of all, of warm-up steps and of those after it."""
         config = self.plan.config
-        warmup = config.objective.identity_warmup_steps if config.objective.name == "unpaired_cycle" else 0
+        warmup = getattr(config.objective, "identity_warmup_steps", 0)
         at = {0: 0.0} | {int(line["step"]): line["cpu"] for line in self.clock}
         end, turn = max(at), max((step for step in at if step <= warmup), default=0)
         found = {"cpu_seconds": at[end], "wall_seconds": self.clock[-1]["wall"], "seconds_per_step": at[end] / end}

@@ -30,6 +30,11 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     Raises:
         ValueError: the file is missing or not TOML, or any key, type or combination is wrong.
     """
+    return parse_config(read_config(path, overrides), origin=str(path))
+
+
+def read_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:
+    """The nested dictionary that a file and overrides say, not yet looked at; see `load_config`."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"--config {path}: no such file")
@@ -41,7 +46,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         raise ValueError(f"--config {path}: not valid TOML: {error}") from error
     for override in overrides:
         _apply_override(raw, override)
-    return parse_config(raw, origin=str(path))
+    return raw
 
 
 def parse_config(raw: dict[str, Any], origin: str = "configuration") -> Config:

@@ -266,6 +266,8 @@ class TrainConfig(Section):
         return self
 
 
+# What earlier versions wrote down also where nothing read it; there it is None now.
+ONCE_ALWAYS_WRITTEN = {"train.betas"}
 SampleSteps = Annotated[int, Field(ge=1, le=1000)]
 
 

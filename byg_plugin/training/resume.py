@@ -10,7 +10,7 @@ import torch
 from accelerate.logging import get_logger
 from torch import nn
 
-from byg_plugin.config.sections import Config, TrainConfig
+from byg_plugin.config.sections import ONCE_ALWAYS_WRITTEN, Config, TrainConfig
 from byg_plugin.folders import DISCARDED, make_writable
 from byg_plugin.hosts import adapter_shapes
 from byg_plugin.models.base import Family
@@ -33,7 +33,6 @@ _FIXED = (
     "objective.name",
     "train.optimizer",
 )
-_UNREAD = {"train.betas"}  # once written for every optimizer; None for one that has none
 
 
 def find_start(output: Path, resume: str | None, discard_later: bool) -> Path | None:
@@ -116,7 +115,7 @@ def _check_same_run(config: Config, saved: dict[str, Any]) -> None:
         (f"{section}.{key}", saved.get(section, {}).get(key), value)
         for section, values in now.items()
         for key, value in values.items()
-        if saved.get(section, {}).get(key) != value and not (value is None and f"{section}.{key}" in _UNREAD)
+        if saved.get(section, {}).get(key) != value and not (value is None and f"{section}.{key}" in ONCE_ALWAYS_WRITTEN)
     ]
     fixed = [f"{key}: {old!r} -> {new!r}" for key, old, new in changed if key in _FIXED]
     if fixed:
