@@ -230,14 +230,14 @@ def test_an_encoding_that_is_none_is_made_again(tmp_path: Path, contents: bytes)
 def test_an_entry_that_is_not_finite_is_named_when_it_is_read(tmp_path: Path, what: str, value: float) -> None:
     config = data_set(tmp_path)
     run(config)
-    store = {"latents": latent_store, "texts": text_store}[what](config)
+    store = {"latents": latent_store, "texts": text_store}[what](config.dataset)
     path = min((tmp_path / "cache" / what).iterdir())
     (name, tensor), *_ = store.read(path.stem).items()
     tensor.view(-1)[-1] = value
     path.write_bytes(save({name: tensor}))
     remedy = rf"{path.name} \(a car\): tensor {name} holds NaN or infinite values; remove this file and run {store.command} again"
     with pytest.raises(ValueError, match=remedy):
-        {"latents": latent_store, "texts": text_store}[what](config).read(path.stem, "a car")
+        {"latents": latent_store, "texts": text_store}[what](config.dataset).read(path.stem, "a car")
 
 
 def test_an_entry_s_numbers_are_looked_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
