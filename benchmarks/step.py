@@ -652,7 +652,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--write-docs",
         action="store_true",
-        help="put the tables of the CPU's results into README.md and docs/step_cost.md and measure nothing",
+        help="put the tables of the committed results into docs/step_cost.md and measure nothing",
     )
     return parser
 
