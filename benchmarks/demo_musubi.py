@@ -121,13 +121,13 @@ def write_host_files(demo: Config, out: Path) -> None:
         latents = data[index]["source"][:, 0]
         shape = "x".join(map(str, (1, *latents.shape[1:])))
         save_file({f"latents_{shape}_float32": latents.contiguous()}, folder / f"{item.source.stem}_{size:04d}x{size:04d}_fk.safetensors")
-        place = musubi_cache.Item(stem=item.source.stem, path=folder / f"{item.source.stem}_fk_te.safetensors")
+        cached = musubi_cache.Item(stem=item.source.stem, path=folder / f"{item.source.stem}_fk_te.safetensors")
 
         def encoding(text: str) -> dict[str, torch.Tensor]:
             found = data.encoding(text)
             return {"t5": found["t5"], "pooled": found["pooled"][None]}
 
-        musubi_cache.write_roles(place, [item], encoding, musubi_family("flux"), "demo")
+        musubi_cache.write_roles(cached, [item], encoding, musubi_family("flux"), "demo")
     (out / "dataset.toml").write_text(
         f"[general]\nresolution = [{size}, {size}]\nbatch_size = {demo.train.batch_size}\nenable_bucket = false\n"
         f"[[datasets]]\nimage_directory = {json.dumps(str(out / 'train' / 'images'))}\ncache_directory = {json.dumps(str(folder))}\n",
@@ -140,8 +140,8 @@ def run(out: Path, host_path: str | None, overrides: list[str]) -> dict[str, Any
     out.mkdir(parents=True, exist_ok=True)
     world.write_dataset(out / "train", TRAIN_TUPLES, seed=0, split="train")
     world.write_dataset(out / "eval", EVAL_TUPLES, seed=0, split="eval")
-    places = {"model.path": BASE, "dataset.tuples": out / "train" / "tuples.jsonl", "dataset.cache_dir": out / "cache", "output.dir": out}
-    settings = [f"{key}={json.dumps(str(value))}" for key, value in places.items()] + overrides
+    paths = {"model.path": BASE, "dataset.tuples": out / "train" / "tuples.jsonl", "dataset.cache_dir": out / "cache", "output.dir": out}
+    settings = [f"{key}={json.dumps(str(value))}" for key, value in paths.items()] + overrides
     toml = str(ROOT / "configs" / "demo.toml")
     demo = load_config(toml, settings)
     for what in ("latents", "texts"):
@@ -149,7 +149,7 @@ def run(out: Path, host_path: str | None, overrides: list[str]) -> dict[str, Any
     write_host_files(demo, out)
 
     config = recipe(demo, out, host_path)
-    musubi.open_host(config)
+    musubi.open_checkout(config)
     shrink(BASE)
     os.environ["ACCELERATE_USE_CPU"] = "true"
     wall, cpu = time.perf_counter(), time.process_time()

@@ -102,10 +102,10 @@ def changed(document: Any, edits: list[tuple[int, Any, str]]) -> Any:
     document = json.loads(json.dumps(document))
     for index, weird, what in edits:
         value = copy.deepcopy(weird)  # else a document could come to hold itself
-        places = list(_places(document))
-        if not places:
+        slots = list(_slots(document))
+        if not slots:
             return value
-        holder, key = places[index % len(places)]
+        holder, key = slots[index % len(slots)]
         if what == "value":
             holder[key] = value
         elif what == "drop":
@@ -115,11 +115,11 @@ def changed(document: Any, edits: list[tuple[int, Any, str]]) -> Any:
     return document
 
 
-def _places(node: Any) -> Iterator[tuple[Any, Any]]:
+def _slots(node: Any) -> Iterator[tuple[Any, Any]]:
     items = list(node.items()) if isinstance(node, dict) else list(enumerate(node)) if isinstance(node, list) else []
     for key, value in items:
         yield node, key
-        yield from _places(value)
+        yield from _slots(value)
 
 
 def header_changed(data: bytes, edits: list[tuple[int, Any, str]]) -> bytes:
@@ -198,11 +198,11 @@ def _read_tuples(folder: Path, path: Path) -> None:
     from byg_plugin import layout
     from byg_plugin.data.tuples import read_tuples_file
 
-    place = path if path.suffix == ".jsonl" else path.parent
+    source = path if path.suffix == ".jsonl" else path.parent
     # The command ends with a code of its own when it has found something.
     with contextlib.suppress(SystemExit):
-        layout.module("dataset_tools.validate").main([str(place)])
-    read_tuples_file(place)
+        layout.module("dataset_tools.validate").main([str(source)])
+    read_tuples_file(source)
 
 
 def _make_lora(folder: Path) -> list[Path]:
@@ -433,8 +433,8 @@ def run_round(name: str, number: int, seconds: float, keep: Path) -> Tally:
     """Inputs of one seeded round; the smallest of each finding stays in `keep`."""
     reader, tally = READERS[name], Tally()
     ends = time.monotonic() + seconds
-    with tempfile.TemporaryDirectory(prefix="byg-fuzz-") as place:
-        folder = Path(place) / "whole"
+    with tempfile.TemporaryDirectory(prefix="byg-fuzz-") as scratch:
+        folder = Path(scratch) / "whole"
         folder.mkdir()
         paths = reader.make(folder)
         whole = {path: path.read_bytes() for path in paths}

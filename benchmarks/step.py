@@ -39,7 +39,7 @@ from byg_plugin import _cli, timesteps
 from byg_plugin.config.loading import load_config, parse_config
 from byg_plugin.config.objective import DEFAULT
 from byg_plugin.config.sections import SECTIONS_OF_OBJECTIVES, Config
-from byg_plugin.data.tuples import TEXTS
+from byg_plugin.data.rules import ROLES
 from byg_plugin.hosts.diffusers import DiffusersHost
 from byg_plugin.models import flux_files, wan, wan_files
 from byg_plugin.models.flux import FluxFamily
@@ -87,8 +87,8 @@ def shape_named(name: str) -> Shape:
         transformer = _flux(1, 2, heads=2, head=16, text=24, pooled=20) | {"axes_dims_rope": (4, 6, 6)}
         return Shape(transformer=transformer, side=8, text_tokens=6, rank=4, batch=2, rollout_steps=(4, 2))
     if name == "demo":
-        places = [f"{key}=unused" for key in ("dataset.tuples", "dataset.cache_dir", "output.dir", "model.path")]
-        demo = load_config(ROOT / "configs/demo.toml", places)
+        paths = [f"{key}=unused" for key in ("dataset.tuples", "dataset.cache_dir", "output.dir", "model.path")]
+        demo = load_config(ROOT / "configs/demo.toml", paths)
         folder = ROOT / "byg_plugin/demo/base"
         base = json.loads((folder / "transformer/config.json").read_text(encoding="utf-8"))
         return Shape(
@@ -229,9 +229,9 @@ def plan(shape: Shape) -> list[tuple[Row, bool]]:
     rows = all_rows(shape)
     return [
         (row, checkpointing)
-        for position, checkpointing in enumerate(shape.checkpointing)
+        for index, checkpointing in enumerate(shape.checkpointing)
         for row in rows
-        if position == 0 or row.name in RECOMPUTED
+        if index == 0 or row.name in RECOMPUTED
     ]
 
 
@@ -357,7 +357,7 @@ def make_batch(shape: Shape, steps: int, device: torch.device) -> Batch:
         return {"t5": normal(shape.batch, shape.text_tokens, widths[0]), "pooled": normal(shape.batch, widths[1])}
 
     latents = (shape.batch, 16, shape.frames, shape.side, shape.side)
-    texts = {role: text() for role in TEXTS}
+    texts = {role: text() for role in ROLES}
     return Batch(
         source=normal(*latents),
         noise=normal(*latents),
@@ -467,7 +467,7 @@ class Bench:
         tensors = [t for network in host.networks.values() for t in (*network.parameters(), *network.buffers())]
         tensors += [linear.weight for linear in host._merged] + list(host.ema_weights.state().values())
         tensors += [p.grad for p in host.parameters.values() if p.grad is not None]
-        tensors += [value for role in TEXTS for value in getattr(batch, role).values()]
+        tensors += [value for role in ROLES for value in getattr(batch, role).values()]
         return [*tensors, batch.source, batch.noise, batch.t, batch.nodes, *([] if batch.target is None else [batch.target])]
 
     def _allocator_peak(self, batch: Batch) -> dict[str, float]:

@@ -116,19 +116,19 @@ class Bytes:
 
     def hold(self, storage: torch.UntypedStorage, holder: object) -> None:
         """Count the storage until `holder` dies."""
-        place, size = storage.data_ptr(), storage.nbytes()
-        if place in self._outside or not size:
+        address, size = storage.data_ptr(), storage.nbytes()
+        if address in self._outside or not size:
             return
-        if not self._holders.get(place):
+        if not self._holders.get(address):
             self.now += size
             self.peak = max(self.peak, self.now)
-        self._holders[place] = self._holders.get(place, 0) + 1
-        weakref.finalize(holder, self._release, place, size)
+        self._holders[address] = self._holders.get(address, 0) + 1
+        weakref.finalize(holder, self._release, address, size)
 
-    def _release(self, place: int, size: int) -> None:
-        self._holders[place] -= 1
-        if not self._holders[place]:
-            del self._holders[place]
+    def _release(self, address: int, size: int) -> None:
+        self._holders[address] -= 1
+        if not self._holders[address]:
+            del self._holders[address]
             self.now -= size
 
 

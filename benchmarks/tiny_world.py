@@ -227,13 +227,13 @@ class Study:
     def _config(self, run: Run, label: str, seed: int, overrides: tuple[str, ...]) -> Config:
         work = self.options.work
         data = work / "data" / f"{self.options.stage}-{run.world}{'-targets' if run.targets else ''}-{self._world_digest()}"
-        places = {
+        paths = {
             "model.path": self.options.base,
             "dataset.tuples": data / "tuples.jsonl",
             "dataset.cache_dir": work / "cache",
             "output.dir": work / self.options.stage / f"{label}-{seed}",
         }
-        fixed = [f"{key}={_toml(value)}" for key, value in places.items()] + [*SETTINGS, f"train.seed={seed}"]
+        fixed = [f"{key}={_toml(value)}" for key, value in paths.items()] + [*SETTINGS, f"train.seed={seed}"]
         recipe = load_config(self.options.config, fixed)
         scale = self.stage.scale * self.options.steps
         lengths = {
@@ -355,7 +355,7 @@ def _run(study: Study, tasks: list[tuple[str, int]]) -> list[str]:
             for child in [child for child in running if child.process.poll() is not None]:
                 running.remove(child)
                 finished += child.total
-                failures += _tell_end(study, child)
+                failures += _report_end(study, child)
             bar.set_postfix_str("; ".join(f"{child} step {child.step()}" for child in running), refresh=False)
             bar.update(finished + sum(effort(child.plan, child.step()) for child in running) - bar.n)
     except KeyboardInterrupt:
@@ -374,7 +374,7 @@ def _is_open(study: Study, name: str, seed: int) -> bool:
     return state != "done"
 
 
-def _tell_end(study: Study, child: _Child) -> list[str]:
+def _report_end(study: Study, child: _Child) -> list[str]:
     record = runs.read_json(child.plan.result)
     if child.process.returncode or record is None:
         Progress.write(f"{child} failed:\n{child.last_words()}\n")

@@ -215,7 +215,7 @@ def table(results: Results, limit: float, page: Page = PICTURES) -> str:
     """The whole page; `limit` is the stage's in minutes."""
     parts = [_heading(results, page), _main_table(results, limit, page)]
     if "full" in results:
-        parts += [_against_paper(results), _targets(results)]
+        parts += [_beside_paper(results), _targets(results)]
     if six_names(results):
         parts.append(_by_type(results))
     parts.append(_notes(results, page))
@@ -300,7 +300,7 @@ def _curve_edits(results: Results) -> int:
     return max(int(point["n"]) for seeds in results.values() for record in seeds.values() for point in curve(record))
 
 
-def _against_paper(results: Results) -> str:
+def _beside_paper(results: Results) -> str:
     lines = [
         "## Against Table 4 of the paper, and at equal edit rate",
         "",
@@ -563,9 +563,9 @@ def _label(axis: Any) -> None:
     to_axes = axis.transData + axis.transAxes.inverted()
     ends = sorted(((*to_axes.transform(end[:2]), *end) for end in axis.ends), key=lambda end: -end[1])
     for left, column in ((True, 0.2), (False, 1.05)):
-        mine = [end for end in ends if (end[0] < 0.3) == left]
-        heights = spread_out([end[1] for end in mine], min(0.06, 1 / max(1, len(mine))))
-        for (_, _, x, y, text, colour), height in zip(mine, heights, strict=True):
+        side = [end for end in ends if (end[0] < 0.3) == left]
+        heights = spread_out([end[1] for end in side], min(0.06, 1 / max(1, len(side))))
+        for (_, _, x, y, text, colour), height in zip(side, heights, strict=True):
             line = {"arrowstyle": "-", "color": colour, "linewidth": 0.8, "alpha": 0.7, "shrinkA": 1, "shrinkB": 6, "relpos": (0, 0.5)}
             look = {"color": colour, "va": "center", "fontsize": 10.5, "arrowprops": line}
             axis.annotate(text, (x, y), (column, height), textcoords="axes fraction", **look)

@@ -186,8 +186,8 @@ def digest_edits(edits: tuple[Edit, ...], rendered: int, of: World = PICTURES) -
 
 def base_digest(folder: Path) -> str:
     """Of every file of a base that decides what it computes: weights, configurations, tokenizers."""
-    told = ("figures.json", "history.json", "model_index.json")  # they compute nothing
-    files = sorted(path for path in folder.rglob("*") if path.suffix in (".safetensors", ".json") and path.name not in told)
+    records = ("figures.json", "history.json", "model_index.json")  # they compute nothing
+    files = sorted(path for path in folder.rglob("*") if path.suffix in (".safetensors", ".json") and path.name not in records)
     if not files:
         raise ValueError(f"--base {folder}: no such base; make one with python -m benchmarks.bases.flux (clips: benchmarks.bases.wan)")
     digest = hashlib.sha256()
@@ -290,13 +290,13 @@ class Evaluator:
         sample, shape = self._config.sample, tuple(self._sources[:1].shape)
         images: dict[str, np.ndarray] = {}
         for start in range(0, len(texts), BATCH):
-            mine = range(start, min(start + BATCH, len(texts)))
-            noise = torch.cat([sampling.seeded_noise(shape, first_seed + i, CPU) for i in mine])
-            text = {name: torch.cat([self._texts[texts[i]][name] for i in mine]) for name in self._texts[texts[start]]}
-            source = self._sources[mine.start : mine.stop] if with_source else None
+            batch = range(start, min(start + BATCH, len(texts)))
+            noise = torch.cat([sampling.seeded_noise(shape, first_seed + i, CPU) for i in batch])
+            text = {name: torch.cat([self._texts[texts[i]][name] for i in batch]) for name in self._texts[texts[start]]}
+            source = self._sources[batch.start : batch.stop] if with_source else None
             options = {"steps": sample.steps, "schedule": sample.schedule}
             latents = sampling.sample_as_configured(self._config, self._family, velocity, noise, text, source, **options)
-            for i, pixels in zip(mine, self._family.decode_latents(self._vae, latents), strict=True):
+            for i, pixels in zip(batch, self._family.decode_latents(self._vae, latents), strict=True):
                 made = np.stack([np.asarray(frame) for frame in frames_of(pixels)])
                 images[self.edits[i].id] = made if self._moving else made[0]
         return images

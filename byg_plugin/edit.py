@@ -34,10 +34,10 @@ from byg_plugin import _cli
 from byg_plugin.config.loading import load_config
 from byg_plugin.data.buckets import Size
 from byg_plugin.data.clips import is_clip
-from byg_plugin.editing.jobs import Job, check_arguments, check_out, check_overrides, jobs_of, tell_losses
+from byg_plugin.editing.jobs import Job, check_arguments, check_out, check_overrides, jobs_of, report_losses
 from byg_plugin.editing.pipeline import MAX_SEED, MOST_STRENGTH, EditPipeline
 from byg_plugin.editing.results import Results
-from byg_plugin.places import ENCODERS, NETWORKS, check_model, check_place
+from byg_plugin.places import ENCODERS, NETWORKS, check_model, check_path
 from byg_plugin.progress import Progress
 
 Sized = tuple[Size, int, Job]
@@ -152,7 +152,7 @@ def main() -> None:
     jobs = jobs_of(args, config.dataset if config else None)
     check_arguments(args, jobs)
     if args.model is not None:
-        check_place(args.model, "--model ")
+        check_path(args.model, "--model ")
     elif config is not None and config.model.host == "diffusers":
         check_model(config.model, *NETWORKS, "vae", *ENCODERS)
     out = Path(args.out)
@@ -178,7 +178,7 @@ def main() -> None:
     # All texts first: then the encoders leave for good. Sizes too: an unreadable image stops before the long work.
     sized = [(pipe.prepare_size(job.source), index, job) for index, job in enumerate(jobs)]
     for bucket, _, job in sized:
-        tell_losses(pipe, job, bucket, args.frames)
+        report_losses(pipe, job, bucket, args.frames)
     pipe.encode([job.instruction for job in jobs])
     steps = args.steps or pipe.config.sample.steps
     results = Results(out, jobs, pipe, lora=Path(args.lora).name, steps=steps, schedule=args.schedule or pipe.config.sample.schedule)

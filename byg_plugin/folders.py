@@ -207,7 +207,7 @@ def _acquired(folder: Path, key: str) -> FileLock:
             lock.acquire(timeout=_ORPHANS_END)
     except Timeout as error:
         raise ValueError(
-            f"{key} = {folder} is in use by another training ({_told(_holder(folder))}): "
+            f"{key} = {folder} is in use by another training ({_described(_holder(folder))}): "
             "wait for its end, stop it, or choose another folder"
         ) from error
     except OSError as error:
@@ -232,7 +232,7 @@ def _holder(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _told(holder: dict[str, Any]) -> str:
+def _described(holder: dict[str, Any]) -> str:
     names = {"pid": "process", "host": "on", "since": "since"}
     return " ".join(f"{word} {holder[key]!s:.80}" for key, word in names.items() if key in holder) or f"see {LOCK} there"
 

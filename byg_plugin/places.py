@@ -25,27 +25,27 @@ def check_model(model: ModelConfig, *parts: str) -> None:
     own = {*spec.experts, "vae", *spec.text_encoders}
     for part in parts:
         if part in own:
-            check_place(model.part(part), f"model.{part if getattr(model, part) else 'path'} = ")
+            check_path(model.part(part), f"model.{part if getattr(model, part) else 'path'} = ")
 
 
-def check_place(place: str, label: str) -> None:
+def check_path(path_or_id: str, label: str) -> None:
     """Whether a file or folder is there, or a name can be a hub id; `label` stands before it, e.g. `--model `.
 
     Raises:
         ValueError: neither.
     """
-    path = Path(place).expanduser()
-    if not path.exists() and not (HUB_ID.match(place) and path.suffix.lower() != ".safetensors"):
-        raise ValueError(f"{label}{place}: no such file or folder; give one that is there, or a hub id like owner/name")
+    path = Path(path_or_id).expanduser()
+    if not path.exists() and not (HUB_ID.match(path_or_id) and path.suffix.lower() != ".safetensors"):
+        raise ValueError(f"{label}{path_or_id}: no such file or folder; give one that is there, or a hub id like owner/name")
 
 
-def check_lora(place: str, label: str) -> None:
+def check_lora(lora: str, label: str) -> None:
     """Whether a LoRA is there: the file itself, either file of a pair, or one of those that a pair's common name means.
 
     Raises:
         ValueError: it is not.
     """
-    path = Path(place).expanduser()
+    path = Path(lora).expanduser()
     names = (path.name, *(f"{path.stem}{suffix}.safetensors" for suffix in families.EXPERT_SUFFIXES.values()))
     if not any(path.with_name(name).is_file() for name in names):
-        raise ValueError(f"{label}{place}: no such file; give a LoRA as .safetensors")
+        raise ValueError(f"{label}{lora}: no such file; give a LoRA as .safetensors")

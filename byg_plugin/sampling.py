@@ -9,18 +9,19 @@ import torch
 from torch import Tensor
 
 from byg_plugin import flow, timesteps
+from byg_plugin.families.geometry import Geometry
 from byg_plugin.finite import is_finite
-from byg_plugin.models.base import Family, Geometry, Text
-from byg_plugin.objectives.base import Velocity
+from byg_plugin.models.base import Family
+from byg_plugin.objectives.base import Text, Velocity
 
 if TYPE_CHECKING:
     from byg_plugin.config.sections import Config
 
 
-def sampling_nodes(family: Geometry, steps: int, schedule: str, latent_shape: tuple[int, ...]) -> Tensor:
+def sampling_nodes(geometry: Geometry, steps: int, schedule: str, latent_shape: tuple[int, ...]) -> Tensor:
     """(steps + 1,) times from 1 to 0, float32 on the CPU; `shifted` applies the family's inference shift."""
     nodes = timesteps.uniform_nodes(steps)
-    return family.shifted_nodes(nodes, latent_shape) if schedule == "shifted" else nodes
+    return geometry.shifted_nodes(nodes, latent_shape) if schedule == "shifted" else nodes
 
 
 @torch.no_grad()

@@ -54,9 +54,9 @@ def main() -> None:
     if args.print_config:
         print(config.to_json())
         return
-    from byg_plugin.data.tuples import check_places
+    from byg_plugin.data.tuples import check_paths
 
-    check_places(config.dataset)
+    check_paths(config.dataset)
     # After what needs neither: these import torch and diffusers, seconds.
     if config.model.host == "musubi":
         from byg_plugin.musubi import host as musubi
@@ -166,6 +166,7 @@ def _end_tracker(accelerator: Any) -> None:
 def dry_run(config: Config, family: Family, device: Any) -> None:
     """Print what would be trained. Loads the VAE for one decoded sample, never the network."""
     from byg_plugin.data.dataset import CachedTuples
+    from byg_plugin.data.rules import ROLES
     from byg_plugin.images import save_png, to_pil
 
     try:
@@ -184,7 +185,7 @@ def dry_run(config: Config, family: Family, device: Any) -> None:
     example, item = data[0], data.tuples[0]
     picture = to_pil(family.decode_latents(family.load_vae(device), example["source"][None].to(device))[0, :, 0])
     path = Path(config.output.dir) / "dry_run_sample.png"
-    texts = {role: getattr(item, role) for role in ("src_caption", "tgt_caption", "instruction", "reverse_instruction")}
+    texts = {role: getattr(item, role) for role in ROLES}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_png(picture, path, texts)

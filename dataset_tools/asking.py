@@ -108,8 +108,8 @@ class Attempt:
 
 def _repeats(texts: Texts, backend: Backend, chat: Chat) -> list[Finding]:
     """What no output may hold: the key, or lines of what was asked."""
-    told = [name for name, text in texts.items() if backend.scrub(text, chat) != text]
-    return [Finding(reason="repeats_prompt", message=f"{', '.join(told)} repeats what was asked, or the key")] if told else []
+    repeating = [name for name, text in texts.items() if backend.scrub(text, chat) != text]
+    return [Finding(reason="repeats_prompt", message=f"{', '.join(repeating)} repeats what was asked, or the key")] if repeating else []
 
 
 def _spoken(text: str) -> str:

@@ -75,7 +75,7 @@ class OpenAIBackend:
         if proven:
             self._answered.set()
         self._active = self._doubtful = 0
-        self._hopeless = self._told = self._spoke = False
+        self._hopeless = self._reported = self._spoke = False
         self._silent: list[Answer] = []
 
     async def complete(self, chat: Chat) -> Answer:
@@ -143,9 +143,9 @@ class OpenAIBackend:
 
     def _first_trouble(self, state: Any) -> None:
         """Say once that nothing has been answered: with a wrong address nothing else would be seen for `retry_for` seconds."""
-        if self._answered.is_set() or self._told:
+        if self._answered.is_set() or self._reported:
             return
-        self._told = True
+        self._reported = True
         Progress.write(
             f"{self._url}: {state.outcome.exception()}; trying again for {self.settings.retry_for:g} s (--retry-for)", sys.stderr
         )

@@ -56,7 +56,7 @@ _COLOR = re.compile(
     rf"\b((?:(?:dark|light|bright|pale|deep|hot|pastel|navy|sky)[ -])?(?:{'|'.join(_COLOR_WORDS)}))\b((?:\s+[a-z][a-z'-]*)+)", re.IGNORECASE
 )
 _ANY_COLOR = re.compile(rf"\b(?:{'|'.join(_COLOR_WORDS)})\b", re.IGNORECASE)
-_PLACE = re.compile(
+_IN_PLACE = re.compile(
     rf"\b(?:in|on|at|by|near|along|across)\s+(?:(a|an|the)\s+)((?:(?!of\b|the\b|an?\b|and\b)[a-z-]+\s+){{0,2}}(?:{_PLACE_WORDS}))"
     # A noun that follows makes another thing of it: a street sign.
     rf"(?=\s*(?:[.,;:]|$)|\s+(?:{'|'.join(sorted(_STOP))})\b)",
@@ -107,10 +107,10 @@ def propose(caption: str | None, style: str | None, order: Sequence[str], rng: r
     raise NotServed("no_rule", f"no single-colored object, no place and no known style in the caption {caption!r}")
 
 
-Texts = tuple[str, str, str, str]
+FourTexts = tuple[str, str, str, str]
 
 
-def _color(caption: str, rng: random.Random) -> Texts | None:
+def _color(caption: str, rng: random.Random) -> FourTexts | None:
     """Another color for an object that is named once with one color."""
     candidates = []
     for match in _COLOR.finditer(caption):
@@ -146,19 +146,19 @@ def _noun(after: str) -> str | None:
     return " ".join(words[:2] if len(words) > 2 else words)
 
 
-def _background(caption: str, rng: random.Random) -> Texts | None:
+def _background(caption: str, rng: random.Random) -> FourTexts | None:
     """Another place for a caption that names one."""
-    found = list(_PLACE.finditer(caption))
+    found = list(_IN_PLACE.finditer(caption))
     if len(found) != 1:
         return None
-    phrase, place = found[0], found[0][2].casefold()
-    new = rng.choice([name for name in PLACES if name.split()[-1] not in place and place.split()[-1] not in name])
+    phrase, scene = found[0], found[0][2].casefold()
+    new = rng.choice([name for name in PLACES if name.split()[-1] not in scene and scene.split()[-1] not in name])
     tgt = caption[: phrase.start()] + PLACES[new] + caption[phrase.end() :]
     command = "change the background to "
-    return caption, command + _a(new), tgt, command + (f"the {place}" if place.endswith("s") else _a(place))
+    return caption, command + _a(new), tgt, command + (f"the {scene}" if scene.endswith("s") else _a(scene))
 
 
-def _style(caption: str, style: str | None, rng: random.Random) -> Texts | None:
+def _style(caption: str, style: str | None, rng: random.Random) -> FourTexts | None:
     """A photograph to a style, or a picture of a known style to a photograph."""
     medium = _MEDIUM.match(caption)
     content = caption[medium.end() :] if medium else caption

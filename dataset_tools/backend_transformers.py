@@ -121,17 +121,17 @@ def load_model(settings: BackendSettings) -> tuple[Any, Any]:
     return network.eval(), processor
 
 
-def load_processor(place: str) -> Any:
+def load_processor(path_or_id: str) -> Any:
     """The model's processor. Where torchvision is missing, only its video processor is: it is composed without that."""
     from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
     try:
-        return AutoProcessor.from_pretrained(place, trust_remote_code=False)
+        return AutoProcessor.from_pretrained(path_or_id, trust_remote_code=False)
     except ImportError as error:
         if "torchvision" not in str(error).lower():
             raise
-        processor = PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(place, trust_remote_code=False))]
+        processor = PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(path_or_id, trust_remote_code=False))]
 
         class WithoutVideo(processor):  # type: ignore[misc, valid-type]
             def check_argument_for_proper_class(self, name: str, value: Any) -> Any:
@@ -139,9 +139,9 @@ def load_processor(place: str) -> Any:
 
         # The check compares class names, and images are all that is ever given.
         WithoutVideo.__name__ = processor.__name__
-        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path_or_id, trust_remote_code=False)
         return WithoutVideo(
-            image_processor=AutoImageProcessor.from_pretrained(place, trust_remote_code=False, use_fast=False),
+            image_processor=AutoImageProcessor.from_pretrained(path_or_id, trust_remote_code=False, use_fast=False),
             tokenizer=tokenizer,
             video_processor=None,
             chat_template=tokenizer.chat_template,

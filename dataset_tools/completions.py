@@ -97,11 +97,11 @@ class Completion:
         for name in ("content", "refusal", *_THINKING):
             self._add_text(name, message.get(name))
         calls = message.get("tool_calls")
-        for place, call in enumerate(calls if isinstance(calls, list) else [{"function": message.get("function_call")}]):
+        for number, call in enumerate(calls if isinstance(calls, list) else [{"function": message.get("function_call")}]):
             function = call.get("function") if isinstance(call, dict) else None
             if isinstance(function, dict):
                 index = call.get("index")
-                self._keep(self._calls[index if isinstance(index, int) else place], _plain(function.get("arguments")))
+                self._keep(self._calls[index if isinstance(index, int) else number], _plain(function.get("arguments")))
 
     def _add_text(self, name: str, value: Any) -> None:
         if not isinstance(value, list):

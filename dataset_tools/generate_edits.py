@@ -26,8 +26,8 @@ from dataclasses import dataclass, field
 from byg_plugin import _cli
 from byg_plugin.config.extras import require
 from byg_plugin.data import media
-from byg_plugin.data.rules import Finding, check_texts, is_photorealistic
-from byg_plugin.data.tuples import IMAGE_SUFFIXES, TEXTS
+from byg_plugin.data.rules import ROLES, Finding, check_texts, is_photorealistic
+from byg_plugin.data.tuples import IMAGE_SUFFIXES
 
 from . import backend_rules, prompts
 from .asking import Attempt
@@ -45,12 +45,12 @@ def inputs(settings: GenerateSettings, others: Counter[str]) -> Iterator[ImageIn
     Raises:
         ValueError: no such folder or table; while they are read: no such column.
     """
-    place, base = Path(settings.images), Path(settings.out).absolute().parent
-    if not (place.is_file() if is_table(place) else place.is_dir()):
-        raise ValueError(f"images = {place}: no such folder or table ({', '.join(TABLES)})")
-    if is_table(place):
+    path, base = Path(settings.images), Path(settings.out).absolute().parent
+    if not (path.is_file() if is_table(path) else path.is_dir()):
+        raise ValueError(f"images = {path}: no such folder or table ({', '.join(TABLES)})")
+    if is_table(path):
         every = table_images(
-            place,
+            path,
             base,
             root=Path(settings.image_root) if settings.image_root else None,
             image=settings.image_column,
@@ -59,8 +59,8 @@ def inputs(settings: GenerateSettings, others: Counter[str]) -> Iterator[ImageIn
             default_style=settings.style,
         )
     else:
-        every = folder_images(place, base, settings.style, others)
-    return (item for item in every if in_shard(item.source, settings.part))
+        every = folder_images(path, base, settings.style, others)
+    return (item for item in every if in_shard(item.source, settings.shard_and_count))
 
 
 @dataclass
@@ -150,7 +150,7 @@ class _Attempt(Attempt):
         return [*findings, *check_texts(texts, source_style=self.item.style, target_style=target_style)]
 
     def _tuple(self, texts: dict[str, str], findings: Sequence[Finding], repaired: bool) -> Outcome:
-        record = {"source": self.name, **{name: texts[name] for name in (*TEXTS, "edit_type")}}
+        record = {"source": self.name, **{name: texts[name] for name in (*ROLES, "edit_type")}}
         return self.accepted(record, texts["edit_type"], findings, repaired)
 
 
@@ -181,7 +181,7 @@ def generate(settings: GenerateSettings) -> Done:
     require("json_repair", "reading models' answers", "data")
     others: Counter[str] = Counter()
     items = inputs(settings, others)
-    out = shard_file(Path(settings.out), settings.part)
+    out = shard_file(Path(settings.out), settings.shard_and_count)
     results = Results(out, name="source", label=lambda record: str(record.get("edit_type", "")), retry=settings.retry)
     try:
         priority = dict.fromkeys(backend_rules.TYPES, 1.0) if settings.backend == "rules" else PRIORITY

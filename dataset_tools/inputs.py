@@ -49,10 +49,10 @@ def is_table(path: Path) -> bool:
 
 def source_name(path: Path, base: Path) -> str:
     """A path as tuples in the folder `base` name it: relative below it, absolute otherwise."""
-    return _place(path, base).encode(errors="backslashreplace").decode()
+    return _relative(path, base).encode(errors="backslashreplace").decode()
 
 
-def _place(path: Path, base: Path) -> str:
+def _relative(path: Path, base: Path) -> str:
     absolute = Path(os.path.abspath(path))
     return absolute.relative_to(base).as_posix() if absolute.is_relative_to(base) else absolute.as_posix()
 
@@ -64,7 +64,7 @@ def folder_images(folder: Path, base: Path, style: str | None, others: Counter[s
     """
     for path in files_below(folder, IMAGE_SUFFIXES, others):
         caption, said = None, {}
-        problem = unwritable(_place(path, base))
+        problem = unwritable(_relative(path, base))
         try:
             if (beside := path.with_suffix(".txt")).is_file():
                 caption = utf8(beside.read_bytes()).strip() or None
@@ -123,13 +123,13 @@ def table_images(
             yield ImageInput(source=f"{path.name}#{number}", path=path, problem=f"row {number} names no image")
             continue
         texts = {"caption": _text(columns.get(_folded(caption))), "style": _text(columns.get(_folded(style))) or default_style}
-        place = Path(name) if Path(name).is_absolute() else root / name.replace("\\", "/")
+        image_path = Path(name) if Path(name).is_absolute() else root / name.replace("\\", "/")
         yield ImageInput(
-            source=source_name(place, base),
-            path=place,
+            source=source_name(image_path, base),
+            path=image_path,
             **texts,
-            problem=unwritable(_place(place, base))
-            or (None if is_file(place) else f"no such file {path_words(name, root)}")
+            problem=unwritable(_relative(image_path, base))
+            or (None if is_file(image_path) else f"no such file {path_words(name, root)}")
             or _broken(texts),
         )
 
@@ -194,14 +194,14 @@ def column(row: Mapping[str, Any], name: str) -> Any:
     return _columns(row).get(_folded(name))
 
 
-def in_shard(name: str, part: tuple[int, int]) -> bool:
+def in_shard(name: str, shard: tuple[int, int]) -> bool:
     """Whether an input belongs to a shard (number, how many)."""
-    return zlib.crc32(name.encode(errors="surrogateescape")) % part[1] == part[0]
+    return zlib.crc32(name.encode(errors="surrogateescape")) % shard[1] == shard[0]
 
 
-def shard_file(out: Path, part: tuple[int, int]) -> Path:
+def shard_file(out: Path, shard: tuple[int, int]) -> Path:
     """The output file of a shard: the whole run's own, or one with the shard in its name."""
-    return out if part[1] == 1 else out.with_name(f"{out.stem}.{part[0] + 1}of{part[1]}{out.suffix}")
+    return out if shard[1] == 1 else out.with_name(f"{out.stem}.{shard[0] + 1}of{shard[1]}{out.suffix}")
 
 
 def _columns(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -150,7 +150,7 @@ def _fenced(text: str) -> Iterator[str]:
 def _braced(text: str) -> Iterator[str]:
     """Stretches of balanced braces, as far as double quotes tell strings."""
     depth, start, inside, escaped = 0, 0, False, False
-    for place, char in enumerate(text):
+    for index, char in enumerate(text):
         if inside:
             if escaped:
                 escaped = False
@@ -161,12 +161,12 @@ def _braced(text: str) -> Iterator[str]:
         elif char == '"' and depth:
             inside = True
         elif char == "{":
-            start = place if depth == 0 else start
+            start = index if depth == 0 else start
             depth += 1
         elif char == "}" and depth:
             depth -= 1
             if depth == 0:
-                yield text[start : place + 1]
+                yield text[start : index + 1]
 
 
 def _read(pieces: Iterable[str]) -> list[Any]:

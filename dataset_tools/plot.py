@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 from byg_plugin.config.extras import require
-from byg_plugin.data.tuples import TEXTS
+from byg_plugin.data.rules import ROLES
 
 from . import backend_rules
 from .balance import PRIORITY
@@ -23,10 +23,10 @@ def plot_summary(tuples: Path) -> Path:
     from matplotlib.figure import Figure
 
     types: Counter[str] = Counter()
-    lengths: dict[str, Counter[int]] = {role: Counter() for role in TEXTS}
+    lengths: dict[str, Counter[int]] = {role: Counter() for role in ROLES}
     for record in read_records(tuples):
         types[str(record.get("edit_type", "(none)"))] += 1
-        for role in TEXTS:
+        for role in ROLES:
             lengths[role][len(str(record.get(role, "")).split())] += 1
     total = sum(types.values())
     by_priority = set(types) <= set(PRIORITY) and not set(types) <= set(backend_rules.TYPES)

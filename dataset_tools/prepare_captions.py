@@ -64,8 +64,8 @@ def table_inputs(settings: CaptionsSettings) -> list[Row] | Iterator[Row]:
     for number, row in enumerate(every):
         if len(drawn) < settings.count:
             drawn.append(row)
-        elif (place := rng.randrange(number + 1)) < settings.count:
-            drawn[place] = row
+        elif (index := rng.randrange(number + 1)) < settings.count:
+            drawn[index] = row
     return drawn
 
 
@@ -99,8 +99,8 @@ def sampled_frames(path: Path, count: int, longest_side: int) -> tuple[Picture, 
     Raises:
         ValueError: it cannot be read.
     """
-    there = clips.clip_info(path).frames
-    wanted = {round((number + 0.5) * there / min(count, there) - 0.5) for number in range(min(count, there))}
+    total = clips.clip_info(path).frames
+    wanted = {round((number + 0.5) * total / min(count, total) - 0.5) for number in range(min(count, total))}
     frames = clips.read_clip(path, max(wanted) + 1)
     return tuple(encode_frame(frame, longest_side) for number, frame in enumerate(frames) if number in wanted)
 
@@ -167,15 +167,15 @@ def prepare(settings: CaptionsSettings) -> tuple[Path, str]:
     of_clips = settings.clips is not None
     others: Counter[str] = Counter()
     rows = clip_inputs(settings, others) if of_clips else iter(table_inputs(settings))
-    mine = (row for row in rows if in_shard(row.name, settings.part))
-    out = shard_file(Path(settings.out), settings.part)
+    shard = (row for row in rows if in_shard(row.name, settings.shard_and_count))
+    out = shard_file(Path(settings.out), settings.shard_and_count)
     results = Results(
         out, name=_NAME[of_clips], label=style_of if of_clips else lambda record: str(record.get("style", "")), retry=settings.retry
     )
     try:
         backend = make_backend(settings, proven=results.tally.accepted > 0)
         captioner = Captioner(settings=settings, backend=backend)
-        feed: Feed[Row] = Feed(mine, lambda row: row.name, results, settings.limit)
+        feed: Feed[Row] = Feed(shard, lambda row: row.name, results, settings.limit)
         asyncio.run(_run(feed, captioner.make, backend, results, settings.in_flight))
         unread = f" (not read: {left})" if (left := passed_over(others)) else ""
         known = f", {feed.passed_over} done before or named more than once" if feed.passed_over else ""

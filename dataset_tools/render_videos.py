@@ -128,7 +128,7 @@ def missing(every: Sequence[Job], settings: RenderSettings) -> list[Job]:
     return left
 
 
-def render(settings: RenderSettings, mine: Sequence[Job], device: Any, show: bool) -> None:
+def render(settings: RenderSettings, shard: Sequence[Job], device: Any, show: bool) -> None:
     """Render jobs one after another on one device.
 
     Raises:
@@ -138,12 +138,12 @@ def render(settings: RenderSettings, mine: Sequence[Job], device: Any, show: boo
 
     from byg_plugin.progress import Progress
 
-    if not mine:
+    if not shard:
         return
     pipe = load_pipeline(settings, device)
     experts = pipe.config.get("boundary_ratio") is not None
     negative = wan.NEGATIVE if settings.negative is None else settings.negative
-    for job in Progress(mine, desc="render", unit="clip", disable=not show):
+    for job in Progress(shard, desc="render", unit="clip", disable=not show):
         frames = pipe(
             prompt=job.prompt,
             negative_prompt=negative,
@@ -201,15 +201,15 @@ def write_tuples(settings: RenderSettings, every: Sequence[Job]) -> tuple[Path, 
     """Write OUT/tuples.jsonl of the clips that are there; returns (file, how many)."""
     out = Path(settings.out)
     path = out / "tuples.jsonl"
-    there = [job for job in every if job.clip.is_file()]
+    rendered = [job for job in every if job.clip.is_file()]
 
     def records() -> Iterator[Mapping[str, Any]]:
-        for job in there:
+        for job in rendered:
             meta = {"seed": job.seed, "model": settings.model}
             yield video_tuple(job.clip.relative_to(out).as_posix(), job.name, job.caption, job.style, meta)
 
     write_records(path, records())
-    return path, len(there)
+    return path, len(rendered)
 
 
 def _images(frames: np.ndarray) -> Iterator[Image.Image]:

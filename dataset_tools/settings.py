@@ -71,7 +71,7 @@ class BackendSettings(Section):
         return text
 
     @property
-    def part(self) -> tuple[int, int]:
+    def shard_and_count(self) -> tuple[int, int]:
         """(number of this shard from 0, how many there are)."""
         number, of = self.shard.split("/")
         return int(number) - 1, int(of)

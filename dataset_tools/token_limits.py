@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import byg_plugin
 from byg_plugin.data import clips
-from byg_plugin.data.rules import Finding
-from byg_plugin.data.tuples import TEXTS, EditTuple
+from byg_plugin.data.rules import ROLES, Finding
+from byg_plugin.data.tuples import EditTuple
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -43,7 +43,7 @@ class TooLong:
         """One finding a text and encoder that cuts it."""
         for encoder, most in LIMITS["clips" if clips.is_clip(item.source) else "images"].items() if self._can_count else ():
             limit = most if encoder == "clip" else min(most, self._max_tokens)
-            for role in TEXTS:
+            for role in ROLES:
                 text = getattr(item, role)
                 # No tokenizer of these makes more than one token a byte, and two for begin and end.
                 if len(text.encode()) + 2 > limit and (tokens := self._count(encoder, text)) > limit:

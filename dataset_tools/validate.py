@@ -72,13 +72,13 @@ class Report:
         lines = [f"{self.records} records, {self.usable} usable tuples"]
         if self.edit_types:
             lines.append("edit types: " + ", ".join(f"{name} {count}" for name, count in self.edit_types.most_common()))
-        for reason, places in sorted(self.by_reason.items(), key=lambda item: (item[0] not in self.hard, -len(item[1]))):
+        for reason, found in sorted(self.by_reason.items(), key=lambda item: (item[0] not in self.hard, -len(item[1]))):
             kind = "error  " if reason in self.hard else "warning"
-            named = ", ".join(dict.fromkeys(where for where, _ in places[:shown])) + (", ..." if len(places) > shown else "")
+            named = ", ".join(dict.fromkeys(where for where, _ in found[:shown])) + (", ..." if len(found) > shown else "")
             lines += [
-                f"{kind} {len(places):6d}  {reason:22s} {named}",
+                f"{kind} {len(found):6d}  {reason:22s} {named}",
                 f"          {_EXPLAIN.get(reason, '')}",
-                f"          e.g. {places[0][1]}",
+                f"          e.g. {found[0][1]}",
             ]
         return "\n".join([*lines, *self.notes])
 
@@ -150,16 +150,16 @@ def _look(item: EditTuple | None, thorough: bool) -> _Files:
     if item is None:
         return _Files()
     problems = []
-    for place in (item.source, item.target):
-        if place is None:
+    for path in (item.source, item.target):
+        if path is None:
             continue
         try:
-            if clips.is_clip(place):
-                length = clips.clip_info(place).frames
-                for _ in clips.read_clip(place, length) if thorough else ():
+            if clips.is_clip(path):
+                length = clips.clip_info(path).frames
+                for _ in clips.read_clip(path, length) if thorough else ():
                     pass
             else:
-                media.load_image(place)
+                media.load_image(path)
         except ValueError as error:
             problems.append(str(error))
     digest = hashlib.sha256()

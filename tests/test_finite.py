@@ -14,11 +14,11 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.flo
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("place", [0, 7, 11])
-def test_one_bad_element_is_found_wherever_it_is(dtype: torch.dtype, bad: float, place: int):
+@pytest.mark.parametrize("index", [0, 7, 11])
+def test_one_bad_element_is_found_wherever_it_is(dtype: torch.dtype, bad: float, index: int):
     values = torch.linspace(-3, 3, 12)
     assert is_finite(values.to(dtype))
-    values[place] = bad
+    values[index] = bad
     assert not is_finite(values.to(dtype).reshape(3, 4))
 
 

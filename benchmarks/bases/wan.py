@@ -601,8 +601,8 @@ def main(arguments: list[str] | None = None) -> None:
     figures |= {"seed": args.seed, **asdict(budget)}
     figures = {name: round(value, 5) for name, value in figures.items()}
     print(json.dumps(figures), flush=True)
-    for name, told in (("figures", figures), ("history", history(curve, budget, args.seed))):
-        (args.out / f"{name}.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    for name, contents in (("figures", figures), ("history", history(curve, budget, args.seed))):
+        (args.out / f"{name}.json").write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
     sample_sheet.draw_clips(args.work / "samples.png", clips[:16], captions[:16])
 
 

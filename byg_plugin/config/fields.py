@@ -1,4 +1,4 @@
-"""What the keys of a section are: numbers with bounds, places, patterns, names; each with the reason that a wrong value is told."""
+"""What the keys of a section are: numbers with bounds, paths, patterns, names; each with the reason that a wrong value is told."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _not_lost(value: float) -> float:
     return value
 
 
-def why_no_place(text: str) -> str | None:
+def why_no_path(text: str) -> str | None:
     """What is wrong with the text of a path or a hub id, wherever it points; None: nothing."""
     if not text.strip():
         return "is empty: name a place, or leave the key out"
@@ -41,8 +41,8 @@ _MOST_NAME = 255  # bytes of one name, on every usual file system
 MOST_STEM = 128  # of a LoRA: suffixes follow, and a whole path on Windows has 260
 
 
-def _place(text: str) -> str:
-    if why := why_no_place(text):
+def _path_text(text: str) -> str:
+    if why := why_no_path(text):
         raise ValueError(why)
     return text
 
@@ -76,6 +76,6 @@ Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 Shift = Annotated[float, Field(ge=1e-3, le=1e3)]
 Scale = Annotated[float, Field(ge=1.0, le=100.0)]
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]  # what torch's generators take
-Place = Annotated[str, AfterValidator(_place)]
+PathText = Annotated[str, AfterValidator(_path_text)]
 Pattern = Annotated[str, Field(min_length=1), AfterValidator(_pattern)]
 Stem = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9_-])?$", max_length=MOST_STEM), AfterValidator(_stem)]

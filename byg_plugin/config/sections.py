@@ -18,8 +18,8 @@ from byg_plugin.config.fields import (
     MOST,
     Decay,
     NonNegative,
+    PathText,
     Pattern,
-    Place,
     Probability,
     Scale,
     Section,
@@ -47,17 +47,17 @@ class ModelConfig(Section):
 
     family: FamilyName = Field("flux", description="Model family.")
     host: HostName = Field("diffusers", description="Training host; `diffusers` is the embedded one, `musubi` an installed musubi-tuner.")
-    host_path: Place | None = Field(
+    host_path: PathText | None = Field(
         None, description="Folder of a musubi-tuner checkout; default: the `musubi_tuner` that is installed in this environment."
     )
-    path: Place | None = Field(None, description="Diffusers folder or hub id with every part of the model.")
-    transformer: Place | None = Field(
+    path: PathText | None = Field(None, description="Diffusers folder or hub id with every part of the model.")
+    transformer: PathText | None = Field(
         None, description="Single .safetensors file or folder of the DiT (Wan2.2-A14B: high-noise expert); overrides `path`."
     )
-    transformer_2: Place | None = Field(None, description="The same of Wan2.2-A14B's low-noise expert; overrides `path`.")
-    vae: Place | None = Field(None, description="Single .safetensors file or folder of the VAE; overrides `path`.")
-    t5: Place | None = Field(None, description="Single .safetensors file or folder of the T5 encoder (Wan: UMT5); overrides `path`.")
-    clip: Place | None = Field(None, description="Single .safetensors file or folder of CLIP-L; overrides `path`.")
+    transformer_2: PathText | None = Field(None, description="The same of Wan2.2-A14B's low-noise expert; overrides `path`.")
+    vae: PathText | None = Field(None, description="Single .safetensors file or folder of the VAE; overrides `path`.")
+    t5: PathText | None = Field(None, description="Single .safetensors file or folder of the T5 encoder (Wan: UMT5); overrides `path`.")
+    clip: PathText | None = Field(None, description="Single .safetensors file or folder of CLIP-L; overrides `path`.")
     dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="Dtype of the frozen weights.")
     quantization: Literal["none", "fp8", "int8", "nf4"] = Field(
         "none",
@@ -104,10 +104,10 @@ class ModelConfig(Section):
         Raises:
             ValueError: neither `model.<name>` nor `model.path` is set.
         """
-        place = getattr(self, name) or self.path
-        if place is None:
+        path = getattr(self, name) or self.path
+        if path is None:
             raise ValueError(f"model.{name} is not set: give model.{name}, or model.path for a whole diffusers folder")
-        return place
+        return path
 
 
 Frames = Annotated[int, Field(ge=1, le=10_000)]
@@ -118,12 +118,12 @@ AtOnce = Annotated[int, Field(ge=1, le=1024)]
 class DatasetConfig(Section):
     """What is trained on, and where its encodings are cached."""
 
-    tuples: Place = Field(description="JSONL of edit tuples, or a folder of images with same-stem .json tuples.")
+    tuples: PathText = Field(description="JSONL of edit tuples, or a folder of images with same-stem .json tuples.")
     rules: Literal["error", "warn"] = Field(
         "error", description="What becomes of texts that break a hard rule of Appendix D.1 (byg_plugin/data/rules.py)."
     )
-    image_root: Place | None = Field(None, description="Folder that relative `source` paths start from; default: the tuples' own.")
-    cache_dir: Place = Field(description="Folder of cached latents and text encodings.")
+    image_root: PathText | None = Field(None, description="Folder that relative `source` paths start from; default: the tuples' own.")
+    cache_dir: PathText = Field(description="Folder of cached latents and text encodings.")
     resolution: Annotated[int, Field(ge=16, le=4096)] = Field(
         512, description="Target size: buckets have about resolution x resolution pixels, never more than the image or clip has."
     )
@@ -171,7 +171,7 @@ class ConditioningConfig(Section):
     max_text_tokens: Annotated[int, Field(ge=4, le=512)] = Field(512, description="T5 or UMT5 tokens a text is padded or cut to.")
 
 
-SECTIONS_OF_OBJECTIVES: dict[str, type[ObjectiveConfig]] = {name: resolve_name(place) for name, place in OBJECTIVES.items()}
+SECTIONS_OF_OBJECTIVES: dict[str, type[ObjectiveConfig]] = {name: resolve_name(path) for name, path in OBJECTIVES.items()}
 
 
 def _objective_of(section: Any) -> Any:
@@ -200,13 +200,13 @@ class LoraConfig(Section):
     targets: Pattern | None = Field(
         None, description="Regular expression that a whole module name must match; default: attention and MLP linears of all blocks."
     )
-    init_from: Place | None = Field(
+    init_from: PathText | None = Field(
         None, description="Earlier LoRA file to start from (same family and rank); of two experts, either file of the pair."
     )
     experts: Literal["separate", "shared", "high_noise", "low_noise"] = Field(
         "separate", description="Wan2.2-A14B: a LoRA an expert, one in both, or one expert alone beside `other_expert`."
     )
-    other_expert: Place | None = Field(None, description="LoRA file of the expert that is not trained; its weights stay as they are.")
+    other_expert: PathText | None = Field(None, description="LoRA file of the expert that is not trained; its weights stay as they are.")
 
     @model_validator(mode="after")
     def _check(self) -> LoraConfig:
@@ -297,7 +297,7 @@ class SampleConfig(Section):
 class OutputConfig(Section):
     """Where results go."""
 
-    dir: Place = Field(description="Folder of checkpoints, logs, previews and the final LoRA.")
+    dir: PathText = Field(description="Folder of checkpoints, logs, previews and the final LoRA.")
     # No full stop at the end: Windows drops it.
     name: Stem = Field(
         "byg_lora",

@@ -32,7 +32,8 @@ from torch import Tensor
 
 from byg_plugin.config.sections import Config, DatasetConfig
 from byg_plugin.data import buckets, clips, media
-from byg_plugin.data.tuples import TEXTS, EditTuple
+from byg_plugin.data.rules import ROLES
+from byg_plugin.data.tuples import EditTuple
 from byg_plugin.documents import json_value
 from byg_plugin.finite import first_not_finite, is_finite, refuse_not_finite
 from byg_plugin.models.base import Family
@@ -352,15 +353,15 @@ class Keys:
         if self.family.clip_frames(81) == 1:
             raise ValueError(f"{path}: a clip, and {self.family.name} takes images; give a Wan family in model.family")
         clip = self.files.clip(path)
-        there = clip.frames_at(fps)
+        available = clip.frames_at(fps)
         least = self.family.clip_frames(dataset.min_frames or dataset.frames)
-        if there < least:
+        if available < least:
             rate = "" if fps is None else f" at {fps:g} frames a second"
             raise ValueError(
-                f"{path}: too short: {there} frames{rate} ({clip.seconds:.2f} s), {least} are asked for; remove it, or set a lower "
+                f"{path}: too short: {available} frames{rate} ({clip.seconds:.2f} s), {least} are asked for; remove it, or set a lower "
                 f"dataset.frames or dataset.min_frames"
             )
-        return self.family.clip_frames(min(there, most)), fps
+        return self.family.clip_frames(min(available, most)), fps
 
     def target(self, item: EditTuple) -> Picture:
         """The target's entry: in the source's bucket, cropped the same way.
@@ -375,8 +376,10 @@ class Keys:
         size = known.size
         if clips.is_clip(item.source) != clips.is_clip(item.target):
             raise ValueError(f"{item.target}: a target is an image where its source is one, and a clip where it is a clip")
-        if clips.is_clip(item.target) and (there := self.files.clip(item.target).frames_at(source.fps)) < source.frames:
-            raise ValueError(f"{item.target}: {there} frames, its source is read with {source.frames}; a target is as long as its source")
+        if clips.is_clip(item.target) and (available := self.files.clip(item.target).frames_at(source.fps)) < source.frames:
+            raise ValueError(
+                f"{item.target}: {available} frames, its source is read with {source.frames}; a target is as long as its source"
+            )
         # Half a per cent: what rounding in an image editor makes.
         if abs(size[0] * height - size[1] * width) > 0.005 * size[0] * height + max(width, height):
             raise ValueError(
@@ -425,7 +428,7 @@ def text_store(dataset: DatasetConfig) -> Store:
 
 def texts_of(tuples: Sequence[EditTuple]) -> list[str]:
     """All texts, each once, in order of appearance."""
-    return list(dict.fromkeys(getattr(item, role) for item in tuples for role in TEXTS))
+    return list(dict.fromkeys(getattr(item, role) for item in tuples for role in ROLES))
 
 
 def texts_beside(config: Config) -> list[str]:
@@ -495,12 +498,12 @@ def cache_latents(
     todo = [picture for picture in pictures.values() if not store.has(picture.key)]
     processes.gather([])  # nobody writes before everybody has looked, or the shares would differ
     todo.sort(key=lambda picture: (picture.bucket, picture.frames, picture.key))
-    mine = todo[processes.rank :: processes.world]
+    shard = todo[processes.rank :: processes.world]
     failed: list[tuple[str, str]] = []
-    if mine:
+    if shard:
         vae = family.load_vae(device)
-        with Progress(total=len(mine), desc="encode images and clips", unit="file", disable=processes.rank > 0) as bar:
-            for group in _groups(mine, config.dataset.cache_batch_size, lambda picture: (picture.bucket, picture.frames)):
+        with Progress(total=len(shard), desc="encode images and clips", unit="file", disable=processes.rank > 0) as bar:
+            for group in _groups(shard, config.dataset.cache_batch_size, lambda picture: (picture.bucket, picture.frames)):
                 failed += _encode_pictures(family, vae, device, keys.files, store, group)
                 bar.update(len(group))
     failed = processes.gather(failed)
@@ -548,8 +551,8 @@ def read_lost(dataset: DatasetConfig) -> dict[str, str]:
 def write_lost(dataset: DatasetConfig, lost: Mapping[str, str], made: Iterable[str]) -> None:
     """Remember `lost` beside what was known, and forget what has been made since."""
     before = read_lost(dataset)
-    there = set(made)
-    now = {key: reason for key, reason in {**before, **lost}.items() if key not in there}
+    present = set(made)
+    now = {key: reason for key, reason in {**before, **lost}.items() if key not in present}
     if now != before:
         _write(Path(dataset.cache_dir) / "lost.json", json.dumps(now).encode())
 
@@ -623,12 +626,12 @@ def cache_texts(
     by_key = {keys.text(text): text for text in [*texts_of(tuples), *texts_beside(config)]}
     todo = sorted(key for key in by_key if not store.has(key))
     processes.gather([])
-    mine = todo[processes.rank :: processes.world]
+    shard = todo[processes.rank :: processes.world]
     cut: list[str] = []
-    if mine:
+    if shard:
         encoders = family.load_text_encoders(device)
-        with Progress(total=len(mine), desc="encode texts", unit="text", disable=processes.rank > 0) as bar:
-            for group in _groups(mine, config.dataset.cache_batch_size, lambda key: None):
+        with Progress(total=len(shard), desc="encode texts", unit="text", disable=processes.rank > 0) as bar:
+            for group in _groups(shard, config.dataset.cache_batch_size, lambda key: None):
                 texts = [by_key[key] for key in group]
                 with _memory_advice(len(group)):
                     encoded = family.encode_texts(encoders, texts)

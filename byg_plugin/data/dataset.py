@@ -16,7 +16,8 @@ from torch.utils.data import Dataset
 
 from byg_plugin.config.sections import Config
 from byg_plugin.data.cache import Keys, Picture, Spec, Store, latent_store, lost_tuples, read_lost, text_store, texts_beside
-from byg_plugin.data.tuples import TEXTS, EditTuple, read_tuples
+from byg_plugin.data.rules import ROLES
+from byg_plugin.data.tuples import EditTuple, read_tuples
 from byg_plugin.models.base import Family
 from byg_plugin.objectives import make_objective
 from byg_plugin.randomness import generator
@@ -80,7 +81,7 @@ class CachedTuples(Dataset[dict[str, Any]]):
             self._pictures.append((source, target))
             images |= {picture.key: str(picture.file) for picture in (source, target) if picture}
             sizes |= {picture.key: (picture.bucket, picture.frames) for picture in (source, target) if picture}
-            texts |= {self._keys.text(getattr(item, role)): getattr(item, role) for role in TEXTS}
+            texts |= {self._keys.text(getattr(item, role)): getattr(item, role) for role in ROLES}
         texts |= {self._keys.text(text): text for text in texts_beside(self.config)}
         if self._keys.files.known != remembered:
             with suppress(ValueError):  # a cache that may only be read: the images are hashed again next time
@@ -88,9 +89,9 @@ class CachedTuples(Dataset[dict[str, Any]]):
         complaints = []
         for store, wanted, what in ((self._latents, images, "images"), (self._texts, texts, "texts")):
             specs = {key: store.spec(key) for key in wanted}
-            there = {key: spec for key, spec in specs.items() if spec is not None}
-            complaints += _missing(store, [name for key, name in wanted.items() if key not in there], len(wanted), what)
-            complaints += _unlike(store, there, sizes, wanted)
+            present = {key: spec for key, spec in specs.items() if spec is not None}
+            complaints += _missing(store, [name for key, name in wanted.items() if key not in present], len(wanted), what)
+            complaints += _unlike(store, present, sizes, wanted)
         if complaints:
             raise ValueError(
                 f"dataset.cache_dir = {Path(self.config.dataset.cache_dir)} does not match the tuples, model and resolution:\n"
@@ -116,7 +117,7 @@ class CachedTuples(Dataset[dict[str, Any]]):
         source, target = self._pictures[index]
         this = self.tuples[index].id
         item: dict[str, Any] = {"index": index, "source": self._latent(source, f"{source.file}, source of tuple {this}")}
-        for role in TEXTS:
+        for role in ROLES:
             item[role] = self.encoding(text := getattr(self.tuples[index], role), f"{text!r}, {role} of tuple {this}")
         if target is not None:
             item["target"] = self._latent(target, f"{target.file}, target of tuple {this}")
@@ -227,7 +228,7 @@ def _held_out_rank(source: str) -> tuple[str, str, str]:
 def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Stack items of one bucket; text encodings stay named tensors."""
     batch: dict[str, Any] = {"index": [item["index"] for item in items], "source": torch.stack([item["source"] for item in items])}
-    for role in TEXTS:
+    for role in ROLES:
         batch[role] = {name: torch.stack([item[role][name] for item in items]) for name in items[0][role]}
     if "target" in items[0]:
         batch["target"] = torch.stack([item["target"] for item in items])
@@ -235,7 +236,7 @@ def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 class BucketBatches:
-    """An endless order of one-bucket batches that is a pure function of (seed, position): resuming needs no state.
+    """An endless order of one-bucket batches that is a pure function of (seed, step): resuming needs no state.
 
     In each epoch every tuple appears at least once; a bucket's last batch is filled up from its beginning, so that no
     tuple is ever dropped.
@@ -265,5 +266,5 @@ class BucketBatches:
 
     def micro_batch(self, step: int, micro: int, rank: int, world: int, accumulation: int) -> list[int]:
         """Tuples of one micro-step. N processes take together what one takes with N times the accumulation."""
-        epoch, place = divmod((step * accumulation + micro) * world + rank, self.per_epoch)
-        return self.batches(epoch)[place]
+        epoch, index = divmod((step * accumulation + micro) * world + rank, self.per_epoch)
+        return self.batches(epoch)[index]

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from byg_plugin import _cli
-from byg_plugin.data.tuples import IMAGE_SUFFIXES, TEXTS, unwritable
+from byg_plugin.data.rules import ROLES
+from byg_plugin.data.tuples import IMAGE_SUFFIXES, unwritable
 from byg_plugin.documents import utf8
 from byg_plugin.user_files import files_in, hidden_in
 
@@ -60,7 +61,7 @@ def import_kontext(targets: Path, controls: Path, out: Path) -> Imported:
     complete: list[Mapping[str, Any]] = []
     incomplete: list[Mapping[str, Any]] = []
     for target, control in pairs:
-        texts = {role: _text(target.with_name(target.stem + SUFFIXES[role]), problems) for role in TEXTS}
+        texts = {role: _text(target.with_name(target.stem + SUFFIXES[role]), problems) for role in ROLES}
         record = {
             "source": _relative(control, base),
             **{role: text for role, text in texts.items() if text},
@@ -153,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     done = import_kontext(args.targets, args.controls, args.out)
     _cli.say(f"{done.complete} tuples in {done.out}" if done.complete else f"no complete tuple, {done.out} is not written")
     if done.incomplete:
-        names = ", ".join(f"NAME{SUFFIXES[role]} ({role})" for role in TEXTS)
+        names = ", ".join(f"NAME{SUFFIXES[role]} ({role})" for role in ROLES)
         _cli.say(
             f"{done.incomplete} items lack texts and are in {done.incomplete_out}, which names them in `missing`.\n"
             f"Write them beside the targets as {names}, and run this command again."

@@ -20,7 +20,7 @@ MAX_SIDE = 16384  # pixels; beyond it a file is a mistake or an attack, and deco
 READER = "2"  # raise when `load_image` gives other pixels of the files for which `look` names it
 _HEAD = 64  # bytes by which a file that is no image is known
 _REMEDY = "replace it or remove its tuples"
-_told: set[Path] = set()
+_reported: set[Path] = set()
 logger = logging.getLogger(__name__)
 
 
@@ -204,7 +204,7 @@ def _to_rgb(image: Image.Image, path: Path | None) -> Image.Image:
     try:
         colour = profiles.convert(colour)
     except profiles.UnusableProfile as error:
-        _tell_profile(path, error)
+        _report_profile(path, error)
     colour = _convert(colour, "RGB")
     if alpha is not None:
         colour.putalpha(alpha)
@@ -241,9 +241,9 @@ def _convert(image: Image.Image, mode: str) -> Image.Image:
         raise _Refused(f"its pixels cannot be converted from {image.mode} to {mode} ({error}); save it as an RGB PNG") from error
 
 
-def _tell_profile(path: Path | None, error: profiles.UnusableProfile) -> None:
-    if path is None or path not in _told:
+def _report_profile(path: Path | None, error: profiles.UnusableProfile) -> None:
+    if path is None or path not in _reported:
         where = "an image" if path is None else str(path)
         logger.warning("%s: its colour profile cannot be used, %s; its numbers are taken as sRGB", where, error)
     if path is not None:
-        _told.add(path)
+        _reported.add(path)

@@ -123,13 +123,13 @@ class _Pieces(io.RawIOBase):
         return self._at
 
     def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
-        place = self._at
+        offset = self._at
         for start, end in self._pieces:
-            if place < end - start:
-                self._file.seek(start + place)
-                data = self._file.read(min(len(buffer), end - start - place))
+            if offset < end - start:
+                self._file.seek(start + offset)
+                data = self._file.read(min(len(buffer), end - start - offset))
                 buffer[: len(data)] = data
                 self._at += len(data)
                 return len(data)
-            place -= end - start
+            offset -= end - start
         return 0

@@ -89,5 +89,5 @@ def _changes_nothing(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
     levels = np.linspace(0, 255, 256 if mode == "L" else 9).round().astype(np.uint8)
     grid = levels[None] if mode == "L" else np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(1, -1, 3)
     made = transform.apply(Image.fromarray(grid))
-    there = grid[..., None].repeat(3, axis=-1) if mode == "L" else grid
-    return int(np.abs(np.asarray(made).astype(int) - there).max()) <= _SAME
+    original = grid[..., None].repeat(3, axis=-1) if mode == "L" else grid
+    return int(np.abs(np.asarray(made).astype(int) - original).max()) <= _SAME

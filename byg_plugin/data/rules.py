@@ -11,6 +11,9 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+ROLES = ("src_caption", "tgt_caption", "instruction", "reverse_instruction")
+"""The texts of a tuple, by the names of its fields."""
+
 EDIT_TYPES = (
     "color_change",
     "texture_change",
@@ -177,9 +180,9 @@ def names_style(caption: str, style: str) -> bool:
     if is_photorealistic(style):
         return bool(_PHOTO.search(caption))
     words = [word for word in re.findall(r"\w+", style.casefold()) if word not in _WEAK]
-    there = set(re.findall(r"\w+", caption.casefold()))
+    present = set(re.findall(r"\w+", caption.casefold()))
     # A label such as "oil painting" may come as "painted in oils".
-    return any(any(_same_stem(word, other) for other in there) for word in words) if words else True
+    return any(any(_same_stem(word, other) for other in present) for word in words) if words else True
 
 
 _WEAK = frozenset({"style", "art", "a", "an", "the", "in", "of", "like", "picture", "image", "non", "book", "glass", "wash"})
@@ -198,7 +201,7 @@ def check_texts(texts: Mapping[str, str], *, source_style: str | None = None, ta
         source_style: what metadata says of how the source is made; None: unknown.
         target_style: style that the edit was asked to lead to; None: free.
     """
-    src, tgt, instruction, reverse = (texts[name] for name in ("src_caption", "tgt_caption", "instruction", "reverse_instruction"))
+    src, tgt, instruction, reverse = (texts[name] for name in ROLES)
     yield from _found("reverse_refers_back", "reverse_instruction", reverse, _REFERS_BACK)
     yield from _found("target_temporal", "tgt_caption", tgt, _TEMPORAL)
     yield from _found("source_refers_to_edit", "src_caption", src, _OF_AN_EDIT)
@@ -214,7 +217,7 @@ def check_texts(texts: Mapping[str, str], *, source_style: str | None = None, ta
     yield from _found("back_to", "reverse_instruction", reverse, _BACK, hard=False)
     if _plain(instruction) in (_plain(src), _plain(tgt)):
         yield Finding(reason="instruction_is_caption", message=f"instruction is a caption: {instruction!r}", hard=False)
-    for name, least in (("src_caption", 3), ("tgt_caption", 3), ("instruction", 2), ("reverse_instruction", 2)):
+    for name, least in zip(ROLES, (3, 3, 2, 2), strict=True):
         # Scripts without blanks between words are not counted.
         if texts[name].isascii() and len(texts[name].split()) < least:
             yield Finding(reason="short", message=f"{name} = {texts[name]!r} has fewer than {least} words", hard=False)

@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from byg_plugin.data import clips
-from byg_plugin.data.rules import RULES, Finding, check_texts
+from byg_plugin.data.rules import ROLES, RULES, Finding, check_texts
 from byg_plugin.documents import json_value, other_encoding, utf8
 from byg_plugin.user_files import files_in, hidden_in
 
 if TYPE_CHECKING:
     from byg_plugin.config.sections import DatasetConfig
 
-TEXTS = ("src_caption", "tgt_caption", "instruction", "reverse_instruction")
 OPTIONAL = ("edit_type", "target", "id", "split", "meta")
 SPLITS = ("train", "validation")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -73,12 +72,12 @@ def read_tuples(dataset: DatasetConfig) -> list[EditTuple]:
     Raises:
         ValueError: the place is missing, or lists every problem of its tuples (the first 20 in words).
     """
-    check_places(dataset)
+    check_paths(dataset)
     root = Path(dataset.image_root) if dataset.image_root else None
     return read_tuples_file(Path(dataset.tuples), root, rules=dataset.rules)
 
 
-def check_places(dataset: DatasetConfig) -> None:
+def check_paths(dataset: DatasetConfig) -> None:
     """Whether a `[dataset]` section's tuples and images are there at all, without reading them.
 
     Raises:
@@ -118,7 +117,7 @@ def read_tuples_file(path: Path, root: Path | None = None, *, rules: Literal["er
         remedy = '\nto train on such texts all the same: dataset.rules = "warn"' if broken_rule else ""
         raise ValueError(f"{path}: {len(problems)} problem(s), nothing was done:\n{listed}{more}{remedy}")
     if not tuples:
-        raise ValueError(f"{path}: no tuples in it; each line is a JSON object with source, {', '.join(TEXTS)}")
+        raise ValueError(f"{path}: no tuples in it; each line is a JSON object with source, {', '.join(ROLES)}")
     if discouraged:
         counts = ", ".join(f"{count} {reason}" for reason, count in discouraged.most_common())
         logger.warning("%s: texts in discouraged forms (%s); python -m dataset_tools.validate names the lines", path, counts)
@@ -149,7 +148,7 @@ def inspect_tuples(path: Path, root: Path | None = None) -> Iterator[Inspected]:
         item = None
         if not findings:
             item = _make(record, root)
-            findings += check_texts({role: getattr(item, role) for role in TEXTS}, source_style=_source_style(record))
+            findings += check_texts({role: getattr(item, role) for role in ROLES}, source_style=_source_style(record))
             if item.id in seen:
                 same = "has the same contents as" if "id" not in record else f"has the id {item.id!r} of"
                 message = f"duplicate id: {same} {seen[item.id]}; remove one or give it another id"
@@ -213,7 +212,7 @@ def _folder_records(path: Path) -> Records:
     bare = [image.name for image in every if not image.with_suffix(".json").is_file() and image not in targets]
     if bare:
         names = ", ".join(bare[:_SHOWN]) + (", ..." if len(bare) > _SHOWN else "")
-        yield path.name, None, [f"{len(bare)} image(s) have no .json of the same name beside them with {', '.join(TEXTS)}: {names}"]
+        yield path.name, None, [f"{len(bare)} image(s) have no .json of the same name beside them with {', '.join(ROLES)}: {names}"]
     if not every:
         searched = f"{', '.join(MEDIA_SUFFIXES)}; folders inside it are not searched{hidden_in(path, MEDIA_SUFFIXES)}"
         yield path.name, None, [f"no image or clip in this folder ({searched})"]
@@ -256,16 +255,16 @@ def _schema(record: Mapping[str, Any], root: Path) -> Iterator[Finding]:
 
 def path_words(value: str, root: Path) -> str:
     """A path that leads nowhere, for a message: with what its characters say of why."""
-    place = str(_resolve(value, root))
+    path = str(_resolve(value, root))
     if any(ord(character) < 32 or character == "\x7f" for character in value):
-        return f"{place!r}: it holds control characters; in JSON a backslash begins an escape (\\t, \\n): write / or \\\\ in paths"
-    return f"{place} (its backslashes are read as /)" if "\\" in value and "\\" not in place else place
+        return f"{path!r}: it holds control characters; in JSON a backslash begins an escape (\\t, \\n): write / or \\\\ in paths"
+    return f"{path} (its backslashes are read as /)" if "\\" in value and "\\" not in path else path
 
 
 def _field_problems(record: Mapping[str, Any]) -> list[str]:
-    known = ("source", *TEXTS, *OPTIONAL)
+    known = ("source", *ROLES, *OPTIONAL)
     problems = list(_unknown(record, known))
-    for name in ("source", *TEXTS):
+    for name in ("source", *ROLES):
         value = record.get(name)
         if name not in record:
             problems.append(f"{name} is missing")
@@ -330,7 +329,7 @@ def unwritable(name: str) -> str | None:
 
 
 def _make(record: Mapping[str, Any], root: Path) -> EditTuple:
-    texts = {name: record[name].strip() for name in TEXTS}
+    texts = {name: record[name].strip() for name in ROLES}
     target = record.get("target")
     # As written, not as resolved: the id is the same on every machine.
     contents = json.dumps([record["source"].replace("\\", "/"), *texts.values(), target and target.replace("\\", "/")])

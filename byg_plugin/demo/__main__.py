@@ -4,6 +4,8 @@
 
 Every stage is a command that the user of a real model runs; each is printed before it runs. A stage that is done is not
 done again: an interrupted demo goes on where it stopped. Delete the folder to start afresh.
+
+The base ships in a clone and in the sdist. A wheel has none: --base names a folder of it.
 """
 
 from __future__ import annotations

@@ -36,14 +36,14 @@ def settings(out: Path, recipe: str, base: Path, overrides: Sequence[str]) -> tu
         ValueError: an override is wrong.
     """
     config = layout.folder("configs") / recipe
-    places = {
+    paths = {
         "model.path": base,
         "dataset.tuples": out / "train" / "tuples.jsonl",
         "dataset.cache_dir": out / "cache",
         "output.dir": out / "training",
     }
     # JSON strings are TOML strings: a Windows path's backslashes survive.
-    every = [*(f"{key}={json.dumps(str(value))}" for key, value in places.items()), *overrides]
+    every = [*(f"{key}={json.dumps(str(value))}" for key, value in paths.items()), *overrides]
     options: list[str | Path] = ["--config", config]
     for override in every:
         options += ["--set", override]

@@ -216,18 +216,18 @@ def follows_caption(image: np.ndarray, scene: world.Scene) -> tuple[bool, bool]:
     named one fits what has its object's colour in its corner best, with an intersection over union of at least 0.75.
     """
     labels = world.nearest_labels(image)
-    places = {thing.colour: _corner(thing) for thing in scene.things}
-    shapes = (is_shape((labels == world.LABELS.index(thing.colour)) & places[thing.colour], thing.shape) for thing in scene.things)
-    return colours_right(labels, scene.background, places), all(shapes)
+    corners = {thing.colour: _corner(thing) for thing in scene.things}
+    shapes = (is_shape((labels == world.LABELS.index(thing.colour)) & corners[thing.colour], thing.shape) for thing in scene.things)
+    return colours_right(labels, scene.background, corners), all(shapes)
 
 
-def colours_right(labels: np.ndarray, background: str, places: Mapping[str, np.ndarray]) -> bool:
-    """The rule of `follows_caption`; `places` says in which pixels (bool) each object's colour has to be."""
-    own = {name: (labels == world.LABELS.index(name)) & places.get(name, True) for name in world.COLOURS}
-    stray = [(labels == world.LABELS.index(name)) & ~places.get(name, np.False_) for name in world.COLOURS if name != background]
+def colours_right(labels: np.ndarray, background: str, corners: Mapping[str, np.ndarray]) -> bool:
+    """The rule of `follows_caption`; `corners` says in which pixels (bool) each object's colour has to be."""
+    own = {name: (labels == world.LABELS.index(name)) & corners.get(name, True) for name in world.COLOURS}
+    stray = [(labels == world.LABELS.index(name)) & ~corners.get(name, np.False_) for name in world.COLOURS if name != background]
     return bool(
         own[background].mean() >= 0.5
-        and all(own[name].mean() >= 0.02 for name in places)
+        and all(own[name].mean() >= 0.02 for name in corners)
         and sum(solid(pixels).mean() for pixels in stray) <= 0.01
     )
 

@@ -139,12 +139,12 @@ def sample_clip(rng: np.random.Generator, things: int = 1) -> tuple[world.Scene,
         raise ValueError(f"things is {things}: a clip has 0 or 1 objects")
     background, colour = (str(name) for name in rng.permutation(COLOURS)[:2])
     number = int(rng.integers(len(world.CORNERS)))
-    x, y, radius = world.place(rng, number, OBJECT_RADIUS)
+    x, y, radius = world.draw_position(rng, number, OBJECT_RADIUS)
     thing = world.Thing(world.pick(rng, world.SHAPES), colour, x, y, radius, light=float(rng.uniform(0, 2 * np.pi)))
     bow = float(rng.uniform(*BOW)) if rng.random() < CURVED else 0.0
     motion = Motion(world.pick(rng, _WAYS_FROM[world.CORNERS[number]]), float(rng.uniform(*TRAVEL)), bow)
     empty = world.sample_scene(rng, 0)
-    pebble_x, pebble_y, pebble_radius = _place_pebble(rng, 3 - number, thing, motion)
+    pebble_x, pebble_y, pebble_radius = _draw_pebble(rng, 3 - number, thing, motion)
     first = replace(
         empty,
         background=background,
@@ -156,9 +156,9 @@ def sample_clip(rng: np.random.Generator, things: int = 1) -> tuple[world.Scene,
     return first, motion
 
 
-def _place_pebble(rng: np.random.Generator, quadrant: int, thing: world.Thing, motion: Motion) -> tuple[float, float, float]:
+def _draw_pebble(rng: np.random.Generator, quadrant: int, thing: world.Thing, motion: Motion) -> tuple[float, float, float]:
     while True:
-        x, y, radius = world.place(rng, quadrant, world.PEBBLE_RADIUS)
+        x, y, radius = world.draw_position(rng, quadrant, world.PEBBLE_RADIUS)
         centres = [_moved(thing, motion, k) for k in range(FRAMES)]
         if all(np.hypot(at.x - x, at.y - y) >= at.radius + radius + _CLEARANCE for at in centres):
             return x, y, radius

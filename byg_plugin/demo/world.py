@@ -129,7 +129,7 @@ def sample_scene(rng: np.random.Generator, things: int = 1) -> Scene:
     colours = [str(colour) for colour in rng.permutation(list(COLOURS))[: things + 1]]
     shapes = [str(shape) for shape in rng.permutation(SHAPES)[:things]]
     quadrants = [int(quadrant) for quadrant in rng.permutation(4)]
-    pebble_x, pebble_y, pebble_radius = place(rng, quadrants[things], PEBBLE_RADIUS)
+    pebble_x, pebble_y, pebble_radius = draw_position(rng, quadrants[things], PEBBLE_RADIUS)
     return Scene(
         background=colours[0],
         angle=float(rng.uniform(0, math.pi)),
@@ -144,10 +144,10 @@ def sample_scene(rng: np.random.Generator, things: int = 1) -> Scene:
 
 
 def _thing(rng: np.random.Generator, shape: str, colour: str, quadrant: int) -> Thing:
-    return Thing(shape, colour, *place(rng, quadrant, OBJECT_RADIUS), light=float(rng.uniform(0, 2 * math.pi)))
+    return Thing(shape, colour, *draw_position(rng, quadrant, OBJECT_RADIUS), light=float(rng.uniform(0, 2 * math.pi)))
 
 
-def place(rng: np.random.Generator, quadrant: int, radii: tuple[float, float]) -> tuple[float, float, float]:
+def draw_position(rng: np.random.Generator, quadrant: int, radii: tuple[float, float]) -> tuple[float, float, float]:
     """A disc (x, y, radius) somewhere in a quadrant; its number is the index of its name in CORNERS."""
     radius = float(rng.uniform(*radii))
     left, top = quadrant % 2 * _QUADRANT, quadrant // 2 * _QUADRANT

@@ -21,7 +21,7 @@ from byg_plugin.places import check_lora
 from byg_plugin.progress import Progress
 from byg_plugin.user_files import files_in, hidden_in
 
-_TOLD_CUT = 0.2  # of a picture's pixels
+_REPORTED_CUT = 0.2  # of a picture's pixels
 # Keys that the LoRA knows better than --config, and the options that stand above it.
 _FROM_LORA = {"conditioning.guidance": "guidance", "dataset.resolution": "resolution", "sample.schedule": "schedule"}
 
@@ -135,7 +135,7 @@ def check_out(out: Path, jobs: Sequence[Job]) -> None:
         raise ValueError(f"--out {out}: cannot be written: {error.strerror}; choose another folder") from error
 
 
-def tell_losses(pipe: EditPipeline, job: Job, bucket: Size, frames: int | None) -> None:
+def report_losses(pipe: EditPipeline, job: Job, bucket: Size, frames: int | None) -> None:
     """Say on stderr what of a source will not be in its edit.
 
     Raises:
@@ -144,23 +144,23 @@ def tell_losses(pipe: EditPipeline, job: Job, bucket: Size, frames: int | None) 
     if is_clip(job.source):
         clip = clip_info(job.source)
         size = clip.size
-        _tell_shortened(job.source, clip.frames, pipe.clip_length(job.source, clip, frames), frames)
+        _report_shortened(job.source, clip.frames, pipe.clip_length(job.source, clip, frames), frames)
     else:
         size = image_size(job.source)
-    _tell_cut(job.source, size, bucket, pipe.config.dataset)
+    _report_cut(job.source, size, bucket, pipe.config.dataset)
 
 
-def _tell_cut(source: Path, size: Size, bucket: Size, dataset: DatasetConfig) -> None:
+def _report_cut(source: Path, size: Size, bucket: Size, dataset: DatasetConfig) -> None:
     """Say on stderr that much of a picture will not be in its edit."""
     kept = min(size[0] / size[1], bucket[0] / bucket[1]) / max(size[0] / size[1], bucket[0] / bucket[1])
-    if 1 - kept > _TOLD_CUT:
+    if 1 - kept > _REPORTED_CUT:
         remedy = "raise dataset.max_aspect" if dataset.buckets else "set dataset.buckets = true"
         text = f"{source}: {1 - kept:.0%} of its {size[0]} x {size[1]} pixels are cut off for an edit of {bucket[0]} x {bucket[1]}"
         Progress.write(f"{text}; pad it, or {remedy} in --config", file=sys.stderr)
 
 
-def _tell_shortened(source: Path, there: int, edited: int, asked: int | None) -> None:
+def _report_shortened(source: Path, available: int, edited: int, asked: int | None) -> None:
     """Say on stderr that fewer frames are edited than the clip has, or than `asked` for, because Wan takes 4n + 1 alone."""
-    wanted = min(there, MOST_FRAMES) if asked is None else asked
+    wanted = min(available, MOST_FRAMES) if asked is None else asked
     if edited < wanted:
         Progress.write(f"{source}: {edited} of {wanted} frames are edited, Wan takes 4n + 1", file=sys.stderr)

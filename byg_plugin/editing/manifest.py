@@ -107,8 +107,8 @@ def append(folder: Path, edit: Edit) -> None:
     Raises:
         OSError: the line cannot be written; then nothing of it is there.
     """
-    places = {"source": _relative(edit.source, folder), "edit": edit.edit.name, "side_by_side": edit.side_by_side.name}
-    line = json.dumps(asdict(edit) | places | {"card": edit.card.to_metadata()}).encode("ascii") + b"\n"
+    paths = {"source": _relative(edit.source, folder), "edit": edit.edit.name, "side_by_side": edit.side_by_side.name}
+    line = json.dumps(asdict(edit) | paths | {"card": edit.card.to_metadata()}).encode("ascii") + b"\n"
     with (folder / NAME).open("ab", buffering=0) as file:
         start = file.tell()
         if file.write(line) < len(line):  # the disk is full
@@ -118,11 +118,11 @@ def append(folder: Path, edit: Edit) -> None:
 
 def _relative(source: Path, folder: Path) -> str:
     # Links of folders are followed, or `..` would lead elsewhere; the file's own name stays as it was given.
-    place = source.parent.resolve() / source.name
+    path = source.parent.resolve() / source.name
     try:
-        return Path(os.path.relpath(place, folder.resolve())).as_posix()
+        return Path(os.path.relpath(path, folder.resolve())).as_posix()
     except ValueError:  # another drive
-        return place.as_posix()
+        return path.as_posix()
 
 
 def _lines(folder: Path) -> Iterator[tuple[str, Edit]]:
@@ -150,5 +150,5 @@ def _edit(record: Any, folder: Path) -> Edit:
     if not all(isinstance(value, str) for value in card.values()):
         raise ValueError("card has values that are no texts")
     source = Path(os.path.normpath(folder.resolve() / values["source"]))
-    places = {"source": source, "edit": folder / values["edit"], "side_by_side": folder / values["side_by_side"]}
-    return Edit(**values | places | {"size": tuple(size), "card": LoraCard.from_metadata(card)})
+    paths = {"source": source, "edit": folder / values["edit"], "side_by_side": folder / values["side_by_side"]}
+    return Edit(**values | paths | {"size": tuple(size), "card": LoraCard.from_metadata(card)})

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from byg_plugin import sampling
-from byg_plugin.data.tuples import TEXTS
-from byg_plugin.models.base import Geometry
+from byg_plugin.data.rules import ROLES
+from byg_plugin.families.geometry import Geometry
 from byg_plugin.objectives.base import Batch, Text
 from byg_plugin.objectives.draws import draw_t
 
@@ -58,5 +58,5 @@ def draw_batch(
         nodes=nodes,
         kind=kind,
         target=None if target is None else target.to(device),
-        **{role: {name: value.to(device) for name, value in texts[role].items()} for role in TEXTS},
+        **{role: {name: value.to(device) for name, value in texts[role].items()} for role in ROLES},
     )

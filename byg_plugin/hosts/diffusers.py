@@ -62,7 +62,7 @@ class DiffusersHost:
         if config.lora.experts == "shared":
             _share_lora(*self.networks.values())
         self._lora_layers = [layer for network in self.networks.values() for layer in _lora_layers_of(network)]
-        self._places = [place for n in self.networks.values() for place in _places_of_lora_layers(n)]
+        self._lora_slots = [slot for n in self.networks.values() for slot in _slots_of_lora_layers(n)]
         self._merged: list[nn.Linear] = []
         self._dropouts: list[nn.Module] = [d for layer in self._lora_layers for d in layer.lora_dropout.values()]
         self._every_lora = self._named_lora_parameters()
@@ -131,13 +131,13 @@ class DiffusersHost:
 
         PEFT's own enable_adapters() would flip requires_grad of the LoRA and forget what it was.
         """
-        found = [getattr(parent, name) for parent, name in self._places]
+        found = [getattr(parent, name) for parent, name in self._lora_slots]
         try:
-            for (parent, name), linear in zip(self._places, linears, strict=True):
+            for (parent, name), linear in zip(self._lora_slots, linears, strict=True):
                 setattr(parent, name, linear)
             yield
         finally:
-            for (parent, name), module in zip(self._places, found, strict=True):
+            for (parent, name), module in zip(self._lora_slots, found, strict=True):
                 setattr(parent, name, module)
 
     @torch.no_grad()
@@ -224,15 +224,15 @@ class DiffusersHost:
     def _freeze_other_expert(self) -> dict[str, nn.Parameter]:
         """Give the expert that is not trained its LoRA from a file; returns the parameters that are trained."""
         trained = self.family.experts[self.config.lora.experts != "high_noise"]
-        mine = {name: p for name, p in self._every_lora.items() if name.partition(".")[0] == trained}
-        others = {name: p for name, p in self._every_lora.items() if name not in mine}
+        own = {name: p for name, p in self._every_lora.items() if name.partition(".")[0] == trained}
+        others = {name: p for name, p in self._every_lora.items() if name not in own}
         expert = next(iter(others)).partition(".")[0]
         found = start_lora.read_other_expert(self.config)
         with start_lora.fitting(self.config.lora, "other_expert"):
             self._set(others, {expert + name.removeprefix("transformer"): value for name, value in found.items()})
         for parameter in others.values():
             parameter.requires_grad_(False)
-        return mine
+        return own
 
     def lora_files(self, weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         """Weights by our names -> tensors of each LoRA file, by what follows the file's stem; see `lora.formats.written_files`."""
@@ -282,9 +282,9 @@ class DiffusersHost:
 def _share_lora(first: nn.Module, *others: nn.Module) -> None:
     """One LoRA in several networks: the same parameters, not copies."""
     for network in others:
-        for mine, theirs in zip(_lora_layers_of(first), _lora_layers_of(network), strict=True):
+        for source, target in zip(_lora_layers_of(first), _lora_layers_of(network), strict=True):
             for kind in ("lora_A", "lora_B"):
-                getattr(theirs, kind)[_ADAPTER].weight = getattr(mine, kind)[_ADAPTER].weight
+                getattr(target, kind)[_ADAPTER].weight = getattr(source, kind)[_ADAPTER].weight
 
 
 def _lora_layers_of(network: nn.Module) -> list[Any]:
@@ -297,10 +297,10 @@ def _is_lora_layer(module: nn.Module) -> bool:
     return isinstance(module, LoraLayer)
 
 
-def _places_of_lora_layers(network: nn.Module) -> list[tuple[nn.Module, str]]:
+def _slots_of_lora_layers(network: nn.Module) -> list[tuple[nn.Module, str]]:
     """(parent, attribute) of each LoRA layer, in the order of `modules()`."""
-    places = [name.rpartition(".") for name, module in network.named_modules() if _is_lora_layer(module)]
-    return [(network.get_submodule(parent), attribute) for parent, _, attribute in places]
+    names = [name.rpartition(".") for name, module in network.named_modules() if _is_lora_layer(module)]
+    return [(network.get_submodule(parent), attribute) for parent, _, attribute in names]
 
 
 def _empty_like(linear: nn.Linear) -> nn.Linear:

@@ -36,8 +36,8 @@ def by_expert(
     for side in (first, not first):
         rows = high if side else ~high
         some = {name: value[rows.to(value.device)] for name, value in text.items()}
-        part = call(side, noisy[rows], t[rows], some, None if source is None else source[rows])
-        out = torch.zeros_like(noisy, dtype=part.dtype) if out is None else out
-        out[rows] = part
+        velocity = call(side, noisy[rows], t[rows], some, None if source is None else source[rows])
+        out = torch.zeros_like(noisy, dtype=velocity.dtype) if out is None else out
+        out[rows] = velocity
     assert out is not None
     return out

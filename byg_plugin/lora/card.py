@@ -4,25 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from byg_plugin.families import EXPERT_SUFFIXES
 from byg_plugin.version import __version__
 
 if TYPE_CHECKING:
     from byg_plugin.config.sections import Config
+    from byg_plugin.families.geometry import Geometry
 
 _PREFIX = "byg."
 _EXPERTS = {suffix: expert for expert, suffix in EXPERT_SUFFIXES.items()}
-
-
-class _Family(Protocol):
-    """What is asked of a model family (`models.base.Family`)."""
-
-    @property
-    def boundary(self) -> float | None: ...
-
-    def clip_frames(self, frames: int) -> int: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,12 +61,12 @@ class LoraCard:
 
     @classmethod
     def of(
-        cls, config: Config, step: int, weights: str, family: _Family | None = None, suffix: str = "", base: str | None = None
+        cls, config: Config, step: int, weights: str, family: Geometry | None = None, suffix: str = "", base: str | None = None
     ) -> LoraCard:
         """The card of a file that a run writes.
 
         `family` adds what only video has; `suffix` is what follows the file's stem, and names the expert of a pair; `base` is the
-        base's place, where `[model]` does not have it.
+        base's path or hub id, where `[model]` does not have it.
         """
         video: dict[str, Any] = {}
         if family is not None and family.boundary is not None:
@@ -123,9 +115,9 @@ def has_card(metadata: Mapping[str, str]) -> bool:
     return any(key.startswith(_PREFIX) for key in metadata)
 
 
-def base_name(place: str) -> str:
+def base_name(path: str) -> str:
     """The last part of a path or hub id, of either system: no folders of a person's machine go into results."""
-    return place.replace("\\", "/").rstrip("/").rpartition("/")[2]
+    return path.replace("\\", "/").rstrip("/").rpartition("/")[2]
 
 
 def _text(key: str, text: str) -> str:

@@ -94,15 +94,15 @@ def _network(shapes: Mapping[str, tuple[int, int]]) -> Any:
     network = Network()
     for name, (inputs, outputs) in shapes.items():
         parent: nn.Module = network
-        steps = name.split(".")
-        for step, following in pairwise(steps):
-            if step not in parent._modules:
-                _add(parent, step, nn.ModuleList() if following.isdecimal() else nn.Module())
-            parent = parent._modules[step]  # type: ignore[assignment]
+        path = name.split(".")
+        for child, following in pairwise(path):
+            if child not in parent._modules:
+                _add(parent, child, nn.ModuleList() if following.isdecimal() else nn.Module())
+            parent = parent._modules[child]  # type: ignore[assignment]
         linear = nn.Linear(inputs, outputs, bias=False, device="meta")
         # One stored number: PEFT moves what it loads to the weight's device, and on meta nothing would be left of it.
         linear.weight = nn.Parameter(torch.zeros(1, 1).expand(outputs, inputs), requires_grad=False)
-        _add(parent, steps[-1], linear)
+        _add(parent, path[-1], linear)
     return network
 
 

@@ -293,10 +293,10 @@ def _alphas_of(config: Mapping[str, Any], where: str, tensors: Mapping[str, Tens
         # Rank-stabilised: alpha / sqrt(rank).
         effective = alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
         _refuse_absurd(where, effective / rank)
-        if (told := tensors.get(f"{layer}.alpha")) is None:
+        if (stored := tensors.get(f"{layer}.alpha")) is None:
             alphas[layer] = float(effective)
-        elif not math.isclose(alpha_value(f"{layer}.alpha", told), effective, rel_tol=1e-3):
-            raise ValueError(f"{where} says alpha {effective:g} of {layer}, its .alpha is {alpha_value(layer, told):g}; {_FOLD}")
+        elif not math.isclose(alpha_value(f"{layer}.alpha", stored), effective, rel_tol=1e-3):
+            raise ValueError(f"{where} says alpha {effective:g} of {layer}, its .alpha is {alpha_value(layer, stored):g}; {_FOLD}")
     return alphas
 
 

@@ -344,13 +344,13 @@ def expert_files(path: str | Path) -> dict[str, Path]:
     for suffix in EXPERT_SUFFIXES.values():
         stem = stem.removesuffix(suffix)
     pair = {expert: path.with_name(f"{stem}{suffix}.safetensors") for expert, suffix in EXPERT_SUFFIXES.items()}
-    there = {expert: file for expert, file in pair.items() if file.is_file()}
+    present = {expert: file for expert, file in pair.items() if file.is_file()}
     if path.is_file() and path not in pair.values():
         return {"transformer": path}
-    if len(there) == 1:
-        missing = next(file for expert, file in pair.items() if expert not in there)
+    if len(present) == 1:
+        missing = next(file for expert, file in pair.items() if expert not in present)
         raise ValueError(f"{path}: of two experts, and {missing.name} is not beside it; both are needed")
-    return there or {"transformer": path}
+    return present or {"transformer": path}
 
 
 def read_named(path: str | Path, family: str, label: str = "") -> tuple[dict[str, Tensor], LoraCard]:

@@ -45,7 +45,7 @@ def read_init(config: Config, *, tell: bool = True) -> dict[str, Tensor]:
     tensors, card = read_named(config.lora.init_from, config.model.family, "lora.init_from = ")
     _check_trained_alike(config, "init_from", card)
     if tell:
-        _tell_other_guidance(config.conditioning, "init_from", card)
+        _report_other_guidance(config.conditioning, "init_from", card)
     return tensors
 
 
@@ -62,7 +62,7 @@ def read_other_expert(config: Config, *, tell: bool = True) -> dict[str, Tensor]
         card = LoraCard.from_metadata(metadata)
         _check_trained_alike(config, "other_expert", card)
         if tell:
-            _tell_other_guidance(config.conditioning, "other_expert", card)
+            _report_other_guidance(config.conditioning, "other_expert", card)
         if card.expert == config.lora.experts:
             raise ValueError(f"{path} is for the {config.lora.experts} expert, which is the one that is trained")
         return convert(tensors, "diffusers", family=config.model.family)
@@ -87,7 +87,7 @@ def _check_trained_alike(config: Config, key: str, card: LoraCard) -> None:
         )
 
 
-def _tell_other_guidance(conditioning: ConditioningConfig, key: str, card: LoraCard) -> None:
+def _report_other_guidance(conditioning: ConditioningConfig, key: str, card: LoraCard) -> None:
     here = conditioning.guidance
     if card.guidance not in (None, here):
         logger.warning("lora.%s was trained with conditioning.guidance = %s, here it is %s", key, float(card.guidance), here)

@@ -6,53 +6,18 @@ never knows of LoRA, objectives or loops.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from byg_plugin.families import FamilySpec
-
-Text = Mapping[str, Tensor]
-"""One or several encoded texts: named tensors with the batch first. Only a family looks inside."""
-
-
-class Geometry(Protocol):
-    """Sizes and times of a family; no weights are read. Most of it is `models.geometry.SpecGeometry`."""
-
-    spec: FamilySpec
-
-    @property
-    def name(self) -> str:
-        """Value of `model.family`."""
-        ...
-
-    @property
-    def experts(self) -> tuple[str, ...]:
-        """Names of the networks: one, or the high-noise and the low-noise expert."""
-        ...
-
-    @property
-    def boundary(self) -> float | None:
-        """t from which the first expert serves, below it the second; None for a family of one network."""
-        ...
-
-    def expert_of(self, t: Tensor) -> str:
-        """Name of the expert that serves these t; all of them must be on one side."""
-        ...
-
-    def clip_frames(self, frames: int) -> int:
-        """The largest number of frames not above `frames` that the family takes (1: images alone)."""
-        ...
-
-    def shifted_nodes(self, nodes: Tensor, latent_shape: Sequence[int]) -> Tensor:
-        """The family's inference shift applied to nodes in [0, 1] (1 = noise); end points stay."""
-        ...
+from byg_plugin.families.geometry import Geometry
+from byg_plugin.objectives.base import Text
 
 
 class Family(Geometry, Protocol):
-    """One model family with its weights, configured (position, guidance, parts' places)."""
+    """One model family with its weights, configured (position, guidance, paths of its parts)."""
 
     default_lora_targets: str
     """Regular expression that a whole module name must match."""

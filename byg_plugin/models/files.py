@@ -1,6 +1,6 @@
-"""Frozen parts of any family from what people have on disk: places, single .safetensors files, tokenizers, fingerprints.
+"""Frozen parts of any family from what people have on disk: paths and hub ids, single .safetensors files, tokenizers, fingerprints.
 
-A *place* is a diffusers folder (root, or the part's own folder), a hub id (`owner/name`), or one .safetensors file.
+`path_or_id` is a diffusers folder (root, or the part's own folder), a hub id (`owner/name`), or one .safetensors file.
 fp8 weights are upcast; scaled fp8 (`scale_weight`, `weight_scale`) is multiplied out. All else is refused by name.
 Configurations and tokenizers of single files come from `assets/`; sizes are read off the tensors' shapes.
 Models are built on the meta device and take each tensor as it is read: there is never a second copy. Each is looked at once for
@@ -46,7 +46,7 @@ class Part:
         prefixes: what a single file may put before every name.
         markers: layout -> a tensor that only this layout of this part has.
         suggested: what to use instead of a file that is refused.
-        tokenizer: shipped file and special tokens, for places that have none.
+        tokenizer: shipped file and special tokens, where none lies beside the weights.
     """
 
     label: str
@@ -137,12 +137,12 @@ _SCALES = (".scale_weight", ".weight_scale")  # older and newer name of the same
 BESIDE = (*_SCALES, ".scale_input", ".input_scale", ".comfy_quant", "scaled_fp8", "spiece_model", "logit_scale")
 
 
-# --- places ---
+# --- paths and hub ids ---
 
 
-def single_file(place: str | Path, part: str) -> Path | None:
-    """The file at `place`, or None for a folder or hub id; everything that cannot be read is refused here by name."""
-    path = Path(place).expanduser()
+def single_file(path_or_id: str | Path, part: str) -> Path | None:
+    """The file at `path_or_id`, or None for a folder or hub id; everything that cannot be read is refused here by name."""
+    path = Path(path_or_id).expanduser()
     use = f"use {PARTS[part].suggested}"
     suffix = path.suffix.lower()
     if path.is_dir():
@@ -152,9 +152,9 @@ def single_file(place: str | Path, part: str) -> Path | None:
     if suffix == ".gguf":
         raise ValueError(f"{path}: GGUF files are quantised for inference and are not read; {use}")
     if not path.is_file():
-        if HUB_ID.match(str(place)) and suffix != ".safetensors":
+        if HUB_ID.match(str(path_or_id)) and suffix != ".safetensors":
             return None
-        raise ValueError(f"{place}: no such file or folder (for {PARTS[part].label}); {use}, or a hub id like owner/name")
+        raise ValueError(f"{path_or_id}: no such file or folder (for {PARTS[part].label}); {use}, or a hub id like owner/name")
     if suffix not in (".safetensors", ".sft"):
         raise ValueError(f"{path}: not a .safetensors file; {use}")
     if re.search(r"-\d{5}-of-\d{5}\.", path.name):
@@ -162,9 +162,9 @@ def single_file(place: str | Path, part: str) -> Path | None:
     return path
 
 
-def part_folder(place: str | Path, part: str) -> Path | None:
+def part_folder(path_or_id: str | Path, part: str) -> Path | None:
     """The folder with the part's config.json, or None for a hub id."""
-    root = Path(place).expanduser()
+    root = Path(path_or_id).expanduser()
     if not root.is_dir():
         return None
     for folder in (root / PARTS[part].folder, root):
@@ -173,17 +173,17 @@ def part_folder(place: str | Path, part: str) -> Path | None:
     raise ValueError(f"{root}: has no {PARTS[part].folder}/config.json or config.json ({part}); use {PARTS[part].suggested}")
 
 
-def from_folder(kind: Any, place: str | Path, part: str, **dtype: torch.dtype) -> Any:
+def from_folder(kind: Any, path_or_id: str | Path, part: str, **dtype: torch.dtype) -> Any:
     """`kind.from_pretrained` of a local folder or hub id, safetensors only.
 
     Raises:
         ValueError: it holds another model, a file is missing or damaged, or a weight is NaN or infinite.
     """
-    folder = part_folder(place, part)
+    folder = part_folder(path_or_id, part)
     if folder is None:
         inside = PARTS[part].folder
-        model = _hub(lambda: kind.from_pretrained(str(place), subfolder=inside, use_safetensors=True, **dtype), place)
-        _refuse_not_finite(model, Path(place))
+        model = _hub(lambda: kind.from_pretrained(str(path_or_id), subfolder=inside, use_safetensors=True, **dtype), path_or_id)
+        _refuse_not_finite(model, Path(path_or_id))
         return model
     _refuse_other_class(read_json(folder / "config.json"), kind, folder)
     _weight_files(folder)
@@ -196,28 +196,28 @@ def from_folder(kind: Any, place: str | Path, part: str, **dtype: torch.dtype) -
     return model
 
 
-def _refuse_not_finite(model: nn.Module, place: Path) -> None:
+def _refuse_not_finite(model: nn.Module, path: Path) -> None:
     """Weights that a library has read, each looked at once where it lies."""
     name = first_not_finite(model.state_dict())
     if name is None:
         return
-    holders = [file for file in files_in(place, _WEIGHTS) if name in _header(file)] if place.is_dir() else []
+    holders = [file for file in files_in(path, _WEIGHTS) if name in _header(file)] if path.is_dir() else []
     dtype = model.state_dict()[name].dtype
-    raise ValueError(f"{holders[0] if holders else place}: tensor {name} holds NaN or infinite values as {dtype}; {_OTHER_WEIGHTS}")
+    raise ValueError(f"{holders[0] if holders else path}: tensor {name} holds NaN or infinite values as {dtype}; {_OTHER_WEIGHTS}")
 
 
 _OTHER_WEIGHTS = "download it again, or set model.dtype to the one it was saved in"
 
 
-def config_only(place: str | Path, part: str, kind: Any, infer: Callable[[Weights], dict[str, Any]]) -> dict[str, Any]:
+def config_only(path_or_id: str | Path, part: str, kind: Any, infer: Callable[[Weights], dict[str, Any]]) -> dict[str, Any]:
     """The part's configuration without its weights; from a single file's header where there is none."""
-    file = single_file(place, part)
+    file = single_file(path_or_id, part)
     if file is not None:
         with Weights(file, part) as weights:
             return config_beside(weights) or infer(weights)
-    folder = part_folder(place, part)
+    folder = part_folder(path_or_id, part)
     if folder is None:
-        return _hub(lambda: kind.load_config(str(place), subfolder=PARTS[part].folder), place)
+        return _hub(lambda: kind.load_config(str(path_or_id), subfolder=PARTS[part].folder), path_or_id)
     config = read_json(folder / "config.json")
     _refuse_other_class(config, kind, folder)
     _check_shards(folder)
@@ -232,13 +232,13 @@ def _refuse_other_class(config: Mapping[str, Any], kind: Any, folder: Path) -> N
         raise ValueError(f"{folder}: holds a {', '.join(sorted(named))}, not a {kind.__name__}")
 
 
-def _hub(load: Callable[[], Any], place: str | Path) -> Any:
+def _hub(load: Callable[[], Any], path_or_id: str | Path) -> Any:
     try:
         return load()
     except OSError as error:
         raise ValueError(
-            f"{place}: no such folder here, and as a hub id it cannot be loaded ({error}); accept its licence and run "
-            f"`hf auth login`, download it with `hf download {place}`, or give a folder or file"
+            f"{path_or_id}: no such folder here, and as a hub id it cannot be loaded ({error}); accept its licence and run "
+            f"`hf auth login`, download it with `hf download {path_or_id}`, or give a folder or file"
         ) from error
 
 
@@ -518,9 +518,9 @@ def assets() -> Any:
     return resources.files("byg_plugin.models") / "assets"
 
 
-def _tokenizer_folder(place: str | Path, part: str) -> Path | None:
-    """The tokenizer's folder of a local place: in the root, beside or in the text encoder's. None: shipped one."""
-    root = Path(place).expanduser()
+def _tokenizer_folder(path_or_id: str | Path, part: str) -> Path | None:
+    """The tokenizer's folder of a local path: in the root, beside or in the text encoder's. None: shipped one."""
+    root = Path(path_or_id).expanduser()
     if not root.is_dir():
         return None
     inside = root / str(PARTS[part].tokenizer_folder)
@@ -534,9 +534,9 @@ def _beside(folder: Path, part: str) -> Path | None:
     return folder if (folder / "tokenizer_config.json").is_file() else None
 
 
-def load_tokenizer(place: str | Path, part: str, length: int) -> PreTrainedTokenizerBase:
-    """The place's own tokenizer, or the shipped one where a file or folder has none."""
-    folder = _tokenizer_folder(place, part)
+def load_tokenizer(path_or_id: str | Path, part: str, length: int) -> PreTrainedTokenizerBase:
+    """Its own tokenizer, or the shipped one where a file or folder has none."""
+    folder = _tokenizer_folder(path_or_id, part)
     if folder is not None:
         for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
             if (folder / name).is_file():
@@ -547,10 +547,10 @@ def load_tokenizer(place: str | Path, part: str, length: int) -> PreTrainedToken
             reason = " ".join(str(error).split())[:300]
             remedy = "use the base model's tokenizer; code from a model folder is never run"
             raise ValueError(f"{folder}: its tokenizer cannot be loaded ({reason}); {remedy}") from error
-    path = Path(place).expanduser()
+    path = Path(path_or_id).expanduser()
     if not path.exists():
         inside = str(PARTS[part].tokenizer_folder)
-        return _hub(lambda: AutoTokenizer.from_pretrained(str(place), subfolder=inside, trust_remote_code=False), place)
+        return _hub(lambda: AutoTokenizer.from_pretrained(str(path_or_id), subfolder=inside, trust_remote_code=False), path_or_id)
     shipped = PARTS[part].tokenizer
     assert shipped is not None, part
     name, special = shipped
@@ -558,10 +558,10 @@ def load_tokenizer(place: str | Path, part: str, length: int) -> PreTrainedToken
     return PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=length, padding_side="right", **special)
 
 
-def fitting(tokenizer: PreTrainedTokenizerBase, vocabulary: int, place: str | Path) -> PreTrainedTokenizerBase:
+def fitting(tokenizer: PreTrainedTokenizerBase, vocabulary: int, path_or_id: str | Path) -> PreTrainedTokenizerBase:
     if len(tokenizer) > vocabulary:
         raise ValueError(
-            f"{place}: the tokenizer has {len(tokenizer)} tokens, the text encoder knows {vocabulary}; "
+            f"{path_or_id}: the tokenizer has {len(tokenizer)} tokens, the text encoder knows {vocabulary}; "
             "give a diffusers folder that holds both"
         )
     return tokenizer
@@ -598,28 +598,28 @@ def _hash_tokenizer(digest: Any, folder: Path | None, part: str) -> None:
             digest.update(path.name.encode() + path.read_bytes())
 
 
-def weights_fingerprint(place: str | Path, part: str) -> str:
+def weights_fingerprint(path_or_id: str | Path, part: str) -> str:
     """Identity of the weights of `vae`, `clip` or `t5` (texts: and tokenizer): 32 hex digits, wherever they lie.
 
     Configuration, tensor names, sizes and 4 MiB sampled over each weights file are hashed, not the whole: a change of a
     few bytes in a large file can go unseen, another model or finetune cannot.
 
     Raises:
-        ValueError: nothing is at `place`, or it is a hub id that is not in the local cache yet.
+        ValueError: nothing is at `path_or_id`, or it is a hub id that is not in the local cache yet.
     """
     digest = hashlib.sha256(part.encode())
-    file = single_file(place, part)
+    file = single_file(path_or_id, part)
     if file is not None:
         _hash_sampled(digest, file)
         tokenizer = None
     else:
-        folder = part_folder(place, part)
-        tokenizer = _tokenizer_folder(place, part) if folder is not None and PARTS[part].tokenizer else None
+        folder = part_folder(path_or_id, part)
+        tokenizer = _tokenizer_folder(path_or_id, part) if folder is not None and PARTS[part].tokenizer else None
         if folder is None:
-            folder = _cached_folder(str(place), part)
+            folder = _cached_folder(str(path_or_id), part)
             tokenizer = _beside(folder, part)
             if PARTS[part].tokenizer and tokenizer is None:
-                raise _not_cached(str(place), "tokenizer of its " + part)
+                raise _not_cached(str(path_or_id), "tokenizer of its " + part)
         for path in _weight_files(folder):
             _hash_sampled(digest, path)
         # Private keys and the library's version change with every saving and say nothing of the weights.

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from byg_plugin import families
 from byg_plugin.models import files, flux_files
-from byg_plugin.models.base import Text
 from byg_plugin.models.flux_tokens import PATCH, pack_length, sequence, unpack
 from byg_plugin.models.geometry import SpecGeometry
+from byg_plugin.objectives.base import Text
 
 if TYPE_CHECKING:
     from byg_plugin.config.sections import Config

@@ -1,6 +1,6 @@
 """FLUX.1's frozen parts from what people have on disk, without a hub.
 
-A *place* (see `files.py`) is a diffusers folder, a hub id or one .safetensors file:
+`path_or_id` (see `files.py`) is a diffusers folder, a hub id or one .safetensors file:
 
 - transformer: Black Forest Labs' layout (`double_blocks.…`, bare or under `model.diffusion_model.`, also inside an
   all-in-one checkpoint) or diffusers' layout
@@ -32,51 +32,51 @@ _BESIDE_CLIP = ("text_projection.weight", "position_ids")
 # --- public: one function a part ---
 
 
-def load_flux_transformer(place: str | Path, *, dtype: torch.dtype) -> FluxTransformer2DModel:
+def load_flux_transformer(path_or_id: str | Path, *, dtype: torch.dtype) -> FluxTransformer2DModel:
     """The FLUX.1 transformer in `dtype`, on the CPU, in eval mode.
 
     A file without `guidance_in` (schnell) gives a model with `config.guidance_embeds` False.
 
     Raises:
-        ValueError: nothing is at `place`, or it is not FLUX.1 in a layout named at the top of this module.
+        ValueError: nothing is at `path_or_id`, or it is not FLUX.1 in a layout named at the top of this module.
     """
-    file = files.single_file(place, "transformer")
+    file = files.single_file(path_or_id, "transformer")
     if file is None:
-        model = files.from_folder(FluxTransformer2DModel, place, "transformer", torch_dtype=dtype)
+        model = files.from_folder(FluxTransformer2DModel, path_or_id, "transformer", torch_dtype=dtype)
     else:
         with files.Weights(file, "transformer") as weights:
             config = files.config_beside(weights) or _transformer_config(weights)
             state = _native_transformer(weights, config, dtype) if weights.layout == "native" else weights.all(dtype)
             model = files.build(lambda: FluxTransformer2DModel.from_config(config), state, weights)
-    _refuse_extra_channels(model.config, place)
+    _refuse_extra_channels(model.config, path_or_id)
     return model.eval()
 
 
-def flux_transformer_on_meta(place: str | Path) -> FluxTransformer2DModel:
+def flux_transformer_on_meta(path_or_id: str | Path) -> FluxTransformer2DModel:
     """The transformer that `load_flux_transformer` would load, on the meta device: names and shapes, no weights read.
 
     Raises:
         ValueError: as `load_flux_transformer`, as far as configuration or header tell.
     """
-    config = files.config_only(place, "transformer", FluxTransformer2DModel, _transformer_config)
+    config = files.config_only(path_or_id, "transformer", FluxTransformer2DModel, _transformer_config)
     with torch.device("meta"):
         model = FluxTransformer2DModel.from_config(config)
-    _refuse_extra_channels(model.config, place)
+    _refuse_extra_channels(model.config, path_or_id)
     return model.eval()
 
 
-def load_flux_vae(place: str | Path, *, dtype: torch.dtype) -> AutoencoderKL:
+def load_flux_vae(path_or_id: str | Path, *, dtype: torch.dtype) -> AutoencoderKL:
     """FLUX.1's autoencoder in `dtype`, on the CPU, in eval mode.
 
     A single file carries no latent scale: FLUX.1's (0.3611, shift 0.1159) is assumed. SD3's autoencoder has the same
     shapes and would be taken for it.
 
     Raises:
-        ValueError: nothing is at `place`, or it is not a 16-channel autoencoder without quantisation convolutions.
+        ValueError: nothing is at `path_or_id`, or it is not a 16-channel autoencoder without quantisation convolutions.
     """
-    file = files.single_file(place, "vae")
+    file = files.single_file(path_or_id, "vae")
     if file is None:
-        return files.from_folder(AutoencoderKL, place, "vae", torch_dtype=dtype).eval()
+        return files.from_folder(AutoencoderKL, path_or_id, "vae", torch_dtype=dtype).eval()
     with files.Weights(file, "vae") as weights:
         config = files.config_beside(weights) or _vae_config(weights)
         state = weights.all(dtype)
@@ -85,15 +85,15 @@ def load_flux_vae(place: str | Path, *, dtype: torch.dtype) -> AutoencoderKL:
         return files.build(lambda: AutoencoderKL.from_config(config), state, weights).eval()
 
 
-def load_clip_l(place: str | Path, *, dtype: torch.dtype) -> tuple[CLIPTextModel, PreTrainedTokenizerBase]:
+def load_clip_l(path_or_id: str | Path, *, dtype: torch.dtype) -> tuple[CLIPTextModel, PreTrainedTokenizerBase]:
     """CLIP-L's text model in `dtype`, on the CPU, in eval mode, and its tokenizer.
 
     Raises:
-        ValueError: nothing is at `place`, it is not CLIP-L, or the tokenizer does not fit its vocabulary.
+        ValueError: nothing is at `path_or_id`, it is not CLIP-L, or the tokenizer does not fit its vocabulary.
     """
-    file = files.single_file(place, "clip")
+    file = files.single_file(path_or_id, "clip")
     if file is None:
-        model = files.from_folder(CLIPTextModel, place, "clip", dtype=dtype)
+        model = files.from_folder(CLIPTextModel, path_or_id, "clip", dtype=dtype)
     else:
         with files.Weights(file, "clip") as weights:
             config = CLIPTextConfig(**(files.config_beside(weights) or _clip_config(weights)))
@@ -102,34 +102,34 @@ def load_clip_l(place: str | Path, *, dtype: torch.dtype) -> tuple[CLIPTextModel
             # Not in the file (transformers keeps it out of checkpoints), so it is still on the meta device.
             body = getattr(model, "text_model", model)
             body.embeddings.position_ids = torch.arange(config.max_position_embeddings)[None]
-    tokenizer = files.load_tokenizer(place, "clip", model.config.max_position_embeddings)
-    return model.eval(), files.fitting(tokenizer, model.config.vocab_size, place)
+    tokenizer = files.load_tokenizer(path_or_id, "clip", model.config.max_position_embeddings)
+    return model.eval(), files.fitting(tokenizer, model.config.vocab_size, path_or_id)
 
 
-def load_t5(place: str | Path, *, dtype: torch.dtype) -> tuple[T5EncoderModel, PreTrainedTokenizerBase]:
+def load_t5(path_or_id: str | Path, *, dtype: torch.dtype) -> tuple[T5EncoderModel, PreTrainedTokenizerBase]:
     """The T5 v1.1 encoder in `dtype`, on the CPU, in eval mode, and its tokenizer.
 
     Raises:
-        ValueError: nothing is at `place`, it is not a T5 v1.1 encoder, or the tokenizer does not fit its vocabulary.
+        ValueError: nothing is at `path_or_id`, it is not a T5 v1.1 encoder, or the tokenizer does not fit its vocabulary.
     """
-    file = files.single_file(place, "t5")
+    file = files.single_file(path_or_id, "t5")
     if file is None:
-        model = files.from_folder(T5EncoderModel, place, "t5", dtype=dtype)
+        model = files.from_folder(T5EncoderModel, path_or_id, "t5", dtype=dtype)
     else:
         with files.Weights(file, "t5") as weights:
             config = T5Config(**(files.config_beside(weights) or _t5_config(weights)))
             state = weights.all(dtype, skip=("decoder.",))
             model = files.build(lambda: T5EncoderModel(config), state, weights, rename=_t5_names)
-    return model.eval(), files.fitting(files.load_tokenizer(place, "t5", 512), model.config.vocab_size, place)
+    return model.eval(), files.fitting(files.load_tokenizer(path_or_id, "t5", 512), model.config.vocab_size, path_or_id)
 
 
-def vae_downsampling(place: str | Path) -> int:
+def vae_downsampling(path_or_id: str | Path) -> int:
     """Pixels a latent side stands for (8 for FLUX.1), from the configuration or a file's header; reads no weights.
 
     Raises:
-        ValueError: nothing is at `place`, or it is not FLUX.1's kind of autoencoder.
+        ValueError: nothing is at `path_or_id`, or it is not FLUX.1's kind of autoencoder.
     """
-    config = files.config_only(place, "vae", AutoencoderKL, _vae_config)
+    config = files.config_only(path_or_id, "vae", AutoencoderKL, _vae_config)
     return 2 ** (len(config["block_out_channels"]) - 1)
 
 
@@ -194,10 +194,10 @@ def _rope_axes(head: int, path: Path) -> list[int]:
     return axes
 
 
-def _refuse_extra_channels(config: Any, place: str | Path) -> None:
+def _refuse_extra_channels(config: Any, path_or_id: str | Path) -> None:
     if config.out_channels not in (None, config.in_channels):
         raise ValueError(
-            f"{place}: takes {config.in_channels} channels and returns {config.out_channels}, so it looks like FLUX.1 "
+            f"{path_or_id}: takes {config.in_channels} channels and returns {config.out_channels}, so it looks like FLUX.1 "
             "Fill, Depth or Canny, whose extra input is not supplied here; use FLUX.1-dev or FLUX.1-Kontext-dev"
         )
 

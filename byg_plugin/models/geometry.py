@@ -13,7 +13,7 @@ from byg_plugin.families.spec import ShiftByTokens
 
 
 class SpecGeometry:
-    """Implements `models.base.Geometry`.
+    """Implements `families.geometry.Geometry`.
 
     Args:
         spec: of the family.

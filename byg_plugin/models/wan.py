@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from byg_plugin import families, timesteps
 from byg_plugin.families import HIGH, LOW
 from byg_plugin.models import files, wan_files
-from byg_plugin.models.base import Text
 from byg_plugin.models.geometry import SpecGeometry
+from byg_plugin.objectives.base import Text
 
 if TYPE_CHECKING:
     from byg_plugin.config.sections import Config
@@ -63,7 +63,7 @@ class WanFamily(SpecGeometry):
             return None
         return self._config.model.boundary or _saved_boundary(self._config.model.path) or self.spec.boundary
 
-    def _place(self, expert: str) -> str:
+    def _path_or_id(self, expert: str) -> str:
         return self._config.model.part(expert)
 
     def load_transformers(self, dtype: torch.dtype) -> Iterator[tuple[str, nn.Module]]:
@@ -72,28 +72,28 @@ class WanFamily(SpecGeometry):
             self._refuse_two_models()
         kept: list[Tensor] = []  # small tensors of the first expert, which outlive what a host does to it
         for expert in self.experts:
-            network = cast(nn.Module, wan_files.load_wan_transformer(self._place(expert), dtype=dtype, low_noise=expert == LOW))
+            network = cast(nn.Module, wan_files.load_wan_transformer(self._path_or_id(expert), dtype=dtype, low_noise=expert == LOW))
             small = [network.proj_out.weight.detach(), network.scale_shift_table.detach()]
             if kept and all(map(torch.equal, kept, small)):
                 raise ValueError(
-                    f"{self._two_places()} hold the same weights: give the high-noise file to the first and the low-noise file "
+                    f"{self._both_transformers()} hold the same weights: give the high-noise file to the first and the low-noise file "
                     "to the second"
                 )
             kept = small
             yield expert, network.eval().requires_grad_(False)
 
-    def _two_places(self) -> str:
-        return f"model.transformer = {self._place(HIGH)} and model.transformer_2 = {self._place(LOW)}"
+    def _both_transformers(self) -> str:
+        return f"model.transformer = {self._path_or_id(HIGH)} and model.transformer_2 = {self._path_or_id(LOW)}"
 
     def _refuse_two_models(self) -> None:
         """Two experts are one architecture; a 1.3B beside a 14B is a slip. Told by configurations and headers alone."""
         high, low = ([tuple(p.shape) for p in network.parameters()] for network in self.meta_transformers().values())
         if high != low:
-            raise ValueError(f"{self._two_places()} are not two experts of one model")
+            raise ValueError(f"{self._both_transformers()} are not two experts of one model")
 
     def meta_transformers(self) -> dict[str, nn.Module]:
         """See `models.base.Family`."""
-        return {e: cast(nn.Module, wan_files.wan_transformer_on_meta(self._place(e), low_noise=e == LOW)) for e in self.experts}
+        return {e: cast(nn.Module, wan_files.wan_transformer_on_meta(self._path_or_id(e), low_noise=e == LOW)) for e in self.experts}
 
     def sequence_tokens(self, height: int, width: int, frames: int = 1) -> int:
         """See `models.base.Family`. Wan's text is no part of the sequence."""

@@ -1,6 +1,6 @@
 """Wan's frozen parts from what people have on disk, without a hub.
 
-A *place* (see `files.py`) is a diffusers folder, a hub id or one .safetensors file:
+`path_or_id` (see `files.py`) is a diffusers folder, a hub id or one .safetensors file:
 
 - transformer: Wan's own names (`blocks.0.self_attn.…`, bare or under `model.diffusion_model.`), also fp8 and scaled fp8,
   or diffusers' names. Wan2.2-A14B has one file an expert
@@ -30,53 +30,53 @@ _FLOAT32 = ("time_embedder", "scale_shift_table", "norm2.")
 _HEAD = 128  # channels of a head of every Wan; heads of a narrower network (tests) are named by its config.json
 
 
-def load_wan_transformer(place: str | Path, *, dtype: torch.dtype, low_noise: bool = False) -> WanTransformer3DModel:
+def load_wan_transformer(path_or_id: str | Path, *, dtype: torch.dtype, low_noise: bool = False) -> WanTransformer3DModel:
     """A Wan text-to-video transformer in `dtype` (time embedding, norms and modulation in float32), on the CPU, in eval mode.
 
     Args:
-        place: file, folder or hub id.
+        path_or_id: file, folder or hub id.
         dtype: of the weights.
         low_noise: the second expert: of a diffusers root, its `transformer_2`.
 
     Raises:
-        ValueError: nothing is at `place`, or it is no Wan text-to-video transformer.
+        ValueError: nothing is at `path_or_id`, or it is no Wan text-to-video transformer.
     """
     part = _part(low_noise)
-    file = files.single_file(place, part)
+    file = files.single_file(path_or_id, part)
     if file is None:
-        model = files.from_folder(WanTransformer3DModel, place, part, torch_dtype=dtype)
+        model = files.from_folder(WanTransformer3DModel, path_or_id, part, torch_dtype=dtype)
     else:
         with files.Weights(file, part) as weights:
             config = files.config_beside(weights) or _transformer_config(weights)
             state = _native(weights, config, dtype) if weights.layout == "native" else _own(weights, dtype)
             model = files.build(lambda: WanTransformer3DModel.from_config(config), state, weights)
         _fill_rope(model)
-    _refuse_other_inputs(model.config, place)
+    _refuse_other_inputs(model.config, path_or_id)
     return model.eval()
 
 
-def wan_transformer_on_meta(place: str | Path, *, low_noise: bool = False) -> WanTransformer3DModel:
+def wan_transformer_on_meta(path_or_id: str | Path, *, low_noise: bool = False) -> WanTransformer3DModel:
     """The transformer that `load_wan_transformer` would load, on the meta device: names and shapes, no weights read.
 
     Raises:
         ValueError: as `load_wan_transformer`, as far as configuration or header tell.
     """
-    config = files.config_only(place, _part(low_noise), WanTransformer3DModel, _transformer_config)
+    config = files.config_only(path_or_id, _part(low_noise), WanTransformer3DModel, _transformer_config)
     with torch.device("meta"):
         model = WanTransformer3DModel.from_config(config)
-    _refuse_other_inputs(model.config, place)
+    _refuse_other_inputs(model.config, path_or_id)
     return model.eval()
 
 
-def load_wan_vae(place: str | Path, *, dtype: torch.dtype) -> AutoencoderKLWan:
+def load_wan_vae(path_or_id: str | Path, *, dtype: torch.dtype) -> AutoencoderKLWan:
     """Wan's autoencoder in `dtype`, on the CPU, in eval mode.
 
     Raises:
-        ValueError: nothing is at `place`, or it is not Wan's.
+        ValueError: nothing is at `path_or_id`, or it is not Wan's.
     """
-    file = files.single_file(place, "wan_vae")
+    file = files.single_file(path_or_id, "wan_vae")
     if file is None:
-        return files.from_folder(AutoencoderKLWan, place, "wan_vae", torch_dtype=dtype).eval()
+        return files.from_folder(AutoencoderKLWan, path_or_id, "wan_vae", torch_dtype=dtype).eval()
     with files.Weights(file, "wan_vae") as weights:
         config = files.config_beside(weights) or _vae_config(weights)
         state = weights.all(dtype)
@@ -85,30 +85,30 @@ def load_wan_vae(place: str | Path, *, dtype: torch.dtype) -> AutoencoderKLWan:
         return files.build(lambda: AutoencoderKLWan.from_config(config), state, weights).eval()
 
 
-def load_umt5(place: str | Path, *, dtype: torch.dtype) -> tuple[UMT5EncoderModel, PreTrainedTokenizerBase]:
+def load_umt5(path_or_id: str | Path, *, dtype: torch.dtype) -> tuple[UMT5EncoderModel, PreTrainedTokenizerBase]:
     """The UMT5 encoder in `dtype`, on the CPU, in eval mode, and its tokenizer.
 
     Raises:
-        ValueError: nothing is at `place`, it is not a UMT5 encoder, or the tokenizer does not fit its vocabulary.
+        ValueError: nothing is at `path_or_id`, it is not a UMT5 encoder, or the tokenizer does not fit its vocabulary.
     """
-    file = files.single_file(place, "umt5")
+    file = files.single_file(path_or_id, "umt5")
     if file is None:
-        model = files.from_folder(UMT5EncoderModel, place, "umt5", dtype=dtype)
+        model = files.from_folder(UMT5EncoderModel, path_or_id, "umt5", dtype=dtype)
     else:
         with files.Weights(file, "umt5") as weights:
             config = UMT5Config(**(files.config_beside(weights) or _umt5_config(weights)))
             state = weights.all(dtype, skip=("decoder.",))
             model = files.build(lambda: UMT5EncoderModel(config), state, weights, rename=_umt5_names)
-    return model.eval(), files.fitting(files.load_tokenizer(place, "umt5", 512), model.config.vocab_size, place)
+    return model.eval(), files.fitting(files.load_tokenizer(path_or_id, "umt5", 512), model.config.vocab_size, path_or_id)
 
 
-def vae_config(place: str | Path) -> Mapping[str, Any]:
+def vae_config(path_or_id: str | Path) -> Mapping[str, Any]:
     """The autoencoder's configuration, or what a file's header tells of it; reads no weights.
 
     Raises:
-        ValueError: nothing is at `place`, or it is not Wan's autoencoder.
+        ValueError: nothing is at `path_or_id`, or it is not Wan's autoencoder.
     """
-    config = files.config_only(place, "wan_vae", AutoencoderKLWan, _vae_config)
+    config = files.config_only(path_or_id, "wan_vae", AutoencoderKLWan, _vae_config)
     # A configuration names only what differs from the class's defaults in some saved versions.
     return {"scale_factor_spatial": 8, "scale_factor_temporal": 4, "z_dim": 16, **config}
 
@@ -176,10 +176,10 @@ def _transformer_config(weights: files.Weights) -> dict[str, Any]:
     }
 
 
-def _refuse_other_inputs(config: Any, place: str | Path) -> None:
+def _refuse_other_inputs(config: Any, path_or_id: str | Path) -> None:
     if config.image_dim is not None or config.added_kv_proj_dim is not None or config.in_channels != config.out_channels:
         raise ValueError(
-            f"{place}: takes {config.in_channels} channels and returns {config.out_channels}, so it looks like Wan image-to-video, "
+            f"{path_or_id}: takes {config.in_channels} channels and returns {config.out_channels}, so it looks like Wan image-to-video, "
             "whose image input is not supplied here; use a text-to-video model"
         )
 

@@ -25,9 +25,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from byg_plugin.config.fields import why_no_place
+from byg_plugin.config.fields import why_no_path
 from byg_plugin.config.loading import shown
-from byg_plugin.data.tuples import TEXTS, EditTuple
+from byg_plugin.data.rules import ROLES
+from byg_plugin.data.tuples import EditTuple
 from byg_plugin.documents import toml_table
 from byg_plugin.finite import is_finite
 from byg_plugin.lora.files import write_lora
@@ -79,8 +80,8 @@ def matched(items: Sequence[Item], tuples: Sequence[EditTuple]) -> list[tuple[It
             f"{len(without)} of {len(items)} items of musubi.dataset_config have no tuple in dataset.tuples with a source of their name "
             f"({', '.join(without[:_SHOWN])}): add tuples (held-out ones do not count), or take them out of the host's dataset"
         )
-    there = {item.stem for item in items}
-    lost = [stem for stem in by_stem if stem not in there]
+    stems = {item.stem for item in items}
+    lost = [stem for stem in by_stem if stem not in stems]
     if lost:
         raise ValueError(
             f"{len(lost)} of {len(by_stem)} sources of dataset.tuples are no items of musubi.dataset_config ({', '.join(lost[:_SHOWN])}): "
@@ -91,7 +92,7 @@ def matched(items: Sequence[Item], tuples: Sequence[EditTuple]) -> list[tuple[It
 
 def digest(tuples: Sequence[EditTuple]) -> str:
     """Identity of all texts of one item."""
-    texts = [[getattr(item, role) for role in TEXTS] for item in tuples]
+    texts = [[getattr(item, role) for role in ROLES] for item in tuples]
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
 
@@ -128,7 +129,7 @@ def write_roles(item: Item, tuples: Sequence[EditTuple], encoding: Callable[[str
             raise ValueError(f"{item.path}: not a readable cache file ({error}); remove it and cache the texts again") from error
         if metadata["architecture"] != architecture:
             raise ValueError(f"{item.path}: caches texts of {metadata['architecture']}, model.family needs {architecture}")
-    for role in TEXTS:
+    for role in ROLES:
         encoded = [encoding(getattr(one, role)) for one in tuples]
         first = family.text_parts[0]
         tensors[f"{_PREFIX}{role}_lengths_int64"] = torch.tensor([len(one[first]) for one in encoded])
@@ -153,7 +154,7 @@ def texts_of_batch(batch: Mapping[str, Any], size: int, family: MusubiFamily, ch
         ValueError: a role is missing on an item, or encoded otherwise than `tokens` says.
     """
     found: dict[str, Text] = {}
-    for role in TEXTS:
+    for role in ROLES:
         lengths = _list(batch, role, "lengths", size)
         named: dict[str, Tensor] = {}
         for part in family.text_parts:
@@ -226,7 +227,7 @@ def _wrong_entries(path: Path, family: MusubiFamily, count: int) -> str | None:
     """What is wrong with the roles in a text cache file of `count` tuples, by its header and the lengths; None: nothing."""
     with safe_open(path, framework="pt") as file:
         shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
-        for role in TEXTS:
+        for role in ROLES:
             lengths = f"{_PREFIX}{role}_lengths_int64"
             if shapes.get(lengths) != [count]:
                 return f"{lengths} has shape {shapes.get(lengths)}, and there are {count} tuples"
@@ -268,8 +269,8 @@ def cached_items(dataset_config: Path, family: MusubiFamily) -> list[Item]:
 def _latent_files(dataset_config: Path, family: MusubiFamily) -> Iterator[tuple[Path, Item]]:
     name = family.architecture[0]
     for folder, is_video in cache_folders(dataset_config):
-        position = r"_\d+-\d+(?:-\d+)?" if is_video else ""
-        pattern = re.compile(rf"(.+){position}_\d+x\d+_{name}\.safetensors")
+        window = r"_\d+-\d+(?:-\d+)?" if is_video else ""
+        pattern = re.compile(rf"(.+){window}_\d+x\d+_{name}\.safetensors")
         for path in sorted(folder.glob(f"*_{name}.safetensors")):
             if not is_hidden(path.name) and (match := pattern.fullmatch(path.name)):
                 text = folder / f"{match[1]}_{name}_te.safetensors"
@@ -298,12 +299,12 @@ def cache_folders(dataset_config: Path) -> list[tuple[Path, bool]]:
     for dataset in datasets(dataset_config):
         is_video = "video_directory" in dataset or "video_jsonl_file" in dataset
         media = dataset.get("video_directory" if is_video else "image_directory")
-        place = dataset.get("cache_directory", media)
-        if place is None:
+        folder = dataset.get("cache_directory", media)
+        if folder is None:
             raise ValueError(
                 f"musubi.dataset_config = {dataset_config}: a dataset has no cache_directory, which the host needs with a jsonl file"
             )
-        folders.append((Path(place), is_video))
+        folders.append((Path(folder), is_video))
     return folders
 
 
@@ -330,7 +331,7 @@ def datasets(dataset_config: Path) -> list[dict[str, Any]]:
 def _wrong(dataset: Mapping[str, Any]) -> str | None:
     """What is wrong with the keys of a dataset that are read here; the host reads the others."""
     for key in ("cache_directory", "image_directory", "video_directory"):
-        if key in dataset and (why := why_no_place(dataset[key]) if isinstance(dataset[key], str) else "is not a text"):
+        if key in dataset and (why := why_no_path(dataset[key]) if isinstance(dataset[key], str) else "is not a text"):
             return f"{key} = {shown(dataset[key])} {why}"
     for key, sizes in (("resolution", (2,)), ("target_frames", range(1, _MOST_LENGTHS))):
         value = dataset.get(key, [1, 1])

@@ -52,7 +52,7 @@ class Checkout:
         return _import(name)
 
 
-def open_host(model: ModelConfig) -> Checkout:
+def open_checkout(model: ModelConfig) -> Checkout:
     """Import the host and look at what it can do.
 
     Raises:
@@ -103,8 +103,8 @@ def _lacking(family: MusubiFamily) -> list[str]:
         found = tuple(inspect.signature(trainer.process_batch).parameters)[1:]
         if found[:6] != _PROCESS_BATCH[:6] or len(found) != 12:
             lacking.append(f"{name}.process_batch with the parameters {', '.join(_PROCESS_BATCH)}, ...; it has {', '.join(found)}")
-    place, network_name = family.network
-    network = getattr(_import(place), network_name)
+    network_module, network_name = family.network
+    network = getattr(_import(network_module), network_name)
     for switch in ("switch_block_swap_for_inference", "switch_block_swap_for_training"):
         if not callable(getattr(network, switch, None)):
             lacking.append(f"{network.__name__}.{switch}, without which swapped blocks are in the wrong place")

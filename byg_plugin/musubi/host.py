@@ -21,11 +21,12 @@ import torch
 from byg_plugin import families
 from byg_plugin.config.sections import Config, DatasetConfig
 from byg_plugin.data.dataset import split_tuples
-from byg_plugin.data.tuples import TEXTS, EditTuple, read_tuples
+from byg_plugin.data.rules import ROLES
+from byg_plugin.data.tuples import EditTuple, read_tuples
 from byg_plugin.folders import alone_in
 from byg_plugin.musubi import cache as musubi_cache
 from byg_plugin.musubi import options as musubi_options
-from byg_plugin.musubi.checkout import Checkout, open_host
+from byg_plugin.musubi.checkout import Checkout, open_checkout
 from byg_plugin.musubi.family import Encoded
 from byg_plugin.musubi.trainer import make_trainer, read_state, states
 from byg_plugin.objectives.draws import share_of_high_noise
@@ -42,14 +43,14 @@ _FIXED_ON_RESUME = (
 
 def _resume_from(config: Config, resume: str | None, args: Any) -> None:
     folder = Path(args.output_dir)
-    there = states(folder)
+    existing = states(folder)
     if resume is None:
         name = glob.escape(args.output_name)
-        if written := [*there, *sorted(folder.glob(f"{name}.safetensors")), *sorted(folder.glob(f"{name}-*.safetensors"))]:
+        if written := [*existing, *sorted(folder.glob(f"{name}.safetensors")), *sorted(folder.glob(f"{name}-*.safetensors"))]:
             raise ValueError(f"musubi.output_dir = {folder} already has {written[0].name}: go on with --resume FOLDER, or choose another")
         return
     if resume == "latest":
-        newest = f"--resume {there[-1]}" if there else "none is there yet"
+        newest = f"--resume {existing[-1]}" if existing else "none is there yet"
         raise ValueError(f"--resume latest: the host unpickles the state it reads, which can run code, so name the folder: {newest}")
     saved = read_state(Path(resume))["config"]
     now = config.model_dump(mode="json")
@@ -77,19 +78,19 @@ def prepare(config: Config, resume: str | None = None) -> tuple[Checkout, argpar
     """Everything that can be checked before a model is loaded: host, options, caches, state.
 
     Returns:
-        the host, its arguments, and the number of its items.
+        the checkout, its arguments, and the number of its items.
 
     Raises:
         ValueError: something the user can mend.
     """
     check_launch("musubi.mixed_precision", config.musubi.get("mixed_precision"))
-    host = open_host(config.model)
-    args = musubi_options.arguments(config, host.parser())
-    host.family.check(config.musubi)
+    checkout = open_checkout(config.model)
+    args = musubi_options.arguments(config, checkout.parser())
+    checkout.family.check(config.musubi)
     share_of_high_noise(config, families.named(config.model.family).boundary)
-    items = musubi_cache.check(Path(args.dataset_config), host.family, training_tuples(config.dataset))
+    items = musubi_cache.check(Path(args.dataset_config), checkout.family, training_tuples(config.dataset))
     _resume_from(config, resume, args)
-    return host, args, items
+    return checkout, args, items
 
 
 def train(config: Config, resume: str | None = None) -> Path:
@@ -99,19 +100,19 @@ def train(config: Config, resume: str | None = None) -> Path:
         ValueError: something the user can mend, before any model is loaded.
     """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    host, args, _ = prepare(config, resume)
+    checkout, args, _ = prepare(config, resume)
     # The host makes its processes' accelerator itself, and only then could be asked which one is the first.
     first = os.environ.get("RANK", "0") == "0"
     with alone_in(Path(args.output_dir), "musubi.output_dir") if first else nullcontext():
-        make_trainer(host, config).train(args)
+        make_trainer(checkout, config).train(args)
     return Path(args.output_dir) / f"{args.output_name}.safetensors"
 
 
 def dry_run(config: Config) -> None:
     """Print what would be trained."""
-    host, args, items = prepare(config)
+    checkout, args, items = prepare(config)
     tuples = training_tuples(config.dataset)
-    print(f"host: {Path(inspect.getfile(host.trainer)).parent}, {host.trainer_class.__name__}")
+    print(f"host: {Path(inspect.getfile(checkout.trainer)).parent}, {checkout.trainer_class.__name__}")
     print(f"items with latents and texts: {items}, tuples: {len(tuples)}")
     print(f"LoRA: {args.network_module}, rank {args.network_dim}, alpha {args.network_alpha}")
     print(f"{args.max_train_steps} steps of {args.optimizer_type}")
@@ -125,35 +126,35 @@ def cache_texts(config: Config, *, prune: bool = False) -> None:
     """
     if prune:
         raise ValueError("--prune: the host's own caching scripts remove files of items that are gone; leave it out")
-    host = open_host(config.model)
+    checkout = open_checkout(config.model)
     tuples = training_tuples(config.dataset)
-    place = config.musubi.get("dataset_config")
-    if not isinstance(place, str) or not Path(place).is_file():
-        raise ValueError(f"musubi.dataset_config = {place!r}: no such file; give the host's dataset TOML")
-    every = musubi_cache.matched(musubi_cache.latents_of(Path(place), host.family), tuples)
+    path = config.musubi.get("dataset_config")
+    if not isinstance(path, str) or not Path(path).is_file():
+        raise ValueError(f"musubi.dataset_config = {path!r}: no such file; give the host's dataset TOML")
+    every = musubi_cache.matched(musubi_cache.latents_of(Path(path), checkout.family), tuples)
     encoder = _encoder_identity(config)
     todo = [(item, some) for item, some in every if not musubi_cache.is_current(item.path, some, encoder)]
     if todo:
-        texts = sorted({getattr(one, role) for _, some in todo for one in some for role in TEXTS})
-        encoded = encode_texts(host, config, texts)
+        texts = sorted({getattr(one, role) for _, some in todo for one in some for role in ROLES})
+        encoded = encode_texts(checkout, config, texts)
         for item, some in todo:
-            musubi_cache.write_roles(item, some, encoded.__getitem__, host.family, encoder)
+            musubi_cache.write_roles(item, some, encoded.__getitem__, checkout.family, encoder)
     print(f"{len(todo)} items' texts cached, {len(every) - len(todo)} were current", flush=True)
 
 
 def _encoder_identity(config: Config) -> str:
     parts = []
     for name in musubi_options.spec_of(config.model).text_encoders:
-        place = config.musubi.get(name)
-        if not isinstance(place, str) or not Path(place).is_file():
-            raise ValueError(f"musubi.{name} = {place!r}: no such file; give the text encoder that the host's own caching takes")
-        parts.append(f"{Path(place).name}:{Path(place).stat().st_size}")
+        path = config.musubi.get(name)
+        if not isinstance(path, str) or not Path(path).is_file():
+            raise ValueError(f"musubi.{name} = {path!r}: no such file; give the text encoder that the host's own caching takes")
+        parts.append(f"{Path(path).name}:{Path(path).stat().st_size}")
     return "|".join([*parts, "fp8" if config.musubi.get("fp8_t5") else "bf16", str(config.conditioning.max_text_tokens)])
 
 
 @torch.no_grad()
-def encode_texts(host: Checkout, config: Config, texts: Sequence[str]) -> dict[str, Encoded]:
+def encode_texts(checkout: Checkout, config: Config, texts: Sequence[str]) -> dict[str, Encoded]:
     """Encodings by text, with the host's encoders and settings, on the CPU."""
     from byg_plugin.config.device import resolve_device
 
-    return host.family.encode_texts(host.module, config.musubi, texts, resolve_device(config.model.device))
+    return checkout.family.encode_texts(checkout.module, config.musubi, texts, resolve_device(config.model.device))

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from byg_plugin import families
-from byg_plugin.config.fields import why_no_place
+from byg_plugin.config.fields import why_no_path
 from byg_plugin.config.loading import shown
 from byg_plugin.config.sections import Config, ModelConfig
 from byg_plugin.families.spec import MusubiSpec
@@ -182,7 +182,7 @@ def _wrong_scalar(value: Any, option: Option) -> str | None:
         return "must not be negative"
     if is_number and value > _MOST[isinstance(value, int)]:
         return f"must not be above {_MOST[isinstance(value, int)]:g}"
-    if isinstance(value, str) and value and (why := why_no_place(value)):
+    if isinstance(value, str) and value and (why := why_no_path(value)):
         return why
     if option.choices is not None and value not in option.choices:
         close = difflib.get_close_matches(str(value), [str(choice) for choice in option.choices], n=1)
@@ -210,18 +210,18 @@ def _needed(config: Config) -> list[str]:
     if not has_experts and given.get("dit_high_noise"):
         found.append(f"musubi.dit_high_noise: {config.model.family} has one network; leave it out")
     for name in ("dit", "dit_high_noise", "dataset_config", "sample_prompts", "network_weights"):
-        place = given.get(name)
-        if isinstance(place, str) and place and not why_no_place(place) and not pathlib.Path(place).is_file():
-            found.append(f"musubi.{name} = {place!r}: no such file")
-        elif name == "network_weights" and isinstance(place, str) and place:
-            found += _unreadable_lora(place)
+        path = given.get(name)
+        if isinstance(path, str) and path and not why_no_path(path) and not pathlib.Path(path).is_file():
+            found.append(f"musubi.{name} = {path!r}: no such file")
+        elif name == "network_weights" and isinstance(path, str) and path:
+            found += _unreadable_lora(path)
     return found
 
 
-def _unreadable_lora(place: str) -> list[str]:
+def _unreadable_lora(path: str) -> list[str]:
     """What the host would load into the network unseen: NaN, infinite or absurd values."""
     try:
-        read_lora(place)
+        read_lora(path)
     except ValueError as error:
         return [f"musubi.network_weights = {error}"]
     return []
@@ -292,9 +292,9 @@ def _together(config: Config) -> list[str]:
         )
     if given.get("sample_prompts"):
         for name in ("vae", *spec_of(config.model).text_encoders):
-            place = given.get(name)
-            if not isinstance(place, str) or why_no_place(place) or not pathlib.Path(place).is_file():
-                found.append(f"musubi.sample_prompts needs musubi.{name} = {place!r}: no such file")
+            path = given.get(name)
+            if not isinstance(path, str) or why_no_path(path) or not pathlib.Path(path).is_file():
+                found.append(f"musubi.sample_prompts needs musubi.{name} = {path!r}: no such file")
     if given.get("persistent_data_loader_workers") and given.get("max_data_loader_n_workers") == 0:
         found.append("musubi.persistent_data_loader_workers needs workers: set musubi.max_data_loader_n_workers above 0, or leave it out")
     if given.get("fp8_t5") and given.get("sample_prompts") and not spec_of(config.model).previews_with_fp8_t5:
@@ -308,20 +308,20 @@ def check_precision(given: Mapping[str, Any]) -> None:
     Raises:
         ValueError: the two do not fit, or the file is no DiT of Wan.
     """
-    place, key = given["dit"], "blocks.0.cross_attn.k.weight"
+    path, key = given["dit"], "blocks.0.cross_attn.k.weight"
     try:
-        with safe_open(place, framework="pt") as file:
+        with safe_open(path, framework="pt") as file:
             names = {key, f"model.diffusion_model.{key}"}.intersection(file.keys())
             stored = file.get_slice(names.pop()).get_dtype() if names else None
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"musubi.dit = {place!r}: not a readable safetensors file ({error}); download it again") from error
+        raise ValueError(f"musubi.dit = {path!r}: not a readable safetensors file ({error}); download it again") from error
     if stored is None:
-        raise ValueError(f"musubi.dit = {place!r}: no Wan DiT in the original layout (it has no {key})")
+        raise ValueError(f"musubi.dit = {path!r}: no Wan DiT in the original layout (it has no {key})")
     if stored.startswith("F8") and given.get("fp8_scaled"):
-        raise ValueError(f"musubi.fp8_scaled: {place} is in 8 bit already; leave it out, or give the file in 16 bit")
+        raise ValueError(f"musubi.fp8_scaled: {path} is in 8 bit already; leave it out, or give the file in 16 bit")
     wanted, asked = {"F16": "fp16", "BF16": "bf16"}.get(stored), given.get("mixed_precision")
     if wanted is not None and asked not in (wanted, "no"):
-        raise ValueError(f"musubi.mixed_precision = {asked!r}: {place} is in {wanted}, and the host needs the same: set {wanted!r}")
+        raise ValueError(f"musubi.mixed_precision = {asked!r}: {path} is in {wanted}, and the host needs the same: set {wanted!r}")
 
 
 def arguments(config: Config, parser: argparse.ArgumentParser) -> argparse.Namespace:

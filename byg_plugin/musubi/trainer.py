@@ -1,6 +1,6 @@
 """The objective in the seams of musubi-tuner's network trainers. Imports nothing of the host: its classes are handed in.
 
-Overrides `process_batch`, the `on_*` and `extra_*` hooks and `do_inference`. Hook arguments are taken by their position, their
+Overrides `process_batch`, the `on_*` and `extra_*` hooks and `do_inference`. Hook arguments are taken by their order, their
 names differ between the host's versions. Order: load_transformer, on_transformer_loaded, extra_trainable_params, prepare,
 resume, on_train_start, extra_metadata, then for each batch process_batch and on_post_optimizer_step, and on_post_save.
 """
@@ -27,7 +27,7 @@ from byg_plugin import families, sampling
 from byg_plugin.config.sections import Config
 from byg_plugin.data.buckets import crop_to_bucket, to_tensor
 from byg_plugin.data.media import load_image
-from byg_plugin.data.tuples import TEXTS
+from byg_plugin.data.rules import ROLES
 from byg_plugin.documents import json_value
 from byg_plugin.finite import all_finite, first_not_finite, not_finite, refuse_not_finite
 from byg_plugin.hosts.batch import draw_batch
@@ -92,14 +92,14 @@ class UnpairedCycleTrainer:
     """
 
     byg_config: Config
-    byg_host: Checkout
+    byg_checkout: Checkout
 
     def __init__(self) -> None:
         super().__init__()
         self.byg_progress = Progress()
         self.byg_objective = make_objective(self.byg_config.objective)
         self.byg_fields: MusubiFields
-        self.byg_family = SpecGeometry(families.named(self.byg_config.model.family))
+        self.byg_geometry = SpecGeometry(families.named(self.byg_config.model.family))
         self._byg_companions: list[Path] = []
         self._byg_proved = False
 
@@ -129,14 +129,14 @@ class UnpairedCycleTrainer:
             self._check_state(self.byg_progress.state, parameters)
             ema.load(self.byg_progress.ema)
         if getattr(self, "high_low_training", False):
-            self.byg_family = SpecGeometry(self.byg_family.spec, float(self.timestep_boundary))  # type: ignore[attr-defined]
-        self.byg_high_share = share_of_high_noise(self.byg_config, self.byg_family.boundary)
+            self.byg_geometry = SpecGeometry(self.byg_geometry.spec, float(self.timestep_boundary))  # type: ignore[attr-defined]
+        self.byg_high_share = share_of_high_noise(self.byg_config, self.byg_geometry.boundary)
         swapped = bool(getattr(args, "blocks_to_swap", 0))
         self.byg_fields = MusubiFields(
             plain,
             ema,
-            self.byg_host.family.call(accelerator, transformer, self.byg_config.conditioning),
-            experts=HostExperts(self, args, accelerator, transformer) if self.byg_family.boundary is not None else None,
+            self.byg_checkout.family.call(accelerator, transformer, self.byg_config.conditioning),
+            experts=HostExperts(self, args, accelerator, transformer) if self.byg_geometry.boundary is not None else None,
             swap=BlockSwap(accelerator.unwrap_model(transformer)) if swapped else None,
         )
         if self.byg_progress.step:
@@ -151,8 +151,8 @@ class UnpairedCycleTrainer:
         wanted = {name: tuple(value.shape) for name, value in parameters.items()}
         for name in [*wanted, *found]:
             if found.get(name) != wanted.get(name):
-                there, here = (f"has shape {each[name]}" if name in each else "is missing" for each in (found, wanted))
-                raise ValueError(f"--resume {folder}: {STATE_TENSORS}: {name} {there}, in this run it {here}; take another state")
+                in_state, in_run = (f"has shape {each[name]}" if name in each else "is missing" for each in (found, wanted))
+                raise ValueError(f"--resume {folder}: {STATE_TENSORS}: {name} {in_state}, in this run it {in_run}; take another state")
 
     def _continue(self, args: Any) -> None:
         """The host counts from 0 again: it would train all steps once more, and write over files that have the same numbers."""
@@ -174,19 +174,21 @@ class UnpairedCycleTrainer:
         seed, step = self.byg_config.train.seed, self.byg_progress.step
         source = latents.to(accelerator.device).float()
         source = source.unsqueeze(2) if source.ndim == 4 else source
-        # Position in the run over all ranks: every rank draws other numbers, a resumed run goes on with its own.
-        position = (
+        # Over the run and all ranks: every rank draws other numbers, a resumed run goes on with its own.
+        micro_index = (
             step * args.gradient_accumulation_steps + self.byg_progress.micro
         ) * accelerator.num_processes + accelerator.process_index
         self.byg_progress.micro += 1
-        choice = torch.rand(len(source), generator=generator(seed, "tuple", position)).tolist()
-        texts = musubi_cache.texts_of_batch(batch, len(source), self.byg_host.family, choice, self.byg_config.conditioning.max_text_tokens)
+        choice = torch.rand(len(source), generator=generator(seed, "tuple", micro_index)).tolist()
+        texts = musubi_cache.texts_of_batch(
+            batch, len(source), self.byg_checkout.family, choice, self.byg_config.conditioning.max_text_tokens
+        )
         step_batch = draw_batch(
             self.byg_config.objective,
-            self.byg_family,
+            self.byg_geometry,
             source,
             texts,
-            generator(seed, "noise", position),
+            generator(seed, "noise", micro_index),
             source.device,
             kind=self.byg_objective.plan(step, seed).kind,
             high=side_of(self.byg_config.train.seed, self.byg_high_share, step),
@@ -197,8 +199,8 @@ class UnpairedCycleTrainer:
         metrics = self.byg_objective.step(self.byg_fields, step_batch, partial(self._backward, accelerator))
         self._stop_if_not_finite(accelerator, metrics, args, step_batch)
         values = torch.stack([value.float() for value in metrics.values()]).tolist()
-        told = {f"loss/{name}": value for name, value in zip(metrics, values, strict=True)}
-        return metrics["loss"].detach().clone().requires_grad_(), told | {"identity_step": float(step_batch.identity_step)}
+        reported = {f"loss/{name}": value for name, value in zip(metrics, values, strict=True)}
+        return metrics["loss"].detach().clone().requires_grad_(), reported | {"identity_step": float(step_batch.identity_step)}
 
     def _backward(self, accelerator: Any, loss: Tensor, *, last: bool) -> float:
         """As the host would; it averages gradients over processes itself, after `process_batch`."""
@@ -223,7 +225,7 @@ class UnpairedCycleTrainer:
         """The learning rate is blamed only when data and weights are clean."""
         if batch is not None:
             named = {"latents": batch.source} | {
-                f"{role} ({part})": value for role in TEXTS for part, value in getattr(batch, role).items()
+                f"{role} ({part})": value for role in ROLES for part, value in getattr(batch, role).items()
             }
             if (name := first_not_finite(named)) is not None:
                 file = _cache_file_not_finite(Path(args.dataset_config))
@@ -256,7 +258,7 @@ class UnpairedCycleTrainer:
         side, frames = musubi_cache.sizes(Path(args.dataset_config))
         dataset = self.byg_config.dataset.model_copy(update={"resolution": side, "frames": frames})
         config = self.byg_config.model_copy(update={"dataset": dataset})
-        card = LoraCard.of(config, self.byg_progress.step, weights, self.byg_family, base=Path(args.dit).name)
+        card = LoraCard.of(config, self.byg_progress.step, weights, self.byg_geometry, base=Path(args.dit).name)
         step = None if weights == "live" else card.step  # the live one's is asked for once, at the start
         return replace(card, step=step, alpha=args.network_alpha, host="musubi").to_metadata()
 
@@ -270,11 +272,11 @@ class UnpairedCycleTrainer:
         saved = Path(args.output_dir) / ckpt_name
         companion = saved.with_name(f"{saved.stem}-ema{saved.suffix}")
         partial_file = companion.with_name(f".partial-{companion.name}")
-        with _told_if_full(companion), self.byg_fields.ema_weights.swapped_in():
+        with _naming_a_full_disk(companion), self.byg_fields.ema_weights.swapped_in():
             self.byg_fields.network.save_weights(str(partial_file), save_dtype, {**metadata, **self._metadata(args, "ema")})
             os.replace(partial_file, companion)
         if args.huggingface_repo_id is not None:
-            upload = self.byg_host.module("utils.huggingface_utils").upload
+            upload = self.byg_checkout.module("utils.huggingface_utils").upload
             upload(args, str(companion), f"/{companion.name}", force_sync_upload=bool(rest and rest[0]))
         self._byg_companions.append(saved)
 
@@ -289,7 +291,7 @@ class UnpairedCycleTrainer:
         folder = Path(output_dir)
         tensors = {name: value.detach().cpu().contiguous().clone() for name, value in self.byg_fields.ema_weights.state().items()}
         record = {"step": self.byg_progress.step, "config": self.byg_config.model_dump(mode="json")}
-        with _told_if_full(folder):
+        with _naming_a_full_disk(folder):
             save_file(tensors, folder / STATE_TENSORS)
             (folder / STATE).write_text(json.dumps(record, indent=2), encoding="utf-8")
 
@@ -301,7 +303,7 @@ class UnpairedCycleTrainer:
 
     def process_sample_prompts(self, args: Any, accelerator: Any, sample_prompts: str, *rest: Any) -> Any:
         """Each prompt is an instruction and has a source: `make it snow --ci photo.jpg`, of clips `--cn clip.mp4`."""
-        for number, prompt in enumerate(self.byg_host.trainer.load_prompts(sample_prompts), 1):
+        for number, prompt in enumerate(self.byg_checkout.trainer.load_prompts(sample_prompts), 1):
             source = _source_of(prompt)
             if source is None or not Path(source).is_file():
                 what = "has no source" if source is None else f"has the source {source}, which is no file"
@@ -347,14 +349,14 @@ class UnpairedCycleTrainer:
         size = (width // 16 * 16, height // 16 * 16)
         pixels = self._source_pixels(sample_parameter, size, frame_count)
         vae.to(device)
-        family, tokens = self.byg_host.family, self.byg_config.conditioning.max_text_tokens
+        family, tokens = self.byg_checkout.family, self.byg_config.conditioning.max_text_tokens
         with _autocast(device, vae):
             source = family.encode_pixels(vae, pixels.to(device))
         vae.to("cpu")
         text = family.text_of_prompt(sample_parameter, "", tokens)
         assert text is not None
         negative = family.text_of_prompt(sample_parameter, "negative_", tokens) if do_classifier_free_guidance else None
-        nodes = sampling.sampling_nodes(self.byg_family, sample_steps, "shifted", tuple(source.shape))  # type: ignore[arg-type]
+        nodes = sampling.sampling_nodes(self.byg_geometry, sample_steps, "shifted", tuple(source.shape))  # type: ignore[arg-type]
         noise = torch.randn(source.shape, generator=generator, device=device)
         with self.byg_fields.ema() as velocity:
             field = velocity if negative is None or cfg_scale is None else sampling.guided(velocity, negative, lambda t: cfg_scale)
@@ -367,14 +369,14 @@ class UnpairedCycleTrainer:
 
     def _source_pixels(self, prompt: Any, size: tuple[int, int], frames: int) -> Tensor:
         """(1, 3, F, H, W) in [-1, 1]."""
-        place = _source_of(prompt)
-        assert place is not None, "process_sample_prompts has looked"
+        source = _source_of(prompt)
+        assert source is not None, "process_sample_prompts has looked"
         if "control_video_path" not in prompt:
-            pictures = [load_image(Path(place))]
+            pictures = [load_image(Path(source))]
         else:
-            media = self.byg_host.module("dataset.media_utils")
-            pictures = [Image.fromarray(array) for array in media.load_video(place, 0, frames)]
-            pictures = pictures[: self.byg_family.clip_frames(len(pictures))]
+            media = self.byg_checkout.module("dataset.media_utils")
+            pictures = [Image.fromarray(array) for array in media.load_video(source, 0, frames)]
+            pictures = pictures[: self.byg_geometry.clip_frames(len(pictures))]
         return torch.stack([to_tensor(crop_to_bucket(picture, size)) for picture in pictures], dim=1)[None]
 
 
@@ -387,10 +389,10 @@ def _source_of(prompt: Any) -> str | None:
     return prompt.get("control_video_path") or images[0] or prompt.get("image_path")
 
 
-def make_trainer(host: Checkout, config: Config) -> Any:
+def make_trainer(checkout: Checkout, config: Config) -> Any:
     """The network trainer `unpaired-cycle` of a family, a subclass of the host's."""
-    name = f"UnpairedCycle{host.trainer_class.__name__}"
-    made: type[Any] = type(name, (UnpairedCycleTrainer, host.trainer_class), {"byg_config": config, "byg_host": host})
+    name = f"UnpairedCycle{checkout.trainer_class.__name__}"
+    made: type[Any] = type(name, (UnpairedCycleTrainer, checkout.trainer_class), {"byg_config": config, "byg_checkout": checkout})
     return made()
 
 
@@ -454,11 +456,11 @@ def _cache_file_not_finite(dataset_config: Path) -> str:
 
 
 @contextmanager
-def _told_if_full(place: Path) -> Iterator[None]:
+def _naming_a_full_disk(path: Path) -> Iterator[None]:
     """safetensors reports a full disk in its own class."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         raise ValueError(
-            f"cannot write {place}: {error}. Make room, then go on with --resume of an earlier state, or start again"
+            f"cannot write {path}: {error}. Make room, then go on with --resume of an earlier state, or start again"
         ) from error

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 Text = Mapping[str, Tensor]
-"""Encoded texts of a batch: named tensors with the batch first. Opaque here, but for concatenation."""
+"""One or several encoded texts: named tensors with the batch first. Only a family looks inside; here they are concatenated."""
 
 Metrics = dict[str, Tensor]
 """Detached scalars by name."""

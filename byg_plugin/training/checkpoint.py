@@ -342,8 +342,8 @@ def _count_difference(states: Mapping[int, Mapping[str, Any]], trained: Mapping[
         return None  # this one does not count
     uneven = [expert for expert, found in counts.items() if len(found) > 1]
     if uneven or sum(next(iter(found)) for found in counts.values() if found) != steps:
-        told = "; ".join(f"{expert} {sorted(found)}" for expert, found in counts.items())
-        return f"the optimizer has counted other steps than the run's {steps}: {told:.200}"
+        counted = "; ".join(f"{expert} {sorted(found)}" for expert, found in counts.items())
+        return f"the optimizer has counted other steps than the run's {steps}: {counted:.200}"
     return None
 
 

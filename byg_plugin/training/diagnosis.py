@@ -10,7 +10,7 @@ from torch import Tensor
 
 from byg_plugin.config.sections import TrainConfig
 from byg_plugin.data.dataset import CachedTuples
-from byg_plugin.data.tuples import TEXTS
+from byg_plugin.data.rules import ROLES
 from byg_plugin.finite import all_finite, first_not_finite, not_finite
 from byg_plugin.hosts import Host
 from byg_plugin.objectives.base import Metrics
@@ -94,7 +94,7 @@ class Diagnosis:
     def _not_finite_entry(self, examples: Mapping[str, Any]) -> str | None:
         """The first tensor of a micro-batch with NaN or infinite values, by its tuple."""
         named = {name: examples[name] for name in ("source", "target") if name in examples}
-        named |= {f"{role} ({part})": value for role in TEXTS for part, value in examples[role].items()}
+        named |= {f"{role} ({part})": value for role in ROLES for part, value in examples[role].items()}
         for row, index in enumerate(examples["index"]):
             if (name := first_not_finite((name, value[row]) for name, value in named.items())) is not None:
                 return f"the cached {name} of tuple {self._tuple_name(index)} holds NaN or infinite values"

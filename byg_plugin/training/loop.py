@@ -112,7 +112,7 @@ class Trainer:
         self._clear_later()
         self._stop = False
         # Steps that have trained each adapter, of separate experts each one's part of it.
-        self._steps_of = Counter(part for step in range(self.step) for part in self._trained_by(step))
+        self._steps_of = Counter(trained for step in range(self.step) for trained in self._trained_by(step))
 
     # --- start and state ---
 
@@ -218,7 +218,7 @@ class Trainer:
                 preview.write(self.config, self.family, self.host, data, self.step, self.accelerator)
             self.accelerator.wait_for_everyone()
 
-    def _position(self, step: int, micro: int) -> int:
+    def _micro_index(self, step: int, micro: int) -> int:
         """Index of this process's micro-batch in the run over all ranks: `randomness.py` draws from it."""
         return (step * self.accumulation + micro) * self.accelerator.num_processes + self.accelerator.process_index
 
@@ -233,12 +233,12 @@ class Trainer:
         loader = DataLoader(
             self.data, batch_sampler=order, collate_fn=collate, num_workers=self.config.dataset.workers, worker_init_fn=_ignore_interrupts
         )
-        step: list[dict[str, Any]] = []
+        micro_batches: list[dict[str, Any]] = []
         for micro_batch in loader:
-            step.append(micro_batch)
-            if len(step) == self.accumulation:
-                yield step
-                step = []
+            micro_batches.append(micro_batch)
+            if len(micro_batches) == self.accumulation:
+                yield micro_batches
+                micro_batches = []
 
     def _optimizer_step(self, micro_batches: list[dict[str, Any]]) -> Metrics:
         """One optimizer step on this process's micro-batches; returns its metrics (means over the micro-steps)."""
@@ -247,9 +247,9 @@ class Trainer:
         sums: Metrics = {}
         terms: list[Metrics] = []
         for micro, examples in enumerate(micro_batches):
-            position = self._position(self.step, micro)
-            torch.manual_seed(derived_seed(config.train.seed, "dropout", position))
-            batch = self._batch(examples, generator(config.train.seed, "noise", position), plan.kind, high=high)
+            micro_index = self._micro_index(self.step, micro)
+            torch.manual_seed(derived_seed(config.train.seed, "dropout", micro_index))
+            batch = self._batch(examples, generator(config.train.seed, "noise", micro_index), plan.kind, high=high)
             terms.append(self.objective.step(self.host, batch, self.engine.backward))
             for name, value in terms[-1].items():
                 sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value / self._share(name)
@@ -276,12 +276,12 @@ class Trainer:
 
     def _update_ema(self) -> None:
         """Of what this step has trained. An expert's average counts that expert's own steps: it starts as fast as a lone one's."""
-        for part in self._trained_by(self.step):
-            self._steps_of[part] += 1
-            name, expert = part
+        for trained in self._trained_by(self.step):
+            self._steps_of[trained] += 1
+            name, expert = trained
             adapter = self.host.adapters[name]
             names = None if expert is None else {key for key in adapter.parameters if key.partition(".")[0] == expert}
-            adapter.ema.update(self._steps_of[part], names)
+            adapter.ema.update(self._steps_of[trained], names)
 
     def _share(self, name: str) -> int:
         """What a metric of one micro-step is divided by: losses are averaged, counts are added up."""

@@ -18,7 +18,7 @@ _STORED_BYTES = {"fp8": 1.0, "int8": 1.0, "nf4": 0.5 + 4 / 64}  # nf4: 4 bits an
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class MemoryLine:
     """One line: `exact` is arithmetic on shapes, otherwise an estimate."""
 
     name: str
@@ -28,7 +28,7 @@ class Part:
 
 def memory_sum(
     config: Config, networks: dict[str, nn.Module], lora_shapes: Sequence[Sequence[int]], tokens: int, width: int, blocks: int
-) -> list[Part]:
+) -> list[MemoryLine]:
     """The parts.
 
     Args:
@@ -63,25 +63,25 @@ def memory_sum(
     graphs, rows, merged_weights = make_objective(config.objective).memory
     passes = graphs * rows
     kept = passes * a_pass + (inputs * at_peak * rows if config.model.gradient_checkpointing else 0)
-    parts = [
-        Part(
+    lines = [
+        MemoryLine(
             name=f"frozen weights ({config.model.quantization if config.model.quantization != 'none' else config.model.dtype})",
             bytes=in_blocks * stored + rest * dtype_bytes,
             exact=config.model.quantization in ("none", "fp8"),
         ),
-        Part(name="LoRA weights (float32)", bytes=lora * held, exact=True),
+        MemoryLine(name="LoRA weights (float32)", bytes=lora * held, exact=True),
         # A step trains one side of the experts' boundary.
-        Part(name="LoRA gradients (float32)", bytes=lora, exact=True),
-        Part(name=f"optimizer moments ({config.train.optimizer})", bytes=moments, exact=config.train.optimizer != "adamw8bit"),
+        MemoryLine(name="LoRA gradients (float32)", bytes=lora, exact=True),
+        MemoryLine(name=f"optimizer moments ({config.train.optimizer})", bytes=moments, exact=config.train.optimizer != "adamw8bit"),
     ]
     if config.objective.ema_decay:
-        parts.append(Part(name="EMA weights (float32)", bytes=lora * trained, exact=True))
+        lines.append(MemoryLine(name="EMA weights (float32)", bytes=lora * trained, exact=True))
     if merged_weights:
         merged = adapted * dtype_bytes * len(networks)
-        parts.append(Part(name=f"merged weights of the rollout ({config.model.dtype})", bytes=merged, exact=True))
+        lines.append(MemoryLine(name=f"merged weights of the rollout ({config.model.dtype})", bytes=merged, exact=True))
     what = "saved block inputs + one block recomputed" if config.model.gradient_checkpointing else "activations of all blocks"
-    parts.append(Part(name=f"{what}, {passes} pass{'es' if passes > 1 else ''} at once ({tokens} tokens)", bytes=kept, exact=False))
-    return parts
+    lines.append(MemoryLine(name=f"{what}, {passes} pass{'es' if passes > 1 else ''} at once ({tokens} tokens)", bytes=kept, exact=False))
+    return lines
 
 
 def lora_copies(lora: LoraConfig, networks: int) -> tuple[int, int]:
@@ -103,11 +103,11 @@ def _block_tensors(network: nn.Module, width: int) -> tuple[float, float]:
     return 25.0 + 2.0 * ratio, 30.0 + 4.5 * ratio
 
 
-def report(parts: Sequence[Part]) -> str:
+def report(lines: Sequence[MemoryLine]) -> str:
     """The sum as text; an unmeasured figure is called an estimate."""
-    lines = [f"  {part.bytes / GIB:8.2f} GiB  {part.name}{'' if part.exact else '  [estimate]'}" for part in parts]
-    total = sum(part.bytes for part in parts)
-    return "\n".join([*lines, f"  {total / GIB:8.2f} GiB  sum  [estimate; the CUDA context and fragmentation add about 1 GiB]"])
+    text = [f"  {line.bytes / GIB:8.2f} GiB  {line.name}{'' if line.exact else '  [estimate]'}" for line in lines]
+    total = sum(line.bytes for line in lines)
+    return "\n".join([*text, f"  {total / GIB:8.2f} GiB  sum  [estimate; the CUDA context and fragmentation add about 1 GiB]"])
 
 
 def sizes(network: Any) -> tuple[int, int]:

@@ -18,7 +18,8 @@ from byg_plugin import folders, sampling
 from byg_plugin.config.sections import Config, OutputConfig
 from byg_plugin.data.clips import write_clip
 from byg_plugin.images import frames_of, save_png, side_by_side, strip
-from byg_plugin.models.base import Family, Text
+from byg_plugin.models.base import Family
+from byg_plugin.objectives.base import Text
 
 if TYPE_CHECKING:
     from byg_plugin.data.dataset import CachedTuples
@@ -35,9 +36,9 @@ def folder(output: OutputConfig, step: int) -> Path:
 
 def is_whole(config: Config, data: CachedTuples, step: int) -> bool:
     """Whether the previews of a step are all there: an earlier version's folder may lack what a kill has cost."""
-    place = folder(config.output, step)
-    wanted = [place / f"{i:03d}{suffix}" for i in range(min(config.sample.items, len(data))) for suffix in _suffixes(data, i)]
-    return place.is_dir() and all(path.is_file() for path in wanted)
+    written = folder(config.output, step)
+    wanted = [written / f"{i:03d}{suffix}" for i in range(min(config.sample.items, len(data))) for suffix in _suffixes(data, i)]
+    return written.is_dir() and all(path.is_file() for path in wanted)
 
 
 def _suffixes(data: CachedTuples, index: int) -> tuple[str, ...]:
@@ -63,15 +64,15 @@ def write(config: Config, family: Family, host: Host, data: CachedTuples, step: 
     try:
         rendered = _render(config, family, host, data)
         pictures = []
-        with folders.written_whole(folder(config.output, step), replace=True) as place:
+        with folders.written_whole(folder(config.output, step), replace=True) as written:
             for index, (columns, instruction) in enumerate(rendered):
                 settings = {"step": step, "instruction": instruction, "seed": config.sample.seed + index, "steps": config.sample.steps}
                 is_clip = len(columns[0]) > 1
                 picture = strip(columns) if is_clip else side_by_side(*(frames[0] for frames in columns))
-                save_png(picture, place / f"{index:03d}.png", settings)
+                save_png(picture, written / f"{index:03d}.png", settings)
                 if is_clip:
                     beside = [side_by_side(*frames) for frames in zip(*columns, strict=True)]
-                    write_clip(place / f"{index:03d}.mp4", beside, config.fps or 1.0, settings)
+                    write_clip(written / f"{index:03d}.mp4", beside, config.fps or 1.0, settings)
                 pictures.append(picture)
         _log(accelerator, pictures, step)
     except Exception as error:  # noqa: BLE001 - a picture is no reason to lose a run; what it touches is restored by contexts
@@ -94,9 +95,7 @@ def _render(config: Config, family: Family, host: Host, data: CachedTuples) -> l
             edit = partial(sampling.sample_as_configured, config, family, velocity, noise, text, source)
             options = {"steps": sample.steps, "schedule": sample.schedule}
             negatives = [None] if negative is None else [negative, None]
-            edits = [
-                sampling.finite(config.model.dtype, edit(**options, negative=against), "the latents of the edit") for against in negatives
-            ]
+            edits = [sampling.finite(config.model.dtype, edit(**options, negative=each), "the latents of the edit") for each in negatives]
         latents.append(([source, *edits], data.tuples[index].instruction))
     # The VAE comes only now and goes at once: by turns with the activations of the network.
     vae = family.load_vae(host.device)

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from byg_plugin.data.tuples import TEXTS, is_unicode, load_json
+from byg_plugin.data.rules import ROLES
+from byg_plugin.data.tuples import is_unicode, load_json
 from byg_plugin.documents import other_encoding
 
 _SHOWN = 20
@@ -49,7 +50,7 @@ class Item:
 
 def original_texts(record: Mapping[str, Any]) -> dict[str, str]:
     """The four texts of a record without blanks at their ends; a missing one is empty."""
-    return {name: (record.get(name) or "").strip() for name in TEXTS}
+    return {name: (record.get(name) or "").strip() for name in ROLES}
 
 
 def read_items(tuples: Path) -> list[Item]:
@@ -81,7 +82,7 @@ def read_items(tuples: Path) -> list[Item]:
         listed = "\n".join(f"  - {problem}" for problem in problems[:_SHOWN])
         raise ValueError(f"{tuples}: {len(problems)} line(s) are no tuples:\n{listed}{more}")
     if not items:
-        raise ValueError(f"{tuples}: no tuples in it; each line is a JSON object with source, {', '.join(TEXTS)}")
+        raise ValueError(f"{tuples}: no tuples in it; each line is a JSON object with source, {', '.join(ROLES)}")
     return items
 
 
@@ -104,7 +105,7 @@ def _record(text: str) -> dict[str, Any]:
         raise ValueError(f"expected a JSON object, got {type(record).__name__}")
     if not isinstance(record.get("source"), str) or not record["source"].strip():
         raise ValueError(f"source = {record.get('source')!r} is not a text")
-    for name in (*TEXTS, "edit_type", "target", "id"):
+    for name in (*ROLES, "edit_type", "target", "id"):
         if not isinstance(record.get(name), str | None):
             raise ValueError(f"{name} = {record[name]!r} is not a text")
     if not is_unicode(json.dumps(record, ensure_ascii=False)):

@@ -14,7 +14,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from byg_plugin.data.tuples import TEXTS, is_unicode
+from byg_plugin.data.rules import ROLES
+from byg_plugin.data.tuples import is_unicode
 from byg_plugin.documents import json_value
 
 from .items import Item, original_texts, read_items
@@ -131,7 +132,7 @@ class Review:
         if status not in ("open", "kept", "discarded"):
             raise ValueError(f"status = {status!r}: one of open, kept, discarded")
         texts = _checked_texts(texts)
-        if status == "kept" and (empty := [name for name in TEXTS if not texts[name]]):
+        if status == "kept" and (empty := [name for name in ROLES if not texts[name]]):
             raise ValueError(f"{', '.join(empty)} is empty; fill it in or discard the tuple")
         with self._change:
             item = self.items[index]
@@ -181,20 +182,20 @@ def _entry(line: bytes) -> dict[str, Any]:
     if not isinstance(entry, dict) or not isinstance(entry.get("key"), str) or entry.get("status") not in STATUSES:
         raise ValueError("no key or status")
     texts = entry.get("texts")
-    if not isinstance(texts, dict) or not all(name in TEXTS and isinstance(text, str) for name, text in texts.items()):
+    if not isinstance(texts, dict) or not all(name in ROLES and isinstance(text, str) for name, text in texts.items()):
         raise ValueError("its texts are not those of a tuple")
     return entry
 
 
 def _checked_texts(texts: Mapping[str, str]) -> dict[str, str]:
-    if set(texts) != set(TEXTS) or not all(isinstance(text, str) for text in texts.values()):
-        raise ValueError(f"texts: expected {', '.join(TEXTS)}, each a text")
+    if set(texts) != set(ROLES) or not all(isinstance(text, str) for text in texts.values()):
+        raise ValueError(f"texts: expected {', '.join(ROLES)}, each a text")
     for name, text in texts.items():
         if len(text) > _MAX_TEXT:
             raise ValueError(f"{name} has {len(text)} characters; at most {_MAX_TEXT}")
         if not is_unicode(text):
             raise ValueError(f"{name} holds a broken character")
-    return {name: texts[name].strip() for name in TEXTS}
+    return {name: texts[name].strip() for name in ROLES}
 
 
 def _sync_folder(folder: Path) -> None:

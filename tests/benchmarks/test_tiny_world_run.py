@@ -39,16 +39,16 @@ def test_edits_are_those_of_the_edit_pipeline(tmp_path):
     host = make_host(plan.config, make_family(plan.config), runs.CPU)
     wake(host)
     with host.ema() as velocity:
-        mine = runs.Evaluator(plan.config, plan.eval_edits).edit(velocity, 4)
+        ours = runs.Evaluator(plan.config, plan.eval_edits).edit(velocity, 4)
     metadata = LoraCard.of(plan.config, 1, "ema").to_metadata()
     save_file(host.export_lora(host.ema_weights.state()), tmp_path / "lora.safetensors", metadata=metadata)
     pipe = EditPipeline.from_lora(tmp_path / "lora.safetensors", config=plan.config)
     pictures = [Image.fromarray(world.render(edit.before)) for edit in plan.eval_edits]
     theirs = pipe.batch(pictures, [edit.instruction for edit in plan.eval_edits], seeds=range(4))
     for edit, (_, image) in zip(plan.eval_edits, theirs, strict=True):
-        apart = np.abs(mine[edit.id].astype(int) - np.asarray(image))
+        apart = np.abs(ours[edit.id].astype(int) - np.asarray(image))
         assert apart.max() <= 1 and apart.mean() < 0.01
-    assert len({image.tobytes() for image in mine.values()}) == 4
+    assert len({image.tobytes() for image in ours.values()}) == 4
 
 
 def test_the_base_sees_captions_and_no_source(tmp_path):

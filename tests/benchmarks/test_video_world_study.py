@@ -78,7 +78,7 @@ def test_edits_are_those_of_the_edit_pipeline(tmp_path, base):
     host = make_host(plan.config, make_family(plan.config), runs.CPU)
     wake(host)
     with host.ema() as velocity:
-        mine = runs.Evaluator(plan.config, plan.eval_edits, runs.CLIPS).edit(velocity, 2)
+        ours = runs.Evaluator(plan.config, plan.eval_edits, runs.CLIPS).edit(velocity, 2)
     for suffix, tensors in host.lora_files(host.ema_weights.state()).items():
         save_file(tensors, tmp_path / f"lora{suffix}.safetensors", LoraCard.of(plan.config, 1, "ema", host.family, suffix).to_metadata())
     pipe = EditPipeline.from_lora(tmp_path / "lora.safetensors", config=plan.config, resolution=64)
@@ -87,9 +87,9 @@ def test_edits_are_those_of_the_edit_pipeline(tmp_path, base):
         video_world._write(source, video_world.render(edit.before, edit.motion))
         frames, theirs, fps = pipe.clip(source, edit.instruction, seed=seed)
         assert fps == pytest.approx(video_world.FPS, rel=0.01) and len(frames) == video_world.FRAMES
-        apart = np.abs(mine[edit.id].astype(int) - np.stack([np.asarray(frame) for frame in theirs]))
+        apart = np.abs(ours[edit.id].astype(int) - np.stack([np.asarray(frame) for frame in theirs]))
         assert apart.max() <= 1 and apart.mean() < 0.01
-    assert len({clip.tobytes() for clip in mine.values()}) == 2
+    assert len({clip.tobytes() for clip in ours.values()}) == 2
 
 
 def test_the_base_sees_captions_and_no_source(tmp_path, base):

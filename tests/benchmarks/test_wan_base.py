@@ -47,9 +47,9 @@ def work(folder: Path, budget=LITTLE, minutes: float = 0.0) -> wan.Work:
     return wan.Work(folder, budget, 0, minutes, lambda stage, step, values: None)
 
 
-def build(place: wan.Work):
-    vae = wan.train_vae(place)
-    return vae, *wan.train_flow(vae, place)
+def build(setup: wan.Work):
+    vae = wan.train_vae(setup)
+    return vae, *wan.train_flow(vae, setup)
 
 
 def tensors(built) -> dict[str, torch.Tensor]:
@@ -78,22 +78,22 @@ def dying(function, at: int):
 
 def test_a_killed_training_goes_on_and_ends_the_same(built, tmp_path, monkeypatch):
     """Killed in a stage of the VAE, in the shared training and in an expert's."""
-    place = work(tmp_path)
+    setup = work(tmp_path)
     whole = tensors(built)
     for name, at in (("_vae_losses", 3), ("_flow_loss", 2), ("_flow_loss", 4), ("_flow_loss", 3)):
         with monkeypatch.context() as patch:
             patch.setattr(wan, name, dying(getattr(wan, name), at))
             with pytest.raises(KeyboardInterrupt):
-                build(place)
-    again = tensors(build(place))
+                build(setup)
+    again = tensors(build(setup))
     assert again.keys() == whole.keys()
     # Not to the bit: fresh tensors lie elsewhere in memory, and kernels may take another path.
     assert all(torch.allclose(again[name], value, atol=1e-5) for name, value in whole.items())
 
 
 def test_states_of_other_settings_are_refused(tmp_path):
-    place = work(tmp_path)
-    wan.train_vae(place)
+    setup = work(tmp_path)
+    wan.train_vae(setup)
     with pytest.raises(ValueError, match=r"vae-0.safetensors was made with other settings; delete it"):
         wan.train_vae(work(tmp_path, replace(LITTLE, vae_batch=2)))
 
@@ -250,18 +250,18 @@ def test_the_command_writes_a_base_that_pipeline_and_family_load(tmp_path, monke
     family = make_family(config_of(out, tmp_path))
     assert family.boundary == 0.875 and family.pixel_multiple() == 16 and family.clip_frames(7) == 5
     encoders = family.load_text_encoders(torch.device("cpu"))
-    mine = wan.TextEncoder()
-    mine.umt5.load_state_dict(encoders.model.state_dict())
+    ours = wan.TextEncoder()
+    ours.umt5.load_state_dict(encoders.model.state_dict())
     text = "a red circle top left moving right on a green background"
     with torch.no_grad():
-        assert torch.allclose(family.encode_texts(encoders, [text])["umt5"], mine([text]), atol=1e-4)
+        assert torch.allclose(family.encode_texts(encoders, [text])["umt5"], ours([text]), atol=1e-4)
         vae = family.load_vae(torch.device("cpu"))
         pixels = a_clip()
         assert torch.allclose(family.encode_pixels(vae, pixels), wan.encode(vae, pixels), atol=1e-4)
         networks = dict(family.load_transformers(torch.float32))
         noisy, t = torch.randn(1, 16, 2, 8, 8), torch.tensor([0.9])
-        v = family.velocity(networks["transformer"], noisy, t, {"umt5": mine([text])}, None)
-        assert torch.allclose(v, wan.velocity(networks["transformer"], noisy, t, mine([text])), atol=1e-5)
+        v = family.velocity(networks["transformer"], noisy, t, {"umt5": ours([text])}, None)
+        assert torch.allclose(v, wan.velocity(networks["transformer"], noisy, t, ours([text])), atol=1e-5)
 
 
 def test_the_curve_forgets_what_is_made_again(tmp_path):
@@ -273,9 +273,9 @@ def test_the_curve_forgets_what_is_made_again(tmp_path):
     resumable.curve_log(tmp_path / "curve.jsonl")("flow", 200, {"flow": 0.4})
     rows = [json.loads(line) for line in (tmp_path / "curve.jsonl").read_text().splitlines()]
     assert [(row["step"], row["flow"]) for row in rows] == [(100, 1.0), (200, 0.4)]
-    told = wan.history(tmp_path / "curve.jsonl", LITTLE, 3)
-    assert told["parts"] == [{"what": "flow", "columns": ["step", "flow"], "curve": [[100, 1.0], [200, 0.4]]}]
-    assert "--seed 3" in told["command"] and "--clips 6" in told["command"]
+    found = wan.history(tmp_path / "curve.jsonl", LITTLE, 3)
+    assert found["parts"] == [{"what": "flow", "columns": ["step", "flow"], "curve": [[100, 1.0], [200, 0.4]]}]
+    assert "--seed 3" in found["command"] and "--clips 6" in found["command"]
 
 
 # --- the shipped base ---

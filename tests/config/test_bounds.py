@@ -133,10 +133,10 @@ def test_a_range_of_t_that_float32_cannot_tell_from_a_point_is_empty():
 
 # --- texts ---
 
-PLACES = [(section, key) for section, key in fields(str) if key not in ("name", "targets", "negative")]
+PATHS = [(section, key) for section, key in fields(str) if key not in ("name", "targets", "negative")]
 
 
-@pytest.mark.parametrize(("section", "key"), PLACES)
+@pytest.mark.parametrize(("section", "key"), PATHS)
 def test_places_are_texts_that_a_file_system_takes(section: str, key: str):
     for value, why in [
         ("", "is empty"),

@@ -18,9 +18,10 @@ from byg_plugin.data import cache
 from byg_plugin.data.buckets import crop_to_bucket, to_tensor
 from byg_plugin.data.cache import Keys, Processes, cache_latents, latent_store, text_store
 from byg_plugin.data.media import load_image
+from byg_plugin.data.rules import ROLES
 from byg_plugin.data.tuples import read_tuples
 from tests.support.cache_runs import edit_tuples, run, with_dataset
-from tests.support.data_fakes import CPU, ROLES, FakeFamily, data_set, entries, hashed, picture, record
+from tests.support.data_fakes import CPU, FakeFamily, data_set, entries, hashed, picture, record
 from tests.support.icc import P3, rgb
 
 
@@ -278,9 +279,9 @@ def test_a_memory_without_readers_is_asked_for_them_and_not_hashed_again(tmp_pat
     for path in tmp_path.glob("*.png"):
         os.utime(path, (1000, 1000))
     run(config)
-    place = tmp_path / "cache" / "files.json"
-    old = {name: known[:5] for name, known in json.loads(place.read_text()).items()}
-    place.write_text(json.dumps(old))
+    path = tmp_path / "cache" / "files.json"
+    old = {name: known[:5] for name, known in json.loads(path.read_text()).items()}
+    path.write_text(json.dumps(old))
     monkeypatch.setattr(cache, "_file_digest", lambda file: pytest.fail("read"))
     assert run(config)[0].images == 0
-    assert all(len(known) == 8 for known in json.loads(place.read_text()).values())
+    assert all(len(known) == 8 for known in json.loads(path.read_text()).values())

@@ -24,10 +24,11 @@ from byg_plugin.data import buckets
 from byg_plugin.data.cache import Keys, cache_latents, cache_texts, latent_store
 from byg_plugin.data.dataset import BucketBatches, CachedTuples, collate
 from byg_plugin.data.media import load_image
+from byg_plugin.data.rules import ROLES
 from byg_plugin.data.tuples import read_tuples
 from byg_plugin.models import make_family
 from tests.support import ROOT
-from tests.support.data_fakes import CPU, ROLES, FakeFamily, data_set, entries, record, write_tuples
+from tests.support.data_fakes import CPU, FakeFamily, data_set, entries, record, write_tuples
 from tests.support.tiny import tiny_config
 
 BASE = ROOT / "byg_plugin" / "demo" / "base"

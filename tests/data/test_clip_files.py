@@ -66,11 +66,11 @@ def udta_first(path: Path) -> Path:
     data = path.read_bytes()
     moov = data.index(b"moov") - 4
     end = moov + int.from_bytes(data[moov : moov + 4], "big")
-    boxes, place = [], moov + 8
-    while place < end:
-        size = int.from_bytes(data[place : place + 4], "big")
-        boxes.append(data[place : place + size])
-        place += size
+    boxes, offset = [], moov + 8
+    while offset < end:
+        size = int.from_bytes(data[offset : offset + 4], "big")
+        boxes.append(data[offset : offset + size])
+        offset += size
     boxes.sort(key=lambda box: box[4:8] != b"udta")
     path.write_bytes(data[: moov + 8] + b"".join(boxes) + data[end:])
     return path

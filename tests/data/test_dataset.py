@@ -16,8 +16,9 @@ from safetensors.torch import save
 from byg_plugin.config.sections import Config
 from byg_plugin.data.cache import Keys, cache_latents, cache_texts, texts_of
 from byg_plugin.data.dataset import BucketBatches, CachedTuples, collate, split_tuples
+from byg_plugin.data.rules import ROLES
 from byg_plugin.data.tuples import EditTuple, read_tuples
-from tests.support.data_fakes import CPU, ROLES, FakeFamily, data_set, hashed, picture, record, write_tuples
+from tests.support.data_fakes import CPU, FakeFamily, data_set, hashed, picture, record, write_tuples
 from tests.support.tiny import tiny_config
 
 

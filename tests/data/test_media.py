@@ -251,9 +251,9 @@ def test_what_is_no_image_is_named_as_what_it_is(tmp_path: Path, head: bytes, sa
 WORKFLOW = "a workflow of an editor " * 100_000  # 2.4 MB
 
 
-@pytest.mark.parametrize("place", ["before the pixels", "after them"])
+@pytest.mark.parametrize("where", ["before the pixels", "after them"])
 @pytest.mark.parametrize("kind", ["zTXt", "iTXt", "tEXt"])
-def test_long_texts_in_a_png_are_passed_over(tmp_path: Path, kind: str, place: str) -> None:
+def test_long_texts_in_a_png_are_passed_over(tmp_path: Path, kind: str, where: str) -> None:
     packed = zlib.compress(WORKFLOW.encode())
     text = {"zTXt": b"workflow\0\0" + packed, "iTXt": b"workflow\0\1\0en\0\0" + packed, "tEXt": b"w\0" + 30 * WORKFLOW.encode()}[kind]
     image = io.BytesIO()
@@ -261,7 +261,7 @@ def test_long_texts_in_a_png_are_passed_over(tmp_path: Path, kind: str, place: s
     exif[0x0112] = 6
     upright().transpose(Image.Transpose.ROTATE_90).save(image, "PNG", exif=exif)
     data = image.getvalue()
-    cut = 33 if place == "before the pixels" else len(data) - 12  # after the header, before the end
+    cut = 33 if where == "before the pixels" else len(data) - 12  # after the header, before the end
     path = tmp_path / "x.png"
     path.write_bytes(data[:cut] + chunk(kind.encode(), text) + data[cut:])
     assert image_size(path) == (64, 32) and close(load_image(path), upright(), 0)

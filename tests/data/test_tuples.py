@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from byg_plugin.config.sections import DatasetConfig
+from byg_plugin.data.rules import ROLES
 from byg_plugin.data.tuples import EditTuple, read_tuples, read_tuples_file
-from tests.support.data_fakes import ROLES, picture, record, write_tuples
+from tests.support.data_fakes import picture, record, write_tuples
 
 
 @pytest.fixture
@@ -50,8 +51,8 @@ def test_several_tuples_an_image_get_different_lasting_ids(folder: Path) -> None
 def test_an_id_is_the_same_in_another_folder_and_of_another_system(folder: Path) -> None:
     (here,) = read(folder, record("sub/c.png")) if picture(folder / "sub" / "c.png", (16, 16)) else ()
     moved = folder.rename(folder.with_name("elsewhere"))
-    (there,) = read(moved, {**record("sub/c.png"), "source": "sub\\c.png"})
-    assert here.id == there.id and there.source == moved / "sub" / "c.png"
+    (elsewhere,) = read(moved, {**record("sub/c.png"), "source": "sub\\c.png"})
+    assert here.id == elsewhere.id and elsewhere.source == moved / "sub" / "c.png"
 
 
 def test_byte_order_mark_blank_lines_crlf_and_line_separators_inside_a_caption(folder: Path) -> None:

@@ -31,8 +31,8 @@ def test_commands_of_the_pages_exist(page: str, least: int) -> None:
 
 
 def test_links_and_options_of_the_page_exist() -> None:
-    for place in re.findall(r"\]\(([^)#:]+)\)", PAGE):
-        assert (ROOT / "docs" / place).exists(), place
+    for path in re.findall(r"\]\(([^)#:]+)\)", PAGE):
+        assert (ROOT / "docs" / path).exists(), path
     tools = [path.stem for path in (ROOT / "dataset_tools").glob("[a-z]*.py")]
     for option in set(re.findall(r"`(--[\w-]+)", PAGE)):
         # `--tuples` is edit.py's, whose manifest the page describes.

@@ -37,7 +37,7 @@ def write(folder: Path, *records: dict[str, Any] | str) -> Path:
     return folder / "t.jsonl"
 
 
-def places(path: Path) -> dict[str, list[str]]:
+def by_reason(path: Path) -> dict[str, list[str]]:
     return {reason: [where for where, _ in found] for reason, found in validate([path]).by_reason.items()}
 
 
@@ -77,7 +77,7 @@ def test_each_reason_names_its_line(folder: Path) -> None:
         good("b.png", 12, split="validation"),
         good("a.png", 13, tgt_caption="a red car 13 on a street"),
     )
-    assert places(path) == {
+    assert by_reason(path) == {
         "schema": ["line 2"],
         "file": ["line 3"],
         "decode": ["line 4"],
@@ -97,7 +97,7 @@ def test_each_reason_names_its_line(folder: Path) -> None:
 def test_the_style_that_side_data_knows_must_be_in_the_source_caption(folder: Path) -> None:
     style = {"meta": {"source_style": "anime"}}
     path = write(folder, good("a.png", **style), good("b.png", 1, src_caption="an anime drawing of a red car", **style))
-    assert places(path) == {"source_style": ["line 1"]}
+    assert by_reason(path) == {"source_style": ["line 1"]}
 
 
 def test_only_tuples_that_the_trainer_takes_are_usable(folder: Path) -> None:

@@ -15,8 +15,8 @@ from PIL import Image
 
 from byg_plugin.data import clips
 from byg_plugin.data.dataset import split_tuples
-from byg_plugin.data.rules import check_texts
-from byg_plugin.data.tuples import TEXTS, read_tuples_file
+from byg_plugin.data.rules import ROLES, check_texts
+from byg_plugin.data.tuples import read_tuples_file
 from dataset_tools import render_videos
 from dataset_tools.prepare_captions import sampled_frames, table_inputs
 from dataset_tools.settings import CaptionsSettings, RenderSettings
@@ -59,7 +59,7 @@ def test_captions_of_a_tuple_share_one_text_with_the_styles_swapped() -> None:
             assert target in STYLES and target != style
             assert record["src_caption"].replace(style, target) == record["tgt_caption"] != record["src_caption"]
             assert target in record["instruction"] and style in record["reverse_instruction"]
-            assert not list(check_texts({role: record[role] for role in TEXTS}, source_style=style))
+            assert not list(check_texts({role: record[role] for role in ROLES}, source_style=style))
         assert "Turn the video to photo-realistic style" in {r["instruction"] for r in made} or style == "photo-realistic"
     assert {other_style("3d-cgi", f"c{k}") for k in range(40)} == set(STYLES)
 
@@ -74,9 +74,9 @@ def test_rows_are_drawn_at_random_and_the_same_at_each_run(tmp_path: Path) -> No
 
     first = drawn(0)
     assert len(set(first)) == 100 and first == drawn(0) != drawn(1)
-    places = [int(name[1:]) for name in first]
+    rows = [int(name[1:]) for name in first]
     # A quarter of the rows in each quarter of the table: 25 of 100 with a deviation of 4.
-    assert all(7 < sum(100 * q <= place < 100 * (q + 1) for place in places) < 43 for q in range(4))
+    assert all(7 < sum(100 * q <= row < 100 * (q + 1) for row in rows) < 43 for q in range(4))
 
 
 def test_captions_are_cleaned_repaired_or_rejected_and_wrapped(tmp_path: Path) -> None:

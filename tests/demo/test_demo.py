@@ -54,9 +54,11 @@ def test_no_ema_is_edited_with_the_live_weights(tmp_path):
     assert not (tmp_path / "training" / "other-ema.safetensors").exists()
 
 
-@pytest.mark.parametrize(("bfloat16", "told"), [(0.2, []), (1.1, ['train.mixed_precision="no"']), (30.0, ['train.mixed_precision="no"'])])
-def test_a_cpu_without_bfloat16_trains_in_float32(monkeypatch, capsys, bfloat16, told):
+@pytest.mark.parametrize(
+    ("bfloat16", "options"), [(0.2, []), (1.1, ['train.mixed_precision="no"']), (30.0, ['train.mixed_precision="no"'])]
+)
+def test_a_cpu_without_bfloat16_trains_in_float32(monkeypatch, capsys, bfloat16, options):
     monkeypatch.setattr(commands, "_seconds_of_product", {torch.bfloat16: bfloat16, torch.float32: 1.0}.__getitem__)
-    assert commands._precision([]) == told
-    assert ("float32" in capsys.readouterr().out) == bool(told)
+    assert commands._precision([]) == options
+    assert ("float32" in capsys.readouterr().out) == bool(options)
     assert commands._precision(['train.mixed_precision="bf16"']) == []

@@ -112,9 +112,9 @@ def with_object(**changes):
 
 
 def test_an_added_object_counts_at_any_place_of_its_corner_and_any_size():
-    for place in ({}, {"x": 43.0, "y": 51.0}, {"x": 35.0, "y": 48.0, "radius": 10.0}, {"radius": 15.5}, {"light": 5.0}):
-        result = metrics.score(with_object(**place), ADD)
-        assert result.joint and result.iou > 0.95 and result.edit_share > 0.95 and result.pebble, place
+    for change in ({}, {"x": 43.0, "y": 51.0}, {"x": 35.0, "y": 48.0, "radius": 10.0}, {"radius": 15.5}, {"light": 5.0}):
+        result = metrics.score(with_object(**change), ADD)
+        assert result.joint and result.iou > 0.95 and result.edit_share > 0.95 and result.pebble, change
 
 
 @pytest.mark.parametrize("changes", [

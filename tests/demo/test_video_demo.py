@@ -27,9 +27,9 @@ def demo(tmp_path_factory, base):
 
 def test_every_method_is_in_the_table(demo):
     out, tables = demo
-    told = json.loads((out / "figures.json").read_text(encoding="utf-8"))
-    assert told.keys() == tables.keys() == {"ground truth", "copy the source", "edited without pairs"}
-    assert told["edited without pairs"]["all"]["n"] == 3
+    figures = json.loads((out / "figures.json").read_text(encoding="utf-8"))
+    assert figures.keys() == tables.keys() == {"ground truth", "copy the source", "edited without pairs"}
+    assert figures["edited without pairs"]["all"]["n"] == 3
     # Through an mp4 like the edits': not exact, and not spoiled.
     assert tables["ground truth"]["all"]["joint"] == 1 and 0 < tables["ground truth"]["all"]["outside_error"] < 0.02
     assert tables["copy the source"]["all"]["edit"] == 0 and tables["copy the source"]["all"]["preserved"] == 1

@@ -95,8 +95,8 @@ def test_frames_of_an_edit_are_its_clips(edits):
 def test_instructions_captions_and_their_words(edits):
     said = set()
     for edit in video_world.sample_split(300, 0, "words", video_world.EDIT_TYPES):
-        there, back = PATTERNS[edit.edit_type]
-        assert re.fullmatch(f"{there}; {back}", f"{edit.instruction}; {edit.reverse_instruction}"), edit
+        forward, back = PATTERNS[edit.edit_type]
+        assert re.fullmatch(f"{forward}; {back}", f"{edit.instruction}; {edit.reverse_instruction}"), edit
         for text, scene in ((edit.src_caption, edit.before), (edit.tgt_caption, edit.after)):
             named = rf"a \w+ \w+ {CORNER} {WAY} on a \w+ background" if scene.things else r"an empty \w+ background"
             assert re.fullmatch(named, text)

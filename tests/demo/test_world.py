@@ -68,8 +68,8 @@ PATTERNS = {
 def test_the_reverse_instruction_undoes_the_instruction(edits):
     assert {edit.edit_type for edit in edits} == set(PATTERNS) == set(world.EDIT_TYPES)
     for edit in edits:
-        there, back = PATTERNS[edit.edit_type]
-        assert re.fullmatch(f"{there}; {back}", f"{edit.instruction}; {edit.reverse_instruction}"), edit
+        forward, back = PATTERNS[edit.edit_type]
+        assert re.fullmatch(f"{forward}; {back}", f"{edit.instruction}; {edit.reverse_instruction}"), edit
         # What an instruction takes away is named by the other caption and the other way round.
         words = [set(text.split()) for text in (edit.src_caption, edit.tgt_caption, edit.instruction, edit.reverse_instruction)]
         gained, lost = words[1] - words[0] - GLUE, words[0] - words[1] - GLUE
@@ -146,17 +146,17 @@ def quadrants_of(scene):
 @pytest.mark.parametrize("things", [0, 1, 2])
 def test_objects_and_pebble_lie_in_quadrants_of_their_own(things):
     rng = np.random.default_rng(0)
-    places = set()
+    arrangements = set()
     for _ in range(100):
         scene = world.sample_scene(rng, things)
         found = quadrants_of(scene)
         assert len(found) == things + 1 and None not in found and len(set(found)) == len(found)
-        places.add(tuple(found))
+        arrangements.add(tuple(found))
         named = [scene.background, *(thing.colour for thing in scene.things)]
         assert len(set(named)) == len(named)
         assert len({thing.shape for thing in scene.things}) == things
         assert all(world.OBJECT_RADIUS[0] <= thing.radius <= world.OBJECT_RADIUS[1] for thing in scene.things)
-    assert len(places) >= {0: 4, 1: 12, 2: 20}[things]  # every arrangement, of 24 most
+    assert len(arrangements) >= {0: 4, 1: 12, 2: 20}[things]  # every arrangement, of 24 most
 
 
 def test_after_an_edit_they_still_do():

@@ -47,7 +47,7 @@ def test_a_folder_in_batches(lora: Path, tmp_path: Path, monkeypatch: pytest.Mon
     names = sorted(p.name for p in (tmp_path / "one").glob("*.png"))
     assert names == sorted(f"photo{i}{end}.png" for i in range(4) for end in ("", "_side_by_side"))
     for index in range(4):
-        one, two = (Image.open(tmp_path / place / f"photo{index}.png") for place in ("one", "two"))
+        one, two = (Image.open(tmp_path / name / f"photo{index}.png") for name in ("one", "two"))
         assert json.loads(one.text["byg"]) == json.loads(two.text["byg"])
         assert json.loads(one.text["byg"])["seed"] == index
         assert difference(one, two) <= 1

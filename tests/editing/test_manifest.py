@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from byg_plugin import EditPipeline
+from byg_plugin.data.rules import ROLES
 from byg_plugin.editing import manifest
 from byg_plugin.editing.manifest import Edit, read_manifest
 from byg_plugin.lora.card import LoraCard
@@ -64,10 +66,10 @@ def test_a_source_behind_links_is_found(out: Path, tmp_path: Path):
     (tmp_path / "in" / "a.jpg").write_bytes(b"x")
     (tmp_path / "deep" / "er").mkdir(parents=True)
     (tmp_path / "deep" / "er" / "link").symlink_to(tmp_path / "in")
-    (tmp_path / "short").symlink_to(out)
+    (tmp_path / "deep" / "er" / "short").symlink_to(out)
     for source in ("deep/er/link/a.jpg", "deep/er/link/../in/a.jpg"):
-        manifest.append(tmp_path / "short", edit(tmp_path, source=tmp_path / source))
-    for folder in (out, tmp_path / "short"):
+        manifest.append(tmp_path / "deep/er/short", edit(tmp_path, source=tmp_path / source))
+    for folder in (out, tmp_path / "deep/er/short"):
         assert [one.source.read_bytes() for one in read_manifest(folder)] == [b"x", b"x"]
 
 
@@ -164,8 +166,7 @@ def test_a_line_says_what_was_edited_by_what(lora: Path, tmp_path: Path, monkeyp
     assert sorted(edits) == [f"{index:05d}_{Path(record['source']).stem}.png" for index, record in enumerate(records)]
     for index, (record, one) in enumerate(zip(records, (edits[name] for name in sorted(edits)), strict=True)):
         assert one.source == workspace().resolve() / record["source"] and one.source.is_file() and one.id
-        told = ("instruction", "src_caption", "tgt_caption", "reverse_instruction")
-        assert {name: getattr(one, name) for name in told} == {name: record[name] for name in told}
+        assert {name: getattr(one, name) for name in ROLES} == {name: record[name] for name in ROLES}
         assert one.seed == 4 + index and (one.frames, one.fps) == (None, None)
         with Image.open(one.edit) as image, Image.open(one.side_by_side) as both:
             assert image.size == one.size and both.width == 2 * one.size[0] + 4
@@ -220,9 +221,10 @@ def test_an_interrupted_run_leaves_whole_lines_of_whole_files(lora: Path, tmp_pa
 
 
 def test_a_file_of_that_name_that_is_none_of_ours_stops_before_the_work(lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    mine = tmp_path / "edits.jsonl"
-    mine.write_bytes((workspace() / "tuples.jsonl").read_bytes())
-    before = mine.read_bytes()
+    own = tmp_path / "edits.jsonl"
+    own.write_bytes((workspace() / "tuples.jsonl").read_bytes())
+    before = own.read_bytes()
+    monkeypatch.setattr(EditPipeline, "from_lora", lambda *args, **options: pytest.fail("the work has begun"))
     with pytest.raises(ValueError, match=r"edits\.jsonl, line 1: .* is missing"):
-        command(monkeypatch, None, "--lora", lora, "--source", photo(), "--instruction", "add", "--out", tmp_path)
-    assert mine.read_bytes() == before and list(tmp_path.iterdir()) == [mine]
+        command(monkeypatch, lora, "--source", photo(), "--instruction", "add", "--out", tmp_path)
+    assert own.read_bytes() == before and list(tmp_path.iterdir()) == [own]

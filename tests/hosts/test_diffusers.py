@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from byg_plugin.data.rules import ROLES
 from byg_plugin.hosts.diffusers import DiffusersHost
 from byg_plugin.models.flux import FluxFamily
 from byg_plugin.objectives import make_objective
@@ -94,12 +95,12 @@ def test_contexts_restore_what_they_found_when_nested(tmp_path: Path):
 def test_ema_swaps_pointers_and_puts_the_live_weights_back(tmp_path: Path):
     host = make_host(host_config(tmp_path))
     name, parameter = next(iter(host.parameters.items()))
-    place, shadow = parameter.data_ptr(), host.ema_weights.state()[name].clone()
+    address, shadow = parameter.data_ptr(), host.ema_weights.state()[name].clone()
     assert not torch.equal(parameter, shadow)
     with host.ema():
         assert torch.equal(parameter, shadow)
         assert not torch.is_grad_enabled()
-    assert parameter.data_ptr() == place and torch.is_grad_enabled()
+    assert parameter.data_ptr() == address and torch.is_grad_enabled()
 
 
 def test_ema_with_decay_0_is_the_live_lora(tmp_path: Path):
@@ -220,10 +221,7 @@ def test_a_step_under_another_batch_size_is_the_mean(tmp_path: Path):
     together = gradients(host)
     for i in (0, 1):
         pick = slice(i, i + 1)
-        texts = {
-            role: {n: v[pick] for n, v in getattr(batch, role).items()}
-            for role in ("src_caption", "tgt_caption", "instruction", "reverse_instruction")
-        }
+        texts = {role: {n: v[pick] for n, v in getattr(batch, role).items()} for role in ROLES}
         one = replace(batch, source=batch.source[pick], noise=batch.noise[pick], t=batch.t[pick], **texts)
         objective.step(host, one, lambda loss, last: (loss / 2).backward() or 0.5)
     assert relative_difference(gradients(host), together) <= 1e-4

@@ -12,6 +12,7 @@ from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DMode
 from safetensors.torch import load_file
 
 from byg_plugin.config.sections import Config
+from byg_plugin.data.rules import ROLES
 from byg_plugin.hosts import residency
 from byg_plugin.hosts.diffusers import DiffusersHost, lora_shapes
 from byg_plugin.hosts.quantize import Fp8Linear
@@ -99,7 +100,7 @@ def test_the_idle_expert_gets_no_gradient(tmp_path: Path):
 
 
 def batch_at(t: torch.Tensor) -> Batch:
-    roles = {role: wan_texts(3, seed) for seed, role in enumerate(("src_caption", "tgt_caption", "instruction", "reverse_instruction"))}
+    roles = {role: wan_texts(3, seed) for seed, role in enumerate(ROLES)}
     nodes = 12 * torch.linspace(1, 0, 5) / (1 + 11 * torch.linspace(1, 0, 5))
     return Batch(source=SOURCE, noise=X, t=t, nodes=nodes, **roles)
 
@@ -336,9 +337,9 @@ def test_an_expert_is_quantised_before_the_other_is_read(tmp_path: Path, monkeyp
     found: list[set[type]] = []
     read = wan_files.load_wan_transformer
 
-    def reading(*place: Any, **options: Any) -> WanTransformer3DModel:
+    def reading(*path: Any, **options: Any) -> WanTransformer3DModel:
         found.extend({type(m) for name, m in network.named_modules() if name.endswith(".base_layer")} for network in networks)
-        networks.append(read(*place, **options))
+        networks.append(read(*path, **options))
         return networks[-1]
 
     monkeypatch.setattr(wan_files, "load_wan_transformer", reading)

@@ -89,9 +89,9 @@ def test_every_field_has_a_reader():
     assert LoraCard.from_metadata(said).to_metadata() == {key: "3.0" if value is None else value for key, value in said.items()}
 
 
-@pytest.mark.parametrize("place", ["org/FLUX.1-dev", "C:\\models\\FLUX.1-dev\\", "FLUX.1-dev", "/a/b/FLUX.1-dev/"])
-def test_a_base_is_named_without_its_folders(place: str):
-    assert base_name(place) == "FLUX.1-dev"
+@pytest.mark.parametrize("path", ["org/FLUX.1-dev", "C:\\models\\FLUX.1-dev\\", "FLUX.1-dev", "/a/b/FLUX.1-dev/"])
+def test_a_base_is_named_without_its_folders(path: str):
+    assert base_name(path) == "FLUX.1-dev"
 
 
 def test_converting_keeps_keys_that_no_card_has(tmp_path: Path):

@@ -118,13 +118,13 @@ def test_check_agrees_about_other_namings(comfy: SimpleNamespace, prefix: str, c
         layer, _, matrix = key.removeprefix("transformer.").partition(".lora_")
         name = layer.replace(".", "_") if prefix.endswith("_") else layer
         tensors[f"{prefix}{name}.lora_{matrix}"] = tensor
-    told = len(check(tensors, {"byg.family": "flux"}, ["comfyui"]).tools[0].loaded)
+    reported = len(check(tensors, {"byg.family": "flux"}, ["comfyui"]).tools[0].loaded)
     made, _ = loaded_by_comfyui(comfy, tensors, caplog)
     if prefix == "":
-        assert told == 0, "check() answers for releases that lack the bare names"
+        assert reported == 0, "check() answers for releases that lack the bare names"
         assert made in (0, 418)
     else:
-        assert told == made
+        assert reported == made
 
 
 @pytest.mark.parametrize(

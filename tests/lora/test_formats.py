@@ -100,8 +100,8 @@ def test_native_named_files_load_in_diffusers(tmp_path: Path):
 
 def test_round_trip_is_bit_for_bit():
     tensors, _ = peft_lora(every_linear())
-    there = lora_formats.convert(tensors, "comfyui")
-    back = lora_formats.convert(there, "diffusers")
+    converted = lora_formats.convert(tensors, "comfyui")
+    back = lora_formats.convert(converted, "diffusers")
     assert back.keys() == tensors.keys()
     assert all(torch.equal(back[key], tensors[key]) for key in tensors)
 

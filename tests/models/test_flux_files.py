@@ -68,15 +68,15 @@ def test_transformer_from_folders_and_a_diffusers_file(tmp_path: Path):
     part = tmp_path / "root" / "transformer"
     loose = tmp_path / "loose.safetensors"
     save_file(model.state_dict(), loose)
-    for place in (tmp_path / "root", part, part / "diffusion_pytorch_model.safetensors", loose):
-        assert torch.equal(flux_output(flux_files.load_flux_transformer(str(place), dtype=F32)), flux_output(model))
+    for path in (tmp_path / "root", part, part / "diffusion_pytorch_model.safetensors", loose):
+        assert torch.equal(flux_output(flux_files.load_flux_transformer(str(path), dtype=F32)), flux_output(model))
 
 
 def test_meta_transformer_has_the_loaded_ones_shapes(tmp_path: Path):
     model = tiny_flux(guidance=False)
     model.save_pretrained(tmp_path / "transformer")
-    for place in (tmp_path, native_file(model, tmp_path / "flux.safetensors")):
-        meta = flux_files.flux_transformer_on_meta(place)
+    for path in (tmp_path, native_file(model, tmp_path / "flux.safetensors")):
+        meta = flux_files.flux_transformer_on_meta(path)
         assert {p.device.type for p in meta.parameters()} == {"meta"}
         assert {n: p.shape for n, p in meta.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
 
@@ -180,10 +180,10 @@ def test_vae_from_ae_file(tmp_path: Path, prefix: str):
 def test_vae_from_folders(tmp_path: Path):
     vae = tiny_vae()
     vae.save_pretrained(tmp_path / "vae")
-    for place in (tmp_path, tmp_path / "vae", tmp_path / "vae" / "diffusion_pytorch_model.safetensors"):
-        loaded = flux_files.load_flux_vae(str(place), dtype=F32)
+    for path in (tmp_path, tmp_path / "vae", tmp_path / "vae" / "diffusion_pytorch_model.safetensors"):
+        loaded = flux_files.load_flux_vae(str(path), dtype=F32)
         assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), vae.parameters(), strict=True))
-        assert flux_files.vae_downsampling(str(place)) == 2
+        assert flux_files.vae_downsampling(str(path)) == 2
 
 
 def test_shipped_vae_is_flux1s():
@@ -242,8 +242,8 @@ def test_text_encoders_of_a_root_folder_bring_their_own_tokenizers(tmp_path: Pat
     t5_tokenizer.save_pretrained(tmp_path / "tokenizer_2")
     with pytest.raises(ValueError, match="49409 tokens, the text encoder knows 49408"):
         flux_files.load_clip_l(tmp_path, dtype=F32)
-    for place in (tmp_path, tmp_path / "text_encoder_2"):
-        assert "<edit>" in flux_files.load_t5(place, dtype=F32)[1].get_vocab()
+    for path in (tmp_path, tmp_path / "text_encoder_2"):
+        assert "<edit>" in flux_files.load_t5(path, dtype=F32)[1].get_vocab()
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tmp_path: Path):

@@ -76,8 +76,8 @@ def angles(width: int, frame: int, row: int, column: int) -> list[float]:
     """Wan's rotation by hand: the head's pairs split among frame, row and column, each with its own frequencies."""
     side = 2 * (width // 6)
     out = []
-    for place, share in ((frame, width - 2 * side), (row, side), (column, side)):
-        out += [place * 10000 ** (-2 * pair / share) for pair in range(share // 2)]
+    for index, share in ((frame, width - 2 * side), (row, side), (column, side)):
+        out += [index * 10000 ** (-2 * pair / share) for pair in range(share // 2)]
     return out
 
 
@@ -90,8 +90,8 @@ def test_rotations_in_closed_form(position: str):
     assert cos.shape == (1, 2 * frames * rows * columns, 1, width)
     token = 0
     for half in range(2):
-        for place in [(f, r, c) for f in range(frames) for r in range(rows) for c in range(columns)]:
-            for pair, angle in enumerate(angles(width, *place)):
+        for index in [(f, r, c) for f in range(frames) for r in range(rows) for c in range(columns)]:
+            for pair, angle in enumerate(angles(width, *index)):
                 turned = angle + (10000 ** (-2 * pair / width) if half and position == "bernini" else 0.0)
                 for channel in (2 * pair, 2 * pair + 1):
                     assert cos[0, token, 0, channel].item() == pytest.approx(math.cos(turned), abs=1e-6)
@@ -188,11 +188,11 @@ def test_boundary_comes_from_configuration_checkpoint_or_publication(tmp_path: P
 
 
 def test_one_file_given_twice_is_refused(tmp_path: Path):
-    place = str(wan_folder() / "transformer")
+    path = str(wan_folder() / "transformer")
     with pytest.raises(ValueError, match="hold the same weights"):
-        list(family_of(tmp_path, A14B, model={"transformer": place, "transformer_2": place}).load_transformers(torch.float32))
+        list(family_of(tmp_path, A14B, model={"transformer": path, "transformer_2": path}).load_transformers(torch.float32))
     tiny_wan(num_layers=1).save_pretrained(tmp_path / "other")
-    other = family_of(tmp_path, A14B, model={"transformer": place, "transformer_2": str(tmp_path / "other")})
+    other = family_of(tmp_path, A14B, model={"transformer": path, "transformer_2": str(tmp_path / "other")})
     with pytest.raises(ValueError, match="not two experts of one model"):
         next(other.load_transformers(torch.float32))
 
@@ -345,9 +345,9 @@ def test_guidance_has_each_experts_scale_and_the_source_in_both_branches(tmp_pat
     for value, scale, count in ((0.875, 4.0, 2), (0.8, 1.0, 1)):
         calls.clear()
         t = torch.full((2,), value)
-        plain, against = field(x, t, text, source), x * negative["umt5"].mean() + source
+        plain, away = field(x, t, text, source), x * negative["umt5"].mean() + source
         calls.clear()
-        torch.testing.assert_close(guided(x, t, text, source), against + scale * (plain - against))
+        torch.testing.assert_close(guided(x, t, text, source), away + scale * (plain - away))
         assert len(calls) == count
 
 

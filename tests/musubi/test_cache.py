@@ -11,7 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from byg_plugin.data.tuples import TEXTS, EditTuple
+from byg_plugin.data.rules import ROLES
+from byg_plugin.data.tuples import EditTuple
 from byg_plugin.musubi import cache as musubi_cache
 from byg_plugin.musubi.cache import Item
 from byg_plugin.musubi.flux import FluxOnMusubi
@@ -23,7 +24,7 @@ ENCODER = "t5.safetensors:1|bf16|8"
 
 
 def edit_tuple(source: str, number: int = 0) -> EditTuple:
-    texts = {role: f"{role} of {source} {number}" for role in TEXTS}
+    texts = {role: f"{role} of {source} {number}" for role in ROLES}
     return EditTuple(id=f"{source}{number}", source=Path(source), **texts)
 
 
@@ -60,7 +61,7 @@ def test_the_hosts_own_tensors_stay(tmp_path: Path):
         musubi_cache.write_roles(Item(stem="a", path=path), [edit_tuple("a.png")], encode, WAN, ENCODER)
     written = load_file(path)
     assert torch.equal(written["varlen_t5_bfloat16"], own["varlen_t5_bfloat16"])
-    assert {name for name in written if "byg" in name} == {f"varlen_byg_{r}_{p}" for r in TEXTS for p in ("umt5_bfloat16", "lengths_int64")}
+    assert {name for name in written if "byg" in name} == {f"varlen_byg_{r}_{p}" for r in ROLES for p in ("umt5_bfloat16", "lengths_int64")}
     with safe_open(path, framework="pt") as file:
         assert file.metadata()["caption1"] == "theirs"
     assert musubi_cache.is_current(path, [edit_tuple("a.png")], ENCODER)
@@ -116,14 +117,14 @@ def test_a_batch_gives_each_item_its_own_texts(tmp_path: Path):
     batch = collated([tmp_path / "cache" / f"{name}_wan_te.safetensors" for name in "ab"])
     for number, expected in ((0.1, tuples[0]), (0.9, tuples[1])):
         texts = musubi_cache.texts_of_batch(batch, 2, WAN, [number, 0.99], 8)
-        for role in TEXTS:
+        for role in ROLES:
             for row, item in enumerate((expected, tuples[2])):
                 own = encoding(getattr(item, role))["umt5"]
                 assert texts[role]["umt5"].shape == (2, 8, WIDTH)
                 assert torch.equal(texts[role]["umt5"][row, : len(own)], own) and not texts[role]["umt5"][row, len(own) :].any()
 
 
-@pytest.mark.parametrize("role", TEXTS)
+@pytest.mark.parametrize("role", ROLES)
 @pytest.mark.parametrize("part", ["umt5_bfloat16", "lengths_int64"])
 def test_a_role_missing_on_one_item_is_refused(tmp_path: Path, role: str, part: str):
     tuples = [edit_tuple("a.png"), edit_tuple("b.png")]
@@ -175,7 +176,7 @@ DATASETS = {
 def test_a_dataset_toml_of_another_shape_is_named(tmp_path: Path, text: str, says: str):
     path = tmp_path / "dataset.toml"
     path.write_text(text, encoding="utf-8")
-    for read in (musubi_cache.sizes, lambda place: musubi_cache.cached_items(place, WAN)):
+    for read in (musubi_cache.sizes, lambda path: musubi_cache.cached_items(path, WAN)):
         with pytest.raises(ValueError, match=f"musubi.dataset_config = .*dataset.toml: .*{says}") as caught:
             read(path)
         assert len(str(caught.value)) < 1000

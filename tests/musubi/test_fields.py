@@ -115,8 +115,8 @@ class ToyExperts:
         self._away = {name: torch.randn(p.shape, generator=rng, dtype=p.dtype) * 0.3 for name, p in transformer.named_parameters()}
 
     def exchange(self) -> None:
-        places = [block.here for block in self._transformer.blocks]
-        assert places == sorted(places, reverse=True), "the other expert's blocks were put away as a forward pass starts"
+        flags = [block.here for block in self._transformer.blocks]
+        assert flags == sorted(flags, reverse=True), "the other expert's blocks were put away as a forward pass starts"
         assert not self._transformer.moving, "a transfer of this expert's blocks would write into the other's"
         parked = {name: value.clone() for name, value in self._transformer.state_dict().items()}
         self._transformer.load_state_dict(self._away, assign=True)

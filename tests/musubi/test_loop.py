@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from byg_plugin.data.tuples import TEXTS
+from byg_plugin.data.rules import ROLES
 from byg_plugin.lora import formats as lora_formats
 from byg_plugin.musubi import cache as musubi_cache
 from byg_plugin.musubi import host as musubi
@@ -26,7 +26,7 @@ from tests.support import ROOT
 from tests.support.musubi_host import (
     A14B,
     BLOCKS,
-    PLACE,
+    CHECKOUT,
     SITE,
     T2V,
     WAN_TEXT,
@@ -114,7 +114,7 @@ def test_ranks_draw_different_noise(tmp_path: Path):
     Accelerator(cpu=True)  # the autocast of those below asks for accelerate's state
     batch = {
         f"byg_{role}_{part}": value
-        for role in TEXTS
+        for role in ROLES
         for part, value in (("umt5", [torch.ones(3, WAN_TEXT)]), ("lengths", [torch.tensor([3])]))
     }
     seen = []
@@ -167,12 +167,14 @@ def test_the_pages_commands_lead_to_a_preview(tmp_path: Path):
         (tmp_path / f"models/{name}.safetensors").touch()
     Image.new("RGB", (64, 48), (40, 90, 200)).save(tmp_path / "data/images/parrots.jpg")
     (tmp_path / "data/images/parrots.txt").write_text("not used", encoding="utf-8")
-    tuples = {"source": "images/parrots.jpg", **{role: f"{role} of parrots" for role in TEXTS}}
+    tuples = {"source": "images/parrots.jpg", **{role: f"{role} of parrots" for role in ROLES}}
     (tmp_path / "data/tuples.jsonl").write_text(json.dumps(tuples), encoding="utf-8")
     (tmp_path / "data/preview_prompts.txt").write_text("make it snow --ci data/images/parrots.jpg --w 64 --h 48 --s 2 --d 1\n")
-    places = "".join(f'{key} = "data/images"\n' for key in ("image_directory", "control_directory"))
+    directories = "".join(f'{key} = "data/images"\n' for key in ("image_directory", "control_directory"))
     general = '[general]\nresolution = [64, 48]\nbatch_size = 1\ncaption_extension = ".txt"\n'
-    (tmp_path / "data/musubi_dataset.toml").write_text(f'{general}[[datasets]]\n{places}cache_directory = "data/cache"\n', encoding="utf-8")
+    (tmp_path / "data/musubi_dataset.toml").write_text(
+        f'{general}[[datasets]]\n{directories}cache_directory = "data/cache"\n', encoding="utf-8"
+    )
 
     text = (ROOT / "docs/musubi.md").read_text(encoding="utf-8").partition("for FLUX.1-dev:")[2]
     commands = [line.split(" #")[0].split() for line in text.partition("```bash\n")[2].partition("```")[0].splitlines()]
@@ -188,7 +190,7 @@ def test_the_pages_commands_lead_to_a_preview(tmp_path: Path):
         if words[0] == "accelerate":
             words = ["python", *launch, *words[2:], *short]
         if not (ROOT / words[1]).exists() and words[1].startswith("flux"):
-            words[1] = str(Path(PLACE) / words[1])
+            words[1] = str(Path(CHECKOUT) / words[1])
         environment = child_env(BYG_TINY_HOST="1")
         done = subprocess.run([sys.executable, *words[1:]], capture_output=True, text=True, env=environment, check=False, cwd=tmp_path)
         assert done.returncode == 0, f"{words}: {done.stdout[-1500:]} {done.stderr[-3000:]}"
@@ -235,7 +237,7 @@ def test_edit_of_the_embedded_host_takes_the_lora(tmp_path: Path, family: str):
 @pytest.mark.parametrize("family", [T2V, "flux"])
 def test_the_cache_step_adds_roles_to_the_hosts_items(tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch, capsys: Any):
     write_work(tmp_path, family)
-    place = "fk" if family == "flux" else "wan"
+    architecture = "fk" if family == "flux" else "wan"
     for path in (tmp_path / "cache").glob("*_te.safetensors"):
         path.unlink()
     for name in ("t5", "clip"):
@@ -260,7 +262,7 @@ def test_the_cache_step_adds_roles_to_the_hosts_items(tmp_path: Path, family: st
     from musubi_tuner.dataset.image_video_dataset import ItemInfo
 
     item = ItemInfo("photo0", "theirs", (48, 32))
-    item.text_encoder_output_cache_path = str(tmp_path / "cache" / f"photo0_{place}_te.safetensors")
+    item.text_encoder_output_cache_path = str(tmp_path / "cache" / f"photo0_{architecture}_te.safetensors")
     if family == "flux":
         cache_io.save_text_encoder_output_cache_flux_kontext(item, torch.ones(8, 24), torch.ones(20))
     else:

@@ -147,8 +147,8 @@ def test_streamed_blocks_exclude_two_experts(folder: Path):
 
 
 def test_an_8_bit_t5_excludes_previews_of_flux(folder: Path):
-    place = str(folder / "dataset.toml")
-    options = {"fp8_t5": True, **dict.fromkeys(("sample_prompts", "vae", "t5", "text_encoder1", "text_encoder2"), place)}
+    path = str(folder / "dataset.toml")
+    options = {"fp8_t5": True, **dict.fromkeys(("sample_prompts", "vae", "t5", "text_encoder1", "text_encoder2"), path)}
     wan = {name: value for name, value in options.items() if not name.startswith("text_encoder")}
     assert any("musubi.fp8_t5 stops" in line for line in found(host_config(folder, "flux", musubi=options)))
     assert found(host_config(folder, T2V, musubi=wan)) == [] == found(host_config(folder, "flux", musubi={"fp8_t5": True}))
@@ -163,19 +163,19 @@ def test_an_8_bit_t5_excludes_previews_of_flux(folder: Path):
     ],
 )
 def test_the_precision_is_that_of_the_file(folder: Path, dtype: torch.dtype, options: dict[str, Any], says: str):
-    place = folder / "dit.safetensors"
-    given = {"dit": str(place), **options}
+    path = folder / "dit.safetensors"
+    given = {"dit": str(path), **options}
     with pytest.raises(ValueError, match="not a readable safetensors file"):
         musubi_options.check_precision(given)
-    save_file({"x": torch.zeros(1)}, place)
+    save_file({"x": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match="no Wan DiT"):
         musubi_options.check_precision(given)
     key = "model.diffusion_model.blocks.0.cross_attn.k.weight"
-    save_file({key: torch.zeros(2, 2).to(dtype)}, place)
+    save_file({key: torch.zeros(2, 2).to(dtype)}, path)
     with pytest.raises(ValueError, match=says):
         musubi_options.check_precision(given)
     musubi_options.check_precision(given | {"mixed_precision": "fp16" if dtype == torch.float16 else "bf16", "fp8_scaled": False})
-    save_file({key: torch.zeros(2, 2)}, place)
+    save_file({key: torch.zeros(2, 2)}, path)
     musubi_options.check_precision(given)
 
 
@@ -275,10 +275,10 @@ def test_a_missing_host_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch):
     config = host_config(folder, T2V)
     model = config.model.model_copy(update={"host_path": str(folder)})
     with pytest.raises(ValueError, match="no checkout of musubi-tuner there"):
-        musubi.open_host(model)
+        musubi.open_checkout(model)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="set model.host_path"):
-        musubi.open_host(model.model_copy(update={"host_path": None}))
+        musubi.open_checkout(model.model_copy(update={"host_path": None}))
 
 
 def test_clips_are_not_edited_with_the_diffusers_that_the_host_pins(folder: Path, monkeypatch: pytest.MonkeyPatch):

@@ -178,8 +178,8 @@ def parity(tmp_path: Path, family: str, recompute: bool) -> dict[str, float]:
         name: abs(found[name] - value).item() / (1.0 if name.startswith("cosine") else max(abs(value.item()), 1e-3))
         for name, value in expected.items()
     }
-    mine, theirs = host_gradients(it, lora, family), summed_downs(gradients, family)
-    grads = {name: ((mine[name] - value).norm() / value.norm()).item() for name, value in theirs.items()}
+    ours, theirs = host_gradients(it, lora, family), summed_downs(gradients, family)
+    grads = {name: ((ours[name] - value).norm() / value.norm()).item() for name, value in theirs.items()}
     assert min(value.norm() for value in theirs.values()) > 1e-6, "a comparison with nothing shows nothing"
     return {"losses": max(losses.values()), "gradients": max(grads.values()), "terms": len(expected), "tensors": len(grads)}
 

@@ -90,8 +90,8 @@ def test_previews_in_the_hosts_loop(tmp_path: Path, family: str, monkeypatch: py
     )
     host = open_tiny(family)
 
-    def prompts(self: Any, args: Any, accelerator: Any, place: str) -> Any:
-        found = host.trainer.load_prompts(place)
+    def prompts(self: Any, args: Any, accelerator: Any, path: str) -> Any:
+        found = host.trainer.load_prompts(path)
         for prompt in found:
             one = texts(family, 1, 1)
             prompt |= {"t5_vec": one["t5"], "clip_l_pooler": one["pooled"]} if family == "flux" else {"t5_embeds": one["umt5"][0, :5]}

@@ -40,10 +40,10 @@ def test_wan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     size = {"vocab_size": len(tokenizer), "dim": 24, "dim_attn": 16, "dim_ffn": 32, "num_heads": 2, "encoder_layers": 2}
     monkeypatch.setattr(t5, "umt5_xxl", partial(t5.umt5_xxl, **size))
     torch.manual_seed(0)
-    place = tmp_path / "t5.safetensors"
-    save_file(t5.umt5_xxl(encoder_only=True).state_dict(), place)
-    found = musubi.encode_texts(host, host_config(tmp_path, T2V, musubi={"t5": str(place)}), TEXTS)
-    encoder = t5.T5EncoderModel(text_len=512, dtype=torch.bfloat16, device=torch.device("cpu"), weight_path=str(place))
+    path = tmp_path / "t5.safetensors"
+    save_file(t5.umt5_xxl(encoder_only=True).state_dict(), path)
+    found = musubi.encode_texts(host, host_config(tmp_path, T2V, musubi={"t5": str(path)}), TEXTS)
+    encoder = t5.T5EncoderModel(text_len=512, dtype=torch.bfloat16, device=torch.device("cpu"), weight_path=str(path))
     for text, own in zip(TEXTS, host_cache(host, "wan_cache_text_encoder_outputs", tmp_path, encoder, [None]), strict=True):
         assert torch.equal(found[text]["umt5"], own["t5"]) and len(own["t5"]) == 1 + len(text.split())
     assert not torch.equal(found[TEXTS[0]]["umt5"][0], found[TEXTS[1]]["umt5"][0])
@@ -55,9 +55,9 @@ def test_flux(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     asked: list[Any] = []
     for name, tiny in (("load_t5xxl", utils.load_t5xxl), ("load_clip_l", utils.load_clip_l)):
 
-        def load(place: str, dtype: Any, device: Any, disable_mmap: bool, tiny: Any = tiny) -> Any:
-            asked.append((place, dtype))
-            return tiny(place, dtype, device)
+        def load(path: str, dtype: Any, device: Any, disable_mmap: bool, tiny: Any = tiny) -> Any:
+            asked.append((path, dtype))
+            return tiny(path, dtype, device)
 
         monkeypatch.setattr(utils, name, load)
     config = host_config(tmp_path, "flux", musubi={"text_encoder1": "t5.safetensors", "text_encoder2": "clip.safetensors"})

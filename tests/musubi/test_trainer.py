@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from byg_plugin import sampling
-from byg_plugin.data.tuples import TEXTS
+from byg_plugin.data.rules import ROLES
 from byg_plugin.hosts.ema import EmaWeights
 from byg_plugin.musubi import host as musubi
 from byg_plugin.musubi import trainer as musubi_trainer
@@ -48,7 +48,7 @@ class Accelerator:
 
 def trainer(folder: Path, family: str = T2V, **sections: dict[str, Any]) -> Any:
     config = host_config(folder, family, **sections)
-    made: Any = type("Played", (UnpairedCycleTrainer,), {"byg_config": config, "byg_host": SimpleNamespace(family=WanOnMusubi())})()
+    made: Any = type("Played", (UnpairedCycleTrainer,), {"byg_config": config, "byg_checkout": SimpleNamespace(family=WanOnMusubi())})()
     made.byg_fields = Fields()
     made.byg_high_share = None
     return made
@@ -86,10 +86,10 @@ def test_a_step_is_on_one_side_of_the_boundary_and_the_sides_have_their_share(tm
 
 def drawn(it: Any, steps: int, accumulation: int, ranks: int, size: int = 1) -> list[list[Any]]:
     """What each batch of a run is given, by steps: ranks beside each other."""
-    rows = {f"byg_{role}_{part}": [value] for role in TEXTS for part, value in (("umt5", torch.ones(3, 2)), ("lengths", torch.tensor([3])))}
+    rows = {f"byg_{role}_{part}": [value] for role in ROLES for part, value in (("umt5", torch.ones(3, 2)), ("lengths", torch.tensor([3])))}
     rows = {name: values * size for name, values in rows.items()}
     found: list[list[Any]] = []
-    it.byg_objective = SimpleNamespace(step=lambda fields, batch, backward: found[-1].append(batch) or {"loss": torch.ones(())})
+    it.byg_objective.step = lambda fields, batch, backward: found[-1].append(batch) or {"loss": torch.ones(())}
     it._byg_proved = True
     it.byg_fields.ema_weights = EmaWeights({}, 0.0)
     args = SimpleNamespace(gradient_accumulation_steps=accumulation)
@@ -176,10 +176,10 @@ def test_companions_of_files_that_the_host_removed_are_removed(tmp_path: Path):
 def test_the_average_is_uploaded_where_the_host_uploads(tmp_path: Path):
     it, sent = trainer(tmp_path, musubi={"output_dir": str(tmp_path)}), []
     (tmp_path / "dataset.toml").write_text("[[datasets]]\n", encoding="utf-8")
-    upload = lambda args, place, name, force_sync_upload: sent.append((Path(place).is_file(), name, force_sync_upload))  # noqa: E731
-    it.byg_host.module = lambda name: SimpleNamespace(upload=upload)
+    upload = lambda args, path, name, force_sync_upload: sent.append((Path(path).is_file(), name, force_sync_upload))  # noqa: E731
+    it.byg_checkout.module = lambda name: SimpleNamespace(upload=upload)
     it.byg_fields.ema_weights = EmaWeights({}, 0.9)
-    it.byg_fields.network.save_weights = lambda place, dtype, metadata: Path(place).touch()
+    it.byg_fields.network.save_weights = lambda path, dtype, metadata: Path(path).touch()
     args = SimpleNamespace(output_dir=str(tmp_path), dataset_config=tmp_path / "dataset.toml", dit="dit", network_alpha=4)
     for repository in (None, "someone/somewhere"):
         args.huggingface_repo_id = repository
@@ -273,7 +273,7 @@ def test_data_and_weights_are_looked_at_before_the_rate_is_blamed(tmp_path: Path
 
     it = trainer(tmp_path)
     bad = {"loss": torch.tensor(torch.nan)}
-    texts = {role: {"umt5": torch.ones(1, 2, 3)} for role in TEXTS}
+    texts = {role: {"umt5": torch.ones(1, 2, 3)} for role in ROLES}
     latents = torch.ones(1, 4, 1, 2, 2)
 
     def batch(source: Tensor) -> Batch:
@@ -290,8 +290,8 @@ def test_data_and_weights_are_looked_at_before_the_rate_is_blamed(tmp_path: Path
     with pytest.raises(FloatingPointError, match=r"cached latents of this batch .*remove .*c.safetensors \(tensor latents\)") as caught:
         it._stop_if_not_finite(Accelerator(), bad, args, batch(latents * torch.inf))
     assert "learning_rate" not in str(caught.value)
-    texts[TEXTS[0]] = {"umt5": torch.full((1, 2, 3), torch.nan)}
-    with pytest.raises(FloatingPointError, match=rf"cached {TEXTS[0]} \(umt5\) of this batch"):
+    texts[ROLES[0]] = {"umt5": torch.full((1, 2, 3), torch.nan)}
+    with pytest.raises(FloatingPointError, match=rf"cached {ROLES[0]} \(umt5\) of this batch"):
         it._stop_if_not_finite(Accelerator(), bad, args, batch(latents))
     it.byg_fields.network.weight.data[0, 0] = torch.nan
     with pytest.raises(FloatingPointError, match="The weights are the reason: weight holds NaN"):

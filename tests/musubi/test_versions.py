@@ -61,9 +61,9 @@ def test_an_incompatible_host_is_one_error(monkeypatch: pytest.MonkeyPatch):
     model = host.module("wan.modules.model").WanModel
     monkeypatch.delattr(model, "switch_block_swap_for_training")
     monkeypatch.setattr(model, "forward", lambda self, x, t, context, seq_len: x)
-    with pytest.raises(ValueError, match="it lacks:") as told:
-        musubi.open_host(host_config(Path("."), T2V).model)
-    lacking = [line.removeprefix("  - ") for line in str(told.value).splitlines()[1:]]
+    with pytest.raises(ValueError, match="it lacks:") as error:
+        musubi.open_checkout(host_config(Path("."), T2V).model)
+    lacking = [line.removeprefix("  - ") for line in str(error.value).splitlines()[1:]]
     starts = ["the seam WanNetworkTrainer.process_batch", "the seam WanNetworkTrainer.on_post_save"]
     starts += ["WanModel.switch_block_swap_for_training", "WanModel.forward(f_indices"]
     assert len(lacking) == 4 and all(line.startswith(start) for line, start in zip(lacking, starts, strict=True))

@@ -48,8 +48,8 @@ def test_links_lead_somewhere(path: Path):
     links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text_of(path)) if "://" not in link]
     assert links or path.name in ("configuration.md", "step_cost.md", "extending.md")
     for link in links:
-        place, _, anchor = link.partition("#")
-        target = path.parent / place if place else path
+        file, _, anchor = link.partition("#")
+        target = path.parent / file if file else path
         assert target.exists(), link
         assert not anchor or anchor in anchors(target), link
 

@@ -46,4 +46,4 @@ def test_an_import_the_other_way_is_told(tree: Path, file: str, line: str, broke
     path = tree / file
     path.write_text(path.read_text(encoding="utf-8") + f"\n{line}\n", encoding="utf-8")
     code, said = linted(tree)
-    assert code == 1 and any(broken in told and "BROKEN" in told for told in said.splitlines()), said
+    assert code == 1 and any(broken in line_said and "BROKEN" in line_said for line_said in said.splitlines()), said

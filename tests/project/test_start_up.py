@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from byg_plugin.data.rules import ROLES
 from tests.support import ROOT
 
 CONFIGURED = ("byg_plugin.train_network", "byg_plugin.cache_latents", "byg_plugin.cache_text_encoder_outputs")
@@ -90,7 +91,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "c.toml").write_text(TOML, encoding="utf-8")
     (folder / "d.toml").write_text(TOML.replace("none.jsonl", "d.jsonl").replace('"m"', '"none/nowhere/else"'), encoding="utf-8")
     texts = ("a field", "a field in snow", "add the snow", "remove the snow")
-    roles = dict(zip(("src_caption", "tgt_caption", "instruction", "reverse_instruction"), texts, strict=True))
+    roles = dict(zip(ROLES, texts, strict=True))
     (folder / "d.jsonl").write_text(json.dumps({"source": "a.png", **roles}), encoding="utf-8")
     (folder / "a.png").touch()
     (folder / "l.safetensors").touch()

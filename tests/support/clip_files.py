@@ -103,8 +103,8 @@ def remux(source: Path, to: Path, skip: int = 0, edit: Callable[[list[av.Packet]
 def with_matrix(path: Path, matrix: tuple[float, float, float, float]) -> Path:
     """An .mp4 whose header turns the picture: (x, y) is shown at (a x + c y, b x + d y)."""
     data = bytearray(path.read_bytes())
-    place = data.index(b"tkhd") + 44
+    offset = data.index(b"tkhd") + 44
     a, b, c, d = (round(value * 65536) for value in matrix)
-    data[place : place + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    data[offset : offset + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
     path.write_bytes(data)
     return path

@@ -19,9 +19,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from byg_plugin.config.sections import Config
+from byg_plugin.data.rules import ROLES
 from tests.support.tiny import tiny_config
 
-ROLES = ("src_caption", "tgt_caption", "instruction", "reverse_instruction")
 CPU = torch.device("cpu")
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from byg_plugin import timesteps
 from byg_plugin.config.sections import Config
+from byg_plugin.data.rules import ROLES
 from byg_plugin.hosts.diffusers import DiffusersHost
 from byg_plugin.models import flux_files
 from byg_plugin.models.flux import FluxFamily
@@ -26,7 +27,7 @@ def host_config(tmp_path: Path, **sections: dict[str, Any]) -> Config:
 def batch_of(size: int = 2, seed: int = 0) -> Batch:
     rng = torch.Generator().manual_seed(seed)
     shape = (size, 16, 1, 8, 8)
-    texts = {role: tiny_texts(size, 10 + i) for i, role in enumerate(("src_caption", "tgt_caption", "instruction", "reverse_instruction"))}
+    texts = {role: tiny_texts(size, 10 + i) for i, role in enumerate(ROLES)}
     return Batch(
         source=torch.randn(shape, generator=rng),
         noise=torch.randn(shape, generator=rng),

@@ -22,10 +22,10 @@ from byg_plugin.musubi.checkout import Checkout
 from tests.support import GOLDEN
 from tests.support.tiny import tiny_config, tiny_flux, tiny_texts
 
-PLACE = os.environ.get("MUSUBI_TUNER", "")
+CHECKOUT = os.environ.get("MUSUBI_TUNER", "")
 needs_host = [
     pytest.mark.musubi,
-    pytest.mark.skipif(not PLACE, reason="set MUSUBI_TUNER to the folder of a musubi-tuner checkout to run it"),
+    pytest.mark.skipif(not CHECKOUT, reason="set MUSUBI_TUNER to the folder of a musubi-tuner checkout to run it"),
 ]
 SITE = Path(__file__).parent / "musubi_site"
 TEXT_TOKENS = 8
@@ -44,7 +44,7 @@ def open_tiny(family: str) -> Checkout:
         musubi_stubs.install()
     import musubi_stubs
 
-    host = musubi.open_host(host_config(Path("."), family).model)
+    host = musubi.open_checkout(host_config(Path("."), family).model)
     musubi_stubs.shrink()
     if family != "flux":
         _attention_in_float32(host)
@@ -65,7 +65,7 @@ def _attention_in_float32(host: Checkout) -> None:
 def host_config(folder: Path, family: str, **sections: dict[str, Any]) -> Config:
     """A configuration of this host; sections are merged in."""
     raw: dict[str, dict[str, Any]] = {
-        "model": {"family": family, "host": "musubi", "device": "cpu", **({"host_path": PLACE} if PLACE else {})},
+        "model": {"family": family, "host": "musubi", "device": "cpu", **({"host_path": CHECKOUT} if CHECKOUT else {})},
         "dataset": {"tuples": str(folder / "tuples.jsonl")},
         "conditioning": {"max_text_tokens": TEXT_TOKENS},
         "objective": {"rollout_steps": 4, "identity_warmup_steps": 0, "identity_probability": 0.0, "ema_decay": 0.9},

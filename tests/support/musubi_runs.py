@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from byg_plugin.data.tuples import TEXTS
+from byg_plugin.data.rules import ROLES
 from byg_plugin.musubi import cache as musubi_cache
 from byg_plugin.musubi import host as musubi
 from byg_plugin.musubi.family import musubi_family
@@ -23,7 +23,7 @@ from byg_plugin.timesteps import uniform_nodes
 from tests.support import ROOT
 from tests.support.musubi_host import (
     A14B,
-    PLACE,
+    CHECKOUT,
     SITE,
     T2V,
     TEXT_TOKENS,
@@ -56,12 +56,12 @@ def one_batch(family: str) -> Batch:
         noise=latents(family, 2, 2),
         t=torch.tensor(t),
         nodes=uniform_nodes(4),
-        **{role: texts(family, 2, 10 + index) for index, role in enumerate(TEXTS)},
+        **{role: texts(family, 2, 10 + index) for index, role in enumerate(ROLES)},
     )
 
 
 def child_env(**more: str) -> dict[str, str]:
-    path = [str(SITE), str(ROOT), str(Path(PLACE) / "src")]
+    path = [str(SITE), str(ROOT), str(Path(CHECKOUT) / "src")]
     return os.environ | {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **more}
 
 
@@ -81,7 +81,7 @@ def write_work(folder: Path, family: str, items: int = 3) -> None:
         stored = latent[:, 0] if family == "flux" else latent
         position = "" if family == "flux" else "_00000-005"
         save_file({f"latents_{shape}_bfloat16": stored.contiguous()}, cache / f"photo{index}{position}_0048x0032_{name}.safetensors")
-        record = {"source": source.name, **{role: f"{role} {index}" for role in TEXTS}}
+        record = {"source": source.name, **{role: f"{role} {index}" for role in ROLES}}
         lines.append(json.dumps(record))
     (folder / "tuples.jsonl").write_text("\n".join(lines), encoding="utf-8")
     kind = "image" if family == "flux" else "video"
@@ -107,7 +107,7 @@ def encoded(family: str, text: str) -> dict[str, Tensor]:
 def write_config(folder: Path, family: str, out: str = "out", **options: Any) -> Path:
     """A TOML file of the run."""
     config = host_config(folder, family, musubi={"output_dir": str(folder / out), "seed": 3, **options})
-    lines = ["[model]", f'family = "{family}"', 'host = "musubi"', f'host_path = "{PLACE}"', 'device = "cpu"', "[dataset]"]
+    lines = ["[model]", f'family = "{family}"', 'host = "musubi"', f'host_path = "{CHECKOUT}"', 'device = "cpu"', "[dataset]"]
     lines += [f'tuples = "{folder / "tuples.jsonl"}"', "[conditioning]", f"max_text_tokens = {TEXT_TOKENS}", "[objective]"]
     lines += ["rollout_steps = 2", "identity_warmup_steps = 1", "ema_decay = 0.9", "[musubi]"]
     lines += [f"{key} = {json.dumps(value)}" for key, value in config.musubi.items()]

@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from byg_plugin.data.tuples import TEXTS
+from byg_plugin.data.rules import ROLES
 from dataset_tools.review_page.items import Item, read_items
 from dataset_tools.review_page.store import journal_path, read_decisions
 from tests.support import ROOT
@@ -21,7 +21,7 @@ PATIENCE = 60  # seconds; a loaded machine starts a server slowly
 
 
 def record(number: int, source: str = "", **fields: Any) -> dict[str, Any]:
-    texts = {name: f"{name} of {number}" for name in TEXTS}
+    texts = {name: f"{name} of {number}" for name in ROLES}
     return {"source": source or f"{number}.png", **texts, "edit_type": ("add", "remove")[number % 2], **fields}
 
 

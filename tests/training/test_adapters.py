@@ -17,9 +17,9 @@ from byg_plugin.hosts.ema import Adapter, EmaWeights
 from byg_plugin.objectives.base import EDIT, Backward, Batch, Metrics, Plan, StepMemory
 from byg_plugin.objectives.unpaired_cycle_config import UnpairedCycleConfig
 from byg_plugin.training import checkpoint, loop, resume
+from tests.support.checkpoint_damage import DAMAGE, SHORT, assert_refused
 from tests.support.tiny import curve, make_trainer, run_config
 from tests.support.training_runs import assert_same_run
-from tests.training.test_checkpoint import DAMAGE, SHORT, assert_refused
 
 CRITIC = "transformer.critic.lora_A.weight"
 

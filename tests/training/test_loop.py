@@ -36,8 +36,8 @@ def test_an_optimizer_step_is_the_mean_over_its_micro_steps(tmp_path: Path):
         loss.backward()
         return 1.0
 
-    for position, examples in enumerate(micro_batches):
-        batch = trainer._batch(examples, generator(trainer.config.train.seed, "noise", position))
+    for index, examples in enumerate(micro_batches):
+        batch = trainer._batch(examples, generator(trainer.config.train.seed, "noise", index))
         trainer.objective.step(trainer.host, batch, plain)
         for name, parameter in trainer.host.parameters.items():
             assert parameter.grad is not None

@@ -29,10 +29,10 @@ def poisoned_data(monkeypatch: pytest.MonkeyPatch, role: str, index: int) -> Non
 
     def collate(items: Any) -> dict[str, Any]:
         batch = original(items)
-        for place, found in enumerate(batch["index"]):
+        for row, found in enumerate(batch["index"]):
             if found == index:
                 value = batch[role]["t5"] if isinstance(batch[role], Mapping) else batch[role]
-                poison(value[place])
+                poison(value[row])
         return batch
 
     monkeypatch.setattr(loop, "collate", collate)
@@ -57,12 +57,12 @@ def test_data_are_named_by_their_tuple(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(("which", "named"), [("lora", f"the LoRA's {LORA}"), ("ema", f"the EMA's {LORA}"), ("base", "transformer's ")])
 def test_weights_are_named(tmp_path: Path, which: str, named: str):
     trainer = make_trainer(run_config(tmp_path / "out", objective={"identity_warmup_steps": 0, "identity_probability": 0.0}))
-    places = {
+    tensors = {
         "lora": trainer.host.parameters[LORA].data,
         "ema": trainer.host.ema_weights.state()[LORA],
         "base": next(p for n, p in trainer.host.networks["transformer"].named_parameters() if "base_layer.weight" in n).data,
     }
-    poison(places[which])
+    poison(tensors[which])
     with pytest.raises(FloatingPointError, match=f"The weights are the reason: {named}") as caught:
         trainer.run()
     assert "train.lr" not in str(caught.value) and "There is no checkpoint" in str(caught.value)
@@ -170,10 +170,10 @@ def test_the_fused_look_is_that_at_each_tensor(dtype: torch.dtype):
     good = [torch.full((3, 5), largest, dtype=dtype), torch.zeros(2, dtype=dtype), torch.full((1,), -largest, dtype=dtype)]
     assert finite.all_finite([]) and finite.all_finite(good)
     for value in (math.nan, math.inf, -math.inf):
-        for place in range(3):
+        for index in range(3):
             bad = [tensor.clone() for tensor in good]
-            bad[place].view(-1)[-1] = value
-            assert not finite.all_finite(bad), (value, place)
+            bad[index].view(-1)[-1] = value
+            assert not finite.all_finite(bad), (value, index)
 
 
 def test_the_fused_look_takes_several_types_at_once():

@@ -211,18 +211,18 @@ def test_a_preview_that_a_kill_cut_off_is_made(tmp_path: Path, left: str):
     """The first two are what an earlier version leaves behind."""
     config = run_config(tmp_path / "out", **PREVIEWED)
     make_trainer(config).run()
-    place = preview.folder(config.output, 2)
-    wanted = {path.name: path.read_bytes() for path in place.iterdir()}
+    previews = preview.folder(config.output, 2)
+    wanted = {path.name: path.read_bytes() for path in previews.iterdir()}
     if left == "partial_folder":
-        place.rename(place.with_name(f".partial-{place.name}-1"))
-        (place.parent / ".partial-file").touch()
+        previews.rename(previews.with_name(f".partial-{previews.name}-1"))
+        (previews.parent / ".partial-file").touch()
     else:
-        (place / "001.png").unlink()
+        (previews / "001.png").unlink()
     if left == "partial_file":
-        (place / "000.png").rename(place / ".partial-000.png")
+        (previews / "000.png").rename(previews / ".partial-000.png")
     make_trainer(config, "latest").run()
-    assert {path.name: path.read_bytes() for path in place.iterdir()} == wanted
-    assert not list(place.parent.glob(".partial*"))
+    assert {path.name: path.read_bytes() for path in previews.iterdir()} == wanted
+    assert not list(previews.parent.glob(".partial*"))
 
 
 def test_a_whole_preview_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

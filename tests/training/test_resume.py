@@ -33,14 +33,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def killed_in_step(trainer: Trainer, step: int) -> None:
     """In the middle of a step: after the gradients, before the optimizer."""
-    original = trainer._stop_if_not_finite
+    original = trainer.diagnosis.before_step
 
     def hook(*args: Any) -> None:
         if trainer.step == step:
             kill()
         original(*args)
 
-    trainer._stop_if_not_finite = hook  # type: ignore[method-assign]
+    trainer.diagnosis.before_step = hook  # type: ignore[method-assign]
 
 
 def killed_before_rename(trainer: Trainer, step: int) -> None:

@@ -128,14 +128,14 @@ def test_sigterm_saves_and_a_second_one_stops_at_once(tmp_path: Path):
 
     def work(signals: int) -> None:
         trainer = make_trainer(config)
-        original = trainer._stop_if_not_finite
+        original = trainer.diagnosis.before_step
 
         def hook(*args: Any) -> None:
             original(*args)
             for _ in range(signals if trainer.step == 2 else 0):
                 os.kill(os.getpid(), signal.SIGTERM)
 
-        trainer._stop_if_not_finite = hook  # type: ignore[method-assign]
+        trainer.diagnosis.before_step = hook  # type: ignore[method-assign]
         try:
             trainer.run()
         except loop.Interrupted:
@@ -156,7 +156,7 @@ def test_ctrl_c_reaches_the_whole_group_and_the_loader_process_leaves_it_to_the_
     def work() -> None:
         os.setpgid(0, 0)  # a terminal's Ctrl-C goes to a group; not to pytest's
         trainer = make_trainer(config)
-        original = trainer._stop_if_not_finite
+        original = trainer.diagnosis.before_step
 
         def hook(*args: Any) -> None:
             original(*args)
@@ -164,7 +164,7 @@ def test_ctrl_c_reaches_the_whole_group_and_the_loader_process_leaves_it_to_the_
                 os.killpg(0, signal.SIGINT)
                 time.sleep(0.3)  # for the loader process to fall over
 
-        trainer._stop_if_not_finite = hook  # type: ignore[method-assign]
+        trainer.diagnosis.before_step = hook  # type: ignore[method-assign]
         try:
             trainer.run()
         except loop.Interrupted:

@@ -137,8 +137,8 @@ def test_t_of_a_run_has_the_configured_law_whatever_the_processes(tmp_path: Path
     examples = loop.collate([one.data[0]])
 
     def drawn(trainer: Trainer, step: int, micro: int, rank: int, world: int) -> torch.Tensor:
-        position = (step * (2 // world) + micro) * world + rank
-        return trainer._batch(examples, loop.generator(0, "noise", position), high=trainer._side(step)).t
+        micro_index = (step * (2 // world) + micro) * world + rank
+        return trainer._batch(examples, loop.generator(0, "noise", micro_index), high=trainer._side(step)).t
 
     alone = torch.cat([drawn(one, step, micro, 0, 1) for step in range(300) for micro in range(2)])
     together = torch.cat([drawn(two, step, 0, rank, 2) for step in range(300) for rank in range(2)])
@@ -188,7 +188,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path):
     whole = make_trainer(run_config(tmp_path / "whole", **options)).run()
     make_trainer(run_config(tmp_path / "parts", **options, train={"steps": 2})).run()
     resumed = make_trainer(run_config(tmp_path / "parts", **options), "latest")
-    assert resumed._side_steps == {side: sides(resumed, 2).count(side) for side in set(sides(resumed, 2))}
+    names = {side: resumed.family.experts[not side] for side in sides(resumed, 2)}
+    assert resumed._steps_of == {("edit", name): sides(resumed, 2).count(side) for side, name in names.items()}
     last = resumed.run()
     assert curve(tmp_path / "whole") == curve(tmp_path / "parts")
     for name in sorted(path.name for path in whole.parent.glob("*.safetensors")):

@@ -20,7 +20,7 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, Playwright, expect, sync_playwright
 
 from byg_plugin.data.clips import write_clip
-from byg_plugin.data.tuples import TEXTS
+from byg_plugin.data.rules import ROLES
 from tests.support.review_server import PATIENCE, Server, on_disk, record, statuses, write_tuples
 
 MARKUP = '<img src=x onerror="window.broken = true"><b>bold</b> & </textarea><script>window.broken = true</script>'
@@ -243,7 +243,7 @@ def test_markup_in_texts_names_and_types_is_text(tmp_path: Path, serve: Callable
     tuples = tuples.rename(tmp_path / "<b>bold<b>.jsonl")
     window = look(serve(tuples))
     for _ in range(2):
-        for name in TEXTS:
+        for name in ROLES:
             expect(window.field(name)).to_have_value(MARKUP)
         window.press("s")
         expect(window.page.locator(".neighbour dd").first).to_be_visible()

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from byg_plugin.data.tuples import TEXTS, read_tuples_file
+from byg_plugin.data.rules import ROLES
+from byg_plugin.data.tuples import read_tuples_file
 from dataset_tools.review_page import store
 from dataset_tools.review_page.export import export_reviewed
 from dataset_tools.review_page.items import Item, read_items
@@ -136,9 +137,9 @@ def test_one_process_reviews_a_file(tuples: Path):
     [
         ({"status": "fixed"}, "one of open, kept, discarded"),
         ({"texts": {"instruction": "alone"}}, "expected src_caption"),
-        ({"texts": dict.fromkeys(TEXTS, " ")}, "is empty"),
-        ({"texts": dict.fromkeys(TEXTS, "x" * 20_001)}, "20001 characters"),
-        ({"texts": dict.fromkeys(TEXTS, "\ud800")}, "broken character"),
+        ({"texts": dict.fromkeys(ROLES, " ")}, "is empty"),
+        ({"texts": dict.fromkeys(ROLES, "x" * 20_001)}, "20001 characters"),
+        ({"texts": dict.fromkeys(ROLES, "\ud800")}, "broken character"),
     ],
 )
 def test_what_is_no_decision_is_refused(tuples: Path, change: dict[str, Any], said: str):

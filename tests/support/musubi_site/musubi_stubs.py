@@ -79,7 +79,7 @@ def shrink() -> None:
     flux_utils.load_t5xxl, flux_utils.load_clip_l = load_t5, load_clip
 
 
-def load_t5(place: str, dtype: Any, device: Any, disable_mmap: bool = False) -> Any:
+def load_t5(path: str, dtype: Any, device: Any, disable_mmap: bool = False) -> Any:
     """A tiny T5 for `flux_utils.load_t5xxl`."""
     import torch
     from transformers import T5Config, T5EncoderModel
@@ -89,7 +89,7 @@ def load_t5(place: str, dtype: Any, device: Any, disable_mmap: bool = False) -> 
     return tokenizer("$A </s>"), T5EncoderModel(T5Config(feed_forward_proj="gated-gelu", **size)).eval().to(device, dtype)
 
 
-def load_clip(place: str, dtype: Any, device: Any, disable_mmap: bool = False) -> Any:
+def load_clip(path: str, dtype: Any, device: Any, disable_mmap: bool = False) -> Any:
     """A tiny CLIP for `flux_utils.load_clip_l`."""
     import torch
     from transformers import CLIPTextConfig, CLIPTextModel
