@@ -37,7 +37,8 @@ from benchmarks import step_report as report
 from benchmarks.provenance import ROOT
 from byg_plugin import _cli, timesteps
 from byg_plugin.config.loading import load_config, parse_config
-from byg_plugin.config.sections import Config
+from byg_plugin.config.objective import DEFAULT
+from byg_plugin.config.sections import SECTIONS_OF_OBJECTIVES, Config
 from byg_plugin.data.rules import ROLES
 from byg_plugin.hosts.diffusers import DiffusersHost
 from byg_plugin.models import flux_files, wan, wan_files
@@ -45,7 +46,6 @@ from byg_plugin.models.flux import FluxFamily
 from byg_plugin.models.wan import WanFamily
 from byg_plugin.objectives import make_objective
 from byg_plugin.objectives.base import Batch, Velocity
-from byg_plugin.objectives.unpaired_cycle_config import UnpairedCycleConfig
 
 # --- what is measured ---
 
@@ -288,7 +288,8 @@ class StepHost(DiffusersHost):
     def choose(self, row: Row, checkpointing: bool) -> None:
         """Make the next steps this row's."""
         self.row = row
-        self.config = self.config.model_copy(update={"objective": UnpairedCycleConfig(**row.objective)})
+        section = SECTIONS_OF_OBJECTIVES[row.objective.get("name", DEFAULT)]
+        self.config = self.config.model_copy(update={"objective": section(**row.objective)})
         for network in self.networks.values():
             network.enable_gradient_checkpointing() if checkpointing else network.disable_gradient_checkpointing()
 
@@ -425,7 +426,7 @@ class Bench:
 
     def _choose(self, row: Row, checkpointing: bool) -> Batch:
         self.host.choose(row, checkpointing)
-        return make_batch(self.shape, self.host.config.objective.rollout_steps, self.device)
+        return make_batch(self.shape, row.objective.get("rollout_steps", self.shape.rollout_steps[0]), self.device)
 
     def seconds(self, row: Row, checkpointing: bool) -> dict[str, float]:
         """Of one step by phase, and of the updates after it."""
@@ -652,7 +653,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--write-docs",
         action="store_true",
-        help="put the tables of the CPU's results into README.md and docs/step_cost.md and measure nothing",
+        help="put the tables of the committed results into docs/step_cost.md and measure nothing",
     )
     return parser
 

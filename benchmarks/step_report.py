@@ -234,7 +234,7 @@ def _resident(sizes: dict[str, int]) -> str:
 
 
 def headline(results: dict[str, Any]) -> str:
-    """The few rows that README shows."""
+    """The few rows to begin with."""
     lines = ["| one step over a paired one | 10 rollout steps | 5 | 10, activations recomputed | 5 |", "|---|---|---|---|---|"]
     titles = {
         "printed": ("Algorithm 1 as printed", ""),
@@ -260,7 +260,7 @@ def headline(results: dict[str, Any]) -> str:
 def documents(folder: Path) -> dict[str, str]:
     """What each document shows of a results folder, by its path from the repository's root."""
     cpu, *others = (read(folder / f"step_{name}.json") for name in ("cpu", "flux_flops", "wan_high", "wan_low", "wan_flops"))
-    return {"README.md": headline(cpu), "docs/step_cost.md": "\n\n".join(map(tables, [cpu, *others]))}
+    return {"docs/step_cost.md": "\n\n".join([headline(cpu), *map(tables, [cpu, *others])])}
 
 
 def write_documents(root: Path, folder: Path) -> None:

@@ -262,7 +262,7 @@ def test_ratios_are_taken_inside_a_repetition_and_without_the_updates(results: d
 def test_documents_have_the_tables_of_the_results():
     """Run: python -m benchmarks.step --write-docs."""
     shown = report.documents(ROOT / "benchmarks/results")
-    assert shown.keys() == {"README.md", "docs/step_cost.md"}
+    assert shown.keys() == {"docs/step_cost.md"}
     for name, tables in shown.items():
         text = (ROOT / name).read_text(encoding="utf-8")
         assert text.partition(report.BEGIN)[2].partition(report.END)[0].strip() == tables, name
@@ -277,8 +277,8 @@ def test_tables_are_written_between_the_marks_alone(tmp_path: Path):
     report.write_documents(tmp_path, folder)
     for name, tables in shown.items():
         assert (tmp_path / name).read_text(encoding="utf-8") == f"before\n{report.BEGIN}\n{tables}\n{report.END}\nafter\n"
-    (tmp_path / "README.md").write_text("no marks", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"README.md has no <!-- step"):
+    (tmp_path / "docs/step_cost.md").write_text("no marks", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"docs/step_cost.md has no <!-- step"):
         report.write_documents(tmp_path, folder)
 
 

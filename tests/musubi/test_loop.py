@@ -154,7 +154,7 @@ def test_accelerate_launch_of_the_command(tmp_path: Path):
 
 
 @pytest.mark.timeout(1800)  # three interpreters start
-def test_readmes_commands_lead_to_a_preview(tmp_path: Path):
+def test_the_pages_commands_lead_to_a_preview(tmp_path: Path):
     """As printed, in a folder with the recipe's files: tiny weights, one picture, two steps."""
     models = open_tiny("flux").module("flux.flux_models")
     for name in ("models", "data/images"):
@@ -176,7 +176,7 @@ def test_readmes_commands_lead_to_a_preview(tmp_path: Path):
         f'{general}[[datasets]]\n{directories}cache_directory = "data/cache"\n', encoding="utf-8"
     )
 
-    text = (ROOT / "README.md").read_text(encoding="utf-8").partition("Already using musubi-tuner?")[2]
+    text = (ROOT / "docs/musubi.md").read_text(encoding="utf-8").partition("for FLUX.1-dev:")[2]
     commands = [line.split(" #")[0].split() for line in text.partition("```bash\n")[2].partition("```")[0].splitlines()]
     assert len(commands) <= 5 and commands.pop(0)[:2] == ["pip", "install"]
     short = [f"--set=musubi.{word}" for word in ("max_train_steps=2", "sample_every_n_steps=1", "gradient_accumulation_steps=1")]

@@ -1,4 +1,4 @@
-"""The documents say what the code does."""
+"""The reference of options and the version; the pages are looked at in test_pages.py."""
 
 import re
 
@@ -18,29 +18,6 @@ def test_every_option_has_a_sentence():
         assert name != "musubi" or field.description.endswith(".")
         for key, option in config.keys_of(name).items():
             assert option.description and option.description.endswith("."), f"{name}.{key}"
-
-
-def test_readme_names_only_files_that_exist():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert "DEMO_TABLE" not in text, "the demo's figures are missing"
-    links = re.findall(r"\]\(([^)#:]+)\)", text)
-    commands = re.findall(r"(byg_plugin/\w+\.py|configs/\w+\.toml)", text)
-    assert len(links) >= 8 and len(commands) >= 6
-    missing = [path for path in {*links, *commands} if not (ROOT / path).exists() and not (ROOT / "byg_plugin" / path).exists()]
-    assert not missing
-
-
-def test_readme_options_exist_in_the_parsers():
-    import subprocess
-    import sys
-
-    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
-    for line in re.findall(r"^(?:python|accelerate launch) (byg_plugin/\w+\.py .*)$", text, re.M):
-        script, *words = line.split("#")[0].split()
-        known = subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True, check=True).stdout
-        for word in words:
-            if word.startswith("--"):
-                assert word in known, f"{script} has no {word}"
 
 
 def test_version_is_one():
