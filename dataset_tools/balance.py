@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from byg_plugin.data.rules import EDIT_TYPES
 
@@ -54,8 +54,3 @@ class Balance:
         assert min(self._in_flight.values(), default=0) >= 0, "released what was not reserved"
         if chosen is not None:
             self.accepted[chosen] += 1
-
-
-def count_types(records: Iterable[Mapping[str, object]]) -> Counter[str]:
-    """Accepted tuples by edit type."""
-    return Counter(str(record["edit_type"]) for record in records if "edit_type" in record)

@@ -7,7 +7,7 @@ import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -214,11 +214,3 @@ def _folded(name: str) -> str:
 
 def _text(value: Any) -> str | None:
     return value.strip() or None if isinstance(value, str) else None
-
-
-def first_of(items: Iterable[Any], count: int) -> Iterator[Any]:
-    """The first `count` items; 0 = all."""
-    for number, item in enumerate(items):
-        if count and number >= count:
-            return
-        yield item

@@ -67,7 +67,6 @@ def _stem(text: str) -> str:
     return text
 
 
-Positive = Annotated[int, Field(ge=1, le=10**9)]
 NonNegative = Annotated[int, Field(ge=0, le=10**9)]
 Steps = Annotated[int, Field(ge=0, le=10**8)]  # at a tenth of a second each, four months
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]

@@ -14,7 +14,6 @@ from accelerate import Accelerator
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from byg_plugin.data.rules import ROLES
 from byg_plugin.lora import formats as lora_formats
@@ -22,6 +21,7 @@ from byg_plugin.musubi import cache as musubi_cache
 from byg_plugin.musubi import host as musubi
 from byg_plugin.musubi import trainer as musubi_trainer
 from byg_plugin.musubi.family import musubi_family
+from byg_plugin.objectives.base import Batch, Plan
 from tests.support import ROOT
 from tests.support.musubi_host import (
     A14B,
@@ -66,15 +66,15 @@ def test_the_hosts_loop_trains_and_saves(tmp_path: Path, family: str):
 
 def test_resume_goes_on_at_its_step_with_its_ema(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     write_work(tmp_path, T2V, items=1)  # one item: the host's order of batches starts over, with one it is the same
-    drawn: list[tuple[int, float]] = []
-    plain = musubi_trainer.UnpairedCycleTrainer._draw_t
+    drawn: list[float] = []
+    plain = musubi_trainer.draw_batch
 
-    def draw(self: Any, size: int, rng: Any, step: int) -> Tensor:
-        t = plain(self, size, rng, step)
-        drawn.append((step, t[0].item()))
-        return t
+    def draw(*inputs: Any, **options: Any) -> Batch:
+        batch = plain(*inputs, **options)
+        drawn.append(batch.t[0].item())
+        return batch
 
-    monkeypatch.setattr(musubi_trainer.UnpairedCycleTrainer, "_draw_t", draw)
+    monkeypatch.setattr(musubi_trainer, "draw_batch", draw)
     whole = run_here(write_config(tmp_path, T2V, "whole"))
     uninterrupted, drawn[:] = list(drawn), []
     run_here(write_config(tmp_path, T2V, "half", max_train_steps=2, save_state=True))
@@ -85,7 +85,7 @@ def test_resume_goes_on_at_its_step_with_its_ema(tmp_path: Path, monkeypatch: py
     with pytest.raises(ValueError, match="so name the folder: --resume"):
         run_here(second, "latest")
     saved = run_here(second, str(state))
-    assert drawn == uninterrupted
+    assert drawn == uninterrupted and len(set(drawn)) == 4
     resumed = saved.with_name("tiny-from000002.safetensors")
     for ending in ("", "-ema"):
         a, b = (load_file(path.with_name(f"{path.stem}{ending}.safetensors")) for path in (whole, resumed))
@@ -119,7 +119,11 @@ def test_ranks_draw_different_noise(tmp_path: Path):
     }
     seen = []
     it.trainer.byg_objective, kept = (
-        type("Spy", (), {"step": lambda self, f, b, back: seen.append(b) or {"loss": torch.ones(())}})(),
+        type(
+            "Spy",
+            (),
+            {"plan": lambda self, step, seed: Plan(), "step": lambda self, f, b, back: seen.append(b) or {"loss": torch.ones(())}},
+        )(),
         it.trainer.byg_objective,
     )
     for rank in (0, 1):

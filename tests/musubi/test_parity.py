@@ -35,7 +35,7 @@ def test_base_is_the_bare_model_bit_for_bit(family: str):
         it.network.set_multiplier(1.0)
     else:
         with torch.no_grad():
-            expected = it.trainer._call(it.accelerator, bare)(noisy, t, text, None)
+            expected = it.trainer.byg_checkout.family.call(it.accelerator, bare, it.trainer.byg_config.conditioning)(noisy, t, text, None)
     with it.fields.live() as velocity:
         live = velocity(noisy, t, text, None)
     assert torch.equal(found, expected) and not torch.allclose(live, expected, atol=1e-3)

@@ -24,7 +24,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from byg_plugin.config.loading import parse_config
-from byg_plugin.config.sections import Config
+from byg_plugin.config.sections import SECTIONS_OF_OBJECTIVES, Config
 from byg_plugin.data import cache
 from byg_plugin.data.tuples import read_tuples
 from byg_plugin.hosts.diffusers import DiffusersHost
@@ -199,9 +199,16 @@ def run_config(out: Path, **sections: dict[str, Any]) -> Config:
         "train": {"steps": 6, "save_every": 2, "keep_last": 0, "lr_warmup_steps": 2, "lr_schedule": "cosine"},
         "output": {"dir": str(out)},
     }
+    defaults["objective"] = known_to(sections.get("objective", {}), defaults["objective"])
     for name, values in sections.items():
         defaults.setdefault(name, {}).update(values)
     return tiny_config(folder, **defaults)
+
+
+def known_to(objective: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """Those of the defaults for Algorithm 1 that the section's objective has too."""
+    fields = SECTIONS_OF_OBJECTIVES[objective.get("name", "unpaired_cycle")].model_fields
+    return {key: value for key, value in defaults.items() if key in fields}
 
 
 def make_trainer(config: Config, resume: str | None = None, *, discard_later: bool = False) -> Trainer:

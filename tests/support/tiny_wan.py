@@ -16,7 +16,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from byg_plugin.config.loading import parse_config
 from byg_plugin.config.sections import Config
-from tests.support.tiny import _tokenizer
+from tests.support.tiny import _tokenizer, known_to
 
 TEXT_WIDTH, TEXT_TOKENS = 24, 8
 TINY_WAN: dict[str, Any] = {
@@ -97,7 +97,7 @@ def wan_config(folder: Path, family: str = A14B, **sections: dict[str, Any]) -> 
         "dataset": {"tuples": str(folder / "tuples.jsonl"), "cache_dir": str(folder / "cache"), "resolution": 32, "frames": 5},
         "conditioning": {"max_text_tokens": TEXT_TOKENS},
         "lora": {"rank": 4},
-        "objective": {"rollout_steps": 4, "identity_warmup_steps": 0},
+        "objective": known_to(sections.get("objective", {}), {"rollout_steps": 4, "identity_warmup_steps": 0}),
         "train": {"steps": 4, "global_batch_size": 2, "mixed_precision": "no", "tracker": "none", "lr": 1e-2},
         "output": {"dir": str(folder / "out")},
     }

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import accelerate
-import torch
 from torch import nn
 
 from byg_plugin.config.loading import load_config
 from byg_plugin.musubi import host as musubi
+from byg_plugin.musubi import trainer as musubi_trainer
 
 _prepare = accelerate.Accelerator.prepare_model
 trainers: list[Any] = []
@@ -27,22 +27,20 @@ def prepare_model(self: Any, model: nn.Module, device_placement: Any = None, eva
 
 
 def make_trainer(*args: Any) -> Any:
-    """The plugin's, remembered, and what it draws."""
-    trainer = _make(*args)
-    draw = trainer._draw_t
+    """The plugin's, remembered."""
+    trainers.append(_make(*args))
+    return trainers[-1]
 
-    def remembered(*inputs: Any) -> torch.Tensor:
-        t = draw(*inputs)
-        drawn.extend(t.tolist())
-        return t
 
-    trainer._draw_t = remembered
-    trainers.append(trainer)
-    return trainer
+def draw_batch(*inputs: Any, **options: Any) -> Any:
+    batch = _draw(*inputs, **options)
+    drawn.extend(batch.t.tolist())
+    return batch
 
 
 accelerate.Accelerator.prepare_model = prepare_model
 _make, musubi.make_trainer = musubi.make_trainer, make_trainer
+_draw, musubi_trainer.draw_batch = musubi_trainer.draw_batch, draw_batch
 musubi.train(load_config(sys.argv[1]))
 weights = {name: value.double().sum().item() for name, value in trainers[0].byg_fields.network.named_parameters()}
 (Path(sys.argv[2]) / f"rank{os.environ['RANK']}.json").write_text(json.dumps({"t": drawn, "weights": weights}), encoding="utf-8")
