@@ -78,10 +78,10 @@ def run(main: Callable[[], object]) -> None:
 
 _FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}  # Windows may lack quotas
 _LESS_MEMORY = (
-    'To need less memory: model.quantization = "fp8" (or int8, nf4), a smaller dataset.resolution, objective.frozen_batch = 1, '
-    "model.gradient_checkpointing = true, for clips a smaller dataset.frames, of two experts model.offload_inactive_expert = true; while "
-    "caching dataset.cache_batch_size = 1, for clips dataset.vae_tiling = true; in edit --quantization fp8, a smaller "
-    "--resolution, --batch-size 1"
+    'To need less memory: model.quantization = "fp8" (or int8, nf4), a smaller dataset.resolution, without pairs '
+    "objective.frozen_batch = 1, model.gradient_checkpointing = true, for clips a smaller dataset.frames, of two experts "
+    "model.offload_inactive_expert = true; while caching dataset.cache_batch_size = 1, for clips dataset.vae_tiling = true; in edit "
+    "--quantization fp8, a smaller --resolution, --batch-size 1"
 )
 
 

@@ -59,6 +59,11 @@ class ObjectiveConfig(Section):
         """Whether the rollout's LoRA is multiplied into a second copy of the adapted linears."""
         return False
 
+    @property
+    def joins_passes(self) -> bool:
+        """Whether a step makes several forward passes before a backward pass."""
+        return False
+
     def trains_nothing(self, steps: int) -> str | None:
         """Why a run of so many steps would train nothing, with the remedy; None: it trains."""
         return None

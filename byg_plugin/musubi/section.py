@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from byg_plugin import families
-from byg_plugin.config.sections import keys_of
+from byg_plugin.config.sections import SECTIONS_OF_OBJECTIVES, keys_of
 
 if TYPE_CHECKING:
     from byg_plugin.config.sections import Config
@@ -92,12 +92,11 @@ def check(config: Config) -> None:
             "conditioning.position = 'same', or model.host = 'diffusers'"
         )
     if not objective.on_musubi:
-        raise ValueError(
-            f"objective.name = {objective.name!r}: with model.host = 'musubi' only 'unpaired_cycle'; the host trains pairs itself"
-        )
+        able = ", ".join(repr(name) for name, section in SECTIONS_OF_OBJECTIVES.items() if section.on_musubi)
+        raise ValueError(f"objective.name = {objective.name!r}: with model.host = 'musubi' only {able}; set model.host = 'diffusers'")
     if objective.merges_rollout:
         raise ValueError("objective.rollout_weights = 'merged' is not for model.host = 'musubi': set it to 'swap'")
-    if objective.graph == "joint" and config.musubi.get("blocks_to_swap"):
+    if objective.joins_passes and config.musubi.get("blocks_to_swap"):
         raise ValueError(
             "objective.graph = 'joint' makes three forward passes before a backward pass: with musubi.blocks_to_swap the "
             "wrong blocks would be on the device; set objective.graph = 'sequential'"

@@ -57,6 +57,11 @@ class UnpairedCycleConfig(ObjectiveConfig):
         """See `ObjectiveConfig.merges_rollout`."""
         return self.rollout_weights == "merged"
 
+    @property
+    def joins_passes(self) -> bool:
+        """See `ObjectiveConfig.joins_passes`."""
+        return self.graph == "joint"
+
     def trains_nothing(self, steps: int) -> str | None:
         """All steps may be identity steps of the weight 0."""
         if self.identity_step_weight or self.identity_warmup_steps < steps:

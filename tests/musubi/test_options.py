@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -15,7 +15,9 @@ from byg_plugin import layout
 from byg_plugin.config.loading import load_config, parse_config
 from byg_plugin.config.sections import Config
 from byg_plugin.musubi import options as musubi_options
+from byg_plugin.musubi import section as musubi_section
 from byg_plugin.musubi.options import REFUSED, Surface
+from byg_plugin.objectives.paired_config import PairedConfig
 from tests.support import GOLDEN, ROOT
 from tests.support.musubi_host import A14B, T2V, host_config
 
@@ -242,6 +244,14 @@ def test_pairs_are_left_to_the_host(folder: Path):
 def test_one_graph_is_refused_with_swapped_blocks(folder: Path):
     with pytest.raises(ValueError, match="objective.graph = 'sequential'"):
         host_config(folder, T2V, objective={"graph": "joint"}, musubi={"blocks_to_swap": 2})
+
+
+def test_another_objective_needs_none_of_the_keys_of_the_first(folder: Path):
+    class Other(PairedConfig):
+        on_musubi: ClassVar[bool] = True
+
+    config = host_config(folder, T2V, musubi={"blocks_to_swap": 2})
+    musubi_section.check(config.model_copy(update={"objective": Other()}))
 
 
 def test_the_hosts_options_fill_our_sections(folder: Path):
