@@ -137,7 +137,7 @@ def _lines(folder: Path) -> Iterator[tuple[str, Edit]]:
                 text = utf8(line.strip())
                 yield text, _edit(json_value(text, unique_keys=True), folder)
             except ValueError as error:
-                raise ValueError(f"{path}, line {number}: {error}; edit.py did not write it: move the file away, or repair it") from error
+                raise ValueError(f"{path}, line {number}: {error}; no whole line of edit.py's: remove it, or move the file away") from error
 
 
 def _edit(record: Any, folder: Path) -> Edit:

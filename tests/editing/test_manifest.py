@@ -160,7 +160,7 @@ def test_a_damaged_line_is_named(out: Path, change: dict[str, Any], says: str):
     line = (out / "edits.jsonl").read_text(encoding="utf-8")
     damaged = {key: value for key, value in (json.loads(line) | change).items() if value is not ...}
     (out / "edits.jsonl").write_text(f"{line}\n{json.dumps(damaged)}\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=rf"edits\.jsonl, line 3: {says}.*; edit.py did not write it"):
+    with pytest.raises(ValueError, match=rf"edits\.jsonl, line 3: {says}.*; no whole line of edit.py's"):
         read_manifest(out)
 
 
