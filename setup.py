@@ -21,6 +21,6 @@ setup(
         "byg_plugin.dataset_tools.review_page": ["static/*"],
         "byg_plugin.models": ["assets/**/*"],
     },
-    # MANIFEST.in adds the demo's weights, fifteen megabytes, to the sdist; they stay out of the wheel.
+    # What MANIFEST.in adds to the sdist, the demo's weights of fifteen megabytes among it, stays out of the wheel.
     include_package_data=False,
 )

@@ -1,7 +1,7 @@
 """`edits.jsonl`: what lies in a folder of edits, one line an edit. What judges edits reads this and not the command line.
 
-A line stands there once its files are whole. Before a run writes its first file it takes out the lines of all edits that it will
-make anew, so that no line describes another run's file; those that an interrupted run has not reached stay out. Lines are ASCII
+A line stands there once its files are whole. Before a run writes its first file it takes out the lines of all files that it will
+write anew, so that no line describes another run's file; those that an interrupted run has not reached stay out. Lines are ASCII
 JSON; paths have forward slashes. The source's starts from the folder of the edits (on another drive of Windows it is absolute).
 Keys of later versions are passed over.
 """
@@ -88,17 +88,20 @@ def read_manifest(folder: str | Path) -> list[Edit]:
 
 
 def take_out(folder: Path, names: Collection[str]) -> None:
-    """Remove the lines of these edits (file names), before their files are written anew.
+    """Remove the lines of these files, edits or side-by-sides, before they are written anew.
 
     Raises:
         OSError: it cannot be written; what was there still is.
     """
-    if (folder / NAME).exists():
-        lines = list(_lines(folder))
-        if kept := [line for line, edit in lines if edit.edit.name not in names]:
-            write_text(folder / NAME, "".join(f"{line}\n" for line in kept))
-        else:
-            (folder / NAME).unlink()
+    path = folder / NAME
+    if not path.exists():
+        return
+    lines = list(_lines(folder))
+    kept = [line for line, edit in lines if edit.edit.name not in names and edit.side_by_side.name not in names]
+    if not kept:
+        path.unlink()
+    elif len(kept) < len(lines) or not path.read_bytes().endswith(b"\n"):  # where nothing goes, another run may be adding
+        write_text(path, "".join(f"{line}\n" for line in kept))
 
 
 def append(folder: Path, edit: Edit) -> None:
@@ -131,10 +134,10 @@ def _lines(folder: Path) -> Iterator[tuple[str, Edit]]:
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if line.strip():
             try:
-                text = utf8(line)
+                text = utf8(line.strip())
                 yield text, _edit(json_value(text, unique_keys=True), folder)
             except ValueError as error:
-                raise ValueError(f"{path}, line {number}: {error}; edit.py did not write it: move the file away, or repair it") from error
+                raise ValueError(f"{path}, line {number}: {error}; no whole line of edit.py's: remove it, or move the file away") from error
 
 
 def _edit(record: Any, folder: Path) -> Edit:

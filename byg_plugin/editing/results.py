@@ -38,7 +38,7 @@ class Results:
             "version": __version__,
         }
         self._out, self._card = out, pipe.card
-        self._made_anew = {job.files(out)[0].name for job in jobs}
+        self._made_anew = {file.name for job in jobs for file in job.files(out)}
 
     def save(self, job: Job, columns: Sequence[Sequence[Image.Image]], fps: float | None, *, seed: int, size: Size) -> None:
         """Write an edit, what was edited beside it, and its line.

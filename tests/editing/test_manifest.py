@@ -84,6 +84,34 @@ def test_lines_of_edits_that_are_made_anew_are_taken_out(out: Path):
     manifest.take_out(out, {"a.png"})
 
 
+def test_a_file_of_either_kind_that_is_made_anew_takes_the_line_out(out: Path):
+    manifest.append(out, edit(out.parent))
+    manifest.append(out, edit(out.parent, "b_side_by_side"))
+    manifest.take_out(out, {"a_side_by_side.png"})
+    assert [one.edit.name for one in read_manifest(out)] == ["b_side_by_side.png"]
+
+
+def test_a_file_without_lines_to_take_out_stays(out: Path):
+    """Another run may be adding to it."""
+    manifest.append(out, edit(out.parent))
+    before = (out / "edits.jsonl").stat()
+    manifest.take_out(out, {"b.png"})
+    assert (out / "edits.jsonl").stat() == before
+
+
+@pytest.mark.parametrize("end", [b"", b"\r\n", b"\n\n"])
+def test_lines_stay_apart_and_as_they_were(out: Path, end: bytes):
+    for name in ("a", "b"):
+        manifest.append(out, edit(out.parent, name))
+    whole = (out / "edits.jsonl").read_bytes()
+    (out / "edits.jsonl").write_bytes(whole.strip().replace(b"\n", end or b"\n") + end)
+    for name in ("c", "b", "c"):
+        manifest.take_out(out, {f"{name}.png"})
+        manifest.append(out, edit(out.parent, name))
+    assert [one.edit.name for one in read_manifest(out)] == ["a.png", "b.png", "c.png"]
+    assert (out / "edits.jsonl").read_bytes().startswith(whole)
+
+
 def test_a_disk_that_fills_up_leaves_whole_lines(out: Path, monkeypatch: pytest.MonkeyPatch):
     manifest.append(out, edit(out.parent))
     whole = (out / "edits.jsonl").read_bytes()
@@ -132,7 +160,7 @@ def test_a_damaged_line_is_named(out: Path, change: dict[str, Any], says: str):
     line = (out / "edits.jsonl").read_text(encoding="utf-8")
     damaged = {key: value for key, value in (json.loads(line) | change).items() if value is not ...}
     (out / "edits.jsonl").write_text(f"{line}\n{json.dumps(damaged)}\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=rf"edits\.jsonl, line 3: {says}.*; edit.py did not write it"):
+    with pytest.raises(ValueError, match=rf"edits\.jsonl, line 3: {says}.*; no whole line of edit.py's"):
         read_manifest(out)
 
 
@@ -195,6 +223,15 @@ def test_a_second_run_replaces_its_lines_and_keeps_the_others(lora: Path, tmp_pa
     for index, seed in ((0, 1), (1, 1), (0, 2)):
         command(monkeypatch, lora, "--source", photo(index), "--instruction", "add", "--out", tmp_path, "--steps", 1, "--seed", seed)
     assert [(one.edit.name, one.seed) for one in read_manifest(tmp_path)] == [("photo1.png", 1), ("photo0.png", 2)]
+
+
+def test_an_edit_that_overwrites_a_side_by_side_takes_its_line(lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    given = ["--instruction", "add", "--out", tmp_path / "out", "--steps", 1]
+    sources = [tmp_path / "a_side_by_side.png", tmp_path / "a.png"]
+    for source in [*sources, sources[0]]:
+        source.write_bytes(photo().read_bytes())
+        command(monkeypatch, lora, "--source", source, *given)
+        assert [one.source for one in read_manifest(tmp_path / "out")] == [source.resolve()]
 
 
 def test_an_interrupted_run_leaves_whole_lines_of_whole_files(lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

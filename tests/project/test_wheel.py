@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import posixpath
+import re
 import subprocess
 import sys
 import sysconfig
@@ -87,11 +89,30 @@ def test_the_wheel_has_everything_but_the_weights(built: Path):
     assert names == package | {f"byg_plugin/{name}" for folder in MOVED for name in files_of(folder)}
 
 
+def in_sdist(built: Path) -> set[str]:
+    lines = (built / "byg_plugin.egg-info/SOURCES.txt").read_text(encoding="utf-8").splitlines()
+    return {line.replace(os.sep, "/") for line in lines}
+
+
 def test_the_sdist_has_the_weights_too(built: Path):
-    sources = {line.replace(os.sep, "/") for line in (built / "byg_plugin.egg-info/SOURCES.txt").read_text(encoding="utf-8").splitlines()}
+    sources = in_sdist(built)
     assert all(files_of(base) <= sources for base in BASES)
     assert {"Makefile", "constraints.txt", "pyproject.toml", "setup.py"} <= sources
     assert all(files_of(folder) <= sources for folder in ("byg_plugin", *MOVED))
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+def test_the_sdist_has_what_its_pages_name(built: Path, page: str):
+    sources = in_sdist(built)
+    assert page in sources
+    links = re.findall(r"\]\(([^)#\s]+)", (ROOT / page).read_text(encoding="utf-8"))
+    for link in (link for link in links if "://" not in link):
+        named = posixpath.normpath(posixpath.join(posixpath.dirname(page), link))
+        assert named in sources or any(source.startswith(f"{named}/") for source in sources), link
+
+
+def test_the_sdist_has_the_tests_whole(built: Path):
+    assert {path for path in files_of("tests") | files_of("benchmarks") if path.endswith((".py", ".toml"))} <= in_sdist(built)
 
 
 def commands() -> list[str]:
