@@ -1,4 +1,4 @@
-"""Package layout: the user-facing folders `configs`, `dataset_tools` and `patches` live inside `byg_plugin` once installed: layout.py."""
+"""Package layout: the user-facing folders `configs`, `dataset_tools` and `patches` live inside `byg_plugin` once installed: shipped.py."""
 
 import re
 from pathlib import Path

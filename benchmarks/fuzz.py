@@ -156,9 +156,9 @@ def _command(main: Callable[[], object], *arguments: object) -> None:
 
 
 def _make_toml(folder: Path) -> list[Path]:
-    from byg_plugin import layout
+    from byg_plugin import shipped
 
-    return [Path(shutil.copy(path, folder)) for path in sorted(layout.folder("configs").glob("*.toml"))]
+    return [Path(shutil.copy(path, folder)) for path in sorted(shipped.folder("configs").glob("*.toml"))]
 
 
 def _read_toml(folder: Path, path: Path) -> None:
@@ -195,13 +195,13 @@ def _make_tuples(folder: Path) -> list[Path]:
 
 
 def _read_tuples(folder: Path, path: Path) -> None:
-    from byg_plugin import layout
+    from byg_plugin import shipped
     from byg_plugin.data.tuples import read_tuples_file
 
     source = path if path.suffix == ".jsonl" else path.parent
     # The command ends with a code of its own when it has found something.
     with contextlib.suppress(SystemExit):
-        layout.module("dataset_tools.validate").main([str(source)])
+        shipped.module("dataset_tools.validate").main([str(source)])
     read_tuples_file(source)
 
 

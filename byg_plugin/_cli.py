@@ -12,9 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from byg_plugin import layout
+from byg_plugin import shipped
 
-_OURS = (layout.PACKAGE, layout.folder("dataset_tools"))
+_OURS = (shipped.PACKAGE, shipped.folder("dataset_tools"))
 
 
 def common_parser(description: str, *, config_required: bool = True) -> argparse.ArgumentParser:

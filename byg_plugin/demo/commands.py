@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from byg_plugin import _cli, layout
+from byg_plugin import _cli, shipped
 from byg_plugin.config.extras import require_training_extras
 from byg_plugin.config.loading import load_config
 from byg_plugin.config.sections import Config
@@ -35,7 +35,7 @@ def settings(out: Path, recipe: str, base: Path, overrides: Sequence[str]) -> tu
     Raises:
         ValueError: an override is wrong.
     """
-    config = layout.folder("configs") / recipe
+    config = shipped.folder("configs") / recipe
     paths = {
         "model.path": base,
         "dataset.tuples": out / "train" / "tuples.jsonl",

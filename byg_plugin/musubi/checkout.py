@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from byg_plugin import layout
+from byg_plugin import shipped
 from byg_plugin.config.sections import ModelConfig
 from byg_plugin.musubi.family import MusubiFamily, musubi_family
 
@@ -85,7 +85,7 @@ def _put_on_path(host_path: str | None) -> str:
 
 
 def _import(name: str) -> Any:
-    with layout.module("patches.musubi").imports_without_cuda():
+    with shipped.module("patches.musubi").imports_without_cuda():
         return importlib.import_module(f"musubi_tuner.{name}")
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from byg_plugin import layout
+from byg_plugin import shipped
 from byg_plugin.config.loading import load_config, parse_config
 from byg_plugin.config.sections import Config
 from byg_plugin.musubi import options as musubi_options
@@ -316,7 +316,7 @@ def test_engines_that_step_inside_backward_are_refused(folder: Path, monkeypatch
 def test_the_patch_of_imports_is_guarded_and_undone(monkeypatch: pytest.MonkeyPatch):
     import torch
 
-    patches, asked = layout.module("patches.musubi"), torch.cuda.current_device
+    patches, asked = shipped.module("patches.musubi"), torch.cuda.current_device
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with patches.imports_without_cuda():
         assert torch.cuda.current_device is asked

@@ -7,28 +7,28 @@ from pathlib import Path
 
 import pytest
 
-from byg_plugin import layout
+from byg_plugin import shipped
 from tests.support import ROOT
 
 
 def test_a_clone_has_them_beside_the_package():
     for name in ("configs", "dataset_tools", "patches"):
-        assert layout.folder(name) == ROOT / name
-    assert layout.PACKAGE == ROOT / "byg_plugin"
+        assert shipped.folder(name) == ROOT / name
+    assert shipped.PACKAGE == ROOT / "byg_plugin"
 
 
 def test_installed_the_folder_beside_the_package_is_anothers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(layout, "PACKAGE", tmp_path / "byg_plugin")
+    monkeypatch.setattr(shipped, "PACKAGE", tmp_path / "byg_plugin")
     for folder in ("byg_plugin/configs", "configs"):
         (tmp_path / folder).mkdir(parents=True)
-    assert layout.folder("configs") == tmp_path / "byg_plugin" / "configs"
+    assert shipped.folder("configs") == tmp_path / "byg_plugin" / "configs"
 
 
 def test_their_modules_have_one_name_everywhere(monkeypatch: pytest.MonkeyPatch):
     for name in [name for name in sys.modules if name.startswith("byg_plugin.patches")]:
         monkeypatch.delitem(sys.modules, name)
-    module = layout.module("patches.musubi")
+    module = shipped.module("patches.musubi")
     assert module.__name__ == "byg_plugin.patches.musubi" and Path(module.__file__ or "") == ROOT / "patches" / "musubi.py"
-    assert layout.module("patches.musubi") is module
+    assert shipped.module("patches.musubi") is module
     with pytest.raises(ImportError, match="patches.nothing"):
-        layout.module("patches.nothing")
+        shipped.module("patches.nothing")
