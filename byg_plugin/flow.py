@@ -40,6 +40,24 @@ def euler_step(x_s: Tensor, v: Tensor, s: Tensor, s_next: Tensor) -> Tensor:
     return x_s - expand(s - s_next, x_s) * v
 
 
+_MOST_RATIO = 2.0
+
+
+def ab2_slope(v: Tensor, v_before: Tensor, h: Tensor, h_before: Tensor) -> Tensor:
+    """The slope of a second-order Adams-Bashforth step on uneven steps: v + h / (2 h_before) (v - v_before).
+
+    The ratio of the steps counts up to 2: beyond, the extrapolation is worse than a shorter one, and the difference of two velocities
+    a short step apart is mostly rounding.
+
+    Args:
+        v, v_before: (B, ...), the velocity here and one step before.
+        h: (B,) length of the step that is made.
+        h_before: (B,) length of the step before; 0: there is none, which leaves Euler's v.
+    """
+    ratio = torch.where(h_before > 0, h / h_before, torch.zeros_like(h)).clamp(max=_MOST_RATIO)
+    return v + expand(ratio / 2, v) * (v - v_before)
+
+
 def mean_squared(difference: Tensor) -> Tensor:
     """(B, ...) -> (B,): squared norm as a mean over the elements of a sample."""
     return difference.flatten(1).square().mean(dim=1)

@@ -70,6 +70,7 @@ def _stem(text: str) -> str:
 NonNegative = Annotated[int, Field(ge=0, le=10**9)]
 Steps = Annotated[int, Field(ge=0, le=10**8)]  # at a tenth of a second each, four months
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+Rate = Annotated[float, Field(ge=0.01, le=1.0)]
 Weight = Annotated[float, Field(ge=0.0, le=MOST), AfterValidator(_not_lost)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 Shift = Annotated[float, Field(ge=1e-3, le=1e3)]

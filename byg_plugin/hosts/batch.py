@@ -56,6 +56,7 @@ def draw_batch(
         noise=noise.to(device),
         t=t.to(device),
         nodes=nodes,
+        boundary=geometry.boundary,
         kind=kind,
         target=None if target is None else target.to(device),
         **{role: {name: value.to(device) for name, value in texts[role].items()} for role in ROLES},

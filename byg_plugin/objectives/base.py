@@ -73,6 +73,8 @@ class Batch:
     """(B,) in [0, 1]."""
     nodes: Tensor | None = None
     """(n + 1,) rollout nodes from 1 to 0, before t is moved in; None for an objective without rollouts."""
+    boundary: float | None = None
+    """t at which one expert hands over to the other; None: one network."""
     kind: str = FULL
     """Of the optimizer step, as the objective has planned it."""
     target: Tensor | None = None

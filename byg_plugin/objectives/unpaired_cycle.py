@@ -72,6 +72,13 @@ class States(NamedTuple):
     """At x_t, from p_tgt to p_src."""
 
 
+class Weights(NamedTuple):
+    """What a step multiplies the terms with that may be left out; 0: left out."""
+
+    identity: float
+    reverse: float
+
+
 class UnpairedCycle:
     """See the module. `config` is the `[objective]` section."""
 
@@ -92,9 +99,21 @@ class UnpairedCycle:
         return StepMemory(rows=2 if self.config.merge_identity else 1, merged_weights=merged_weights)
 
     def plan(self, step: int, seed: int) -> Plan:
-        """Identity steps in the warm-up, then by a toss."""
-        identity = step < self.config.identity_warmup_steps or coin(seed, step, self.config.identity_probability)
-        return Plan(IDENTITY if identity else FULL)
+        """Identity steps in the warm-up, then by a toss; of the other steps, which terms are left out, by a toss each."""
+        if step < self.config.identity_warmup_steps or coin(seed, step, self.config.identity_probability):
+            return Plan(IDENTITY)
+        left_out = [term for term, rate in self._rates.items() if rate < 1 and not coin(seed, step, rate, f"{term} term")]
+        return Plan("-".join([FULL, *left_out]))
+
+    @property
+    def _rates(self) -> dict[str, float]:
+        return {"identity": self.config.identity_rate, "reverse": self.config.reverse_rate}
+
+    def _weights(self, batch: Batch, training: bool) -> Weights:
+        """What a step multiplies its terms with: 1 / rate where a term is there by chance, so that the mean over steps is the whole."""
+        left_out = batch.kind.split("-")[1:]
+        identity, reverse = (0.0 if term in left_out else 1 / rate if training else 1.0 for term, rate in self._rates.items())
+        return Weights(identity if self.config.lambda_id else 0.0, reverse if self._reverse_pass else 0.0)
 
     def step(self, fields: VelocityFields, batch: Batch, backward: Backward | None) -> Metrics:
         """One micro-step: every term of Algorithm 1, differentiated in memory's order.
@@ -112,21 +131,22 @@ class UnpairedCycle:
             if batch.identity_step:
                 return self._identity_step(fields, batch, backward)
             assert self._reverse_pass or self.config.lambda_id, "the configuration refuses an objective without a term"
+            weights = self._weights(batch, training=backward is not None)
             x_t = flow.interpolate(batch.source, batch.noise, batch.t)
-            y_t, y_0 = self._rollout(fields, batch)
+            y_t, y_0 = self._rollout(fields, batch, reverse=bool(weights.reverse))
             if not self.config.bootstrap:
                 y_t = x_t
-            states = States(x_t, y_t, y_0, *self._frozen_velocities(fields, batch, y_t, x_t))
+            states = States(x_t, y_t, y_0, *self._frozen_velocities(fields, batch, y_t, x_t, reverse=bool(weights.reverse)))
             if self.config.graph == "joint":
-                return self._joint(fields, batch, states, backward)
-            return self._sequential(fields, batch, states, backward)
+                return self._joint(fields, batch, states, weights, backward)
+            return self._sequential(fields, batch, states, weights, backward)
 
     # --- 1. without gradient: the pseudo-targets and the frozen base ---
 
     @torch.no_grad()
-    def _rollout(self, fields: VelocityFields, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """Euler from the noise: y_t exactly at each sample's t, and y_0 where something is conditioned on it."""
-        needs_y0 = self._reverse_pass and self.config.routing
+    def _rollout(self, fields: VelocityFields, batch: Batch, *, reverse: bool) -> tuple[Tensor, Tensor | None]:
+        """From the noise: y_t exactly at each sample's t, and y_0 where something (the reverse pass) is conditioned on it."""
+        needs_y0 = reverse and self.config.routing
         if not needs_y0 and not (self._reverse_pass and self.config.bootstrap):
             return batch.noise, None  # nothing reads them
         assert batch.nodes is not None
@@ -134,21 +154,22 @@ class UnpairedCycle:
         last = schedule.shape[1] - 1 if needs_y0 else int(index.max())
         y, y_t = batch.noise, torch.zeros_like(batch.noise)
         with fields.ema() as velocity:
+            slope = _Slope(self.config.rollout_solver, batch.boundary)
             for k in range(last):
                 s, s_next = schedule[:, k], schedule[:, k + 1]
-                y = flow.euler_step(y, velocity(y, s, batch.instruction, batch.source), s, s_next)
+                y = flow.euler_step(y, slope(velocity(y, s, batch.instruction, batch.source), s, s_next), s, s_next)
                 y_t = torch.where(flow.expand(index == k + 1, y).bool(), y, y_t)
         # Clones: a host's fields without gradient may run in inference mode, whose tensors autograd cannot save.
         return y_t.clone(), y.clone() if needs_y0 else None
 
     @torch.no_grad()
-    def _frozen_velocities(self, fields: VelocityFields, batch: Batch, y_t: Tensor, x_t: Tensor) -> tuple[Frozen, Frozen]:
-        """v_src and v_tgt at y_t, and, with the captions swapped, at x_t; `frozen_batch` of the four at once."""
+    def _frozen_velocities(self, fields: VelocityFields, batch: Batch, y_t: Tensor, x_t: Tensor, *, reverse: bool) -> tuple[Frozen, Frozen]:
+        """v_src and v_tgt at y_t, and, for the reverse pass with the captions swapped, at x_t; `frozen_batch` of the four at once."""
+        unused = Frozen(torch.zeros(()), torch.zeros(()))
         if not self.lambda_prior:
-            unused = torch.zeros(())
-            return Frozen(unused, unused), Frozen(unused, unused)
+            return unused, unused
         src, tgt = batch.src_caption, batch.tgt_caption
-        queries = [(y_t, src), (y_t, tgt), (x_t, tgt), (x_t, src)]
+        queries = [(y_t, src), (y_t, tgt), *([(x_t, tgt), (x_t, src)] if reverse else [])]
         velocities: list[Tensor] = []
         with fields.base() as velocity:
             for first in range(0, len(queries), self.config.frozen_batch):
@@ -156,8 +177,8 @@ class UnpairedCycle:
                 noisy = torch.cat([state for state, _ in some])
                 t = batch.t.repeat(len(some))
                 velocities += velocity(noisy, t, cat_text(*[text for _, text in some]), None).chunk(len(some))
-        at_y_src, at_y_tgt, at_x_tgt, at_x_src = (v.clone() for v in velocities)  # as in the rollout
-        return Frozen(at_y_src, at_y_tgt), Frozen(at_x_tgt, at_x_src)
+        at_y, at_x = velocities[:2], velocities[2:]
+        return Frozen(*(v.clone() for v in at_y)), Frozen(*(v.clone() for v in at_x)) if reverse else unused  # clones as in the rollout
 
     # --- 2. the terms, as pure functions of a velocity ---
 
@@ -180,17 +201,17 @@ class UnpairedCycle:
         """||v - (noise - x)||^2: the cycle and the identity loss."""
         return flow.mean_squared(v - flow.path_velocity(batch.source, batch.noise)).mean()
 
-    def _reverse_loss(self, v_rev: Tensor, batch: Batch, frozen: Frozen) -> tuple[Tensor, Metrics]:
+    def _reverse_loss(self, v_rev: Tensor, batch: Batch, frozen: Frozen, weight: float) -> tuple[Tensor, Metrics]:
         cycle = self._reconstruction(v_rev, batch)
         loss, metrics = self.lambda_cycle * cycle, {"cycle": cycle.detach()}
         if self.lambda_prior:
             prior, more = self._prior(v_rev, frozen, "rev")
             loss, metrics = loss + self.lambda_prior * prior, metrics | more
-        return loss, metrics
+        return weight * loss, metrics
 
-    def _identity_loss(self, v_id: Tensor, batch: Batch) -> tuple[Tensor, Metrics]:
+    def _identity_loss(self, v_id: Tensor, batch: Batch, weight: float) -> tuple[Tensor, Metrics]:
         identity = self._reconstruction(v_id, batch)
-        return self.config.lambda_id * identity, {"identity": identity.detach()}
+        return weight * self.config.lambda_id * identity, {"identity": identity.detach()}
 
     def _forward_loss(self, v_fwd: Tensor, frozen: Frozen) -> tuple[Tensor, Metrics]:
         if not self.lambda_prior:
@@ -213,7 +234,7 @@ class UnpairedCycle:
                 backward(loss, last=True)
         return {"loss": loss.detach(), "identity": identity.detach()}
 
-    def _sequential(self, fields: VelocityFields, batch: Batch, states: States, backward: Backward | None) -> Metrics:
+    def _sequential(self, fields: VelocityFields, batch: Batch, states: States, weights: Weights, backward: Backward | None) -> Metrics:
         """Identity, reverse and forward pass, each differentiated and freed before the next."""
         c, c_bar, x, t = batch.instruction, batch.reverse_instruction, batch.source, batch.t
         x_t, y_t, y_0, forward, reverse = states
@@ -223,29 +244,35 @@ class UnpairedCycle:
             return 1.0 if backward is None else backward(loss, last=last)
 
         with fields.edit() as velocity:
+            leaf = None
+            if weights.reverse:
+                leaf = y_0 if self.config.routing else self._one_step_prediction(velocity, y_t, t, c, x)
+                assert leaf is not None
+                leaf = leaf.detach().clone().requires_grad_(backward is not None)
+
+            if weights.identity and not (leaf is not None and self.config.merge_identity):
+                loss = terms.add(*self._identity_loss(velocity(x_t, t, c_bar, x), batch, weights.identity))
+                differentiate(loss, last=not self._reverse_pass)
+                del loss
             if not self._reverse_pass:
-                differentiate(terms.add(*self._identity_loss(velocity(x_t, t, c_bar, x), batch)), last=True)
                 return terms.metrics()
 
-            leaf = y_0 if self.config.routing else self._one_step_prediction(velocity, y_t, t, c, x)
-            assert leaf is not None
-            leaf = leaf.detach().clone().requires_grad_(backward is not None)
-
-            if self.config.lambda_id and self.config.merge_identity:
-                both = velocity(torch.cat([x_t, x_t]), t.repeat(2), cat_text(c_bar, c_bar), torch.cat([leaf, x]))
-                v_rev, v_id = both.chunk(2)
-                loss = terms.add(*self._identity_loss(v_id, batch)) + terms.add(*self._reverse_loss(v_rev, batch, reverse))
-                del both, v_rev, v_id
-            else:
-                if self.config.lambda_id:
-                    differentiate(terms.add(*self._identity_loss(velocity(x_t, t, c_bar, x), batch)), last=False)
-                loss = terms.add(*self._reverse_loss(velocity(x_t, t, c_bar, leaf), batch, reverse))
-            scale = differentiate(loss, last=False)
-            del loss  # with it goes the reverse pass's graph
+            scale = 1.0
+            if leaf is not None:
+                if weights.identity and self.config.merge_identity:
+                    both = velocity(torch.cat([x_t, x_t]), t.repeat(2), cat_text(c_bar, c_bar), torch.cat([leaf, x]))
+                    v_rev, v_id = both.chunk(2)
+                    loss = terms.add(*self._identity_loss(v_id, batch, weights.identity))
+                    loss = loss + terms.add(*self._reverse_loss(v_rev, batch, reverse, weights.reverse))
+                    del both, v_rev, v_id
+                else:
+                    loss = terms.add(*self._reverse_loss(velocity(x_t, t, c_bar, leaf), batch, reverse, weights.reverse))
+                scale = differentiate(loss, last=False)
+                del loss  # with it goes the reverse pass's graph
 
             v_fwd = velocity(y_t, t, c, x)
             loss = terms.add(*self._forward_loss(v_fwd, forward))
-            if backward is not None:
+            if backward is not None and leaf is not None:
                 assert leaf.grad is not None, "the network cut the gradient at its source tokens: the cycle would train nothing"
                 # dL/dy_hyb of the unscaled loss: the loop's factor is in leaf.grad and would enter a second time here.
                 g = leaf.grad / scale
@@ -258,7 +285,7 @@ class UnpairedCycle:
         """The value of y_hat before its graph is built; only without routing is it needed."""
         return flow.predict_data(y_t, velocity(y_t, t, c, x), t)
 
-    def _joint(self, fields: VelocityFields, batch: Batch, states: States, backward: Backward | None) -> Metrics:
+    def _joint(self, fields: VelocityFields, batch: Batch, states: States, weights: Weights, backward: Backward | None) -> Metrics:
         """Algorithm 1, lines 13-36, as one graph."""
         c, c_bar, x, t = batch.instruction, batch.reverse_instruction, batch.source, batch.t
         x_t, y_t, y_0, forward, reverse = states
@@ -268,17 +295,39 @@ class UnpairedCycle:
             if self._reverse_pass:
                 v_fwd = velocity(y_t, t, c, x)
                 loss = terms.add(*self._forward_loss(v_fwd, forward))
+            if weights.reverse:
                 y_hat = flow.predict_data(y_t, v_fwd, t)
                 y_hyb = y_hat
                 if self.config.routing:
                     assert y_0 is not None
                     y_hyb = y_0.detach() + (y_hat - y_hat.detach())  # Eq. 4: value of y_0, gradient of y_hat
-                loss = loss + terms.add(*self._reverse_loss(velocity(x_t, t, c_bar, y_hyb), batch, reverse))
-            if self.config.lambda_id:
-                loss = loss + terms.add(*self._identity_loss(velocity(x_t, t, c_bar, x), batch))
+                loss = loss + terms.add(*self._reverse_loss(velocity(x_t, t, c_bar, y_hyb), batch, reverse, weights.reverse))
+            if weights.identity:
+                loss = loss + terms.add(*self._identity_loss(velocity(x_t, t, c_bar, x), batch, weights.identity))
             if backward is not None:
                 backward(loss, last=True)
         return terms.metrics()
+
+
+class _Slope:
+    """The slope of each step of one rollout, in order: the velocity (Euler), or with the one before it (`ab2`).
+
+    At the experts' boundary the field is another one: the step after it is Euler's.
+    """
+
+    def __init__(self, solver: str, boundary: float | None):
+        self._solver, self._boundary = solver, boundary
+        self._before: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def __call__(self, v: Tensor, s: Tensor, s_next: Tensor) -> Tensor:
+        before, self._before = self._before, (v, s, s - s_next)
+        if self._solver == "euler" or before is None:
+            return v
+        v_before, s_before, h_before = before
+        if self._boundary is not None:
+            crossed = timesteps.is_high(s_before, self._boundary) != timesteps.is_high(s, self._boundary)
+            h_before = torch.where(crossed, torch.zeros_like(h_before), h_before)
+        return flow.ab2_slope(v, v_before, s - s_next, h_before)
 
 
 class _Terms:

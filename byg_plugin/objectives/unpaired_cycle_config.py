@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from byg_plugin.config.fields import Probability, Steps, Weight
+from byg_plugin.config.fields import Probability, Rate, Steps, Weight
 from byg_plugin.config.objective import EmaDecay, LawOfT, LeastT, MostT, ObjectiveConfig, ShiftOfT
 
 
@@ -27,6 +27,9 @@ class UnpairedCycleConfig(ObjectiveConfig):
         10, description="Euler steps from noise to y_0; each is a pass through the network, at most 1,000."
     )
     rollout_schedule: Literal["uniform", "shifted"] = Field("uniform", description="Nodes of the rollout (family's shift).")
+    rollout_solver: Literal["euler", "ab2"] = Field(
+        "euler", description="ab2 = Adams-Bashforth of second order on the same nodes: closer to the path at no call more."
+    )
     t_distribution: LawOfT = "uniform"
     t_shift: ShiftOfT = 1.0
     t_min: LeastT = 0.0
@@ -34,6 +37,12 @@ class UnpairedCycleConfig(ObjectiveConfig):
     identity_warmup_steps: Steps = Field(200, description="First optimizer steps that train the identity term alone.")
     identity_probability: Probability = Field(0.15, description="Chance that a later step trains the identity term alone.")
     identity_step_weight: Weight = Field(1.0, description="Weight of the identity term on an identity step.")
+    identity_rate: Rate = Field(
+        1.0, description="Chance that a step which is no identity step has the identity term, then with 1 / rate of its weight; 1 = always."
+    )
+    reverse_rate: Rate = Field(
+        1.0, description="The same of the reverse pass (cycle loss and reverse prior). A step without it needs no y_0."
+    )
     frozen_batch: Literal[1, 2, 4] = Field(2, description="Frozen-base velocities of one sample evaluated at once.")
     rollout_weights: Literal["swap", "merged"] = Field(
         "swap",
@@ -83,6 +92,18 @@ class UnpairedCycleConfig(ObjectiveConfig):
             raise ValueError(
                 "objective.identity_probability = 1 makes every step an identity step, and objective.identity_step_weight = 0 trains "
                 "nothing on those: change one of them"
+            )
+        if self.reverse_rate < 1 and not prior:
+            raise ValueError(
+                f"objective.reverse_rate = {self.reverse_rate} leaves steps without the reverse pass, and without a prior nothing is "
+                "left to train on those: set it to 1, or give objective.lambda_prior a weight"
+            )
+        if self.identity_rate < 1 and not self.lambda_id:
+            raise ValueError(f"objective.identity_rate = {self.identity_rate} is of no use with objective.lambda_id = 0: leave it out")
+        if self.identity_rate < 1 and not prior and not (self.lambda_cycle and self.cycle):
+            raise ValueError(
+                f"objective.identity_rate = {self.identity_rate} leaves steps without the identity term, and nothing else is "
+                "trained: set it to 1"
             )
         if self.merge_identity and self.graph == "joint":
             raise ValueError("objective.merge_identity batches passes of graph = 'sequential'; set one of the two")
