@@ -19,6 +19,10 @@ reverse pass with respect to a leaf that holds y_0, keep g = dL/dy_hyb, free the
 term <g, y_hat>. One graph is alive at a time: the peak memory of supervised training. `graph = "joint"` is Algorithm 1
 as printed, one graph, the reference.
 
+Two options compute less, neither is the paper's. `rollout_solver = "ab2"` makes the steps of second order. With `identity_rate` or
+`reverse_rate` below 1 a coin of the optimizer step leaves a term out, and where it stays it counts 1 / rate: the mean over the coins is
+the whole gradient. A step without the reverse pass needs no y_0 and no frozen velocities at x_t.
+
 Everything without gradient comes first, then forward-backward pairs: the one order in which swapped blocks, swapped
 experts and recomputed activations see the weights they were made with.
 """
