@@ -19,7 +19,6 @@ from byg_plugin.data.cache import Keys, Picture, Spec, Store, latent_store, lost
 from byg_plugin.data.rules import ROLES
 from byg_plugin.data.tuples import EditTuple, read_tuples
 from byg_plugin.models.base import Family
-from byg_plugin.objectives import make_objective
 from byg_plugin.randomness import generator
 
 _SHOWN = 3
@@ -41,7 +40,7 @@ class CachedTuples(Dataset[dict[str, Any]]):
 
     def __init__(self, config: Config, family: Family, split: Literal["train", "validation"] = "train"):
         self.config = config
-        requires = make_objective(config.objective).requires
+        requires = config.objective.requires
         assert requires <= {"target"}, f"nothing caches {sorted(requires)}"
         self.targets = "target" in requires
         self._latents, self._texts = latent_store(config.dataset), text_store(config.dataset)

@@ -107,12 +107,7 @@ class StepMemory(NamedTuple):
 
 
 class Objective(Protocol):
-    """A training objective. It is made from its section and keeps no state: a resumed run makes it anew."""
-
-    @property
-    def requires(self) -> frozenset[str]:
-        """What a batch must hold beside source and texts: "target"."""
-        ...
+    """A training objective. It is made from its section, which says what it requires, and keeps no state: a resumed run makes it anew."""
 
     @property
     def adapters(self) -> tuple[str, ...]:

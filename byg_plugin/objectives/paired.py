@@ -21,7 +21,6 @@ class Paired:
 
     def __init__(self, config: PairedConfig):
         self.config = config
-        self.requires = config.requires
 
     def plan(self, step: int, seed: int) -> Plan:
         """Every step is the same."""

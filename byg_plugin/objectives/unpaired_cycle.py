@@ -89,7 +89,6 @@ class UnpairedCycle:
     adapters = (EDIT,)
 
     def __init__(self, config: UnpairedCycleConfig):
-        self.requires = config.requires
         self.config = config
         self.lambda_cycle = config.lambda_cycle if config.cycle else 0.0
         self.lambda_prior = config.lambda_prior if config.prior else 0.0
@@ -97,7 +96,7 @@ class UnpairedCycle:
     @property
     def memory(self) -> StepMemory:
         """One pass at a time; `joint` has all three in one graph, `merge_identity` two in one batch."""
-        merged_weights = self.config.rollout_weights == "merged"
+        merged_weights = self.config.merges_rollout
         if self.config.graph == "joint":
             return StepMemory(graphs=3, merged_weights=merged_weights)
         return StepMemory(rows=2 if self.config.merge_identity else 1, merged_weights=merged_weights)
@@ -324,14 +323,17 @@ class _Slope:
         self._before: tuple[Tensor, Tensor, Tensor] | None = None
 
     def __call__(self, v: Tensor, s: Tensor, s_next: Tensor) -> Tensor:
-        before, self._before = self._before, (v, s, s - s_next)
-        if self._solver == "euler" or before is None:
+        if self._solver == "euler":
+            return v
+        h = s - s_next
+        before, self._before = self._before, (v, s, h)
+        if before is None:
             return v
         v_before, s_before, h_before = before
         if self._boundary is not None:
             crossed = timesteps.is_high(s_before, self._boundary) != timesteps.is_high(s, self._boundary)
             h_before = torch.where(crossed, torch.zeros_like(h_before), h_before)
-        return flow.ab2_slope(v, v_before, s - s_next, h_before)
+        return flow.ab2_slope(v, v_before, h, h_before)
 
 
 class _Terms:

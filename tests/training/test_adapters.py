@@ -88,7 +88,6 @@ def test_adapters_that_are_none(tmp_path: Path, whole: Path, optimizers: Any, me
 class Alternating:
     """Trains the editor, and every third step a critic that learns the mean of what it would be shown."""
 
-    requires: frozenset[str] = frozenset()
     adapters = (EDIT, "critic")
     memory = StepMemory()
 
