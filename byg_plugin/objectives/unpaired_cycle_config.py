@@ -120,8 +120,12 @@ class UnpairedCycleConfig(ObjectiveConfig):
                 f"objective.t_per_rollout = {self.t_per_rollout} needs a step of the rollout for each t and one to end it: set "
                 f"objective.rollout_steps = {self.rollout_steps} to {self.t_per_rollout + 1} or more"
             )
-        if self.t_per_rollout > 1 and not (prior or (self.lambda_cycle and self.cycle)):
-            raise ValueError(f"objective.t_per_rollout = {self.t_per_rollout}: without cycle and prior there is no rollout, leave it out")
+        no_rollouts = not (prior or (self.lambda_cycle and self.cycle)) or self.identity_probability == 1
+        if self.t_per_rollout > 1 and no_rollouts:
+            raise ValueError(
+                f"objective.t_per_rollout = {self.t_per_rollout}: there is no rollout without cycle and prior, or on identity steps "
+                "alone: leave it out"
+            )
         if self.merge_identity and self.graph == "joint":
             raise ValueError("objective.merge_identity batches passes of graph = 'sequential'; set one of the two")
         return self
