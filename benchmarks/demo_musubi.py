@@ -186,7 +186,7 @@ def main() -> None:
     )
     parser.add_argument("--host-path", help="folder of a musubi-tuner checkout (default: the one that is installed)")
     parser.add_argument("--out", type=Path, default=Path("out/demo_musubi"), help="folder of everything that is made; not there yet")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override benchmarks/recipes/pictures.toml; repeatable")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override the recipe; repeatable")
     args = parser.parse_args()
     if args.out.exists():
         raise ValueError(f"--out {args.out} exists: choose a new folder, or delete it")

@@ -63,7 +63,7 @@ def rolled(fields: Frozen, batch: Batch, steps: int, schedule: str, solver: str)
     nodes = sampling.sampling_nodes(fields.family, steps, schedule, tuple(batch.source.shape))
     objective = UnpairedCycle(UnpairedCycleConfig(rollout_steps=steps, rollout_solver=solver))  # type: ignore[arg-type]
     full = Batch(**{name: getattr(batch, name) for name in Batch.__slots__ if name != "nodes"}, nodes=nodes)
-    y_t, y_0 = objective.rollouts(fields, full, full.t[None])[0]  # type: ignore[arg-type]
+    y_t, y_0 = objective._rollout(fields, full, reverse=True)  # type: ignore[arg-type]
     assert y_0 is not None
     return y_t, y_0
 

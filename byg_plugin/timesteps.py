@@ -98,28 +98,21 @@ def uniform_nodes(steps: int, device: torch.device | None = None) -> Tensor:
 
 
 def nodes_through(nodes: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """A schedule per sample that visits each of its K times exactly.
+    """A schedule per sample that visits its t exactly.
 
-    The nearest interior node moves onto t; of several times each has a node of its own, in their order. The end points 1 and 0
-    never move, so y_0 costs no extra step.
+    The nearest interior node moves onto t; the end points 1 and 0 never move, so y_0 costs no extra step.
 
     Args:
-        nodes: (n + 1,) falling from 1 to 0, n > K.
-        t: (K, B) in [0, 1].
+        nodes: (n + 1,) falling from 1 to 0, n >= 2.
+        t: (B,) in [0, 1].
 
     Returns:
-        (B, n + 1) nodes, and (K, B) the index of each t in them, in 1 .. n - 1.
+        (B, n + 1) nodes, and (B,) the index of t in them, in 1 .. n - 1.
     """
-    count, inner = len(t), len(nodes) - 2
-    if nodes.ndim != 1 or inner < count:
-        raise ValueError(f"a rollout through {count} times needs at least {count + 1} steps, got nodes of shape {tuple(nodes.shape)}")
+    if nodes.ndim != 1 or len(nodes) < 3:
+        raise ValueError(f"a rollout needs at least 2 steps, got nodes of shape {tuple(nodes.shape)}")
     nodes = nodes.to(t)
-    falling, order = t.sort(dim=0, descending=True)
-    index = (nodes[1:-1] - falling[..., None]).abs().argmin(dim=2) + 1
-    for k in range(1, count):  # at least one after the one before
-        index[k] = torch.maximum(index[k], index[k - 1] + 1)
-    for k in range(count):  # and no further than leaves a node for each that follows
-        index[k].clamp_(max=inner - (count - 1 - k))
-    schedule = nodes.repeat(t.shape[1], 1)
-    schedule.scatter_(1, index.T, falling.T)
-    return schedule, torch.empty_like(index).scatter_(0, order, index)
+    index = (nodes[1:-1][None] - t[:, None]).abs().argmin(dim=1) + 1
+    schedule = nodes.repeat(len(t), 1)
+    schedule[torch.arange(len(t), device=t.device), index] = t
+    return schedule, index

@@ -60,11 +60,6 @@ class ObjectiveConfig(Section):
         return False
 
     @property
-    def uses_per_rollout(self) -> int:
-        """Optimizer steps that one rollout serves; above 1 the objective is one of `objectives.base.SharesRollouts`."""
-        return 1
-
-    @property
     def joins_passes(self) -> bool:
         """Whether a step makes several forward passes before a backward pass."""
         return False

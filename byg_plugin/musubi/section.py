@@ -96,11 +96,6 @@ def check(config: Config) -> None:
         raise ValueError(f"objective.name = {objective.name!r}: with model.host = 'musubi' only {able}; set model.host = 'diffusers'")
     if objective.merges_rollout:
         raise ValueError("objective.rollout_weights = 'merged' is not for model.host = 'musubi': set it to 'swap'")
-    if objective.uses_per_rollout > 1:
-        raise ValueError(
-            f"objective.t_per_rollout = {objective.uses_per_rollout} chooses the order of batches, which with model.host = 'musubi' is "
-            "musubi-tuner's: leave it out"
-        )
     if objective.joins_passes and config.musubi.get("blocks_to_swap"):
         raise ValueError(
             "objective.graph = 'joint' makes three forward passes before a backward pass: with musubi.blocks_to_swap the "

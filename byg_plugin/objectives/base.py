@@ -27,15 +27,6 @@ FULL, IDENTITY = "full", "identity"
 """Kinds of steps: all terms, the identity term alone."""
 
 
-class Rollout(NamedTuple):
-    """What a step needs of a rollout, without gradient."""
-
-    y_t: Tensor
-    """The pseudo-target at t."""
-    y_0: Tensor | None
-    """The end; None where nothing is conditioned on it."""
-
-
 class Velocity(Protocol):
     """A velocity field: (noisy (B, C, F, H, W), t (B,), text of B, source like noisy or None) -> like noisy, float32."""
 
@@ -88,8 +79,6 @@ class Batch:
     """Of the optimizer step, as the objective has planned it."""
     target: Tensor | None = None
     """y: the edited latents, where the objective requires them."""
-    rollout: Rollout | None = None
-    """One that was made before, through this t and others (`SharesRollouts`); None: the step makes its own."""
 
     @property
     def identity_step(self) -> bool:
@@ -136,25 +125,6 @@ class Objective(Protocol):
 
     def step(self, fields: VelocityFields, batch: Batch, backward: Backward | None) -> Metrics:
         """Compute all terms and differentiate them; with `backward=None` only compute (validation)."""
-        ...
-
-
-class SharesRollouts(Objective, Protocol):
-    """An objective whose section has `t_per_rollout`."""
-
-    @property
-    def takes_y_0(self) -> bool:
-        """Whether its rollouts have their end."""
-        ...
-
-    def rollouts(self, fields: VelocityFields, batch: Batch, times: Tensor) -> list[Rollout]:
-        """One trajectory from the batch's noise through K times of each sample, as what a step at each of them needs.
-
-        Args:
-            fields: the network.
-            batch: latents, texts, noise and nodes.
-            times: (K, B).
-        """
         ...
 
 

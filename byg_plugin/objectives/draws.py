@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,8 +54,3 @@ def draw_t(objective: ObjectiveConfig, size: int, rng: torch.Generator, boundary
         return timesteps.sample_t(size, rng, **law)
     assert boundary is not None
     return timesteps.sample_t_beside(size, rng, boundary, high, **law)
-
-
-def draw_times(objective: ObjectiveConfig, size: int, rng: torch.Generator, boundary: float | None, sides: Sequence[bool | None]) -> Tensor:
-    """(K, size) times, a row for each optimizer step that uses a rollout, on that step's side of the boundary."""
-    return torch.stack([draw_t(objective, size, rng, boundary, high) for high in sides])

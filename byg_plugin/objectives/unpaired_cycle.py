@@ -19,10 +19,9 @@ reverse pass with respect to a leaf that holds y_0, keep g = dL/dy_hyb, free the
 term <g, y_hat>. One graph is alive at a time: the peak memory of supervised training. `graph = "joint"` is Algorithm 1
 as printed, one graph, the reference.
 
-Three options compute less, none is the paper's. `t_per_rollout` = K takes K noisy states from one rollout, for K optimizer steps
-(`training/rollouts.py`). `rollout_solver = "ab2"` makes the steps of second order. With `identity_rate` or `reverse_rate` below 1
-a coin of the optimizer step leaves a term out, and where it stays it counts 1 / rate: the mean over the coins is the whole
-gradient. A step without the reverse pass needs no y_0 and no frozen velocities at x_t.
+Two options compute less, neither is the paper's. `rollout_solver = "ab2"` makes the steps of second order. With `identity_rate` or
+`reverse_rate` below 1 a coin of the optimizer step leaves a term out, and where it stays it counts 1 / rate: the mean over the coins is
+the whole gradient. A step without the reverse pass needs no y_0 and no frozen velocities at x_t.
 
 Everything without gradient comes first, then forward-backward pairs: the one order in which swapped blocks, swapped
 experts and recomputed activations see the weights they were made with.
@@ -44,7 +43,6 @@ from byg_plugin.objectives.base import (
     Batch,
     Metrics,
     Plan,
-    Rollout,
     StepMemory,
     Text,
     Velocity,
@@ -138,7 +136,7 @@ class UnpairedCycle:
             assert self._reverse_pass or self.config.lambda_id, "the configuration refuses an objective without a term"
             weights = self._weights(batch, training=backward is not None)
             x_t = flow.interpolate(batch.source, batch.noise, batch.t)
-            y_t, y_0 = batch.rollout or self._rollouts(fields, batch, batch.t[None], reverse=bool(weights.reverse))[0]
+            y_t, y_0 = self._rollout(fields, batch, reverse=bool(weights.reverse))
             if not self.config.bootstrap:
                 y_t = x_t
             states = States(x_t, y_t, y_0, *self._frozen_velocities(fields, batch, y_t, x_t, reverse=bool(weights.reverse)))
@@ -148,34 +146,24 @@ class UnpairedCycle:
 
     # --- 1. without gradient: the pseudo-targets and the frozen base ---
 
-    @property
-    def takes_y_0(self) -> bool:
-        """See `objectives.base.SharesRollouts`."""
-        return bool(self._reverse_pass and self.config.routing)
-
-    def rollouts(self, fields: VelocityFields, batch: Batch, times: Tensor) -> list[Rollout]:
-        """See `objectives.base.SharesRollouts`."""
-        return self._rollouts(fields, batch, times, reverse=self._reverse_pass)
-
     @torch.no_grad()
-    def _rollouts(self, fields: VelocityFields, batch: Batch, times: Tensor, *, reverse: bool) -> list[Rollout]:
-        """From the noise: y_t exactly at each of a sample's times, and y_0 where something (the reverse pass) is conditioned on it."""
-        needs_y0 = reverse and self.takes_y_0
+    def _rollout(self, fields: VelocityFields, batch: Batch, *, reverse: bool) -> tuple[Tensor, Tensor | None]:
+        """From the noise: y_t exactly at each sample's t, and y_0 where something (the reverse pass) is conditioned on it."""
+        needs_y0 = reverse and self.config.routing
         if not needs_y0 and not (self._reverse_pass and self.config.bootstrap):
-            return [Rollout(batch.noise, None)] * len(times)  # nothing reads them
+            return batch.noise, None  # nothing reads them
         assert batch.nodes is not None
-        schedule, index = timesteps.nodes_through(batch.nodes, times)
+        schedule, index = timesteps.nodes_through(batch.nodes, batch.t)
         last = schedule.shape[1] - 1 if needs_y0 else int(index.max())
-        y, y_t = batch.noise, [torch.zeros_like(batch.noise) for _ in times]
+        y, y_t = batch.noise, torch.zeros_like(batch.noise)
         with fields.ema() as velocity:
             slope = _Slope(self.config.rollout_solver, batch.boundary)
             for k in range(last):
                 s, s_next = schedule[:, k], schedule[:, k + 1]
                 y = flow.euler_step(y, slope(velocity(y, s, batch.instruction, batch.source), s, s_next), s, s_next)
-                y_t = [torch.where(flow.expand(at == k + 1, y).bool(), y, found) for at, found in zip(index, y_t, strict=True)]
+                y_t = torch.where(flow.expand(index == k + 1, y).bool(), y, y_t)
         # Clones: a host's fields without gradient may run in inference mode, whose tensors autograd cannot save.
-        y_0 = y.clone() if needs_y0 else None
-        return [Rollout(found.clone(), y_0) for found in y_t]
+        return y_t.clone(), y.clone() if needs_y0 else None
 
     @torch.no_grad()
     def _frozen_velocities(self, fields: VelocityFields, batch: Batch, y_t: Tensor, x_t: Tensor, *, reverse: bool) -> tuple[Frozen, Frozen]:

@@ -30,11 +30,6 @@ class UnpairedCycleConfig(ObjectiveConfig):
     rollout_solver: Literal["euler", "ab2"] = Field(
         "euler", description="ab2 = Adams-Bashforth of second order on the same nodes: closer to the path at no call more."
     )
-    t_per_rollout: Annotated[int, Field(ge=1, le=16)] = Field(
-        1,
-        description="Noisy states that one rollout gives, at as many t: later optimizer steps use the others, a few steps old. "
-        "More than 1 needs more rollout_steps than that.",
-    )
     t_distribution: LawOfT = "uniform"
     t_shift: ShiftOfT = 1.0
     t_min: LeastT = 0.0
@@ -70,11 +65,6 @@ class UnpairedCycleConfig(ObjectiveConfig):
     def merges_rollout(self) -> bool:
         """See `ObjectiveConfig.merges_rollout`."""
         return self.rollout_weights == "merged"
-
-    @property
-    def uses_per_rollout(self) -> int:
-        """See `ObjectiveConfig.uses_per_rollout`."""
-        return self.t_per_rollout
 
     @property
     def joins_passes(self) -> bool:
@@ -114,17 +104,6 @@ class UnpairedCycleConfig(ObjectiveConfig):
             raise ValueError(
                 f"objective.identity_rate = {self.identity_rate} leaves steps without the identity term, and nothing else is "
                 "trained: set it to 1"
-            )
-        if self.t_per_rollout >= self.rollout_steps:
-            raise ValueError(
-                f"objective.t_per_rollout = {self.t_per_rollout} needs a step of the rollout for each t and one to end it: set "
-                f"objective.rollout_steps = {self.rollout_steps} to {self.t_per_rollout + 1} or more"
-            )
-        no_rollouts = not (prior or (self.lambda_cycle and self.cycle)) or self.identity_probability == 1
-        if self.t_per_rollout > 1 and no_rollouts:
-            raise ValueError(
-                f"objective.t_per_rollout = {self.t_per_rollout}: there is no rollout without cycle and prior, or on identity steps "
-                "alone: leave it out"
             )
         if self.merge_identity and self.graph == "joint":
             raise ValueError("objective.merge_identity batches passes of graph = 'sequential'; set one of the two")

@@ -4,8 +4,7 @@
     <name>.safetensors        the LoRA, ready for use
     <name>-ema.safetensors    the same with the EMA weights
     training.safetensors      of each adapter the exact LoRA and EMA tensors and the optimizer's, as trained (no scale folded):
-                              edit/lora/<name>, edit/ema/<name>, edit/optimizer/<index>/<name>; and states of rollouts that are to
-                              be used again, rollouts/<step>/<slot>/<state>
+                              edit/lora/<name>, edit/ema/<name>, edit/optimizer/<index>/<name>
     state.json                step, of each adapter the optimizer's scalars, versions, the configuration
 A folder under this name is complete: it is written beside under another name, synced, and renamed. What is read is compared with
 what the run would have: names, shapes, types, finite values. Randomness and data order are functions of (seed, step) and need no
@@ -19,7 +18,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,6 @@ logger = logging.getLogger(__name__)
 _NAME = re.compile(r"step-(\d{6,})")
 TENSORS = "training.safetensors"
 STATE = "state.json"
-ROLLOUTS = "rollouts"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +59,6 @@ class TrainingState:
     """The configuration the state was trained with."""
     data: str = ""
     """Digest of the tuples and buckets: the order of batches is a function of them."""
-    rollouts: dict[str, Tensor] = field(default_factory=dict)
-    """States of rollouts that later steps use, `<step>/<slot>/<state>` (`training/rollouts.py`)."""
     unnamed: bool = False
     """Whether it was read from a file whose entries do not begin with an adapter's name."""
 
@@ -103,7 +99,6 @@ def save(
             for name, (tensors, metadata) in lora_files.items():
                 save_file(dict(tensors), partial / name, metadata={"format": "pt", **metadata})
             tensors = {f"{name}/{key}": value for name, adapter in state.adapters.items() for key, value in tensors_of(adapter).items()}
-            tensors |= {f"{ROLLOUTS}/{key}": value for key, value in state.rollouts.items()}
             save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, partial / TENSORS)
             scalars = {name: split_optimizer(adapter.optimizer)[1] for name, adapter in state.adapters.items()}
             record = {"step": state.step, "optimizers": scalars, "config": state.config, "data": state.data, **extra}
@@ -212,7 +207,7 @@ def _load(path: Path) -> TrainingState:
     record = _record(path)
     unnamed = "optimizers" not in record
     optimizers = {EDIT: record["optimizer"]} if unnamed else record["optimizers"]
-    groups, rollouts = _tensors(path, list(optimizers), unnamed)
+    groups = _tensors(path, list(optimizers), unnamed)
     return TrainingState(
         step=record["step"],
         adapters={
@@ -223,7 +218,6 @@ def _load(path: Path) -> TrainingState:
         },
         config=record["config"],
         data=record.get("data", ""),
-        rollouts=rollouts,
         unnamed=unnamed,
     )
 
@@ -267,25 +261,21 @@ def _shown(value: Any) -> str:
     return f"a {type(value).__name__}" if isinstance(value, dict | list) else f"{value!r:.40}"
 
 
-def _tensors(path: Path, adapters: Sequence[str], unnamed: bool) -> tuple[dict[str, dict[str, dict[str, Tensor]]], dict[str, Tensor]]:
-    """The groups of training.safetensors by adapter, and its rollouts; all finite."""
+def _tensors(path: Path, adapters: Sequence[str], unnamed: bool) -> dict[str, dict[str, dict[str, Tensor]]]:
+    """The groups of training.safetensors by adapter, all finite."""
     groups: dict[str, dict[str, dict[str, Tensor]]] = {adapter: {"lora": {}, "ema": {}, "optimizer": {}} for adapter in adapters}
     every: dict[str, Tensor] = {}
-    rollouts: dict[str, Tensor] = {}
     with safe_open(path / TENSORS, framework="pt") as file:
         for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
             adapter, _, entry = (EDIT, "", key) if unnamed else key.partition("/")
             group, _, name = entry.partition("/")
-            if adapter == ROLLOUTS:
-                every[key] = rollouts[entry] = file.get_tensor(key).clone()
-                continue
             if group not in groups.get(adapter, {}):
                 raise ValueError(f"{TENSORS}: {key} is neither lora, ema nor optimizer of {', '.join(adapters)}")
             # A copy: a view would keep the file mapped, and a mapped file cannot be removed on Windows.
             every[key] = groups[adapter][group][name] = file.get_tensor(key).clone()
     if (key := first_not_finite(every)) is not None:
         raise ValueError(f"{TENSORS}: tensor {key} holds NaN or infinite values")
-    return groups, rollouts
+    return groups
 
 
 def compare(path: Path, state: TrainingState, layout: Layout) -> None:

@@ -59,10 +59,6 @@ class Engine(Protocol):
         """Weights, or averages of them, whole and detached: for saving."""
         ...
 
-    def together(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What each process holds under names of its own, in main memory: all of it on the first process, which saves."""
-        ...
-
     def state(self) -> dict[str, dict[str, Any]]:
         """`torch.optim.Optimizer.state_dict()` by adapter, whole."""
         ...
@@ -139,14 +135,6 @@ class PlainEngine:
     def gathered(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """As they are."""
         return {name: tensor.detach() for name, tensor in tensors.items()}
-
-    def together(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """See `Engine`."""
-        if _world() == 1 or not self.any(bool(tensors)):
-            return dict(tensors)
-        gathered: list[Any] | None = [None] * _world() if torch.distributed.get_rank() == 0 else None
-        torch.distributed.gather_object(dict(tensors), gathered)
-        return {name: value for part in gathered or [] for name, value in part.items()}
 
     def state(self) -> dict[str, dict[str, Any]]:
         """See `Engine`."""

@@ -9,10 +9,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -30,11 +29,11 @@ from byg_plugin.lora.card import LoraCard
 from byg_plugin.lora.start import check_start
 from byg_plugin.models.base import Family
 from byg_plugin.objectives import make_objective
-from byg_plugin.objectives.base import EDIT, FULL, IDENTITY, Batch, Metrics, SharesRollouts
-from byg_plugin.objectives.draws import draw_times, share_of_high_noise, side_of
+from byg_plugin.objectives.base import EDIT, FULL, IDENTITY, Batch, Metrics
+from byg_plugin.objectives.draws import share_of_high_noise, side_of
 from byg_plugin.progress import Progress
 from byg_plugin.randomness import derived_seed, generator
-from byg_plugin.training import checkpoint, logs, preview, rollouts
+from byg_plugin.training import checkpoint, logs, preview
 from byg_plugin.training.checkpoint import naming_a_full_disk
 from byg_plugin.training.diagnosis import Diagnosis
 from byg_plugin.training.engine import make_engine
@@ -85,20 +84,12 @@ class Trainer:
         # Cheap checks first: nothing is loaded for a run that cannot start.
         self.resume_from = find_start(self.folder, resume, discard_later)
         self.objective = make_objective(config.objective)
-        self.shared = rollouts.Schedule(
-            config.objective.uses_per_rollout,
-            lambda step: self.objective.plan(step, config.train.seed).kind != IDENTITY,
-            config.train.seed,
-            slots=self.accumulation * accelerator.num_processes,
-        )
-        self.kept = rollouts.Kept()
         self.data = CachedTuples(config, family, "train")
         self.validation = CachedTuples(config, family, "validation") if config.dataset.validation_items else None
         self.batches = BucketBatches(self.data, config.train.batch_size, config.train.seed)
         state = None
         if self.resume_from:
             state, layout = load_start(self.resume_from, config, family, self.objective, self.data.digest(), accelerator.device)
-            self._check_rollouts(self.resume_from, state)
         check_start(config, fresh=state is None)
 
         # A resumed run has its weights: it needs no file that it started from.
@@ -134,20 +125,7 @@ class Trainer:
                 # A run that had no EMA goes on with one that starts at its weights.
                 adapter.ema.load(found.ema or found.lora)
         self.engine.load_state({name: adapter.optimizer for name, adapter in state.adapters.items()})
-        self.kept.load(state.rollouts, lambda slot: slot % self.accelerator.num_processes == self.accelerator.process_index)
         self.step = state.step
-
-    def _check_rollouts(self, path: Path, state: checkpoint.TrainingState) -> None:
-        def shape(step: int, slot: int) -> tuple[int, ...]:
-            tuples = self.batches.micro_batch(step, slot, 0, 1, self.shared.slots)
-            return (len(tuples), *self.data[tuples[0]]["source"].shape)
-
-        end = self.shared.uses > 1 and cast(SharesRollouts, self.objective).takes_y_0
-        if wrong := rollouts.difference(state.rollouts, self.shared, state.step, shape, end=end):
-            raise ValueError(
-                f"{path} holds other rollouts than this run would after {state.step} steps: {wrong}; set objective.t_per_rollout, the "
-                "keys of identity steps, train.seed and train.global_batch_size back to what it was trained with, or start a new run"
-            )
 
     def _clear_later(self) -> None:
         """Before the first step: what lies after it, of a killed start or of discarded checkpoints, is about to be made again."""
@@ -240,19 +218,15 @@ class Trainer:
                 preview.write(self.config, self.family, self.host, data, self.step, self.accelerator)
             self.accelerator.wait_for_everyone()
 
-    def _slot(self, micro: int) -> int:
-        """Number of this process's micro-batch among those of an optimizer step."""
-        return micro * self.accelerator.num_processes + self.accelerator.process_index
-
     def _micro_index(self, step: int, micro: int) -> int:
         """Index of this process's micro-batch in the run over all ranks: `randomness.py` draws from it."""
-        return step * self.shared.slots + self._slot(micro)
+        return (step * self.accumulation + micro) * self.accelerator.num_processes + self.accelerator.process_index
 
     def _loader(self) -> Iterator[list[dict[str, Any]]]:
         """Lists of `accumulation` micro-batches, one list an optimizer step, from the current step on."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         order = (
-            self.batches.micro_batch(self.shared.source(step, self._slot(micro))[0], micro, rank, world, self.accumulation)
+            self.batches.micro_batch(step, micro, rank, world, self.accumulation)
             for step in range(self.step, self.config.train.steps)
             for micro in range(self.accumulation)
         )
@@ -275,7 +249,7 @@ class Trainer:
         for micro, examples in enumerate(micro_batches):
             micro_index = self._micro_index(self.step, micro)
             torch.manual_seed(derived_seed(config.train.seed, "dropout", micro_index))
-            batch = self._training_batch(examples, micro, plan.kind)
+            batch = self._batch(examples, generator(config.train.seed, "noise", micro_index), plan.kind, high=high)
             terms.append(self.objective.step(self.host, batch, self.engine.backward))
             for name, value in terms[-1].items():
                 sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value / self._share(name)
@@ -286,28 +260,9 @@ class Trainer:
         norms = self.engine.step(learning_rate(config.train, self.step), check)
         self.diagnosis.after_step(self.step + 1)
         self._update_ema()
-        kinds: dict[str, float] = {"identity_step": plan.kind == IDENTITY, **({} if high is None else {"high_noise_step": high})}
-        if self.shared.uses > 1:
-            kinds["rollout_age"] = self._mean_rollout_age()
+        kinds = {"identity_step": plan.kind == IDENTITY, **({} if high is None else {"high_noise_step": high})}
         flags = {name: torch.tensor(float(value), device=self.accelerator.device) for name, value in kinds.items()}
         return sums | _by_adapter("grad_norm", norms) | flags
-
-    def _training_batch(self, examples: dict[str, Any], micro: int, kind: str) -> Batch:
-        """This step's micro-batch: data, noise and times are those of the step that makes its rollout."""
-        slot = self._slot(micro)
-        made, use = self.shared.source(self.step, slot)
-        first, *others = self.shared.steps_of(made, slot)
-        rng = generator(self.config.train.seed, "noise", self._micro_index(made, micro))
-        batch = self._batch(examples, rng, kind, high=self._side(first))
-        if not others:
-            return batch
-        drawn = draw_times(self.config.objective, len(batch.t), rng, self.family.boundary, [self._side(step) for step in others])
-        times = torch.cat([batch.t[None], drawn.to(batch.t)])
-        if use:
-            return replace(batch, t=times[use], rollout=self.kept.take(made, slot, use, batch.t.device))
-        made_now = cast(SharesRollouts, self.objective).rollouts(self.host, batch, times)
-        self.kept.put(made, slot, made_now)
-        return replace(batch, rollout=made_now[0])
 
     def _side(self, step: int) -> bool | None:
         """Whether an optimizer step trains the high-noise expert: one toss, the same on every rank; None without experts."""
@@ -318,11 +273,6 @@ class Trainer:
         high = self._side(step)
         expert = None if high is None or self.config.lora.experts == "shared" else self.family.experts[not high]
         return [(adapter, expert) for adapter in self.objective.plan(step, self.config.train.seed).adapters]
-
-    def _mean_rollout_age(self) -> float:
-        """Optimizer steps since this process's rollouts of this step were made."""
-        made = [self.shared.source(self.step, self._slot(micro))[0] for micro in range(self.accumulation)]
-        return self.step - sum(made) / len(made)
 
     def _update_ema(self) -> None:
         """Of what this step has trained. An expert's average counts that expert's own steps: it starts as fast as a lone one's."""
@@ -392,7 +342,6 @@ class Trainer:
             },
             config=self.config.model_dump(mode="json"),
             data=self.data.digest(),
-            rollouts=self.engine.together(self.kept.state()),
         )
 
     def _save(self) -> None:

@@ -22,7 +22,11 @@ def test_there_are_recipes():
 @pytest.mark.parametrize("path", [path for path in RECIPES if not path.name.startswith("data_")], ids=lambda path: path.name)
 def test_every_recipe_parses(path):
     # The demos' places, and the study's, are made, and set, by their commands.
-    overrides = [f"{key}=x" for key in ("dataset.tuples", "dataset.cache_dir", "output.dir")] if path.name.startswith("demo") or path in STUDIES else []
+    overrides = (
+        [f"{key}=x" for key in ("dataset.tuples", "dataset.cache_dir", "output.dir")]
+        if path.name.startswith("demo") or path in STUDIES
+        else []
+    )
     assert load_config(path, overrides).train.steps > 0
 
 

@@ -110,9 +110,6 @@ def test_an_empty_range_of_t_is_refused(t_min, t_max):
     "sections, parts",
     [
         ({"objective": {"graph": "joint", "merge_identity": True}}, ["objective.merge_identity", "sequential"]),
-        ({"objective": {"t_per_rollout": 3, "rollout_steps": 3}}, ["objective.t_per_rollout = 3", "objective.rollout_steps = 3 to 4"]),
-        ({"objective": {"t_per_rollout": 2, "cycle": False, "prior": False}}, ["objective.t_per_rollout = 2", "leave it out"]),
-        ({"objective": {"t_per_rollout": 2, "identity_probability": 1.0}}, ["objective.t_per_rollout = 2", "leave it out"]),
         ({"lora": {"forward": "merged"}}, ["lora.forward = 'merged'", "model.dtype = 'float32'", "it is 'bfloat16'", "'factors'"]),
         ({"lora": {"forward": "merged", "dropout": 0.1}, "model": {"dtype": "float32"}}, ["lora.dropout = 0.0, it is 0.1", "'factors'"]),
         ({"lora": {"forward": "merged"}, "model": {"dtype": "float32", "quantization": "fp8"}}, ["model.quantization = 'none'", "'fp8'"]),

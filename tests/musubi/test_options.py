@@ -226,7 +226,6 @@ def test_arguments_are_what_the_hosts_entry_point_makes(folder: Path):
         ("lora", "rnak", 5, "did you mean lora.rank?"),
         ("conditioning", "position", "bernini", "model.host = 'diffusers'"),
         ("objective", "rollout_weights", "merged", "set it to 'swap'"),
-        ("objective", "t_per_rollout", 2, "musubi-tuner's: leave it out"),
         ("model", "family", "wan2.2-ti2v-5b", "musubi-tuner does not train it"),
     ],
 )

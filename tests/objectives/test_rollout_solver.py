@@ -23,7 +23,7 @@ def known(noisy: Tensor, t: Tensor, text: Any, source: Tensor | None) -> Tensor:
 
 def rolled(solver: str, batch: Batch, field: Any = known) -> tuple[Tensor, Tensor]:
     fields = RecordedFields(field, field, field)
-    y_t, y_0 = objective(rollout_solver=solver)._rollouts(fields, batch, batch.t[None], reverse=True)[0]
+    y_t, y_0 = objective(rollout_solver=solver)._rollout(fields, batch, reverse=True)
     assert y_0 is not None
     return y_t, y_0
 
