@@ -362,10 +362,14 @@ def _inject_lora(network: nn.Module, config: Config, targets: str, device: torch
     from peft import LoraConfig as PeftLoraConfig
     from peft import inject_adapter_in_model
 
+    from byg_plugin.hosts.lora_product import use_one_product
+
     matched_linears(network, targets)
     lora = config.lora
     peft_config = PeftLoraConfig(r=lora.rank, lora_alpha=lora.scale_numerator, lora_dropout=lora.dropout, target_modules=targets)
     inject_adapter_in_model(peft_config, network, adapter_name=_ADAPTER)
+    for layer in _lora_layers_of(network):
+        use_one_product(layer, _ADAPTER)
     if config.train.mixed_precision == "bf16":
         for layer in _lora_layers_of(network):
             # PEFT would cast the input to float32 for its A, and autocast back to bfloat16, into a copy for every layer that is
