@@ -116,12 +116,13 @@ def train(config: Config, family: Family, device: Any, resume: str | None, *, di
     from byg_plugin.config.extras import require_training_extras
     from byg_plugin.folders import alone_in
     from byg_plugin.training.checkpoint import make_room
-    from byg_plugin.training.launch import check_launch, check_processes
+    from byg_plugin.training.launch import check_processes, read_launch, take_over
     from byg_plugin.training.loop import Interrupted, Trainer
     from byg_plugin.version import versions
 
     require_training_extras(config.train)
-    check_launch("train.mixed_precision", config.train.mixed_precision)
+    launch = read_launch(config)
+    take_over(launch)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     tracker = None if config.train.tracker == "none" else config.train.tracker
     # The other processes wait while the first one saves, validates and previews.
@@ -130,7 +131,7 @@ def train(config: Config, family: Family, device: Any, resume: str | None, *, di
     check_processes(accelerator)
     folder = Path(config.output.dir)
     with alone_in(folder, "output.dir") if accelerator.is_main_process else nullcontext():
-        trainer = Trainer(config, family, accelerator, resume, discard_later=discard_later)
+        trainer = Trainer(config, family, accelerator, resume, discard_later=discard_later, launch=launch)
         if accelerator.is_main_process:
             _write_beside(config, versions(), make_room(trainer.checkpoints))
         if tracker:

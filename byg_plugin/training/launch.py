@@ -1,38 +1,105 @@
-"""What `accelerate launch` may ask of a host. What a host does not do is refused, not ignored."""
+"""What `accelerate launch` asks for: read from the environment, and taken out of it, so that accelerate wraps nothing.
+
+What is not done here is refused, not ignored: on a CPU accelerate would accept a DeepSpeed configuration and do nothing.
+"""
 
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-_BACKWARDS = "under which this objective's several backward passes go wrong: run plain multi-GPU (accelerate config)"
+from byg_plugin.config.extras import require
+from byg_plugin.hosts.sharding import Sharding
+from byg_plugin.training import deepspeed_settings
+
+if TYPE_CHECKING:
+    from byg_plugin.config.sections import Config
+
 _REFUSED = {
-    "ACCELERATE_USE_DEEPSPEED": ("DeepSpeed", _BACKWARDS),
-    "ACCELERATE_USE_FSDP": ("FSDP", _BACKWARDS),
-    "ACCELERATE_USE_MEGATRON_LM": ("Megatron", _BACKWARDS),
+    "ACCELERATE_USE_MEGATRON_LM": (
+        "Megatron",
+        "under which this objective's several backward passes go wrong: run plain multi-GPU (accelerate config)",
+    ),
     "ACCELERATE_DYNAMO_BACKEND": ("dynamo", "inside which the LoRA cannot be taken off: answer NO; on the musubi host set musubi.compile"),
 }
 _PLAIN = ("NO", "MULTI_GPU", "MULTI_CPU", "MULTI_XPU")
 
 
-def check_launch(option: str, precision: str | None) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """Which engine trains the LoRA, and how the frozen base is held."""
+
+    stage: int = 0
+    """DeepSpeed's ZeRO stage; 1 and 2 are of the LoRA, 3 is of the base."""
+    sharding: Sharding = field(default_factory=Sharding)
+    deepspeed: Mapping[str, Any] = field(default_factory=dict)
+    """DeepSpeed's configuration, without "auto"."""
+
+    @classmethod
+    def of_deepspeed(cls, settings: Mapping[str, Any]) -> Launch:
+        """Of a resolved configuration of DeepSpeed."""
+        zero = settings["zero_optimization"]
+        if zero["stage"] < 3:
+            return cls(stage=zero["stage"], deepspeed=settings)
+        offload = (zero.get("offload_param") or {}).get("device", "none")
+        return cls(stage=3, sharding=Sharding(kind="zero3", offload=offload, deepspeed=settings))
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        offload = f", {self.sharding.offload} offload" if self.sharding.offload != "none" else ""
+        return f"ZeRO-{self.stage}{offload}" if self.stage else "FSDP2" + offload if self.sharding else "plain"
+
+
+def read_launch(config: Config, environment: Mapping[str, str] | None = None) -> Launch:
+    """What the launcher asks of this run, before anything is loaded.
+
+    Raises:
+        ValueError: it contradicts the configuration, or is not done here.
+    """
+    environment = os.environ if environment is None else environment
+    check_launch("train.mixed_precision", config.train.mixed_precision, environment)
+    if not _is_on(environment, "ACCELERATE_USE_DEEPSPEED"):
+        return Launch()
+    settings, origin = deepspeed_settings.asked(environment)
+    require("deepspeed", "accelerate launch asks for DeepSpeed, which", "deepspeed", "launch plain multi-GPU")
+    processes = int(environment.get("WORLD_SIZE", "1"))
+    accumulation = config.accumulation(processes)
+    return Launch.of_deepspeed(deepspeed_settings.resolved(settings, origin, config.train, accumulation))
+
+
+def take_over(launch: Launch) -> None:
+    """Take the launcher's wishes out of the environment, where `Accelerator` would read and act on them."""
+    for variable in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):
+        os.environ.pop(variable, None)
+
+
+def check_launch(option: str, precision: str | None, environment: Mapping[str, str] | None = None) -> None:
     """Before anything is loaded: what the launcher has left in the environment.
 
     Args:
         option: the name of the option that sets the mixed precision.
         precision: its value; None: it follows the launcher.
+        environment: default: this process's.
 
     Raises:
         ValueError: the launcher asks for something that is not done here.
     """
+    environment = os.environ if environment is None else environment
     for variable, (name, reason) in _REFUSED.items():
-        if os.environ.get(variable, "").upper() not in ("", "0", "NO", "FALSE"):
+        if _is_on(environment, variable):
             raise ValueError(f"accelerate launch asks for {name}, {reason}")
-    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    asked = environment.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if asked not in ("no", precision or asked):
         raise ValueError(
             f'accelerate launch asks for mixed precision "{asked}", {option} is "{precision}": set one of them to the other\'s value'
         )
+
+
+def _is_on(environment: Mapping[str, str], variable: str) -> bool:
+    return environment.get(variable, "").upper() not in ("", "0", "NO", "FALSE")
 
 
 def check_processes(accelerator: Any) -> None:
@@ -43,4 +110,4 @@ def check_processes(accelerator: Any) -> None:
     """
     kind = accelerator.distributed_type.value
     if kind not in _PLAIN:
-        raise ValueError(f"accelerate launch asks for {kind}, {_BACKWARDS}")
+        raise ValueError(f"accelerate launch asks for {kind}, which is not done here: run plain multi-GPU (accelerate config)")

@@ -36,7 +36,8 @@ from byg_plugin.randomness import derived_seed, generator
 from byg_plugin.training import checkpoint, logs, preview
 from byg_plugin.training.checkpoint import naming_a_full_disk
 from byg_plugin.training.diagnosis import Diagnosis
-from byg_plugin.training.engine import make_engine
+from byg_plugin.training.engines import make_engine
+from byg_plugin.training.launch import Launch
 from byg_plugin.training.optimizers import learning_rate
 from byg_plugin.training.resume import find_start, is_in, load_start
 from byg_plugin.version import versions
@@ -60,6 +61,7 @@ class Trainer:
         resume: None, "latest" or a checkpoint folder.
         discard_later: go on from a checkpoint of `output.dir` that has later ones; they and their previews are renamed
             `discarded-step-...`, and lines of logs after it are dropped.
+        launch: what the launcher asks for; None: plain processes.
         on_step: called with the trainer after every optimizer step, on every rank, when all that belongs to the step is saved.
 
     Raises:
@@ -75,6 +77,7 @@ class Trainer:
         on_step: Callable[[Trainer], None] | None = None,
         *,
         discard_later: bool = False,
+        launch: Launch | None = None,
     ):
         self.config, self.family, self.accelerator = config, family, accelerator
         self.on_step = on_step
@@ -93,9 +96,12 @@ class Trainer:
         check_start(config, fresh=state is None)
 
         # A resumed run has its weights: it needs no file that it started from.
-        self.host = make_host(config, family, accelerator.device, fresh=state is None, adapters=self.objective.adapters)
+        launch = launch or Launch()
+        self.host = make_host(
+            config, family, accelerator.device, fresh=state is None, adapters=self.objective.adapters, sharding=launch.sharding
+        )
         trained = {name: adapter.parameters for name, adapter in self.host.adapters.items()}
-        self.engine = make_engine(config.train, trained, self.accumulation, accelerator.device)
+        self.engine = make_engine(launch, config.train, trained, self.accumulation, accelerator.device)
         self.engine.broadcast()
         self.diagnosis = Diagnosis(config.train, self.host, self.data, self.engine, self.checkpoints)
         if self.high_share is not None:
@@ -246,11 +252,12 @@ class Trainer:
         plan, high = self.objective.plan(self.step, config.train.seed), self._side(self.step)
         sums: Metrics = {}
         terms: list[Metrics] = []
+        self.engine.begin(self._trained_by(self.step))
         for micro, examples in enumerate(micro_batches):
             micro_index = self._micro_index(self.step, micro)
             torch.manual_seed(derived_seed(config.train.seed, "dropout", micro_index))
             batch = self._batch(examples, generator(config.train.seed, "noise", micro_index), plan.kind, high=high)
-            terms.append(self.objective.step(self.host, batch, self.engine.backward))
+            terms.append(self.objective.step(self.host, batch, self._backward))
             for name, value in terms[-1].items():
                 sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value / self._share(name)
 
@@ -263,6 +270,11 @@ class Trainer:
         kinds = {"identity_step": plan.kind == IDENTITY, **({} if high is None else {"high_noise_step": high})}
         flags = {name: torch.tensor(float(value), device=self.accelerator.device) for name, value in kinds.items()}
         return sums | _by_adapter("grad_norm", norms) | flags
+
+    def _backward(self, loss: Tensor, *, last: bool) -> float:
+        scale = self.engine.backward(loss, last=last)
+        self.host.after_backward()
+        return scale
 
     def _side(self, step: int) -> bool | None:
         """Whether an optimizer step trains the high-noise expert: one toss, the same on every rank; None without experts."""
