@@ -121,12 +121,12 @@ def train(config: Config, family: Family, device: Any, resume: str | None, *, di
     from byg_plugin.version import versions
 
     require_training_extras(config.train)
-    launch = read_launch(config)
-    take_over(launch)
+    launch = read_launch(config, family)
+    take_over()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     tracker = None if config.train.tracker == "none" else config.train.tracker
-    # The other processes wait while the first one saves, validates and previews.
-    patience = InitProcessGroupKwargs(timeout=timedelta(hours=3))
+    # The other processes wait while the first one saves, validates and previews. In what they do together the watchdog is sooner.
+    patience = InitProcessGroupKwargs(timeout=max(timedelta(hours=3), timedelta(minutes=2 * config.train.collective_timeout)))
     accelerator = Accelerator(cpu=device.type == "cpu", log_with=tracker, project_dir=config.output.dir, kwargs_handlers=[patience])
     check_processes(accelerator)
     folder = Path(config.output.dir)

@@ -18,7 +18,8 @@ from byg_plugin.hosts.lockstep import in_lockstep
 from byg_plugin.hosts.patterns import full_matches
 from byg_plugin.hosts.quantize import after_eval_, quantize_
 from byg_plugin.hosts.residency import OneExpertOnDevice
-from byg_plugin.hosts.sharding import Sharding, agree_on_types, make_shards, read_on_first
+from byg_plugin.hosts.sharding import Sharding, agree_on_types, read_on_first
+from byg_plugin.hosts.shards import make_shards
 from byg_plugin.lora import start as start_lora
 from byg_plugin.lora.formats import written_files
 from byg_plugin.models.base import Family

@@ -44,17 +44,6 @@ class Shards(Protocol):
         ...
 
 
-def make_shards(sharding: Sharding, device: torch.device) -> Shards:
-    """The one that `sharding` names; the process group is there."""
-    if sharding.kind == "fsdp2":
-        from byg_plugin.hosts.fsdp2 import Fsdp2Shards
-
-        return Fsdp2Shards(device, offload=sharding.offload == "cpu")
-    from byg_plugin.hosts.zero3 import Zero3Shards
-
-    return Zero3Shards(device, sharding.deepspeed)
-
-
 # --- reading once, handing on ---
 
 

@@ -21,6 +21,11 @@ Trained = tuple[str, str | None]
 class Engine(Protocol):
     """Gradients, optimizer steps and agreement over all processes. Implements `objectives.base.Backward` in `backward`."""
 
+    @property
+    def whole(self) -> bool:
+        """Whether `state` and `gathered` need no other process."""
+        ...
+
     def begin(self, trained: Collection[Trained]) -> None:
         """Before the first micro-step of an optimizer step: what it trains."""
         ...

@@ -10,12 +10,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from byg_plugin.config.extras import require
 from byg_plugin.hosts.sharding import Sharding
-from byg_plugin.training import deepspeed_settings
+from byg_plugin.training import deepspeed_settings, fsdp_settings
 
 if TYPE_CHECKING:
     from byg_plugin.config.sections import Config
+    from byg_plugin.models.base import Family
 
 _REFUSED = {
     "ACCELERATE_USE_MEGATRON_LM": (
@@ -53,24 +56,70 @@ class Launch:
         return f"ZeRO-{self.stage}{offload}" if self.stage else "FSDP2" + offload if self.sharding else "plain"
 
 
-def read_launch(config: Config, environment: Mapping[str, str] | None = None) -> Launch:
-    """What the launcher asks of this run, before anything is loaded.
+def read_launch(config: Config, family: Family | None = None, environment: Mapping[str, str] | None = None) -> Launch:
+    """What launcher and configuration ask of this run, before anything is loaded.
+
+    Args:
+        config: the whole configuration.
+        family: the model family; None: the blocks that FSDP is to wrap are not looked at.
+        environment: default: this process's.
 
     Raises:
         ValueError: it contradicts the configuration, or is not done here.
     """
     environment = os.environ if environment is None else environment
     check_launch("train.mixed_precision", config.train.mixed_precision, environment)
-    if not _is_on(environment, "ACCELERATE_USE_DEEPSPEED"):
-        return Launch()
+    deepspeed, fsdp = (_is_on(environment, f"ACCELERATE_USE_{name}") for name in ("DEEPSPEED", "FSDP"))
+    if deepspeed:
+        if config.train.sharding != "none":
+            raise ValueError(
+                f'accelerate launch asks for DeepSpeed, and train.sharding = "{config.train.sharding}": leave train.sharding out, or '
+                "launch plain multi-GPU"
+            )
+        launch = _deepspeed(config, environment)
+    elif fsdp:
+        launch = Launch(sharding=fsdp_settings.asked(environment, config.model, family))
+    elif config.train.sharding == "fsdp2":
+        launch = Launch(sharding=Sharding(kind="fsdp2", offload="cpu" if config.train.sharding_offload else "none"))
+    else:
+        launch = Launch()
+    check_sharding(config, launch)
+    return launch
+
+
+def _deepspeed(config: Config, environment: Mapping[str, str]) -> Launch:
     settings, origin = deepspeed_settings.asked(environment)
-    require("deepspeed", "accelerate launch asks for DeepSpeed, which", "deepspeed", "launch plain multi-GPU")
-    processes = int(environment.get("WORLD_SIZE", "1"))
-    accumulation = config.accumulation(processes)
-    return Launch.of_deepspeed(deepspeed_settings.resolved(settings, origin, config.train, accumulation))
+    accumulation = config.accumulation(int(environment.get("WORLD_SIZE", "1")))
+    resolved = deepspeed_settings.resolved(settings, origin, config.train, accumulation)
+    require("deepspeed", "accelerate launch asks for DeepSpeed and", "deepspeed", "launch plain multi-GPU")
+    return Launch.of_deepspeed(resolved)
 
 
-def take_over(launch: Launch) -> None:
+def check_sharding(config: Config, launch: Launch) -> None:
+    """Refuse what cannot be cut into shards, or has no sense beside them.
+
+    Raises:
+        ValueError: names the key and what to use instead.
+    """
+    if not launch.sharding:
+        return
+    what, model = f"{launch.name} shards the frozen base", config.model
+    if launch.sharding.kind == "fsdp2" and not hasattr(torch.distributed.fsdp, "fully_shard"):
+        raise ValueError(f"{what}, for which torch {torch.__version__} is too old: install torch 2.6 or later")
+    if model.quantization in ("int8", "nf4"):
+        raise ValueError(f'{what}, model.quantization = "{model.quantization}" cannot be cut: with FSDP2 set it to "fp8", else to "none"')
+    if model.quantization == "fp8" and launch.sharding.kind == "zero3":
+        raise ValueError(f'{what} and gathers no 8-bit floats, model.quantization is "fp8": launch with FSDP2, or set it to "none"')
+    if config.objective.merges_rollout:
+        raise ValueError(f'{what}, of which objective.rollout_weights = "merged" would be a whole copy: set it to "swap"')
+    if model.offload_inactive_expert:
+        raise ValueError(
+            f"{what}, and model.offload_inactive_expert = true moves it whole: leave it out; shards can be offloaded themselves "
+            "(train.sharding_offload, offload_param)"
+        )
+
+
+def take_over() -> None:
     """Take the launcher's wishes out of the environment, where `Accelerator` would read and act on them."""
     for variable in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):
         os.environ.pop(variable, None)

@@ -30,6 +30,8 @@ class PlainEngine(Replicas):
         device: of the weights.
     """
 
+    whole = True
+
     def __init__(self, train: TrainConfig, adapters: Adapters, accumulation: int, device: torch.device):
         super().__init__(adapters, device)
         self.accumulation = accumulation

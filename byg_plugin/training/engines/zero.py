@@ -32,9 +32,16 @@ class ZeroEngine(Replicas):
         settings: DeepSpeed's configuration, without "auto" (`training.deepspeed_settings.resolved`).
     """
 
+    whole = False
+
     def __init__(self, train: TrainConfig, adapters: Adapters, accumulation: int, device: torch.device, settings: Mapping[str, Any]):
         super().__init__(adapters, device)
         self.accumulation = accumulation
+        if len(adapters) > 1:
+            raise ValueError(
+                f"DeepSpeed ZeRO-{settings['zero_optimization']['stage']} trains one set of weights, here are {', '.join(adapters)}: "
+                "launch with stage 3, FSDP2 or plain multi-GPU"
+            )
         (self._adapter,) = adapters
         named = adapters[self._adapter]
         self._parameters = list(named.values())
