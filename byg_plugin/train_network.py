@@ -16,6 +16,7 @@ if __package__ in (None, ""):  # started as a script: the package's parent must 
 
 import argparse
 import logging
+import os
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -85,7 +86,8 @@ def main() -> None:
     require_model_extras(config.model)
     family = make_family(config)
     if args.dry_run:
-        dry_run(config, family, device)
+        if os.environ.get("RANK", "0") == "0":  # under a launcher once
+            dry_run(config, family, device)
         return
     train(config, family, device, args.resume, discard_later=args.discard_later)
 
@@ -201,7 +203,10 @@ def _print_memory(config: Config, family: Family, size: tuple[int, ...]) -> None
     """The model, its LoRA and the memory sum of a step at (width, height, frames)."""
     from byg_plugin.hosts.diffusers import lora_shapes
     from byg_plugin.training import memory
+    from byg_plugin.training.launch import read_launch
 
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    launch = read_launch(config, family)
     networks = family.meta_transformers()
     shapes = lora_shapes(next(iter(networks.values())), config.lora, family)
     _, trained = memory.lora_copies(config.lora, len(networks))
@@ -215,7 +220,10 @@ def _print_memory(config: Config, family: Family, size: tuple[int, ...]) -> None
     length = f", {size[2]} frames" if size[2] > 1 else ""
     parts = "noisy + source + text" if family.spec.text_in_sequence else "noisy + source"
     print(f"longest sequence, at {size[0]} x {size[1]}{length}: {tokens} tokens ({parts})")
-    print("device memory of a step:\n" + memory.report(memory.memory_sum(config, networks, shapes, tokens, width, blocks)))
+    if processes > 1:
+        print(f"engine: {launch.name}, {processes} processes; the memory is one process's")
+    parts = memory.memory_sum(config, networks, shapes, tokens, width, blocks, launch, processes)
+    print("device memory of a step:\n" + memory.report(parts))
 
 
 def _write_beside(config: Config, versions: dict[str, str], remedy: str) -> None:

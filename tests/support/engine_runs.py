@@ -1,4 +1,4 @@
-"""Runs of the trainer on several gloo processes, many in one launch: `python -m tests.support.engine_runs CASES.json`, once a process.
+"""Runs of the trainer on several gloo processes, many in one launch.
 
 A case is a run, as `case` makes it. What each process measured lies in `output.dir`, rank-R.json.
 """
@@ -6,21 +6,27 @@ A case is a run, as `case` makes it. What each process measured lies in `output.
 from __future__ import annotations
 
 import json
+import logging
 import os
+import signal
 import socket
-import subprocess
 import sys
+import threading
 import time
-import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.state import AcceleratorState
 
 from byg_plugin.config.loading import parse_config
 from byg_plugin.config.sections import Config
-from tests.support import ROOT
+from byg_plugin.hosts.sharding import blocks_of, bytes_held
+from tests.support.tiny import in_child
 
 ZERO = {"overlap_comm": False, "reduce_bucket_size": 500_000, "allgather_bucket_size": 500_000}
 
@@ -30,24 +36,44 @@ def case(config: Config, engine: str, *, sgd: bool = False, resume: str | None =
     return {"config": config.model_dump(mode="json"), "engine": engine, "sgd": sgd, "resume": resume}
 
 
-def run_all(cases: Sequence[dict[str, Any]], processes: int, folder: Path, timeout: float = 240.0) -> None:
+def run_all(cases: Sequence[dict[str, Any]], processes: int, folder: Path) -> None:
     """Run them, all in one launch of so many processes.
 
     Raises:
         AssertionError: a process failed; with the ends of all outputs.
     """
+    in_processes(processes, lambda: run_cases(cases), folder)
+
+
+def in_processes(processes: int, work: Callable[[], object], folder: Path, timeout: float = 280.0) -> None:
+    """`work` in so many forked processes with a launcher's variables: what they import is imported here, once.
+
+    Raises:
+        AssertionError: a process failed or did not end in `timeout` seconds; with the ends of all outputs.
+    """
+    import diffusers  # noqa: F401
+    import peft  # noqa: F401
+    import torch._dynamo
+
     folder.mkdir(parents=True, exist_ok=True)
-    listed = folder / f"cases-{time.monotonic_ns()}.json"
-    listed.write_text(json.dumps(list(cases)), encoding="utf-8")
-    outputs = [folder / f"{listed.stem}-{rank}.txt" for rank in range(processes)]
-    port, command = free_port(), [sys.executable, "-m", "tests.support.engine_runs", str(listed)]
-    started = [start(command, rank, processes, port, output) for rank, output in enumerate(outputs)]
-    deadline = time.monotonic() + timeout
-    try:
-        codes = [process.wait(max(1.0, deadline - time.monotonic())) for process in started]
-    finally:
-        for process in started:
-            process.kill()
+    port, codes = free_port(), [-1] * processes
+    outputs = [folder / f"{port}-{rank}.txt" for rank in range(processes)]
+
+    def child(rank: int) -> None:
+        os.environ.update(variables(rank, processes, port))
+        AcceleratorState._reset_state(reset_partial_state=True)
+        torch.set_num_threads(1)
+        signal.alarm(int(timeout))
+        work()
+
+    def one(rank: int) -> None:
+        codes[rank] = in_child(lambda: child(rank), outputs[rank])
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(processes)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     assert codes == [0] * processes, f"{codes}\n" + "\n---\n".join(path.read_text(encoding="utf-8")[-4000:] for path in outputs)
 
 
@@ -57,22 +83,17 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def start(command: Sequence[str], rank: int, processes: int, port: int, output: Path, **more: str) -> subprocess.Popen[bytes]:
-    """One process as a launcher would start it."""
-    environment = {
-        **os.environ,
+def variables(rank: int, processes: int, port: int) -> dict[str, str]:
+    """What a launcher sets for one process."""
+    return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
-        **more,
     }
-    with output.open("wb") as file:
-        return subprocess.Popen(list(command), cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
 
 
 def launch_of(engine: str, config: Any, processes: int) -> Any:
@@ -97,23 +118,17 @@ def sgd(train: Any, parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=train.lr, momentum=0.9)
 
 
-def main(path: str) -> None:
-    import logging
-    from datetime import timedelta
-
-    from accelerate import Accelerator, InitProcessGroupKwargs
-
-    from byg_plugin.hosts.sharding import bytes_held
+def run_cases(cases: Sequence[dict[str, Any]]) -> None:
+    """In one of the processes."""
     from byg_plugin.models import make_family
     from byg_plugin.training import optimizers
     from byg_plugin.training.loop import Trainer
 
-    logging.basicConfig(level=logging.WARNING)
-    torch.set_num_threads(1)
-    patience = InitProcessGroupKwargs(timeout=timedelta(seconds=120))
-    accelerator = Accelerator(cpu=True, kwargs_handlers=[patience])
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    # A collective that only one process makes ends a test, not the suite.
+    accelerator = Accelerator(cpu=True, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=60))])
     adamw = optimizers.make_optimizer
-    for each in json.loads(Path(path).read_text(encoding="utf-8")):
+    for each in cases:
         use_optimizer(sgd if each["sgd"] else adamw)
         config = parse_config(each["config"])
         accelerator.wait_for_everyone()
@@ -121,8 +136,11 @@ def main(path: str) -> None:
         launch = launch_of(each["engine"], config, accelerator.num_processes)
         trainer = Trainer(config, make_family(config), accelerator, each["resume"], launch=launch)
         wake_up(trainer, each)
-        trainer.run()
-        said = {"seconds": time.perf_counter() - started, "held": bytes_held(list(trainer.host.networks.values()))}
+        networks = list(trainer.host.networks.values())
+        with peak_of(networks) if launch.sharding else nullcontext([]) as peak:
+            trainer.run()
+        said = {"seconds": time.perf_counter() - started, "held": bytes_held(networks), "peak": max(peak, default=0)}
+        said["block"] = block_bytes(networks)
         Path(config.output.dir, f"rank-{accelerator.process_index}.json").write_text(json.dumps(said), encoding="utf-8")
     accelerator.wait_for_everyone()
 
@@ -139,20 +157,31 @@ def wake_up(trainer: Any, each: dict[str, Any]) -> None:
     trainer.engine.broadcast()
 
 
+@contextmanager
+def peak_of(networks: list[torch.nn.Module]) -> Iterator[list[int]]:
+    """Bytes of the base held, whenever the last linear of a block is about to compute."""
+    seen: list[int] = []
+
+    def look(module: torch.nn.Module, inputs: Any) -> None:
+        seen.append(bytes_held(networks)[0])
+
+    blocks = [block for network in networks for block in blocks_of(network)]
+    linears = [[module for module in block.modules() if isinstance(module, torch.nn.Linear)][-1] for block in blocks]
+    hooks = [linear.register_forward_pre_hook(look) for linear in linears]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def block_bytes(networks: list[torch.nn.Module]) -> int:
+    """Of the largest block, whole."""
+    return max(bytes_held([block])[1] for network in networks for block in blocks_of(network))
+
+
 def use_optimizer(make: Any) -> None:
     """In every module that names it."""
     for module in list(sys.modules.values()):
         if getattr(module, "__name__", "").startswith("byg_plugin.training") and hasattr(module, "make_optimizer"):
             module.make_optimizer = make  # type: ignore[attr-defined]
-
-
-if __name__ == "__main__":
-    try:
-        main(sys.argv[1])
-    except BaseException:  # noqa: BLE001 - the interpreter's teardown may hang while others wait in a collective
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)
-    sys.stdout.flush()
-    # Sharded engines abort now and then in the interpreter's teardown, after all work.
-    os._exit(0)

@@ -9,6 +9,7 @@ forward pass through their engine, stage 3 would.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -174,7 +175,7 @@ class _Part:
         first = states[id(self.parameters[0])]
         shape = self.parameters[0].shape
         self.zero.optimizer.state[self._flat] = {
-            key: torch.zeros_like(self._flat) if isinstance(value, Tensor) and value.shape == shape else value
+            key: torch.zeros_like(self._flat) if isinstance(value, Tensor) and value.shape == shape else deepcopy(value)
             for key, value in first.items()
         }
         self.zero._lazy_init_hp_params_optimizer_state()
