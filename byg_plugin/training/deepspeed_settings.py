@@ -7,6 +7,7 @@ It comes as a ds_config.json (`--deepspeed_config_file`, or `deepspeed_config_fi
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,20 +78,62 @@ def _read(path: Path) -> dict[str, Any]:
     return found
 
 
-def resolved(settings: Mapping[str, Any], origin: str, train: TrainConfig, accumulation: int) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class Terms:
+    """What the run's own configuration says of the same things: (the name it has there, the value; None: not known beforehand)."""
+
+    batch_size: tuple[str, int | None]
+    """Of a process and micro-step."""
+    global_batch_size: tuple[str, int | None]
+    accumulation: tuple[str, int]
+    max_grad_norm: tuple[str, float]
+    mixed_precision: tuple[str, str | None]
+    optimizer: tuple[str, str]
+
+    @classmethod
+    def of(cls, train: TrainConfig, accumulation: int) -> Terms:
+        """Of the embedded host.
+
+        Args:
+            train: the `[train]` section.
+            accumulation: micro-steps of an optimizer step.
+        """
+        return cls(
+            batch_size=("train.batch_size", train.batch_size),
+            global_batch_size=("train.global_batch_size", train.global_batch_size),
+            accumulation=("train.global_batch_size / (processes x train.batch_size)", accumulation),
+            max_grad_norm=("train.max_grad_norm", train.max_grad_norm),
+            mixed_precision=("train.mixed_precision", train.mixed_precision),
+            optimizer=("train.optimizer", train.optimizer),
+        )
+
+    @property
+    def agreeing(self) -> dict[str, tuple[str, Any]]:
+        """By DeepSpeed's key."""
+        return {
+            "train_micro_batch_size_per_gpu": self.batch_size,
+            "train_batch_size": self.global_batch_size,
+            "gradient_accumulation_steps": self.accumulation,
+            "gradient_clipping": self.max_grad_norm,
+        }
+
+
+_AGREEING = ("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps", "gradient_clipping")
+
+
+def resolved(settings: Mapping[str, Any], origin: str, terms: Terms) -> dict[str, Any]:
     """DeepSpeed's configuration for this run, without "auto".
 
     Args:
         settings: as given.
         origin: its file, for messages.
-        train: the `[train]` section.
-        accumulation: micro-steps of an optimizer step.
+        terms: what the run's configuration says.
 
     Raises:
-        ValueError: a key contradicts the TOML, or is not done here; names both keys.
+        ValueError: a key contradicts that, or is not done here; names both keys.
     """
     _refuse_unknown(settings, origin)
-    _refuse_contradictions(settings, origin, train, accumulation)
+    _refuse_contradictions(settings, origin, terms)
     zero = dict(settings["zero_optimization"])
     stage = zero.get("stage")
     if type(stage) is not int or stage not in (1, 2, 3):
@@ -102,13 +145,13 @@ def resolved(settings: Mapping[str, Any], origin: str, train: TrainConfig, accum
     for key, value in zero.items():
         if value == "auto":
             raise ValueError(f'{origin}: zero_optimization.{key} = "auto": here it has no value to follow; leave it out or give a number')
-    zero = _of_stage_3(zero, origin) if stage == 3 else _of_stages_1_and_2(zero, origin, train)
+    zero = _of_stage_3(zero, origin) if stage == 3 else _of_stages_1_and_2(zero, origin, terms)
     return {
         **{key: value for key, value in settings.items() if key in _PASSED_ON},
         "zero_optimization": zero,
-        "train_micro_batch_size_per_gpu": train.batch_size,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": train.max_grad_norm,
+        "train_micro_batch_size_per_gpu": terms.batch_size[1] or 1,
+        "gradient_accumulation_steps": terms.accumulation[1],
+        "gradient_clipping": terms.max_grad_norm[1],
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's own Adam would be compiled, and is not train.optimizer
         "steps_per_print": _INTERVAL,
@@ -116,39 +159,27 @@ def resolved(settings: Mapping[str, Any], origin: str, train: TrainConfig, accum
 
 
 def _refuse_unknown(settings: Mapping[str, Any], origin: str) -> None:
-    known = {"zero_optimization", "fp16", "bf16", *_PASSED_ON, *_IGNORED, *(key for key, _, _ in _agreeing(None, 1))}
+    known = {"zero_optimization", "fp16", "bf16", *_PASSED_ON, *_IGNORED, *_AGREEING}
     for key, value in settings.items():
         if key not in known and not (isinstance(value, Mapping) and value.get("enabled") is False):
             raise ValueError(f"{origin}: {key}: {_REFUSED.get(key, 'it is not done here')}; leave it out")
 
 
-def _agreeing(train: TrainConfig | None, accumulation: int) -> list[tuple[str, str, Any]]:
-    """(DeepSpeed's key, ours, our value) of what both configurations say."""
-    return [
-        ("train_micro_batch_size_per_gpu", "train.batch_size", train and train.batch_size),
-        ("train_batch_size", "train.global_batch_size", train and train.global_batch_size),
-        (
-            "gradient_accumulation_steps",
-            "train.global_batch_size / (processes x train.batch_size)",
-            accumulation,
-        ),
-        ("gradient_clipping", "train.max_grad_norm", train and train.max_grad_norm),
-    ]
-
-
-def _refuse_contradictions(settings: Mapping[str, Any], origin: str, train: TrainConfig, accumulation: int) -> None:
-    for key, own, value in _agreeing(train, accumulation):
+def _refuse_contradictions(settings: Mapping[str, Any], origin: str, terms: Terms) -> None:
+    for key, (own, value) in terms.agreeing.items():
         given = settings.get(key, "auto")
+        if given != "auto" and value is None:
+            raise ValueError(f'{origin}: {key} = {given!r}, which {own} decides: set {key} to "auto"')
         if given not in ("auto", value):
             raise ValueError(f'{origin}: {key} = {given!r}, and {own} = {value}: set {key} to "auto", or both to one value')
+    own, precision = terms.mixed_precision
     fp16, bf16 = (_enabled(settings, kind) for kind in ("fp16", "bf16"))
-    if fp16 is True:
-        raise ValueError(f'{origin}: fp16.enabled = true: train.mixed_precision knows "no" and "bf16"; set fp16.enabled to false')
-    if bf16 is not None and bf16 != (train.mixed_precision == "bf16"):
-        raise ValueError(
-            f'{origin}: bf16.enabled = {str(bf16).lower()}, and train.mixed_precision = "{train.mixed_precision}": set bf16.enabled to '
-            '"auto", or both to one value'
-        )
+    for kind, given in (("fp16", fp16), ("bf16", bf16)):
+        if given is not None and given != (precision == kind):
+            raise ValueError(
+                f'{origin}: {kind}.enabled = {str(given).lower()}, and {own} = "{precision}": set {kind}.enabled to "auto", or both to one '
+                "value"
+            )
 
 
 def _enabled(settings: Mapping[str, Any], kind: str) -> bool | None:
@@ -157,11 +188,12 @@ def _enabled(settings: Mapping[str, Any], kind: str) -> bool | None:
     return None if found == "auto" else bool(found)
 
 
-def _of_stages_1_and_2(zero: dict[str, Any], origin: str, train: TrainConfig) -> dict[str, Any]:
-    if train.optimizer != "adamw":
+def _of_stages_1_and_2(zero: dict[str, Any], origin: str, terms: Terms) -> dict[str, Any]:
+    own, optimizer = terms.optimizer
+    if optimizer != "adamw":
         raise ValueError(
-            f"{origin}: zero_optimization.stage = {zero['stage']} cuts the LoRA into flat pieces, which train.optimizer = "
-            f'"{train.optimizer}" does not step as whole matrices: set train.optimizer = "adamw", or stage 3, which shards the frozen base'
+            f'{origin}: zero_optimization.stage = {zero["stage"]} cuts the LoRA into flat pieces, which {own} = "{optimizer}" does not '
+            f'step as whole matrices: set {own} = "adamw", or stage 3, which shards the frozen base'
         )
     if "offload_param" in zero:
         raise ValueError(f"{origin}: zero_optimization.offload_param is for stage 3, the stage is {zero['stage']}: leave it out")

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING
 from byg_plugin.hosts.sharding import Sharding, blocks_of
 
 if TYPE_CHECKING:
-    from byg_plugin.config.sections import ModelConfig
     from byg_plugin.models.base import Family
 
 _NONE = ("", "NONE", "NULL")
 
 
-def asked(environment: Mapping[str, str], model: ModelConfig, family: Family | None) -> Sharding:
+def asked(environment: Mapping[str, str], checkpointing: str, is_checkpointing: bool, family: Family | None = None) -> Sharding:
     """The sharding that the launcher has left in the environment.
 
     What says nothing of shards is accepted: how accelerate would save (files are those of one process), load (the first process reads)
@@ -22,7 +21,8 @@ def asked(environment: Mapping[str, str], model: ModelConfig, family: Family | N
 
     Args:
         environment: of the process.
-        model: the `[model]` section.
+        checkpointing: the key that recomputes activations.
+        is_checkpointing: its value.
         family: knows the blocks that may be named; None: not looked at.
 
     Raises:
@@ -44,8 +44,8 @@ def asked(environment: Mapping[str, str], model: ModelConfig, family: Family | N
         raise ValueError("fsdp_auto_wrap_policy: SIZE_BASED_WRAP: every transformer block is a unit here; set TRANSFORMER_BASED_WRAP")
     if said("IGNORED_MODULES") not in _NONE:
         raise ValueError("fsdp_ignored_modules: the LoRA alone is left out of the shards; leave it out")
-    if said("ACTIVATION_CHECKPOINTING") == "TRUE" and not model.gradient_checkpointing:
-        raise ValueError("fsdp_activation_checkpointing: true, and model.gradient_checkpointing = false: set both to one value")
+    if said("ACTIVATION_CHECKPOINTING") == "TRUE" and not is_checkpointing:
+        raise ValueError(f"fsdp_activation_checkpointing: true, and {checkpointing} = false: set both to one value")
     if said("ACTIVATION_CHECKPOINTING_OFFLOAD") == "TRUE":
         raise ValueError("fsdp_activation_checkpointing_offload: true is not done here: set it to false")
     named = environment.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "")

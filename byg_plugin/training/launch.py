@@ -69,7 +69,7 @@ def read_launch(config: Config, family: Family | None = None, environment: Mappi
     """
     environment = os.environ if environment is None else environment
     check_launch("train.mixed_precision", config.train.mixed_precision, environment)
-    deepspeed, fsdp = (_is_on(environment, f"ACCELERATE_USE_{name}") for name in ("DEEPSPEED", "FSDP"))
+    deepspeed, fsdp = (is_on(environment, f"ACCELERATE_USE_{name}") for name in ("DEEPSPEED", "FSDP"))
     if deepspeed:
         if config.train.sharding != "none":
             raise ValueError(
@@ -78,7 +78,9 @@ def read_launch(config: Config, family: Family | None = None, environment: Mappi
             )
         launch = _deepspeed(config, environment)
     elif fsdp:
-        launch = Launch(sharding=fsdp_settings.asked(environment, config.model, family))
+        launch = Launch(
+            sharding=fsdp_settings.asked(environment, "model.gradient_checkpointing", config.model.gradient_checkpointing, family)
+        )
     elif config.train.sharding == "fsdp2":
         launch = Launch(sharding=Sharding(kind="fsdp2", offload="cpu" if config.train.sharding_offload else "none"))
     else:
@@ -90,7 +92,7 @@ def read_launch(config: Config, family: Family | None = None, environment: Mappi
 def _deepspeed(config: Config, environment: Mapping[str, str]) -> Launch:
     settings, origin = deepspeed_settings.asked(environment)
     accumulation = config.accumulation(int(environment.get("WORLD_SIZE", "1")))
-    resolved = deepspeed_settings.resolved(settings, origin, config.train, accumulation)
+    resolved = deepspeed_settings.resolved(settings, origin, deepspeed_settings.Terms.of(config.train, accumulation))
     require("deepspeed", "accelerate launch asks for DeepSpeed and", "deepspeed", "launch plain multi-GPU")
     return Launch.of_deepspeed(resolved)
 
@@ -138,7 +140,7 @@ def check_launch(option: str, precision: str | None, environment: Mapping[str, s
     """
     environment = os.environ if environment is None else environment
     for variable, (name, reason) in _REFUSED.items():
-        if _is_on(environment, variable):
+        if is_on(environment, variable):
             raise ValueError(f"accelerate launch asks for {name}, {reason}")
     asked = environment.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if asked not in ("no", precision or asked):
@@ -147,7 +149,8 @@ def check_launch(option: str, precision: str | None, environment: Mapping[str, s
         )
 
 
-def _is_on(environment: Mapping[str, str], variable: str) -> bool:
+def is_on(environment: Mapping[str, str], variable: str) -> bool:
+    """Whether a variable of the launcher's says yes."""
     return environment.get(variable, "").upper() not in ("", "0", "NO", "FALSE")
 
 

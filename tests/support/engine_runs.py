@@ -26,6 +26,7 @@ from accelerate.state import AcceleratorState
 from byg_plugin.config.loading import parse_config
 from byg_plugin.config.sections import Config
 from byg_plugin.hosts.sharding import blocks_of, bytes_held
+from byg_plugin.training import checkpoint
 from tests.support.tiny import in_child
 
 ZERO = {"overlap_comm": False, "reduce_bucket_size": 500_000, "allgather_bucket_size": 500_000}
@@ -51,6 +52,12 @@ def in_processes(processes: int, work: Callable[[], object], folder: Path, timeo
     Raises:
         AssertionError: a process failed or did not end in `timeout` seconds; with the ends of all outputs.
     """
+    codes, outputs = codes_of(processes, work, folder, timeout)
+    assert codes == [0] * processes, f"{codes}\n" + "\n---\n".join(outputs)
+
+
+def codes_of(processes: int, work: Callable[[], object], folder: Path, timeout: float = 280.0) -> tuple[list[int], list[str]]:
+    """The exit codes, and the ends of the outputs."""
     import diffusers  # noqa: F401
     import peft  # noqa: F401
     import torch._dynamo
@@ -74,7 +81,7 @@ def in_processes(processes: int, work: Callable[[], object], folder: Path, timeo
         thread.start()
     for thread in threads:
         thread.join()
-    assert codes == [0] * processes, f"{codes}\n" + "\n---\n".join(path.read_text(encoding="utf-8")[-4000:] for path in outputs)
+    return codes, [path.read_text(encoding="utf-8")[-4000:] for path in outputs]
 
 
 def free_port() -> int:
@@ -96,6 +103,19 @@ def variables(rank: int, processes: int, port: int) -> dict[str, str]:
     }
 
 
+def last(out: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a run's newest checkpoint."""
+    state = checkpoint.load(checkpoint.checkpoints(out / "checkpoints")[-1])
+    return checkpoint.tensors_of(state.adapters["edit"])
+
+
+def difference(one: Path, other: Path) -> float:
+    """The largest, of weights, averages and moments."""
+    a, b = last(one), last(other)
+    assert a.keys() == b.keys()
+    return max(float((a[name].float() - b[name].float()).abs().max()) for name in a)
+
+
 def launch_of(engine: str, config: Any, processes: int) -> Any:
     """What a launcher that asks for this engine would make of it."""
     from byg_plugin.hosts.sharding import Sharding
@@ -106,7 +126,8 @@ def launch_of(engine: str, config: Any, processes: int) -> Any:
         zero: dict[str, Any] = {"stage": int(engine[4]), **ZERO}
         if engine.endswith("-cpu"):
             zero["offload_param" if engine[4] == "3" else "offload_optimizer"] = {"device": "cpu"}
-        settings = deepspeed_settings.resolved({"zero_optimization": zero}, "test", config.train, config.accumulation(processes))
+        terms = deepspeed_settings.Terms.of(config.train, config.accumulation(processes))
+        settings = deepspeed_settings.resolved({"zero_optimization": zero}, "test", terms)
         return Launch.of_deepspeed(settings)
     if engine.startswith("fsdp2"):
         return Launch(sharding=Sharding(kind="fsdp2", offload="cpu" if engine.endswith("-cpu") else "none"))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from byg_plugin.config.sections import TrainConfig
-from byg_plugin.training.deepspeed_settings import asked, resolved
+from byg_plugin.training.deepspeed_settings import Terms, asked, resolved
 
 AUTO = {
     "zero_optimization": {"stage": 2, "overlap_comm": True, "reduce_bucket_size": "auto", "offload_optimizer": {"device": "none"}},
@@ -28,7 +28,7 @@ def train(**values: Any) -> TrainConfig:
 
 def of(settings: dict[str, Any], **values: Any) -> dict[str, Any]:
     """On two processes, so that a step has two micro-steps."""
-    return resolved(settings, "ds.json", train(**values), 2)
+    return resolved(settings, "ds.json", Terms.of(train(**values), 2))
 
 
 def test_auto_is_the_toml_s_value():
@@ -62,7 +62,7 @@ REFUSED = [
     ({"train_micro_batch_size_per_gpu": 1}, {}, "train_micro_batch_size_per_gpu = 1, and train.batch_size = 2"),
     ({"bf16": {"enabled": True}}, {"mixed_precision": "no"}, 'bf16.enabled = true, and train.mixed_precision = "no"'),
     ({"bf16": {"enabled": False}}, {}, 'bf16.enabled = false, and train.mixed_precision = "bf16"'),
-    ({"fp16": {"enabled": True}}, {}, "fp16.enabled = true"),
+    ({"fp16": {"enabled": True}}, {}, 'fp16.enabled = true, and train.mixed_precision = "bf16"'),
     ({"optimizer": {"type": "AdamW"}}, {}, "optimizer: the optimizer is train.optimizer; leave it out"),
     ({"scheduler": {"type": "WarmupLR"}}, {}, "scheduler: the schedule is train.lr_schedule"),
     ({"flops_profiler": {"enabled": True}}, {}, "flops_profiler: it is not done here"),

@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from byg_plugin.config.sections import Config
-from byg_plugin.training import checkpoint
 from tests.support import tiny, wan_runs
-from tests.support.engine_runs import case, run_all
+from tests.support.engine_runs import case, difference, last, run_all
 from tests.support.tiny_wan import A14B, T2V
 
 FAMILIES = ("flux", T2V, A14B)
@@ -55,18 +53,6 @@ def config(name: str, out: Path, **train: Any) -> Config:
 
 def is_sgd(name: str) -> bool:
     return RUNS[name][1].get("train", {}).get("optimizer") != "adamw"
-
-
-def last(out: Path) -> dict[str, torch.Tensor]:
-    state = checkpoint.load(checkpoint.checkpoints(out / "checkpoints")[-1])
-    return checkpoint.tensors_of(state.adapters["edit"])
-
-
-def difference(one: Path, other: Path) -> float:
-    """The largest, of weights, averages and moments."""
-    a, b = last(one), last(other)
-    assert a.keys() == b.keys()
-    return max(float((a[name].float() - b[name].float()).abs().max()) for name in a)
 
 
 @pytest.fixture(scope="module")

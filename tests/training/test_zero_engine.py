@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from byg_plugin.config.sections import TrainConfig
-from byg_plugin.training.deepspeed_settings import resolved
+from byg_plugin.training.deepspeed_settings import Terms, resolved
 from byg_plugin.training.engines.plain import PlainEngine
 from tests.support.engine_runs import ZERO, in_processes
 
@@ -33,7 +33,7 @@ def engine_of(kind: str, trained: dict[str, nn.Parameter], stage: int = 2) -> An
         return PlainEngine(train, {"edit": trained}, 2, CPU)
     from byg_plugin.training.engines.zero import ZeroEngine
 
-    settings = resolved({"zero_optimization": {"stage": stage, **ZERO}}, "test", train, 2)
+    settings = resolved({"zero_optimization": {"stage": stage, **ZERO}}, "test", Terms.of(train, 2))
     return ZeroEngine(train, {"edit": trained}, 2, CPU, settings)
 
 
