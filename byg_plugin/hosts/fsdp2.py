@@ -30,12 +30,18 @@ class Fsdp2Shards:
         """See `Shards`. Block by block: of the next one nobody but the first process holds anything yet."""
         from torch.distributed.fsdp import fully_shard
 
-        for unit in [*blocks_of(network), network]:
-            done = {id(module) for block in blocks_of(network) if unit is network for module in block.modules()}
-            for module in unit.modules():
-                if id(module) not in done:
-                    hand_on(module, self.device, self._where)
+        blocks = blocks_of(network)
+        inside = {id(module) for block in blocks for module in block.modules()}
+        # Embedders and head too: what is the root's own stays gathered through the whole pass.
+        rest = [child for child in network.children() if not inside & {id(module) for module in child.modules()}]
+        done: set[int] = set()
+        for unit in [*blocks, *(child for child in rest if any(True for _ in child.parameters())), network]:
+            for module in (module for module in unit.modules() if id(module) not in done):
+                hand_on(module, self.device, self._where)
+                done.add(id(module))
             fully_shard(unit, mesh=self._mesh, reshard_after_forward=True, offload_policy=self._policy)
+            # Itself, which is there: FSDP2 would fetch the block before, and hold two.
+            unit.set_modules_to_backward_prefetch([unit])
 
     def after_backward(self) -> None:
         """FSDP2 frees its blocks itself."""

@@ -122,20 +122,32 @@ def local(tensor: Tensor) -> Tensor:
 def bytes_held(networks: Sequence[nn.Module]) -> tuple[int, int]:
     """(bytes of the frozen weights that this process holds now, bytes of them whole), without the LoRA."""
     held = whole = 0
-    for tensor in (tensor for network in networks for tensor in network.parameters() if not tensor.requires_grad):
+    for network in networks:
+        for here, everywhere in _by_fsdp2(network) or _by_parameter(network):
+            held, whole = held + here, whole + everywhere
+    return held, whole
+
+
+def _by_parameter(network: nn.Module) -> Iterator[tuple[int, int]]:
+    for tensor in (tensor for tensor in network.parameters() if not tensor.requires_grad):
         size = tensor.element_size()
-        held += local(tensor).numel() * size
         if hasattr(tensor, "ds_tensor"):
-            held += tensor.data.numel() * size
-        whole += (tensor.ds_numel if hasattr(tensor, "ds_tensor") else tensor.numel()) * size
-    return held + sum(_gathered_by_fsdp(network) for network in networks), whole
+            yield (tensor.ds_tensor.numel() + tensor.data.numel()) * size, tensor.ds_numel * size
+        else:
+            yield tensor.numel() * size, tensor.numel() * size
 
 
-def _gathered_by_fsdp(network: nn.Module) -> int:
-    found = 0
+def _by_fsdp2(network: nn.Module) -> list[tuple[int, int]]:
+    """While a block is gathered its parameters are other tensors than its shards, which stay."""
+    found = []
     for module in network.modules():
         state = module._get_fsdp_state() if hasattr(module, "_get_fsdp_state") else None
         groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
-        for group in filter(None, groups):
-            found += sum(out.untyped_storage().size() for weight in group.fsdp_params for out in weight.all_gather_outputs)
+        for group in (group for group in groups if group is not None):
+            if (on_its_way := group._all_gather_result) is not None:
+                found.append((on_its_way.all_gather_output.untyped_storage().size(), 0))
+            for weight in group.fsdp_params:
+                shard = weight.sharded_param.to_local()
+                gathered = sum(out.untyped_storage().size() for out in weight.all_gather_outputs)
+                found.append((shard.numel() * shard.element_size() + gathered, weight.sharded_param.numel() * shard.element_size()))
     return found

@@ -180,15 +180,17 @@ def wake_up(trainer: Any, each: dict[str, Any]) -> None:
 
 @contextmanager
 def peak_of(networks: list[torch.nn.Module]) -> Iterator[list[int]]:
-    """Bytes of the base held, whenever the last linear of a block is about to compute."""
+    """Bytes of the base held, whenever the last linear of a block is about to compute, and at some gradients of the LoRA."""
     seen: list[int] = []
 
-    def look(module: torch.nn.Module, inputs: Any) -> None:
+    def look(*_: Any) -> None:
         seen.append(bytes_held(networks)[0])
 
     blocks = [block for network in networks for block in blocks_of(network)]
     linears = [[module for module in block.modules() if isinstance(module, torch.nn.Linear)][-1] for block in blocks]
-    hooks = [linear.register_forward_pre_hook(look) for linear in linears]
+    trained = [parameter for network in networks for parameter in network.parameters() if parameter.requires_grad]
+    hooks: list[Any] = [linear.register_forward_pre_hook(look) for linear in linears]
+    hooks += [parameter.register_post_accumulate_grad_hook(look) for parameter in trained[:: max(1, len(trained) // 6)]]
     try:
         yield seen
     finally:
