@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 
 from byg_plugin.hosts.sharding import Sharding, Shards
 
 
 def make_shards(sharding: Sharding, device: torch.device) -> Shards:
-    """The one that `sharding` names; the process group is there."""
+    """The one that `sharding` names. A process alone, which no launcher has given a group, gets one of its own."""
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     if sharding.kind == "fsdp2":
         from byg_plugin.hosts.fsdp2 import Fsdp2Shards
 
