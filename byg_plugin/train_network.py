@@ -90,6 +90,7 @@ def main() -> None:
             dry_run(config, family, device)
         return
     train(config, family, device, args.resume, discard_later=args.discard_later)
+    _leave()
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
@@ -147,6 +148,14 @@ def train(config: Config, family: Family, device: Any, resume: str | None, *, di
             _end_tracker(accelerator)
     _cli.say(f"LoRA: {lora}", accelerator.is_main_process)
     return lora
+
+
+def _leave() -> None:
+    """Sharded engines abort now and then in the interpreter's teardown, after all work, which a launcher would call a failed run."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def _start_tracker(accelerator: Any, tracker: str, folder: Path, step: int) -> None:
