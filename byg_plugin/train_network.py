@@ -231,8 +231,8 @@ def _print_memory(config: Config, family: Family, size: tuple[int, ...]) -> None
     print(f"longest sequence, at {size[0]} x {size[1]}{length}: {tokens} tokens ({parts})")
     if processes > 1:
         print(f"engine: {launch.name}, {processes} processes; the memory is one process's")
-    parts = memory.memory_sum(config, networks, shapes, tokens, width, blocks, launch, processes)
-    print("device memory of a step:\n" + memory.report(parts))
+    lines = memory.memory_sum(config, networks, shapes, tokens, width, blocks, launch, processes)
+    print("device memory of a step:\n" + memory.report(lines))
 
 
 def _write_beside(config: Config, versions: dict[str, str], remedy: str) -> None:
