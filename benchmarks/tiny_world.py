@@ -6,7 +6,7 @@
     python -m benchmarks.tiny_world --table --plot         table and plot again, from the results alone
     python -m benchmarks.tiny_world --stage screen --only full --try lr2 --set train.lr=2e-3      one setting beside the recipe's
 
-Run it from the repository's root. Every run goes through configs/demo.toml and the project's own trainer. A finished run is
+Run it from the repository's root. Every run goes through benchmarks/recipes/pictures.toml and the project's own trainer. A finished run is
 one JSON and is not made again; one that was interrupted goes on from its checkpoint; one whose configuration, data or base
 has changed since is told and made again.
 """
@@ -47,7 +47,7 @@ TRAIN_EDITS_PER_TYPE = 256
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One row of the study over configs/demo.toml."""
+    """One row of the study over its recipe."""
 
     title: str
     overrides: tuple[str, ...] = ()
@@ -153,7 +153,7 @@ def pictures() -> Subject:
         worlds=WORLDS,
         stages=STAGES,
         edits_per_type=TRAIN_EDITS_PER_TYPE,
-        config=ROOT / "configs" / "demo.toml",
+        config=ROOT / "benchmarks" / "recipes" / "pictures.toml",
         base=ROOT / "byg_plugin" / "demo" / "base",
         page=report.PICTURES,
     )

@@ -39,14 +39,8 @@ def require_model_extras(model: ModelConfig) -> None:
 
 def require_training_extras(train: TrainConfig) -> None:
     """What training needs beyond the model."""
-    import torch  # not above: the data tools need `require` and no torch, whose import takes seconds
-
     if train.optimizer == "adamw8bit":
         require("bitsandbytes", 'train.optimizer = "adamw8bit"', "bnb", 'set train.optimizer = "adamw"')
-    if train.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
-        raise ValueError(
-            f'train.optimizer = "muon" needs torch 2.9 or later, and this is {torch.__version__}: set train.optimizer = "adamw"'
-        )
     if train.tracker != "none":
         extra = {"tensorboard": "diffusers", "wandb": "wandb"}[train.tracker]
         require(train.tracker, f'train.tracker = "{train.tracker}"', extra, 'set train.tracker = "none"')

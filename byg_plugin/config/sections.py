@@ -200,6 +200,11 @@ class LoraConfig(Section):
     targets: Pattern | None = Field(
         None, description="Regular expression that a whole module name must match; default: attention and MLP linears of all blocks."
     )
+    forward: Literal["factors", "merged"] = Field(
+        "factors",
+        description="merged = a differentiated pass multiplies the LoRA into each weight first: one product a linear for three, cheaper "
+        "where the rank is near the width; equal up to rounding.",
+    )
     init_from: PathText | None = Field(
         None, description="Earlier LoRA file to start from (same family and rank); of two experts, either file of the pair."
     )
@@ -237,7 +242,7 @@ class TrainConfig(Section):
     batch_size: AtOnce = Field(1, description="Tuples a process and micro-step; at most 1,024, all are in memory.")
     lr: Annotated[float, Field(ge=LEAST, le=MOST)] = Field(3e-4, description="Peak learning rate.")
     optimizer: Literal["adamw", "adamw8bit", "muon"] = Field(
-        "adamw", description="adamw8bit needs the bitsandbytes extra, muon (torch's own) torch 2.9 or later."
+        "adamw", description="adamw8bit needs the bitsandbytes extra; muon is for matrices, which a LoRA's weights are."
     )
     weight_decay: Weight = Field(1e-2, description="Decoupled weight decay.")
     betas: tuple[Decay, Decay] | None = Field(None, description="AdamW's moment decays; default: [0.9, 0.999].", strict=False)
@@ -452,6 +457,8 @@ class Config(Section):
             raise ValueError("train.validate_every needs held-out tuples: set dataset.validation_items, e.g. 8")
         if self.model.quantization in ("int8", "nf4") and self.model.dtype == "float32":
             raise ValueError(f"model.quantization = {self.model.quantization!r} computes in 16 bit: set model.dtype = 'bfloat16'")
+        if self.lora.forward == "merged":
+            self._check_merged_forward()
         if self.objective.merges_rollout and self.model.offload_inactive_expert:
             raise ValueError(
                 "objective.rollout_weights = 'merged' is a second copy of both experts' linears on the device, which "
@@ -463,6 +470,19 @@ class Config(Section):
                 f"{self.model.quantization!r} would round most of it away: set objective.rollout_weights = 'swap'"
             )
         return self
+
+    def _check_merged_forward(self) -> None:
+        for key, value, needed in (
+            ("model.dtype", self.model.dtype, "float32"),
+            ("model.quantization", self.model.quantization, "none"),
+            ("lora.dropout", self.lora.dropout, 0.0),
+        ):
+            if value != needed:
+                why = "a LoRA has no input of its own there" if key == "lora.dropout" else "it would be rounded away in other weights"
+                raise ValueError(
+                    f"lora.forward = 'merged' adds the LoRA to the weights and needs {key} = {needed!r}, it is {value!r}: {why}; set "
+                    "lora.forward = 'factors'"
+                )
 
     def accumulation(self, processes: int) -> int:
         """Micro-steps an optimizer step on this many processes.

@@ -15,6 +15,7 @@ from byg_plugin.config.extras import require_model_extras
 from byg_plugin.hosts.ema import Adapter, EmaWeights
 from byg_plugin.hosts.experts import by_expert
 from byg_plugin.hosts.lockstep import in_lockstep
+from byg_plugin.hosts.merged import MergedLinear, MergedRollout
 from byg_plugin.hosts.patterns import full_matches
 from byg_plugin.hosts.quantize import after_eval_, quantize_
 from byg_plugin.hosts.residency import OneExpertOnDevice
@@ -72,7 +73,8 @@ class DiffusersHost:
             _share_lora(*self.networks.values())
         self._lora_layers = [layer for network in self.networks.values() for layer in _lora_layers_of(network)]
         self._lora_slots = [slot for n in self.networks.values() for slot in _slots_of_lora_layers(n)]
-        self._merged: list[nn.Linear] = []
+        self._rollout = MergedRollout(self._lora_layers, _ADAPTER)
+        self._edited = [MergedLinear(layer, _ADAPTER) for layer in self._lora_layers] if config.lora.forward == "merged" else None
         self._dropouts: list[nn.Module] = [d for layer in self._lora_layers for d in layer.lora_dropout.values()]
         self._every_lora = self._named_lora_parameters()
         self._residency: OneExpertOnDevice | None = None
@@ -101,7 +103,8 @@ class DiffusersHost:
         for module in self._dropouts:
             module.train(torch.is_grad_enabled())
         try:
-            yield self._velocity
+            with nullcontext() if self._edited is None else self._placed(self._edited):
+                yield self._velocity
         finally:
             if self._residency is not None:
                 self._residency.held = None
@@ -115,12 +118,13 @@ class DiffusersHost:
         What is made inside may be inference tensors: clone outside what autograd shall save.
         """
         merged = self.config.objective.merges_rollout
-        with self.ema_weights.swapped_in(), self._placed(self._merge()) if merged else nullcontext(), self._without_gradient():
-            if not self.sharding:
-                yield self._velocity
-                return
-            with in_lockstep(self._of_side, self.family.boundary, self.device) as velocity:
-                yield velocity
+        with (
+            self.ema_weights.swapped_in(),
+            self._placed(self._rollout.of_this_moment()) if merged else nullcontext(),
+            self._without_gradient(),
+            in_lockstep(self._of_side, self.family.boundary, self.device) if self.sharding else nullcontext(self._velocity) as velocity,
+        ):
+            yield velocity
 
     @contextmanager
     def live(self) -> Iterator[Velocity]:
@@ -158,20 +162,6 @@ class DiffusersHost:
         finally:
             for (parent, name), module in zip(self._lora_slots, found, strict=True):
                 setattr(parent, name, module)
-
-    @torch.no_grad()
-    def _merge(self) -> list[nn.Linear]:
-        """Linears with the LoRA weights of this moment multiplied in: W + scale B A, rounded once to W's dtype.
-
-        Made anew from the frozen W at every call: nothing goes stale or drifts, and it costs what `rank` more tokens
-        would cost one step of the rollout.
-        """
-        if not self._merged:
-            self._merged = [_empty_like(layer.base_layer) for layer in self._lora_layers]
-        for layer, merged in zip(self._lora_layers, self._merged, strict=True):
-            a, b = layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
-            merged.weight.copy_(torch.addmm(layer.base_layer.weight.float(), b, a, alpha=layer.scaling[_ADAPTER]))
-        return self._merged
 
     def _velocity(self, noisy: Tensor, t: Tensor, text: Text, source: Tensor | None) -> Tensor:
         """The velocity of each sample by the expert that serves its t."""
@@ -326,14 +316,6 @@ def _slots_of_lora_layers(network: nn.Module) -> list[tuple[nn.Module, str]]:
     """(parent, attribute) of each LoRA layer, in the order of `modules()`."""
     names = [name.rpartition(".") for name, module in network.named_modules() if _is_lora_layer(module)]
     return [(network.get_submodule(parent), attribute) for parent, _, attribute in names]
-
-
-def _empty_like(linear: nn.Linear) -> nn.Linear:
-    """A frozen linear with a weight of its own, not yet filled, and the same bias."""
-    out = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
-    out.weight = nn.Parameter(torch.empty_like(linear.weight), requires_grad=False)
-    out.bias = linear.bias
-    return out
 
 
 def matched_linears(network: nn.Module, pattern: str) -> list[str]:

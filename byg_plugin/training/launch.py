@@ -114,6 +114,8 @@ def check_sharding(config: Config, launch: Launch) -> None:
         raise ValueError(f'{what} and gathers no 8-bit floats, model.quantization is "fp8": launch with FSDP2, or set it to "none"')
     if config.objective.merges_rollout:
         raise ValueError(f'{what}, of which objective.rollout_weights = "merged" would be a whole copy: set it to "swap"')
+    if config.lora.forward == "merged":
+        raise ValueError(f'{what}, and lora.forward = "merged" reads weights outside the pass that gathers them: set it to "factors"')
     if model.offload_inactive_expert:
         raise ValueError(
             f"{what}, and model.offload_inactive_expert = true moves it whole: leave it out; shards can be offloaded themselves "

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from byg_plugin.config.sections import TrainConfig
+from byg_plugin.training.muon import Muon
 
 
 def learning_rate(train: TrainConfig, step: int) -> float:
@@ -28,8 +29,7 @@ def make_optimizer(train: TrainConfig, parameters: Iterable[nn.Parameter]) -> to
     if train.optimizer == "adamw":
         return torch.optim.AdamW(parameters, **options)
     if train.optimizer == "muon":
-        # Every LoRA weight is a matrix. Matched to AdamW's root mean square, so that learning rates are of the same order.
-        return torch.optim.Muon(parameters, lr=train.lr, weight_decay=train.weight_decay, adjust_lr_fn="match_rms_adamw")
+        return Muon(parameters, lr=train.lr, weight_decay=train.weight_decay)
     import bitsandbytes as bnb
 
     made: torch.optim.Optimizer = bnb.optim.AdamW8bit(parameters, **options)

@@ -110,6 +110,9 @@ def test_an_empty_range_of_t_is_refused(t_min, t_max):
     "sections, parts",
     [
         ({"objective": {"graph": "joint", "merge_identity": True}}, ["objective.merge_identity", "sequential"]),
+        ({"lora": {"forward": "merged"}}, ["lora.forward = 'merged'", "model.dtype = 'float32'", "it is 'bfloat16'", "'factors'"]),
+        ({"lora": {"forward": "merged", "dropout": 0.1}, "model": {"dtype": "float32"}}, ["lora.dropout = 0.0, it is 0.1", "'factors'"]),
+        ({"lora": {"forward": "merged"}, "model": {"dtype": "float32", "quantization": "fp8"}}, ["model.quantization = 'none'", "'fp8'"]),
         ({"train": {"global_batch_size": 8, "batch_size": 3}}, ["train.global_batch_size = 8", "train.batch_size = 3"]),
         ({"train": {"validate_every": 5}}, ["train.validate_every", "dataset.validation_items"]),
         ({"model": {"quantization": "nf4", "dtype": "float32"}}, ["model.quantization = 'nf4'", "model.dtype = 'bfloat16'"]),

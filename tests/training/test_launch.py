@@ -106,6 +106,7 @@ NOT_IN_SHARDS: list[tuple[dict[str, str], dict[str, Any], str]] = [
     ),
     (DEEPSPEED, {"model": {"quantization": "fp8"}}, 'model.quantization is "fp8": launch with FSDP2'),
     (FSDP, {"objective": {"rollout_weights": "merged"}}, 'objective.rollout_weights = "merged" would be a whole copy'),
+    (DEEPSPEED, {"lora": {"forward": "merged"}}, 'lora.forward = "merged" reads weights outside the pass'),
     (DEEPSPEED, {"train": {"sharding": "fsdp2"}}, 'asks for DeepSpeed, and train.sharding = "fsdp2"'),
 ]
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from byg_plugin.config import extras
 from byg_plugin.training.optimizers import learning_rate
 from tests.support.tiny import curve, make_trainer, run_config
 
@@ -33,14 +32,6 @@ def test_the_optimizer_uses_the_schedule(tmp_path: Path):
     optimizer.step = lambda *a: (used.append(optimizer.param_groups[0]["lr"]), step(*a))  # type: ignore[method-assign]
     trainer.run()
     assert used == [learning_rate(trainer.config.train, k) for k in range(6)]
-
-
-def test_muon_needs_a_torch_that_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    config = run_config(tmp_path / "out", train={"optimizer": "muon"})
-    extras.require_training_extras(config.train)
-    monkeypatch.delattr(torch.optim, "Muon")
-    with pytest.raises(ValueError, match=r'train.optimizer = "muon" needs torch 2.9.*set train.optimizer = "adamw"'):
-        extras.require_training_extras(config.train)
 
 
 def test_muon_s_first_update_is_as_long_as_adamw_s_would_be(tmp_path: Path):
