@@ -39,7 +39,10 @@ class Fsdp2Shards:
             for module in (module for module in unit.modules() if id(module) not in done):
                 hand_on(module, self.device, self._where)
                 done.add(id(module))
+            name = type(unit).__name__
             fully_shard(unit, mesh=self._mesh, reshard_after_forward=True, offload_policy=self._policy)
+            # Its class is one of FSDP2's now; musubi-tuner looks for blocks by the name.
+            type(unit).__name__ = name
             # Itself, which is there: FSDP2 would fetch the block before, and hold two.
             unit.set_modules_to_backward_prefetch([unit])
 
