@@ -46,7 +46,7 @@ def run_all(cases: Sequence[dict[str, Any]], processes: int, folder: Path) -> No
     in_processes(processes, lambda: run_cases(cases), folder)
 
 
-def in_processes(processes: int, work: Callable[[], object], folder: Path, timeout: float = 280.0) -> None:
+def in_processes(processes: int, work: Callable[[], object], folder: Path, timeout: float = 600.0) -> None:
     """`work` in so many forked processes with a launcher's variables: what they import is imported here, once.
 
     Raises:
@@ -56,7 +56,7 @@ def in_processes(processes: int, work: Callable[[], object], folder: Path, timeo
     assert codes == [0] * processes, f"{codes}\n" + "\n---\n".join(outputs)
 
 
-def codes_of(processes: int, work: Callable[[], object], folder: Path, timeout: float = 280.0) -> tuple[list[int], list[str]]:
+def codes_of(processes: int, work: Callable[[], object], folder: Path, timeout: float = 600.0) -> tuple[list[int], list[str]]:
     """The exit codes, and the ends of the outputs."""
     import diffusers  # noqa: F401
     import peft  # noqa: F401

@@ -14,6 +14,7 @@ from tests.support import tiny, wan_runs
 from tests.support.engine_runs import case, difference, last, run_all
 from tests.support.tiny_wan import A14B, T2V
 
+pytestmark = pytest.mark.timeout(900)  # on a busy machine
 FAMILIES = ("flux", T2V, A14B)
 SAME = 5e-6
 JOINT = {"graph": "joint"}

@@ -23,6 +23,7 @@ from tests.support import tiny, wan_runs
 from tests.support.engine_runs import case, codes_of, difference, run_all
 from tests.support.tiny_wan import A14B
 
+pytestmark = pytest.mark.timeout(900)  # on a busy machine
 # (processes, engine) of the first half and of the second.
 CHANGES = [
     ((2, "zero2"), (1, "plain")),
