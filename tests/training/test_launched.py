@@ -20,6 +20,7 @@ from tests.support import ROOT
 from tests.support.engine_runs import difference
 from tests.support.tiny import curve, make_trainer, run_config
 
+pytestmark = pytest.mark.timeout(900)  # interpreters start
 NAMES = {"zero2": "ZeRO-2", "zero3": "ZeRO-3, cpu offload", "fsdp2": "FSDP2"}
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
 
@@ -47,7 +48,7 @@ def launched(toml: Path, *options: str) -> subprocess.CompletedProcess[str]:
     words = [*LAUNCH, *options, "--main_process_port", "0", "--mixed_precision", "no", str(ROOT / "byg_plugin/train_network.py")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        [*words, "--config", str(toml)], capture_output=True, text=True, env=environment, cwd=ROOT, check=False, timeout=280
+        [*words, "--config", str(toml)], capture_output=True, text=True, env=environment, cwd=ROOT, check=False, timeout=800
     )
 
 
