@@ -99,8 +99,8 @@ def test_a_killed_process_ends_the_others_and_loses_nothing_saved(tmp_path: Path
 
 def test_a_process_that_stands_still_ends_the_others_with_the_step_saved(tmp_path: Path):
     """The one that waits says for what, and saves the last whole step."""
-    codes, outputs = ended(tmp_path / "out", lambda: time.sleep(15), 1, collective_timeout=0.1)
+    codes, outputs = ended(tmp_path / "out", lambda: time.sleep(40), 1, collective_timeout=0.25)
     assert codes[0] == EXIT_CODE, outputs
-    assert "process 0 has waited 0.1 minutes (train.collective_timeout) for the others: the passes of step 3, in " in outputs[0]
+    assert "process 0 has waited 0.25 minutes (train.collective_timeout) for the others: the passes of step 3, in " in outputs[0]
     assert "step 2 is saved now: go on with --resume latest" in outputs[0]
     assert [path.name for path in checkpoint.checkpoints(tmp_path / "out/checkpoints")] == ["step-000002"]
