@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,6 +33,7 @@ def prepare_model(self: Any, model: nn.Module, device_placement: Any = None, eva
 def train(config: Path, environment: dict[str, str]) -> None:
     accelerate.Accelerator.prepare_model = prepare_model
     os.environ.update(environment)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)  # not pytest's
     run_here(config)
 
 
