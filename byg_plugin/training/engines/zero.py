@@ -50,18 +50,18 @@ class ZeroEngine(Replicas):
         by_expert: dict[str, list[nn.Parameter]] = {}
         for name, parameter in named.items():
             by_expert.setdefault(name.partition(".")[0], []).append(parameter)
-        self._parts = {expert: _Part(train, parameters, settings) for expert, parameters in by_expert.items()}
+        self._experts = {expert: _ExpertEngine(train, parameters, settings) for expert, parameters in by_expert.items()}
         self._names = {id(parameter): name for name, parameter in named.items()}
-        self._active = next(iter(self._parts.values()))
+        self._active = next(iter(self._experts.values()))
         self._micro = 0
 
     def begin(self, trained: Collection[Trained]) -> None:
         """See `Engine`."""
         ((_, expert),) = trained
         if expert is None:
-            (self._active,) = self._parts.values()
+            (self._active,) = self._experts.values()
         else:
-            self._active = self._parts[expert]
+            self._active = self._experts[expert]
         self._micro = 0
 
     def backward(self, loss: Tensor, *, last: bool) -> float:
@@ -86,7 +86,7 @@ class ZeroEngine(Replicas):
             part.drop_gradients()
         return norms
 
-    def _refuse_idle(self, part: _Part) -> None:
+    def _refuse_idle(self, part: _ExpertEngine) -> None:
         """DeepSpeed takes no gradient for one of zeros, by which momentum and weight decay would move the weight."""
         idle = [self._names[id(p)] for p in part.parameters if id(p) not in part.reached]
         if idle:
@@ -98,24 +98,24 @@ class ZeroEngine(Replicas):
     def broadcast(self) -> None:
         """See `Engine`."""
         super().broadcast()
-        for part in self._parts.values():
+        for part in self._experts.values():
             part.zero.refresh_fp32_params()
 
     def state(self) -> dict[str, dict[str, Any]]:
         """See `Engine`. Each value is gathered from the processes that hold its parts."""
         numbers = {id(parameter): index for index, parameter in enumerate(self._parameters)}
-        states = {numbers[id(p)]: state for part in self._parts.values() for p, state in part.states()}
+        states = {numbers[id(p)]: state for part in self._experts.values() for p, state in part.states()}
         return {self._adapter: {"state": dict(sorted(states.items())), "param_groups": self._options}}
 
     def load_state(self, states: Mapping[str, Mapping[str, Any]]) -> None:
         """See `Engine`."""
         saved = states[self._adapter]["state"]
         numbers = {id(parameter): index for index, parameter in enumerate(self._parameters)}
-        for part in self._parts.values():
+        for part in self._experts.values():
             part.load({id(p): saved[numbers[id(p)]] for p in part.parameters if saved.get(numbers[id(p)])})
 
 
-class _Part:
+class _ExpertEngine:
     """One expert's LoRA in its DeepSpeed engine."""
 
     def __init__(self, train: TrainConfig, parameters: list[nn.Parameter], settings: Mapping[str, Any]):
