@@ -17,7 +17,7 @@ setup(
     ],
     package_dir={"byg_plugin": "byg_plugin", **{f"byg_plugin.{folder}": folder for folder in FOLDERS}},
     package_data={
-        "byg_plugin.configs": ["*.toml"],
+        "byg_plugin.configs": ["*.toml", "accelerate/*.yaml"],
         "byg_plugin.dataset_tools.review_page": ["static/*"],
         "byg_plugin.models": ["assets/**/*"],
     },

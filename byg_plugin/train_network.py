@@ -16,6 +16,7 @@ if __package__ in (None, ""):  # started as a script: the package's parent must 
 
 import argparse
 import logging
+import os
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -85,9 +86,11 @@ def main() -> None:
     require_model_extras(config.model)
     family = make_family(config)
     if args.dry_run:
-        dry_run(config, family, device)
+        if os.environ.get("RANK", "0") == "0":  # under a launcher once
+            dry_run(config, family, device)
         return
     train(config, family, device, args.resume, discard_later=args.discard_later)
+    _leave()
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
@@ -116,21 +119,22 @@ def train(config: Config, family: Family, device: Any, resume: str | None, *, di
     from byg_plugin.config.extras import require_training_extras
     from byg_plugin.folders import alone_in
     from byg_plugin.training.checkpoint import make_room
-    from byg_plugin.training.launch import check_launch, check_processes
+    from byg_plugin.training.launch import check_processes, read_launch, take_over
     from byg_plugin.training.loop import Interrupted, Trainer
     from byg_plugin.version import versions
 
     require_training_extras(config.train)
-    check_launch("train.mixed_precision", config.train.mixed_precision)
+    launch = read_launch(config, family)
+    take_over()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     tracker = None if config.train.tracker == "none" else config.train.tracker
-    # The other processes wait while the first one saves, validates and previews.
-    patience = InitProcessGroupKwargs(timeout=timedelta(hours=3))
+    # The other processes wait while the first one saves, validates and previews. In what they do together the watchdog is sooner.
+    patience = InitProcessGroupKwargs(timeout=max(timedelta(hours=3), timedelta(minutes=2 * config.train.collective_timeout)))
     accelerator = Accelerator(cpu=device.type == "cpu", log_with=tracker, project_dir=config.output.dir, kwargs_handlers=[patience])
     check_processes(accelerator)
     folder = Path(config.output.dir)
     with alone_in(folder, "output.dir") if accelerator.is_main_process else nullcontext():
-        trainer = Trainer(config, family, accelerator, resume, discard_later=discard_later)
+        trainer = Trainer(config, family, accelerator, resume, discard_later=discard_later, launch=launch)
         if accelerator.is_main_process:
             _write_beside(config, versions(), make_room(trainer.checkpoints))
         if tracker:
@@ -144,6 +148,14 @@ def train(config: Config, family: Family, device: Any, resume: str | None, *, di
             _end_tracker(accelerator)
     _cli.say(f"LoRA: {lora}", accelerator.is_main_process)
     return lora
+
+
+def _leave() -> None:
+    """Sharded engines abort now and then in the interpreter's teardown, after all work, which a launcher would call a failed run."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def _start_tracker(accelerator: Any, tracker: str, folder: Path, step: int) -> None:
@@ -200,7 +212,10 @@ def _print_memory(config: Config, family: Family, size: tuple[int, ...]) -> None
     """The model, its LoRA and the memory sum of a step at (width, height, frames)."""
     from byg_plugin.hosts.diffusers import lora_shapes
     from byg_plugin.training import memory
+    from byg_plugin.training.launch import read_launch
 
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    launch = read_launch(config, family)
     networks = family.meta_transformers()
     shapes = lora_shapes(next(iter(networks.values())), config.lora, family)
     _, trained = memory.lora_copies(config.lora, len(networks))
@@ -214,7 +229,10 @@ def _print_memory(config: Config, family: Family, size: tuple[int, ...]) -> None
     length = f", {size[2]} frames" if size[2] > 1 else ""
     parts = "noisy + source + text" if family.spec.text_in_sequence else "noisy + source"
     print(f"longest sequence, at {size[0]} x {size[1]}{length}: {tokens} tokens ({parts})")
-    print("device memory of a step:\n" + memory.report(memory.memory_sum(config, networks, shapes, tokens, width, blocks)))
+    if processes > 1:
+        print(f"engine: {launch.name}, {processes} processes; the memory is one process's")
+    lines = memory.memory_sum(config, networks, shapes, tokens, width, blocks, launch, processes)
+    print("device memory of a step:\n" + memory.report(lines))
 
 
 def _write_beside(config: Config, versions: dict[str, str], remedy: str) -> None:

@@ -256,6 +256,13 @@ class TrainConfig(Section):
     keep_last: NonNegative = Field(3, description="Checkpoints kept; 0 = all.")
     validate_every: Steps = Field(0, description="Steps between validation losses; 0 = never.")
     tracker: Literal["tensorboard", "wandb", "none"] = Field("tensorboard", description="Where curves go; wandb is an extra.")
+    sharding: Literal["none", "fsdp2"] = Field(
+        "none", description="Frozen base in shards over the processes; an accelerate configuration of DeepSpeed or FSDP2 says it too."
+    )
+    sharding_offload: bool = Field(False, description="Shards stay in main memory; a block at a time comes to the device.")
+    collective_timeout: Annotated[float, Field(ge=0.01, le=10_000.0)] = Field(
+        30.0, description="Minutes that a process waits for the others in one collective before the run is ended."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -266,6 +273,8 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
+        if self.sharding_offload and self.sharding == "none":
+            raise ValueError("train.sharding_offload = true is for train.sharding = 'fsdp2', it is 'none': leave it out")
         if self.optimizer == "muon" and self.betas is not None:
             raise ValueError(f"train.betas = {list(self.betas)} are AdamW's moment decays, train.optimizer = 'muon' has none: leave it out")
         return self

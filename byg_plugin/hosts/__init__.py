@@ -14,6 +14,7 @@ from byg_plugin.objectives.base import EDIT, Velocity, VelocityFields
 if TYPE_CHECKING:
     from byg_plugin.config.sections import Config
     from byg_plugin.hosts.ema import Adapter
+    from byg_plugin.hosts.sharding import Sharding
 
 
 class Host(VelocityFields, Protocol):
@@ -29,6 +30,15 @@ class Host(VelocityFields, Protocol):
 
     def live(self) -> AbstractContextManager[Velocity]:
         """The current weights, no gradient, no dropout."""
+        ...
+
+    @property
+    def sharding(self) -> Sharding:
+        """How the frozen weights are held. Where they are in shards, every process takes part in every call."""
+        ...
+
+    def after_backward(self) -> None:
+        """Called after each backward pass: free what it has left."""
         ...
 
     def off_device(self) -> AbstractContextManager[None]:
@@ -52,7 +62,15 @@ class Host(VelocityFields, Protocol):
         ...
 
 
-def make_host(config: Config, family: Family, where: device, *, fresh: bool = True, adapters: Sequence[str] = (EDIT,)) -> Host:
+def make_host(
+    config: Config,
+    family: Family,
+    where: device,
+    *,
+    fresh: bool = True,
+    adapters: Sequence[str] = (EDIT,),
+    sharding: Sharding | None = None,
+) -> Host:
     """The configured host; its heavy imports happen here and not before.
 
     Args:
@@ -61,6 +79,7 @@ def make_host(config: Config, family: Family, where: device, *, fresh: bool = Tr
         where: the device of the networks.
         fresh: start from `lora.init_from`, where it is set; false when the weights are restored or loaded afterwards.
         adapters: what the objective trains.
+        sharding: of the frozen weights; None: whole.
 
     Raises:
         ValueError: the host has no such adapter, or cannot honour an option.
@@ -69,7 +88,7 @@ def make_host(config: Config, family: Family, where: device, *, fresh: bool = Tr
     _check_adapters(config, adapters)
     from byg_plugin.hosts.diffusers import DiffusersHost
 
-    return DiffusersHost(config, family, where, fresh=fresh)
+    return DiffusersHost(config, family, where, fresh=fresh, sharding=sharding)
 
 
 def adapter_shapes(config: Config, family: Family, adapters: Sequence[str]) -> dict[str, dict[str, tuple[int, int]]]:

@@ -14,10 +14,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from byg_plugin.config.extras import require_model_extras
 from byg_plugin.hosts.ema import Adapter, EmaWeights
 from byg_plugin.hosts.experts import by_expert
+from byg_plugin.hosts.lockstep import in_lockstep
 from byg_plugin.hosts.merged import MergedLinear, MergedRollout
 from byg_plugin.hosts.patterns import full_matches
 from byg_plugin.hosts.quantize import after_eval_, quantize_
 from byg_plugin.hosts.residency import OneExpertOnDevice
+from byg_plugin.hosts.sharding import Sharding, agree_on_types, read_on_first
+from byg_plugin.hosts.shards import make_shards
 from byg_plugin.lora import start as start_lora
 from byg_plugin.lora.formats import written_files
 from byg_plugin.models.base import Family
@@ -37,23 +40,29 @@ class DiffusersHost:
         family: the model family that loads the experts and calls them.
         device: where the networks live.
         fresh: start from `lora.init_from`, where it is set.
+        sharding: of the frozen weights; None: whole.
 
     Raises:
         ValueError: `lora.targets` matches nothing or something that is no linear, or an option cannot be honoured here.
     """
 
-    def __init__(self, config: Config, family: Family, device: torch.device, *, fresh: bool = True):
+    def __init__(self, config: Config, family: Family, device: torch.device, *, fresh: bool = True, sharding: Sharding | None = None):
         self.config, self.family, self.device = config, family, device
         dtype = getattr(torch, config.model.dtype)
         require_model_extras(config.model)
         _probe_attention(config.model.attention, device, dtype)
         self.networks: dict[str, nn.Module] = {}
         rng = torch.Generator().manual_seed(config.train.seed)
+        self.sharding = sharding or Sharding()
+        self._shards = make_shards(self.sharding, device) if self.sharding else None
         # An expert is quantised, and on its device, before the next one is read: two 16-bit copies are 53 GiB.
-        for expert, network in family.load_transformers(dtype):
+        for expert, network in self._networks(dtype):
             self.networks[expert] = network
             quantize_(network, config.model.quantization, dtype)
-            if not config.model.offload_inactive_expert:
+            if self._shards is not None:
+                agree_on_types(network)
+                self._shards.cut(network)
+            elif not config.model.offload_inactive_expert:
                 network.to(device)
             if config.model.attention != "native":
                 network.set_attention_backend(config.model.attention)
@@ -80,6 +89,10 @@ class DiffusersHost:
             with start_lora.fitting(config.lora, "init_from"):
                 self.load_lora({n: v for n, v in started.items() if n in self.parameters or not config.lora.other_expert})
         self.ema_weights = EmaWeights(self.parameters, config.objective.ema_decay)
+
+    def _networks(self, dtype: torch.dtype) -> Iterator[tuple[str, nn.Module]]:
+        read = self.family.load_transformers(dtype)
+        return read_on_first(read, self.family.meta_transformers()) if self.sharding else read
 
     # --- the three velocity fields ---
 
@@ -109,8 +122,9 @@ class DiffusersHost:
             self.ema_weights.swapped_in(),
             self._placed(self.merged.of_this_moment()) if merged else nullcontext(),
             self._without_gradient(),
+            in_lockstep(self._of_side, self.family.boundary, self.device) if self.sharding else nullcontext(self._velocity) as velocity,
         ):
-            yield self._velocity
+            yield velocity
 
     @contextmanager
     def live(self) -> Iterator[Velocity]:
@@ -130,7 +144,9 @@ class DiffusersHost:
     def _without_gradient(self) -> AbstractContextManager[Any]:
         """Inference mode, which has no autograd bookkeeping at all."""
         # bitsandbytes' linears make state in their first call and keep it: it must not be made of inference tensors.
-        return torch.no_grad() if self.config.model.quantization in ("int8", "nf4") else torch.inference_mode()
+        # FSDP2 writes what it gathers into tensors that it has made before.
+        keeps = self.sharding or self.config.model.quantization in ("int8", "nf4")
+        return torch.no_grad() if keeps else torch.inference_mode()
 
     @contextmanager
     def _placed(self, linears: Sequence[nn.Module]) -> Iterator[None]:
@@ -152,11 +168,17 @@ class DiffusersHost:
         experts, boundary = self.family.experts, self.family.boundary
         if boundary is None:
             return self._one_expert(experts[0], noisy, t, text, source)
+        return by_expert(
+            self._of_side, boundary, lambda: self._residency is None or self._residency.present != experts[1], noisy, t, text, source
+        )
 
-        def call(high: bool, *inputs: Any) -> Tensor:
-            return self._one_expert(experts[not high], *inputs)
+    def _of_side(self, high: bool, noisy: Tensor, t: Tensor, text: Text, source: Tensor | None) -> Tensor:
+        return self._one_expert(self.family.experts[not high], noisy, t, text, source)
 
-        return by_expert(call, boundary, lambda: self._residency is None or self._residency.present != experts[1], noisy, t, text, source)
+    def after_backward(self) -> None:
+        """Free what a backward pass of sharded weights has left whole."""
+        if self._shards is not None:
+            self._shards.after_backward()
 
     def _one_expert(self, expert: str, noisy: Tensor, t: Tensor, text: Text, source: Tensor | None) -> Tensor:
         network = self.networks[expert]
@@ -180,7 +202,7 @@ class DiffusersHost:
     def off_device(self) -> Iterator[None]:
         """The networks are in main memory: for work that needs the device's memory. int8 and nf4 weights stay where they are."""
         # bitsandbytes' weights do not come back from the CPU as they were.
-        stays = self.device.type != "cuda" or self.config.model.quantization in ("int8", "nf4")
+        stays = self.device.type != "cuda" or self.config.model.quantization in ("int8", "nf4") or bool(self.sharding)
         networks = [] if stays or self._residency else list(self.networks.values())
         if self._residency is not None:
             self._residency.clear()

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 
 from byg_plugin.hosts.ema import EmaWeights
 from byg_plugin.hosts.experts import by_expert
+from byg_plugin.hosts.lockstep import in_lockstep
+from byg_plugin.hosts.sharding import Shards
 from byg_plugin.objectives.base import Text, Velocity
 
 
@@ -92,6 +94,8 @@ class MusubiFields:
         call: one call of the host's transformer: (noisy, t, text, source) -> velocity.
         experts: where the model has two.
         swap: where blocks are swapped.
+        shards: where the transformer's weights are in shards.
+        device: of the processes' agreements about them.
 
     Raises:
         ValueError: the network's modules cannot be taken off.
@@ -105,7 +109,10 @@ class MusubiFields:
         *,
         experts: Experts | None = None,
         swap: BlockSwap | None = None,
+        shards: Shards | None = None,
+        device: torch.device | None = None,
     ):
+        self._shards, self._device = shards, device
         self.network, self.ema_weights = network, ema_weights
         self._call, self._experts, self.swap = call, experts, swap
         self._adapted = _adapted(network)
@@ -124,7 +131,12 @@ class MusubiFields:
     def ema(self) -> Iterator[Velocity]:
         """The EMA weights by pointer, no gradient. They are away again before any backward pass may recompute."""
         with self.ema_weights.swapped_in(), self._training(False), torch.no_grad():
-            yield self._velocity
+            if self._shards is None:
+                yield self._velocity
+                return
+            assert self._device is not None and self._experts is None
+            with in_lockstep(self._one_expert, None, self._device) as velocity:
+                yield velocity
 
     @contextmanager
     def live(self) -> Iterator[Velocity]:
@@ -194,6 +206,8 @@ class MusubiFields:
         """Call it after every backward pass."""
         if self.swap is not None:
             self.swap.after_backward()
+        if self._shards is not None:
+            self._shards.after_backward()
 
     def _base_velocity(self, noisy: Tensor, t: Tensor, text: Text, source: Tensor | None) -> Tensor:
         assert source is None, "the frozen base has no source tokens"

@@ -28,9 +28,10 @@ from byg_plugin.musubi import cache as musubi_cache
 from byg_plugin.musubi import options as musubi_options
 from byg_plugin.musubi.checkout import Checkout, open_checkout
 from byg_plugin.musubi.family import Encoded
+from byg_plugin.musubi.launch import read_host_launch
 from byg_plugin.musubi.trainer import make_trainer, read_state, states
 from byg_plugin.objectives.draws import share_of_high_noise
-from byg_plugin.training.launch import check_launch
+from byg_plugin.training.launch import Launch, take_over
 
 logger = logging.getLogger(__name__)
 
@@ -74,23 +75,23 @@ def training_tuples(dataset: DatasetConfig) -> list[EditTuple]:
     return split_tuples(read_tuples(dataset), 0)[0]
 
 
-def prepare(config: Config, resume: str | None = None) -> tuple[Checkout, argparse.Namespace, int]:
+def prepare(config: Config, resume: str | None = None) -> tuple[Checkout, argparse.Namespace, int, Launch]:
     """Everything that can be checked before a model is loaded: host, options, caches, state.
 
     Returns:
-        the checkout, its arguments, and the number of its items.
+        the checkout, its arguments, the number of its items, and what the launcher asks for.
 
     Raises:
         ValueError: something the user can mend.
     """
-    check_launch("musubi.mixed_precision", config.musubi.get("mixed_precision"))
     checkout = open_checkout(config.model)
     args = musubi_options.arguments(config, checkout.parser())
+    launch = read_host_launch(config, args)
     checkout.family.check(config.musubi)
     share_of_high_noise(config, families.named(config.model.family).boundary)
     items = musubi_cache.check(Path(args.dataset_config), checkout.family, training_tuples(config.dataset))
     _resume_from(config, resume, args)
-    return checkout, args, items
+    return checkout, args, items, launch
 
 
 def train(config: Config, resume: str | None = None) -> Path:
@@ -100,20 +101,22 @@ def train(config: Config, resume: str | None = None) -> Path:
         ValueError: something the user can mend, before any model is loaded.
     """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    checkout, args, _ = prepare(config, resume)
+    checkout, args, _, launch = prepare(config, resume)
+    take_over()
     # The host makes its processes' accelerator itself, and only then could be asked which one is the first.
     first = os.environ.get("RANK", "0") == "0"
     with alone_in(Path(args.output_dir), "musubi.output_dir") if first else nullcontext():
-        make_trainer(checkout, config).train(args)
+        make_trainer(checkout, config, launch).train(args)
     return Path(args.output_dir) / f"{args.output_name}.safetensors"
 
 
 def dry_run(config: Config) -> None:
     """Print what would be trained."""
-    checkout, args, items = prepare(config)
+    checkout, args, items, launch = prepare(config)
     tuples = training_tuples(config.dataset)
     print(f"host: {Path(inspect.getfile(checkout.trainer)).parent}, {checkout.trainer_class.__name__}")
     print(f"items with latents and texts: {items}, tuples: {len(tuples)}")
+    print(f"engine: {launch.name}")
     print(f"LoRA: {args.network_module}, rank {args.network_dim}, alpha {args.network_alpha}")
     print(f"{args.max_train_steps} steps of {args.optimizer_type}")
 

@@ -32,6 +32,8 @@ from byg_plugin.documents import json_value
 from byg_plugin.finite import all_finite, first_not_finite, not_finite, refuse_not_finite
 from byg_plugin.hosts.batch import draw_batch
 from byg_plugin.hosts.ema import EmaWeights
+from byg_plugin.hosts.sharding import Shards, bytes_held
+from byg_plugin.hosts.shards import make_shards
 from byg_plugin.lora.card import LoraCard
 from byg_plugin.models.geometry import SpecGeometry
 from byg_plugin.musubi import cache as musubi_cache
@@ -41,7 +43,7 @@ from byg_plugin.objectives.base import Batch
 from byg_plugin.objectives.draws import share_of_high_noise, side_of
 from byg_plugin.randomness import generator
 from byg_plugin.training.checkpoint import save_file
-from byg_plugin.training.launch import check_processes
+from byg_plugin.training.launch import Launch, check_processes
 
 if TYPE_CHECKING:
     from byg_plugin.musubi.checkout import Checkout
@@ -93,6 +95,7 @@ class UnpairedCycleTrainer:
 
     byg_config: Config
     byg_checkout: Checkout
+    byg_launch: Launch
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,16 +105,23 @@ class UnpairedCycleTrainer:
         self.byg_geometry = SpecGeometry(families.named(self.byg_config.model.family))
         self._byg_companions: list[Path] = []
         self._byg_proved = False
+        self._byg_shards: Shards | None = None
 
     # --- start ---
 
     def on_transformer_loaded(self, args: Any, accelerator: Any, transformer: Any, *_: Any) -> None:
-        """Before the LoRA: what was cached must fit the model."""
+        """Before the LoRA: what was cached must fit the model, whose frozen weights may be cut into shards here."""
         length = getattr(transformer, "text_len", None)
         if length is not None and length != self.byg_config.conditioning.max_text_tokens:
             raise ValueError(
                 f"conditioning.max_text_tokens = {self.byg_config.conditioning.max_text_tokens}: this model takes {length}, set it so"
             )
+        if self.byg_launch.sharding:
+            self._byg_shards = make_shards(self.byg_launch.sharding, accelerator.device)
+            self._byg_shards.cut(transformer.eval().requires_grad_(False))
+        held, whole = bytes_held([transformer])
+        rank = accelerator.process_index
+        logger.info("engine: %s, base held by rank %d: %d of %d bytes", self.byg_launch.name, rank, held, whole)
 
     def extra_trainable_params(self, args: Any, accelerator: Any, network: Any, transformer: Any, trainable_params: Any, *_: Any) -> Any:
         """Nothing more is trained; but this is the last seam before a state is loaded."""
@@ -138,6 +148,8 @@ class UnpairedCycleTrainer:
             self.byg_checkout.family.call(accelerator, transformer, self.byg_config.conditioning),
             experts=HostExperts(self, args, accelerator, transformer) if self.byg_geometry.boundary is not None else None,
             swap=BlockSwap(accelerator.unwrap_model(transformer)) if swapped else None,
+            shards=self._byg_shards,
+            device=accelerator.device,
         )
         if self.byg_progress.step:
             self._continue(args)
@@ -389,10 +401,14 @@ def _source_of(prompt: Any) -> str | None:
     return prompt.get("control_video_path") or images[0] or prompt.get("image_path")
 
 
-def make_trainer(checkout: Checkout, config: Config) -> Any:
+def make_trainer(checkout: Checkout, config: Config, launch: Launch | None = None) -> Any:
     """The network trainer `unpaired-cycle` of a family, a subclass of the host's."""
     name = f"UnpairedCycle{checkout.trainer_class.__name__}"
-    made: type[Any] = type(name, (UnpairedCycleTrainer, checkout.trainer_class), {"byg_config": config, "byg_checkout": checkout})
+    made: type[Any] = type(
+        name,
+        (UnpairedCycleTrainer, checkout.trainer_class),
+        {"byg_config": config, "byg_checkout": checkout, "byg_launch": launch or Launch()},
+    )
     return made()
 
 

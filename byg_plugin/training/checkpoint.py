@@ -71,6 +71,11 @@ def checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def name_of(step: int) -> str:
+    """Of a checkpoint's folder."""
+    return f"step-{step:06d}"
+
+
 def save(
     folder: Path,
     state: TrainingState,
@@ -91,7 +96,7 @@ def save(
     Raises:
         ValueError: the disk is full or not writable; earlier checkpoints are as they were.
     """
-    final = folder / f"step-{state.step:06d}"
+    final = folder / name_of(state.step)
     if final.exists():
         raise ValueError(f"checkpoint {final} exists already and is not overwritten: choose another output.dir")
     try:

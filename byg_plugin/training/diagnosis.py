@@ -13,6 +13,7 @@ from byg_plugin.data.dataset import CachedTuples
 from byg_plugin.data.rules import ROLES
 from byg_plugin.finite import all_finite, first_not_finite, not_finite
 from byg_plugin.hosts import Host
+from byg_plugin.hosts.sharding import local
 from byg_plugin.objectives.base import Metrics
 from byg_plugin.training import checkpoint
 from byg_plugin.training.engine import Engine
@@ -81,7 +82,8 @@ class Diagnosis:
             return f"The data are the reason: {'; '.join(found)}; remove dataset.cache_dir and cache again"
         weights = [(f"the LoRA's {name}", value) for name, value in self._weights()]
         weights += [(f"the EMA's {name}", value) for adapter in self.host.adapters.values() for name, value in adapter.ema.state().items()]
-        frozen = ((f"{key}'s {name}", p.detach()) for key, network in self.host.networks.items() for name, p in network.named_parameters())
+        # Of shards this process's own: the others may have found their reason already, and a gather would wait for them.
+        frozen = ((f"{key}'s {name}", local(p)) for key, network in self.host.networks.items() for name, p in network.named_parameters())
         if (name := first_not_finite(weights)) is not None or (name := first_not_finite(frozen)) is not None:
             return f"The weights are the reason: {name} holds NaN or infinite values"
         tuples = ", ".join(dict.fromkeys(self._tuple_name(index) for examples in guilty for index in examples["index"]))

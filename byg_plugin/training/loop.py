@@ -8,7 +8,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,6 +25,7 @@ from byg_plugin.families import EXPERT_SUFFIXES
 from byg_plugin.folders import set_aside
 from byg_plugin.hosts import make_host
 from byg_plugin.hosts.batch import draw_batch
+from byg_plugin.hosts.sharding import bytes_held
 from byg_plugin.lora.card import LoraCard
 from byg_plugin.lora.start import check_start
 from byg_plugin.models.base import Family
@@ -36,9 +37,11 @@ from byg_plugin.randomness import derived_seed, generator
 from byg_plugin.training import checkpoint, logs, preview
 from byg_plugin.training.checkpoint import naming_a_full_disk
 from byg_plugin.training.diagnosis import Diagnosis
-from byg_plugin.training.engine import make_engine
+from byg_plugin.training.engines import make_engine
+from byg_plugin.training.launch import Launch
 from byg_plugin.training.optimizers import learning_rate
 from byg_plugin.training.resume import find_start, is_in, load_start
+from byg_plugin.training.watchdog import Watchdog, watched
 from byg_plugin.version import versions
 
 logger = get_logger(__name__)
@@ -60,6 +63,7 @@ class Trainer:
         resume: None, "latest" or a checkpoint folder.
         discard_later: go on from a checkpoint of `output.dir` that has later ones; they and their previews are renamed
             `discarded-step-...`, and lines of logs after it are dropped.
+        launch: what the launcher asks for; None: plain processes.
         on_step: called with the trainer after every optimizer step, on every rank, when all that belongs to the step is saved.
 
     Raises:
@@ -75,6 +79,7 @@ class Trainer:
         on_step: Callable[[Trainer], None] | None = None,
         *,
         discard_later: bool = False,
+        launch: Launch | None = None,
     ):
         self.config, self.family, self.accelerator = config, family, accelerator
         self.on_step = on_step
@@ -93,10 +98,16 @@ class Trainer:
         check_start(config, fresh=state is None)
 
         # A resumed run has its weights: it needs no file that it started from.
-        self.host = make_host(config, family, accelerator.device, fresh=state is None, adapters=self.objective.adapters)
+        launch = launch or Launch()
+        self.host = make_host(
+            config, family, accelerator.device, fresh=state is None, adapters=self.objective.adapters, sharding=launch.sharding
+        )
         trained = {name: adapter.parameters for name, adapter in self.host.adapters.items()}
-        self.engine = make_engine(config.train, trained, self.accumulation, accelerator.device)
+        self.watchdog = Watchdog(config.train.collective_timeout, accelerator.process_index, self._rescue)
+        self.engine = watched(make_engine(launch, config.train, trained, self.accumulation, accelerator.device), self.watchdog)
         self.engine.broadcast()
+        held, whole = bytes_held(list(self.host.networks.values()))
+        logger.info("engine: %s, base held by this rank %d of %d bytes", launch.name, held, whole, main_process_only=False)
         self.diagnosis = Diagnosis(config.train, self.host, self.data, self.engine, self.checkpoints)
         if self.high_share is not None:
             logger.info(
@@ -111,6 +122,8 @@ class Trainer:
             self._restore(state)
         self._clear_later()
         self._stop = False
+        self._moving = False
+        """Whether the weights are on their way from one step to the next."""
         # Steps that have trained each adapter, of separate experts each one's part of it.
         self._steps_of = Counter(trained for step in range(self.step) for trained in self._trained_by(step))
 
@@ -173,17 +186,31 @@ class Trainer:
         if self.step:
             self._validate_if_due()
         bar = Progress(total=config.train.steps, initial=self.step, desc="train", disable=not self.accelerator.is_main_process)
-        with _interruptible(self), bar:
+        with _interruptible(self), self._watched(), bar:
             for micro_batches in self._loader():
                 started = time.perf_counter()
                 metrics = self._optimizer_step(micro_batches)
                 self.step += 1
+                self._moving = False
                 seconds = time.perf_counter() - started
                 if self.step % config.train.log_every == 0 or self.step == config.train.steps:
                     self._log(metrics, seconds, bar)
                 bar.update(1)
                 self._after_step()
         return self._export()
+
+    def _watched(self) -> AbstractContextManager[None]:
+        return self.watchdog.running() if self.accelerator.num_processes > 1 else nullcontext()
+
+    def _rescue(self) -> str:
+        """In the watchdog's thread, while the main one waits for good: save the last whole step, where the others need not be asked."""
+        saved = checkpoint.checkpoints(self.checkpoints)
+        if saved and saved[-1].name == checkpoint.name_of(self.step):
+            return f"step {self.step} is saved: go on with --resume latest"
+        if self._moving or not self.engine.whole or not self.step:
+            return f"step {self.step} could not be saved; {checkpoint.way_back(self.checkpoints)}"
+        self._write_checkpoint(self._state())
+        return f"step {self.step} is saved now: go on with --resume latest"
 
     def _after_step(self) -> None:
         train = self.config.train
@@ -206,7 +233,7 @@ class Trainer:
 
     def _validate_if_due(self) -> None:
         if self._due(self.config.train.validate_every):
-            if self.accelerator.is_main_process and self.step not in logs.steps_in(self._validation_path):
+            if self._takes_part(self.accelerator.is_main_process and self.step not in logs.steps_in(self._validation_path)):
                 self._validate()
             self.accelerator.wait_for_everyone()
 
@@ -214,9 +241,14 @@ class Trainer:
         """`again`: also where there is one, which then is of an earlier start."""
         if self._due(self.config.sample.every):
             data = self.validation or self.data
-            if self.accelerator.is_main_process and (again or not preview.is_whole(self.config, data, self.step)):
-                preview.write(self.config, self.family, self.host, data, self.step, self.accelerator)
+            first = self.accelerator.is_main_process
+            if self._takes_part(first and (again or not preview.is_whole(self.config, data, self.step))):
+                preview.write(self.config, self.family, self.host, data, self.step, self.accelerator, writes=first)
             self.accelerator.wait_for_everyone()
+
+    def _takes_part(self, asked: bool) -> bool:
+        """Whether this process computes what the first one asks for: weights in shards are gathered by all of them."""
+        return self.engine.any(asked) if self.host.sharding else asked
 
     def _micro_index(self, step: int, micro: int) -> int:
         """Index of this process's micro-batch in the run over all ranks: `randomness.py` draws from it."""
@@ -246,16 +278,19 @@ class Trainer:
         plan, high = self.objective.plan(self.step, config.train.seed), self._side(self.step)
         sums: Metrics = {}
         terms: list[Metrics] = []
+        self.engine.begin(self._trained_by(self.step))
         for micro, examples in enumerate(micro_batches):
             micro_index = self._micro_index(self.step, micro)
             torch.manual_seed(derived_seed(config.train.seed, "dropout", micro_index))
             batch = self._batch(examples, generator(config.train.seed, "noise", micro_index), plan.kind, high=high)
-            terms.append(self.objective.step(self.host, batch, self.engine.backward))
+            with self.watchdog.waiting(f"the passes of step {self.step + 1}"):
+                terms.append(self.objective.step(self.host, batch, self._backward))
             for name, value in terms[-1].items():
                 sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value / self._share(name)
 
         def check(norms: Mapping[str, Tensor]) -> None:
             self.diagnosis.before_step(self.step + 1, sums | _by_adapter("gradient norm", norms), micro_batches, terms)
+            self._moving = True
 
         norms = self.engine.step(learning_rate(config.train, self.step), check)
         self.diagnosis.after_step(self.step + 1)
@@ -263,6 +298,11 @@ class Trainer:
         kinds = {"identity_step": plan.kind == IDENTITY, **({} if high is None else {"high_noise_step": high})}
         flags = {name: torch.tensor(float(value), device=self.accelerator.device) for name, value in kinds.items()}
         return sums | _by_adapter("grad_norm", norms) | flags
+
+    def _backward(self, loss: Tensor, *, last: bool) -> float:
+        scale = self.engine.backward(loss, last=last)
+        self.host.after_backward()
+        return scale
 
     def _side(self, step: int) -> bool | None:
         """Whether an optimizer step trains the high-noise expert: one toss, the same on every rank; None without experts."""
@@ -334,7 +374,7 @@ class Trainer:
             step=self.step,
             adapters={
                 name: checkpoint.AdapterState(
-                    lora=self.engine.gathered(adapter.parameters),
+                    lora=self.engine.gathered(adapter.ema.live()),
                     ema=self.engine.gathered(adapter.ema.state()) if averaged else {},
                     optimizer=optimizers[name],
                 )
@@ -347,11 +387,14 @@ class Trainer:
     def _save(self) -> None:
         state = self._state()
         if self.accelerator.is_main_process:
-            self.diagnosis.before_saving(state)
-            extra = {"versions": versions(), "command": sys.argv}
-            files = self._lora_files(state.adapters[EDIT])
-            checkpoint.save(self.checkpoints, state, files, keep_last=self.config.train.keep_last, extra=extra)
+            self._write_checkpoint(state)
         self.accelerator.wait_for_everyone()
+
+    def _write_checkpoint(self, state: checkpoint.TrainingState) -> None:
+        self.diagnosis.before_saving(state)
+        extra = {"versions": versions(), "command": sys.argv}
+        files = self._lora_files(state.adapters[EDIT])
+        checkpoint.save(self.checkpoints, state, files, keep_last=self.config.train.keep_last, extra=extra)
 
     def _lora_files(self, adapter: checkpoint.AdapterState) -> dict[str, tuple[dict[str, Tensor], dict[str, str]]]:
         name = self.config.output.name
@@ -397,8 +440,8 @@ class Trainer:
                 batch = self._batch(examples, rng, t=torch.tensor([t]))
                 for name, value in self.objective.step(self.host, batch, None).items():
                     sums[name] = sums.get(name, 0.0) + value.item() / count
-        values = {f"validation/{name}": value for name, value in sums.items()}
-        self._append(self._validation_path, values)
+        if self.accelerator.is_main_process:
+            self._append(self._validation_path, {f"validation/{name}": value for name, value in sums.items()})
 
 
 # --- pieces without state ---

@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from byg_plugin.config.sections import Config, LoraConfig
+from byg_plugin.hosts.sharding import blocks_of
 from byg_plugin.objectives import make_objective
+from byg_plugin.training.launch import Launch
 
 GIB = 2**30
 _STORED_BYTES = {"fp8": 1.0, "int8": 1.0, "nf4": 0.5 + 4 / 64}  # nf4: 4 bits and one float32 scale a 64-block
@@ -27,9 +29,16 @@ class MemoryLine:
 
 
 def memory_sum(
-    config: Config, networks: dict[str, nn.Module], lora_shapes: Sequence[Sequence[int]], tokens: int, width: int, blocks: int
+    config: Config,
+    networks: dict[str, nn.Module],
+    lora_shapes: Sequence[Sequence[int]],
+    tokens: int,
+    width: int,
+    blocks: int,
+    launch: Launch | None = None,
+    processes: int = 1,
 ) -> list[MemoryLine]:
-    """The parts.
+    """The parts, of one process.
 
     Args:
         config: the whole configuration.
@@ -38,7 +47,10 @@ def memory_sum(
         tokens: tokens of the longest sequence of one sample (noisy + source + text).
         width: hidden width.
         blocks: transformer blocks.
+        launch: what shards the base or the LoRA; None: nothing.
+        processes: over which it is sharded.
     """
+    launch = launch or Launch()
     dtype_bytes = torch.finfo(getattr(torch, config.model.dtype)).bits / 8
     stored = _STORED_BYTES.get(config.model.quantization, dtype_bytes)
     in_blocks = rest = 0
@@ -55,7 +67,8 @@ def memory_sum(
     held, trained = lora_copies(config.lora, len(networks))
     # A LoRA's shapes come in pairs, (rank, in) and (out, rank).
     adapted = sum(a[1] * b[0] for a, b in zip(lora_shapes[::2], lora_shapes[1::2], strict=True))
-    moments = {"adamw": 2.0, "muon": 1.0, "adamw8bit": 0.5}[config.train.optimizer] * lora * trained
+    ways = processes if launch.stage in (1, 2) else 1
+    moments = {"adamw": 2.0, "muon": 1.0, "adamw8bit": 0.5}[config.train.optimizer] * lora * trained / ways
     activation_bytes = 2.0 if config.train.mixed_precision == "bf16" else 4.0
     inputs = config.train.batch_size * tokens * width * activation_bytes
     kept_by_block, at_peak = _block_tensors(next(iter(networks.values())), width)
@@ -63,17 +76,29 @@ def memory_sum(
     graphs, rows, merged_weights = make_objective(config.objective).memory
     passes = graphs * rows
     kept = passes * a_pass + (inputs * at_peak * rows if config.model.gradient_checkpointing else 0)
-    lines = [
-        MemoryLine(
-            name=f"frozen weights ({config.model.quantization if config.model.quantization != 'none' else config.model.dtype})",
-            bytes=in_blocks * stored + rest * dtype_bytes,
-            exact=config.model.quantization in ("none", "fp8"),
-        ),
+    storage = config.model.quantization if config.model.quantization != "none" else config.model.dtype
+    exact = config.model.quantization in ("none", "fp8")
+    whole = in_blocks * stored + rest * dtype_bytes
+    if launch.sharding:
+        one = next(iter(networks.values()))
+        block = max(_stored_bytes(each, stored, dtype_bytes) for each in blocks_of(one))
+        lines = [
+            # One computes, the next one is on its way.
+            MemoryLine(name=f"blocks gathered for their pass, at most 2 ({storage})", bytes=2 * block, exact=False),
+        ]
+        if launch.sharding.offload == "none":
+            name = f"frozen weights ({storage}), in shards over {processes} process{'es' if processes > 1 else ''}"
+            lines.insert(0, MemoryLine(name=name, bytes=whole / processes, exact=exact))
+    else:
+        lines = [MemoryLine(name=f"frozen weights ({storage})", bytes=whole, exact=exact)]
+    lines += [
         MemoryLine(name="LoRA weights (float32)", bytes=lora * held, exact=True),
         # A step trains one side of the experts' boundary.
         MemoryLine(name="LoRA gradients (float32)", bytes=lora, exact=True),
         MemoryLine(name=f"optimizer moments ({config.train.optimizer})", bytes=moments, exact=config.train.optimizer != "adamw8bit"),
     ]
+    if launch.stage in (1, 2):
+        lines.append(MemoryLine(name="DeepSpeed's copy of the LoRA (float32), in shards", bytes=lora * trained / ways, exact=True))
     if config.objective.ema_decay:
         lines.append(MemoryLine(name="EMA weights (float32)", bytes=lora * trained, exact=True))
     if merged_weights:
@@ -82,6 +107,11 @@ def memory_sum(
     what = "saved block inputs + one block recomputed" if config.model.gradient_checkpointing else "activations of all blocks"
     lines.append(MemoryLine(name=f"{what}, {passes} pass{'es' if passes > 1 else ''} at once ({tokens} tokens)", bytes=kept, exact=False))
     return lines
+
+
+def _stored_bytes(block: nn.Module, stored: float, dtype_bytes: float) -> float:
+    linears = {id(module.weight) for module in block.modules() if isinstance(module, nn.Linear)}
+    return sum(parameter.numel() * (stored if id(parameter) in linears else dtype_bytes) for parameter in block.parameters())
 
 
 def lora_copies(lora: LoraConfig, networks: int) -> tuple[int, int]:

@@ -55,33 +55,56 @@ def set_aside_later(output: OutputConfig, step: int) -> list[Path]:
     return [folders.set_aside(path) for path, match in numbered if match and int(match[1]) > step]
 
 
-def write(config: Config, family: Family, host: Host, data: CachedTuples, step: int, accelerator: Accelerator) -> None:
+def write(
+    config: Config, family: Family, host: Host, data: CachedTuples, step: int, accelerator: Accelerator, *, writes: bool = True
+) -> None:
     """Edit the first `[sample] items` tuples and write `previews/step-000500/<n>.png`, of clips also `<n>.mp4`.
 
     Source beside edit; with guidance, the edit at scale 1 comes third. The folder appears whole, in place of an earlier one. A failure
     is told, never raised.
+
+    Args:
+        config: the whole configuration.
+        family: decodes.
+        host: edits.
+        data: whose first tuples.
+        step: of the folder's name.
+        accelerator: its trackers get the pictures.
+        writes: false where weights in shards are gathered by every process, and this one only takes part in that.
     """
     try:
-        rendered = _render(config, family, host, data)
-        pictures = []
-        with folders.written_whole(folder(config.output, step), replace=True) as written:
-            for index, (columns, instruction) in enumerate(rendered):
-                settings = {"step": step, "instruction": instruction, "seed": config.sample.seed + index, "steps": config.sample.steps}
-                is_clip = len(columns[0]) > 1
-                picture = strip(columns) if is_clip else side_by_side(*(frames[0] for frames in columns))
-                save_png(picture, written / f"{index:03d}.png", settings)
-                if is_clip:
-                    beside = [side_by_side(*frames) for frames in zip(*columns, strict=True)]
-                    write_clip(written / f"{index:03d}.mp4", beside, config.fps or 1.0, settings)
-                pictures.append(picture)
-        _log(accelerator, pictures, step)
+        latents = _edits(config, family, host, data)
+        if writes:
+            _write(config, family, host, data, step, accelerator, latents)
     except Exception as error:  # noqa: BLE001 - a picture is no reason to lose a run; what it touches is restored by contexts
         logger.warning("preview at step %d failed and training goes on: %s: %s", step, type(error).__name__, error)
 
 
+def _write(
+    config: Config, family: Family, host: Host, data: CachedTuples, step: int, accelerator: Accelerator, latents: list[Latents]
+) -> None:
+    rendered = _decoded(config, family, host, latents)
+    pictures = []
+    with folders.written_whole(folder(config.output, step), replace=True) as written:
+        for index, columns in enumerate(rendered):
+            instruction = data.tuples[index].instruction
+            settings = {"step": step, "instruction": instruction, "seed": config.sample.seed + index, "steps": config.sample.steps}
+            is_clip = len(columns[0]) > 1
+            picture = strip(columns) if is_clip else side_by_side(*(frames[0] for frames in columns))
+            save_png(picture, written / f"{index:03d}.png", settings)
+            if is_clip:
+                beside = [side_by_side(*frames) for frames in zip(*columns, strict=True)]
+                write_clip(written / f"{index:03d}.mp4", beside, config.fps or 1.0, settings)
+            pictures.append(picture)
+    _log(accelerator, pictures, step)
+
+
+Latents = list[Tensor]
+"""Of one tuple: source, edit and, with guidance, the edit at scale 1."""
+
+
 @torch.no_grad()
-def _render(config: Config, family: Family, host: Host, data: CachedTuples) -> list[tuple[list[list[Image.Image]], str]]:
-    """Of each tuple the frames of source, edit and, with guidance, the edit at scale 1; and its instruction."""
+def _edits(config: Config, family: Family, host: Host, data: CachedTuples) -> list[Latents]:
     sample = config.sample
     latents = []
     weights = host.ema if sample.weights == "ema" else host.live
@@ -96,14 +119,19 @@ def _render(config: Config, family: Family, host: Host, data: CachedTuples) -> l
             options = {"steps": sample.steps, "schedule": sample.schedule}
             negatives = [None] if negative is None else [negative, None]
             edits = [sampling.finite(config.model.dtype, edit(**options, negative=each), "the latents of the edit") for each in negatives]
-        latents.append(([source, *edits], data.tuples[index].instruction))
-    # The VAE comes only now and goes at once: by turns with the activations of the network.
+        latents.append([source, *edits])
+    return latents
+
+
+@torch.no_grad()
+def _decoded(config: Config, family: Family, host: Host, latents: list[Latents]) -> list[list[list[Image.Image]]]:
+    """Of each tuple the frames of each column. The VAE comes only now: by turns with the activations of the network."""
     vae = family.load_vae(host.device)
 
     def frames(x: Tensor) -> list[Image.Image]:
         return frames_of(sampling.finite(config.model.dtype, family.decode_latents(vae, x), "the decoded pixels")[0])
 
-    return [([frames(x) for x in columns], instruction) for columns, instruction in latents]
+    return [[frames(x) for x in columns] for columns in latents]
 
 
 def _on(host: Host, text: Text) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from byg_plugin.objectives.base import Backward, Batch, Metrics
-from byg_plugin.training.engine import average_gradients
+from byg_plugin.training.engines.processes import average_gradients
 from tests.support.objective_runs import EXACT, GRAPHS, VARIANTS, Loop, edit_calls, objective, transcription
 from tests.support.toy_fields import ToyFields, numbers, relative_difference, toy_batch, toy_network
 

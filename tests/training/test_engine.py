@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from byg_plugin.config.sections import TrainConfig
-from byg_plugin.training.engine import PlainEngine
+from byg_plugin.training.engines.plain import PlainEngine
 from tests.support.tiny import in_child
 
 CPU = torch.device("cpu")

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from byg_plugin import train_network
+from byg_plugin.config.sections import Config
+from byg_plugin.hosts.sharding import Sharding
 from byg_plugin.models.flux import FluxFamily
-from byg_plugin.training.launch import check_launch, check_processes
+from byg_plugin.training.launch import Launch, check_launch, check_processes, read_launch, take_over
 from tests.support import tiny
 
 ASKED = {
-    ("ACCELERATE_USE_DEEPSPEED", "true"): "asks for DeepSpeed, .* run plain multi-GPU",
-    ("ACCELERATE_USE_FSDP", "true"): "asks for FSDP",
     ("ACCELERATE_USE_MEGATRON_LM", "1"): "asks for Megatron",
     ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR"): "asks for dynamo, inside which the LoRA cannot be taken off: answer NO",
     ("ACCELERATE_MIXED_PRECISION", "fp16"): 'asks for mixed precision "fp16", train.mixed_precision is "no": set one of them',
+    ("ACCELERATE_USE_FSDP", "true"): "fsdp_version = 1: .* set fsdp_version: 2",
 }
 
 
@@ -44,5 +47,96 @@ def test_processes_that_are_not_plain_are_refused():
     for kind in ("NO", "MULTI_GPU", "MULTI_CPU", "MULTI_XPU"):
         check_processes(SimpleNamespace(distributed_type=SimpleNamespace(value=kind)))
     for kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA"):
-        with pytest.raises(ValueError, match=f"asks for {kind}, under which"):
+        with pytest.raises(ValueError, match=f"asks for {kind}, which is not done here"):
             check_processes(SimpleNamespace(distributed_type=SimpleNamespace(value=kind)))
+
+
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_OFFLOAD_PARAMS": "false"}
+DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3", "WORLD_SIZE": "2"}
+
+
+def config(tmp_path: Path, **sections: Any) -> Config:
+    return tiny.run_config(tmp_path / "out", **sections)
+
+
+def test_fsdp2_is_taken_from_the_launcher_or_the_configuration(tmp_path: Path):
+    assert read_launch(config(tmp_path), environment={}) == Launch()
+    fsdp2 = Launch(sharding=Sharding(kind="fsdp2"))
+    assert (
+        read_launch(config(tmp_path), environment=FSDP)
+        == fsdp2
+        == read_launch(config(tmp_path, train={"sharding": "fsdp2"}), environment={})
+    )
+    offloaded = Launch(sharding=Sharding(kind="fsdp2", offload="cpu"))
+    assert read_launch(config(tmp_path), environment=FSDP | {"FSDP_OFFLOAD_PARAMS": "true"}) == offloaded
+    assert read_launch(config(tmp_path, train={"sharding": "fsdp2", "sharding_offload": True}), environment={}) == offloaded
+    assert offloaded.name == "FSDP2, cpu offload" and Launch().name == "plain"
+
+
+REFUSED_FSDP = [
+    ("FSDP_RESHARD_AFTER_FORWARD", "false", "fsdp_reshard_after_forward: false keeps the whole base"),
+    ("FSDP_AUTO_WRAP_POLICY", "SIZE_BASED_WRAP", "set TRANSFORMER_BASED_WRAP"),
+    ("FSDP_IGNORED_MODULES", "norm", "fsdp_ignored_modules"),
+    ("FSDP_ACTIVATION_CHECKPOINTING", "true", "and model.gradient_checkpointing = false"),
+    ("FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD", "true", "is not done here"),
+    ("FSDP_TRANSFORMER_CLS_TO_WRAP", "LlamaLayer", "the units of flux are FluxSingleTransformerBlock, FluxTransformerBlock"),
+]
+
+
+@pytest.mark.parametrize(("variable", "value", "says"), REFUSED_FSDP)
+def test_what_fsdp2_does_not_do_here_is_refused(tmp_path: Path, variable: str, value: str, says: str):
+    made = config(tmp_path)
+    with pytest.raises(ValueError, match=says):
+        read_launch(made, FluxFamily(made), FSDP | {variable: value})
+
+
+def test_what_accelerate_writes_down_of_itself_is_accepted(tmp_path: Path):
+    said = {"STATE_DICT_TYPE": "SHARDED_STATE_DICT", "CPU_RAM_EFFICIENT_LOADING": "true", "SYNC_MODULE_STATES": "true"}
+    said |= {"AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "TRANSFORMER_CLS_TO_WRAP": "FluxTransformerBlock, FluxSingleTransformerBlock"}
+    said |= {"ACTIVATION_CHECKPOINTING": "true", "IGNORED_MODULES": "None", "USE_ORIG_PARAMS": "true"}
+    made = config(tmp_path, model={"gradient_checkpointing": True})
+    assert read_launch(made, FluxFamily(made), FSDP | {f"FSDP_{key}": value for key, value in said.items()}).sharding
+
+
+NOT_IN_SHARDS: list[tuple[dict[str, str], dict[str, Any], str]] = [
+    (
+        FSDP,
+        {"model": {"quantization": "int8", "dtype": "bfloat16"}},
+        'model.quantization = "int8" cannot be cut: with FSDP2 set it to "fp8"',
+    ),
+    (DEEPSPEED, {"model": {"quantization": "fp8"}}, 'model.quantization is "fp8": launch with FSDP2'),
+    (FSDP, {"objective": {"rollout_weights": "merged"}}, 'objective.rollout_weights = "merged" would be a whole copy'),
+    (DEEPSPEED, {"lora": {"forward": "merged"}}, 'lora.forward = "merged" reads weights outside the pass'),
+    (DEEPSPEED, {"train": {"sharding": "fsdp2"}}, 'asks for DeepSpeed, and train.sharding = "fsdp2"'),
+]
+
+
+@pytest.mark.parametrize(("environment", "sections", "says"), NOT_IN_SHARDS)
+def test_what_cannot_be_in_shards_is_refused_by_its_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], sections: dict[str, Any], says: str
+):
+    monkeypatch.setattr("byg_plugin.training.launch.require", lambda *names: None)
+    with pytest.raises(ValueError, match=says):
+        read_launch(config(tmp_path, **sections), environment=environment)
+
+
+def test_deepspeed_that_is_not_installed_is_named_with_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("byg_plugin.config.extras.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"needs deepspeed, which is not installed: .*\[deepspeed\]"):
+        read_launch(config(tmp_path), environment=DEEPSPEED)
+
+
+def test_an_offloaded_expert_is_no_shard(tmp_path: Path):
+    from tests.support import wan_runs
+
+    made = wan_runs.run_config(tmp_path / "out", model={"offload_inactive_expert": True}, train={"sharding": "fsdp2"})
+    with pytest.raises(ValueError, match="model.offload_inactive_expert = true moves it whole"):
+        read_launch(made, environment={})
+
+
+def test_accelerate_finds_nothing_to_wrap(monkeypatch: pytest.MonkeyPatch):
+    """It would wrap the network, or on a CPU accept the configuration and do nothing."""
+    for variable in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):
+        monkeypatch.setenv(variable, "true")
+    take_over()
+    assert not {"ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"} & set(os.environ)

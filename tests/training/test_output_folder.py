@@ -228,7 +228,7 @@ def test_a_preview_that_a_kill_cut_off_is_made(tmp_path: Path, left: str):
 def test_a_whole_preview_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     config = run_config(tmp_path / "out", **PREVIEWED)
     make_trainer(config).run()
-    monkeypatch.setattr(preview, "_render", lambda *args: pytest.fail("made again"))
+    monkeypatch.setattr(preview, "_edits", lambda *args: pytest.fail("made again"))
     monkeypatch.setattr(preview.logger, "warning", lambda *args: pytest.fail(str(args)))
     make_trainer(config, "latest").run()
 

@@ -51,7 +51,7 @@ def test_a_failing_preview_does_not_end_the_run(tmp_path: Path, reference: Path,
         with args[2].ema():
             raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(preview, "_render", broken)
+    monkeypatch.setattr(preview, "_edits", broken)
     make_trainer(run_config(tmp_path / "out", sample={"every": 2})).run()
     assert len(calls) == 4, "step 0, 2, 4, 6"
     assert_same_run(tmp_path / "out", reference)

@@ -9,8 +9,10 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
+from byg_plugin.hosts.sharding import Sharding, blocks_of
 from byg_plugin.lora.card import LoraCard
 from byg_plugin.training import checkpoint
+from byg_plugin.training.launch import Launch
 from byg_plugin.training.memory import memory_sum, report
 from tests.support import tiny
 from tests.support.tiny_wan import tiny_wan, wan_config
@@ -125,3 +127,22 @@ def test_the_memory_sum_of_a_published_wan_block(tmp_path: Path):
     config = wan_config(tmp_path, model={"gradient_checkpointing": True}, train={"mixed_precision": "bf16"})
     last = memory_sum(config, {"transformer": network}, [(4, 24), (32, 4)], tokens=30240, width=5120, blocks=40)[-1]
     assert last.bytes / 2**30 == pytest.approx(11.5 + 12.1, abs=0.15) and not last.exact
+
+
+def test_the_memory_sum_is_one_process_s_under_the_launch(tmp_path: Path):
+    network = tiny.tiny_flux()
+    whole = sum(4 * p.numel() for p in network.parameters())
+    block = max(sum(4 * p.numel() for p in b.parameters()) for b in blocks_of(network))
+
+    def parts(launch: Launch, processes: int) -> dict[str, float]:
+        config = tiny.run_config(tmp_path / "out")
+        found = memory_sum(config, {"transformer": network}, [(4, 32), (32, 4)], 100, 32, 4, launch, processes)
+        return {part.name.partition(" (")[0]: part.bytes for part in found}
+
+    plain, two = parts(Launch(), 2), parts(Launch(stage=2), 2)
+    assert plain["frozen weights"] == two["frozen weights"] == whole
+    assert two["optimizer moments"] == plain["optimizer moments"] / 2 and two["DeepSpeed's copy of the LoRA"] == plain["LoRA weights"] / 2
+    for kind in ("fsdp2", "zero3"):
+        shards = parts(Launch(sharding=Sharding(kind=kind)), 4)
+        assert shards["frozen weights"] == whole / 4 and shards["blocks gathered for their pass, at most 2"] == 2 * block
+        assert "frozen weights" not in parts(Launch(sharding=Sharding(kind=kind, offload="cpu")), 4)

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -30,51 +29,10 @@ from byg_plugin.train_network import dry_run
 from byg_plugin.training import checkpoint, loop, preview
 from byg_plugin.training.loop import Trainer
 from tests.support import ROOT
-from tests.support.data_fakes import CPU, picture, write_tuples
+from tests.support.data_fakes import CPU, write_tuples
 from tests.support.tiny import curve, wake
-from tests.support.tiny_wan import A14B, T2V, wan_config, wan_folder
-
-
-@lru_cache(maxsize=1)
-def workspace() -> Path:
-    """A folder with two clips, an image and their caches; outputs go elsewhere."""
-    import atexit
-    import shutil
-    import tempfile
-
-    root = Path(tempfile.mkdtemp(prefix="byg-wan-work-"))
-    atexit.register(shutil.rmtree, root, ignore_errors=True)
-    for index in range(2):
-        frames = [Image.new("RGB", (48, 32), (40 * index + 9 * k, 90, 200 - 9 * k)) for k in range(9)]
-        clips.write_clip(root / f"clip{index}.mp4", frames, 16)
-    picture(root / "still.png", (48, 32))
-    lines = [
-        {
-            "source": name,
-            "src_caption": "photo of a dog",
-            "tgt_caption": f"photo of a {word}",
-            "instruction": f"make the dog {word}",
-            "reverse_instruction": f"make the {word} dog",
-        }
-        for name, word in (("clip0.mp4", "blue"), ("clip1.mp4", "red"), ("still.png", "blue"))
-    ]
-    write_tuples(root / "tuples.jsonl", lines)
-    config = wan_config(root, dataset={"resolution": 40, "bucket_step": 16}, sample={"every": 1})
-    family, tuples = make_family(config), read_tuples(config.dataset)
-    cache.cache_latents(config, family, tuples, CPU)
-    cache.cache_texts(config, family, tuples, CPU)
-    return root
-
-
-def run_config(out: Path, family: str = A14B, **sections: dict[str, Any]) -> Config:
-    defaults: dict[str, dict[str, Any]] = {
-        "dataset": {"resolution": 40, "bucket_step": 16},
-        "train": {"steps": 4, "save_every": 2, "keep_last": 0, "global_batch_size": 2},
-        "output": {"dir": str(out)},
-    }
-    for name, values in sections.items():
-        defaults.setdefault(name, {}).update(values)
-    return wan_config(workspace(), family, **defaults)
+from tests.support.tiny_wan import A14B, T2V, wan_folder
+from tests.support.wan_runs import run_config, workspace
 
 
 def make_trainer(config: Config, resume: str | None = None) -> Trainer:
@@ -343,7 +301,8 @@ def test_the_guided_edit_of_a_preview_comes_before_the_edit_at_scale_1(tmp_path:
         config = run_config(tmp_path / name, sample={"every": 1, "items": 3, "steps": 2, **scales})
         trainer = make_trainer(config)
         wake(trainer.host)
-        rendered, _ = preview._render(config, trainer.family, trainer.host, trainer.data)[2]  # the still image: no codec
+        edits = preview._edits(config, trainer.family, trainer.host, trainer.data)
+        (rendered,) = preview._decoded(config, trainer.family, trainer.host, edits[2:])  # the still image: no codec
         return [np.asarray(frames[0]).astype(int) for frames in rendered]
 
     source, guided, plain = columns("guided")

@@ -1,0 +1,117 @@
+"""Ends a process that waits too long for the others, and says in which collective: a hang costs cards and says nothing."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, cast
+
+from byg_plugin.training.engine import Engine
+
+EXIT_CODE = 75
+_GRACE = 10.0  # seconds for the first process to save, before the others' end makes the launcher kill it
+_COLLECTIVES = (f"{os.sep}torch{os.sep}distributed{os.sep}", f"{os.sep}deepspeed{os.sep}comm{os.sep}")
+_WRAPPERS = {"wrapper", "wait", "_wait", "log_wrapper"}
+
+
+class Watchdog:
+    """A thread that looks at how long the main thread has been in what it waits for.
+
+    Args:
+        minutes: that are waited.
+        rank: of this process.
+        rescue: called before the end; saves what can be saved without the others, and says what is saved.
+    """
+
+    def __init__(self, minutes: float, rank: int, rescue: Callable[[], str]):
+        self._seconds, self._rank, self._rescue = 60 * minutes, rank, rescue
+        self._main = threading.main_thread().ident
+        self._waits: tuple[str, float] | None = None
+        self._over = threading.Event()
+
+    @contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """Around work that needs the other processes; the innermost one is looked at."""
+        before, self._waits = self._waits, (what, time.monotonic())
+        try:
+            yield
+        finally:
+            # What is around it has heard from the others just now.
+            self._waits = before and (before[0], time.monotonic())
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """The thread lives inside."""
+        thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._over.set()
+            thread.join()
+
+    def _watch(self) -> None:
+        while not self._over.wait(min(1.0, self._seconds / 4)):
+            waits = self._waits
+            if waits is not None and time.monotonic() - waits[1] > self._seconds:
+                self._end(waits[0])
+
+    def _end(self, what: str) -> None:
+        inside = _collective(sys._current_frames().get(self._main or 0))
+        print(
+            f"process {self._rank} has waited {self._seconds / 60:g} minutes (train.collective_timeout) for the others: {what}{inside}",
+            file=sys.stderr,
+            flush=True,
+        )
+        if self._rank == 0:
+            print(self._rescue(), file=sys.stderr, flush=True)
+        else:
+            time.sleep(_GRACE)
+        os._exit(EXIT_CODE)  # the main thread does not come back
+
+
+def _collective(frame: FrameType | None) -> str:
+    """The innermost function of torch's or DeepSpeed's communication on a stack."""
+    while frame is not None:
+        code = frame.f_code
+        if any(part in code.co_filename for part in _COLLECTIVES) and code.co_name not in _WRAPPERS:
+            return f", in {code.co_name}"
+        frame = frame.f_back
+    return ""
+
+
+_SAID = {
+    "backward": "a backward pass",
+    "step": "the gradients of an optimizer step",
+    "any": "an agreement",
+    "mean": "the means of the log",
+    "broadcast": "the first process's weights",
+    "gathered": "weights to save",
+    "state": "the optimizer's state to save",
+}
+
+
+class _Watched:
+    def __init__(self, engine: Engine, watchdog: Watchdog):
+        self._engine, self._watchdog = engine, watchdog
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._engine, name)
+        if name not in _SAID:
+            return found
+
+        def call(*args: Any, **options: Any) -> Any:
+            with self._watchdog.waiting(_SAID[name]):
+                return found(*args, **options)
+
+        return call
+
+
+def watched(engine: Engine, watchdog: Watchdog) -> Engine:
+    """The engine, whose collectives are watched."""
+    return cast(Engine, _Watched(engine, watchdog))

@@ -1,0 +1,74 @@
+"""The frozen base read once and cut into shards: types, bytes, and what a process holds while it loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from byg_plugin.hosts.fsdp2 import Fsdp2Shards
+from byg_plugin.hosts.sharding import agree_on_types, blocks_of, bytes_held, read_on_first
+from tests.support.engine_runs import in_processes
+from tests.support.tiny import tiny_flux
+
+CPU = torch.device("cpu")
+
+
+def network(kind: str) -> nn.Module:
+    """bfloat16 with one float32 weight, as some files have it; on the meta device of the config's own type."""
+    if kind == "meta":
+        with torch.device("meta"):
+            return tiny_flux()
+    made = tiny_flux().to(torch.bfloat16)
+    made.proj_out.weight.data = made.proj_out.weight.data.float()
+    return made.requires_grad_(False)
+
+
+def cut() -> None:
+    rank = Accelerator(cpu=True).process_index
+    found = read_on_first(iter([("transformer", network("whole"))]), {"transformer": network("meta")})
+    ((_, made),) = found
+    assert all(p.is_meta for p in made.parameters()) == bool(rank)
+    agree_on_types(made)
+    biggest: list[int] = []
+    whole = sum(p.numel() * p.element_size() for p in network("whole").parameters())
+    shards = Fsdp2Shards(CPU, offload=False)
+    seen_by(made, biggest)
+    shards.cut(made)
+    held, all_of_it = bytes_held([made])
+    assert all_of_it == whole and held <= whole / 2 * 1.1, (held, whole)
+    dtypes = {name: p.dtype for name, p in made.named_parameters()}
+    assert dtypes["proj_out.weight"] == torch.float32 and dtypes["proj_out.bias"] == torch.bfloat16
+    expected = network("whole").state_dict()
+    for name, value in made.state_dict().items():
+        assert torch.equal(value.full_tensor(), expected[name]), name
+    if rank:
+        block = max(sum(p.numel() * p.element_size() for p in b.parameters()) for b in blocks_of(network("whole")))
+        assert max(biggest) <= held + block, "a process that does not read holds its shards and one piece"
+
+
+def seen_by(made: nn.Module, biggest: list[int]) -> None:
+    """Bytes with storage in the network, after each block is cut."""
+    from torch.distributed import fsdp
+
+    plain = fsdp.fully_shard
+
+    def counted(unit: nn.Module, **options: Any) -> Any:
+        biggest.append(sum(_bytes(p) for p in made.parameters()))
+        return plain(unit, **options)
+
+    fsdp.fully_shard = counted
+
+
+def _bytes(parameter: torch.Tensor) -> int:
+    if parameter.is_meta:
+        return 0
+    local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+    return local.numel() * local.element_size()
+
+
+def test_the_base_is_read_once_and_handed_on_in_its_types(tmp_path: Path):
+    in_processes(2, cut, tmp_path)

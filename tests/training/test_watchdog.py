@@ -1,0 +1,93 @@
+"""A process that waits too long for the others says where, saves the last whole step and ends."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from byg_plugin.training import watchdog
+from byg_plugin.training.watchdog import EXIT_CODE, Watchdog
+from tests.support.tiny import in_child, make_trainer, run_config, wake
+
+SHORT = 0.5 / 60
+
+
+def hang(what: str, rank: int = 0) -> None:
+    def rescue() -> str:
+        return "saved"
+
+    dog = Watchdog(SHORT, rank, rescue)
+    with dog.running(), dog.waiting("the passes of step 3"), dog.waiting(what):
+        time.sleep(30)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_is_waited_for_is_named_and_the_process_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int):
+    monkeypatch.setattr(watchdog, "_GRACE", 0.1)
+    assert in_child(lambda: hang("an agreement", rank), tmp_path / "said") == EXIT_CODE
+    said = (tmp_path / "said").read_text(encoding="utf-8")
+    assert f"process {rank} has waited" in said and "train.collective_timeout" in said and "for the others: an agreement" in said
+    assert ("saved" in said) == (rank == 0), "one process saves"
+
+
+def alone_in_a_collective(port: int) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=2)
+    dog = Watchdog(SHORT, 0, lambda: "saved")
+    with dog.running(), dog.waiting("the gradients of an optimizer step"):
+        torch.distributed.all_reduce(torch.zeros(2))
+
+
+def silent_partner(port: int) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=1, world_size=2)
+    time.sleep(10)
+
+
+def test_the_collective_is_named(tmp_path: Path):
+    from tests.support.engine_runs import free_port
+
+    port, codes = free_port(), []
+    other = threading.Thread(target=lambda: in_child(lambda: silent_partner(port)))
+    other.start()
+    codes.append(in_child(lambda: alone_in_a_collective(port), tmp_path / "said"))
+    other.join()
+    assert codes == [EXIT_CODE]
+    assert "the gradients of an optimizer step, in all_reduce" in (tmp_path / "said").read_text(encoding="utf-8")
+
+
+def test_work_that_hears_from_the_others_in_time_goes_on(monkeypatch: pytest.MonkeyPatch):
+    ended: list[str] = []
+    monkeypatch.setattr(Watchdog, "_end", lambda self, what: ended.append(what))
+    dog = Watchdog(SHORT, 0, lambda: "saved")
+    with dog.running(), dog.waiting("the passes of step 3"):
+        for _ in range(4):
+            time.sleep(0.3)
+            with dog.waiting("a backward pass"):
+                pass
+    assert not ended
+
+
+def test_the_step_that_is_saved_is_the_last_whole_one(tmp_path: Path):
+    """Also where the wait is inside a rollout, with the averages in the weights' place."""
+    from byg_plugin.training import checkpoint
+
+    trainer = make_trainer(run_config(tmp_path / "out", train={"steps": 2, "save_every": 0}))
+    trainer.run()
+    saved = checkpoint.checkpoints(trainer.checkpoints)[-1]
+    assert trainer._rescue() == "step 2 is saved: go on with --resume latest"
+    wake(trainer.host)
+    live = {name: value.clone() for name, value in trainer.host.ema_weights.live().items()}
+    average = {name: value.clone() for name, value in trainer.host.ema_weights.state().items()}
+    trainer.step = 3
+    trainer._moving = True
+    assert trainer._rescue().startswith(f"step 3 could not be saved; the last good checkpoint is {saved}")
+    trainer._moving = False
+    with trainer.host.ema():
+        assert trainer._rescue() == "step 3 is saved now: go on with --resume latest"
+    state = checkpoint.load(checkpoint.checkpoints(trainer.checkpoints)[-1])
+    assert all(torch.equal(state.adapters["edit"].lora[name], value) for name, value in live.items())
+    assert all(torch.equal(state.adapters["edit"].ema[name], value) for name, value in average.items())
+    assert not torch.equal(next(iter(live.values())), next(iter(average.values())))
