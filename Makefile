@@ -1,6 +1,6 @@
 # make demo   everything from nothing: environment, tiny world, caches, training, edits, contact sheet, figures
 # make demo-video   the same with clips, and both experts of a tiny Wan2.2: also mp4s
-# make test   the whole test suite on the CPU; the review page's tests skip without Chromium (on the PATH or from `playwright install chromium`)
+# make test   the whole test suite on the CPU, a process a core; the review page's tests skip without Chromium (on the PATH or from `playwright install chromium`)
 #
 # Uses the active virtual or conda environment (not conda's base) if there is one, else makes .venv. An installed torch is
 # never replaced: one that is too old stops the installation. Where none is, TORCH is installed.
@@ -26,7 +26,7 @@ demo-video: $(STAMP)
 	$(BIN)/python -m byg_plugin.demo.video --out $(DEMO_VIDEO_OUT)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
