@@ -55,13 +55,13 @@ def score(
         for item in items:
             contents = _contents(item)
             due = {name: _key(contents, name, metric) for name, metric in metrics.items()}
-            due = {name: key for name, key in due.items() if done.get((item.id, name), ("", {}))[0] != key}
+            due = {name: key for name, key in due.items() if (item.id, name) not in done or done[item.id, name][0] != key}
             if due:
                 looked_at += 1
                 seen = frames.look(item)
-                lines = [_line(item, name, key, metrics[name](seen)) for name, key in due.items()]
-                journal.append(lines)
-                done |= {(item.id, name): (line["of"], line["scores"]) for name, line in zip(due, lines, strict=True)}
+                scored = {name: (key, _finite(item, name, metrics[name](seen))) for name, key in due.items()}
+                journal.append(_line(item, name, *one) for name, one in scored.items())
+                done |= {(item.id, name): one for name, one in scored.items()}
             merged = {column: value for name in metrics for column, value in done[item.id, name][1].items()}
             rows.append(Row(id=item.id, edit_type=item.edit_type, scores=merged))
             on_item()
@@ -103,10 +103,14 @@ def _checked(record: Mapping[str, object], path: Path, number: int) -> tuple[str
 
 
 def _line(item: Item, metric: str, key: str, scores: Scores) -> dict[str, object]:
+    return {"id": item.id, "edit_type": item.edit_type, "metric": metric, "of": key, "scores": scores}
+
+
+def _finite(item: Item, metric: str, scores: Scores) -> Scores:
     wrong = [f"{column} = {value}" for column, value in scores.items() if value is not None and not math.isfinite(value)]
     if wrong:
         raise ValueError(f"{item.id}: {', '.join(wrong)} is not finite; look at {item.edit}, or leave {metric} out of --metrics")
-    return {"id": item.id, "edit_type": item.edit_type, "metric": metric, "of": key, "scores": scores}
+    return scores
 
 
 def _contents(item: Item) -> str:
