@@ -15,9 +15,8 @@ from typing import Any
 from byg_plugin.config.extras import require
 from byg_plugin.data.tuples import IMAGE_SUFFIXES, is_file, is_unicode, path_words, unwritable
 from byg_plugin.documents import json_value, other_encoding, utf8
+from byg_plugin.journal import numbered_records
 from byg_plugin.user_files import is_hidden
-
-from .journal import numbered_records
 
 HIDDEN = "hidden"  # counted beside suffixes
 TABLES = (".jsonl", ".csv", ".tsv", ".parquet")

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from byg_plugin.config.extras import require
 from byg_plugin.data.rules import ROLES
+from byg_plugin.journal import read_records, replacing
 
 from . import backend_rules
 from .balance import PRIORITY
-from .journal import read_records, replacing
 
 
 def plot_summary(tuples: Path) -> Path:

@@ -11,9 +11,8 @@ from threading import Lock
 from typing import Any, Generic, TypeVar
 
 from byg_plugin.folders import make_writable
+from byg_plugin.journal import Done, Journal, mend_last_line, read_records, write_records
 from byg_plugin.progress import Progress
-
-from .journal import Done, Journal, mend_last_line, read_records, write_records
 
 T = TypeVar("T")
 _AHEAD = 64  # inputs read at once

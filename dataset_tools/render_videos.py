@@ -38,9 +38,9 @@ from byg_plugin.data.tuples import is_unicode
 from byg_plugin.documents import json_value
 from byg_plugin.families import wan
 from byg_plugin.folders import make_writable
+from byg_plugin.journal import numbered_records, replacing, write_records
 
 from .backend import seed_of
-from .journal import numbered_records, replacing, write_records
 from .settings import RenderSettings, read_settings
 from .video import hold_out, video_tuple
 

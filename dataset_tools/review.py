@@ -22,8 +22,6 @@ if __package__ in (None, ""):  # started as a script: the repository must be imp
     __package__ = "dataset_tools"
 
 import argparse
-import ipaddress
-import socket
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -72,20 +70,17 @@ def _export(tuples: Path, target: Path, root: Path) -> None:
 
 
 def _serve(tuples: Path, root: Path, host: str, port: int, names: Sequence[str]) -> None:
-    import uvicorn
+    from byg_plugin.local_page import serving
+    from byg_plugin.local_page.guard import LOOPBACK_NAMES
 
     from .review_page.app import make_app
-    from .review_page.guard import LOOPBACK_NAMES
     from .review_page.store import Review
-    from .review_page.wire import server_config
 
     allowed = [*LOOPBACK_NAMES, host, *names]
-    with Review(tuples) as review, _listen(host, port, names) as listening:
+    with Review(tuples) as review, serving.listen(host, port, names) as listening:
         app = make_app(review, root, allowed)
         _introduce(review, root)
-        where = f"[{host}]" if ":" in host else host
-        _cli.say(f"http://{where}:{listening.getsockname()[1]}/   (Ctrl-C ends it)")
-        uvicorn.Server(server_config(app)).run(sockets=[listening])
+        serving.serve(app, host, listening)
 
 
 def _introduce(review: Review, root: Path) -> None:
@@ -97,23 +92,6 @@ def _introduce(review: Review, root: Path) -> None:
 
 def _counted(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{counts.get(status, 0)} {status}" for status in ("kept", "fixed", "discarded", "open"))
-
-
-def _listen(host: str, port: int, names: Sequence[str]) -> socket.socket:
-    try:
-        address = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host)
-    except ValueError as error:
-        raise ValueError(f"--host {host}: not an address such as 127.0.0.1") from error
-    if not address.is_loopback:
-        if address.is_unspecified and not names:
-            raise ValueError(f"--host {host}: say with --allow-host by which name or address browsers will call this machine")
-        _cli.say(f"warning: --host {host}: everybody who can reach this address can see and decide; there is no password")
-    if not 0 <= port < 65536:
-        raise ValueError(f"--port {port}: from 0 to 65535")
-    try:
-        return socket.create_server((str(address), port), family=socket.AF_INET6 if address.version == 6 else socket.AF_INET)
-    except OSError as error:
-        raise ValueError(f"--host {host} --port {port}: cannot listen there ({error.strerror}); choose another port, or 0") from error
 
 
 if __name__ == "__main__":

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from byg_plugin.data.rules import Finding, check_texts, is_photorealistic
+from byg_plugin.journal import numbered_records, read_records, write_records
 
 from .backend import seed_of
-from .journal import numbered_records, read_records, write_records
 
 STYLES = ("cartoon", "photo-realistic")
 INSTRUCTIONS = (

@@ -84,6 +84,11 @@ def crop_to_bucket(image: Image.Image, bucket: Size, frame: Size | None = None) 
         frame: a picture of the same frame in another size, whose relative crop is taken; default: the image's own.
     """
     assert image.width >= bucket[0] and image.height >= bucket[1], f"{image.size} would be scaled up to {bucket}"
+    return cover(image, bucket, frame)
+
+
+def cover(image: Image.Image, bucket: Size, frame: Size | None = None) -> Image.Image:
+    """`crop_to_bucket` of an image of any size: what judges edits also meets sources smaller than their edits."""
     if image.size == bucket and frame in (None, bucket):
         return image
     width, height = frame or image.size

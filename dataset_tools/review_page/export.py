@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from byg_plugin.data.tuples import read_tuples_file
+from byg_plugin.journal import write_records
 
-from ..journal import write_records
 from .items import read_items
 from .store import journal_path, read_decisions
 

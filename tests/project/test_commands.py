@@ -21,7 +21,7 @@ from byg_plugin import _cli
 from tests.support import ROOT
 from tests.support.tiny import curve, in_child, model_folder, run_config, workspace, write_tuples
 
-SCRIPTS = ("train_network", "cache_latents", "cache_text_encoder_outputs", "edit", "convert_lora")
+SCRIPTS = ("train_network", "cache_latents", "cache_text_encoder_outputs", "edit", "evaluate", "convert_lora")
 
 
 def toml_of(raw: dict[str, dict[str, Any]]) -> str:
@@ -183,7 +183,7 @@ def test_help_of_every_command_by_path_from_another_folder(tmp_path: Path):
     for script, process in processes.items():
         out, error = process.communicate(timeout=120)
         assert process.returncode == 0 and "usage:" in out, (script, error)
-        assert "--lora" in out if script in ("edit",) else "--config" in out or script == "convert_lora"
+        assert "--lora" in out if script in ("edit",) else "--config" in out or script in ("convert_lora", "evaluate")
 
 
 def test_a_command_started_from_the_clone_does_not_import_from_its_own_folder(tmp_path: Path, toml: Path):

@@ -22,7 +22,7 @@ from tests.support.toy_fields import ToyFields
 
 README, TROUBLE = ROOT / "README.md", ROOT / "docs/troubleshooting.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-COMMANDS = ("train_network", "edit", "cache_latents", "cache_text_encoder_outputs", "convert_lora")
+COMMANDS = ("train_network", "edit", "evaluate", "cache_latents", "cache_text_encoder_outputs", "convert_lora")
 
 
 def page(path: Path) -> pytest.ParameterSet:

@@ -18,6 +18,7 @@ EDIT = ("--source", "a.png", "--instruction", "add snow")
 COMMANDS = (
     *CONFIGURED,
     "byg_plugin.edit",
+    "byg_plugin.evaluate",
     "byg_plugin.convert_lora",
     "byg_plugin.data.import_kontext",
     "byg_plugin.demo",
@@ -63,6 +64,10 @@ CASES = [
     ("byg_plugin.edit", ["--model", "m", "--lora", "l.safetensors", "--source", "b.png", "--instruction", "x"], 2, "b.png: no such file"),
     ("byg_plugin.edit", ["--model", "m", "--lora", "l.safetensors", "--tuples", "none.jsonl"], 2, "none.jsonl: no such file or folder"),
     ("byg_plugin.edit", ["--model", "m", "--lora", "l.safetensors", *EDIT, "--steps", "0"], 2, "argument --steps: '0' is not a whole"),
+    ("byg_plugin.evaluate", [], 2, "error: give --edits DIR, or --tuples FILE --results DIR, or"),
+    ("byg_plugin.evaluate", ["--edits", "none", "--metrics", "clip"], 2, "edits.jsonl: no such file; byg_plugin/edit.py writes it"),
+    ("byg_plugin.evaluate", ["--tuples", "d.jsonl", "--results", "none"], 2, "error: --results none: no such folder"),
+    ("byg_plugin.evaluate", ["--sources", ".", "--results", ".", "--metrics", "beauty"], 2, "invalid choice: 'beauty'"),
     ("byg_plugin.convert_lora", ["none.safetensors", "--check"], 2, "none.safetensors: no such file"),
     ("byg_plugin.convert_lora", ["l.safetensors", "--to", "kohya", "--out", "x"], 2, "invalid choice: 'kohya'"),
     ("byg_plugin.demo", ["--set", "train.stepps=3"], 2, "did you mean train.steps?"),

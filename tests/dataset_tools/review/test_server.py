@@ -20,9 +20,9 @@ import pytest
 import uvicorn
 from PIL import Image
 
+from byg_plugin.local_page.wire import server_config
 from dataset_tools.review_page.app import make_app
 from dataset_tools.review_page.store import Review
-from dataset_tools.review_page.wire import server_config
 from tests.support.review_server import PATIENCE, Server, record, statuses, write_tuples
 
 

@@ -1,4 +1,4 @@
-"""Who may ask the review page's server: only pages that it served itself, under its own names."""
+"""Who may ask a local page's server: only pages that it served itself, under its own names."""
 
 from __future__ import annotations
 

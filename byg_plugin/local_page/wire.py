@@ -1,4 +1,4 @@
-"""The review page's connections: who begins a request and does not end it is let go of."""
+"""A local page's connections: who begins a request and does not end it is let go of."""
 
 from __future__ import annotations
 

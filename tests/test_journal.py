@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from byg_plugin.journal import Done, Journal, read_records, write_records
 from dataset_tools import pool
-from dataset_tools.journal import Done, Journal, read_records, write_records
 from dataset_tools.plot import plot_summary
 from dataset_tools.pool import Results
 from tests.support.tools_helpers import full_disk
@@ -107,7 +107,7 @@ def test_a_last_line_that_only_its_readers_refuse_is_not_cut_off(tmp_path: Path,
 def test_a_long_last_line_is_read_about_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "t.jsonl"
     path.write_bytes(b'{"n": 1}\n{"x": "' + b"y" * 10_000_000)
-    monkeypatch.setattr("dataset_tools.journal._BLOCK", 64)
+    monkeypatch.setattr("byg_plugin.journal._BLOCK", 64)
     read: list[int] = []
 
     class Counting(io.FileIO):

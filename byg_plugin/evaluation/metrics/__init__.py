@@ -1,0 +1,25 @@
+"""Metrics by name, a file each. A file is imported where its metric is asked for: torch takes seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+from byg_plugin.evaluation.metrics.base import Options as Options
+
+METRICS = {
+    "clip": "Clip",
+    "dino": "Dino",
+    "ssim": "Ssim",
+    "psnr": "Psnr",
+    "error": "Error",
+    "lpips": "Lpips",
+    "flicker": "Flicker",
+}
+"""Name of the file and of the class in it."""
+
+
+def classes(names: Sequence[str]) -> dict[str, Any]:
+    """The class of each metric, a `base.Metric` once it is called with `base.Options`."""
+    return {name: getattr(import_module(f"{__name__}.{name}"), METRICS[name]) for name in names}

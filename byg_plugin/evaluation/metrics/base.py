@@ -1,0 +1,96 @@
+"""What a metric is, and what several of them share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+
+from byg_plugin.evaluation.frames import Seen
+from byg_plugin.evaluation.items import Item
+
+Scores = dict[str, float | None]
+"""By column; None where the item has not what the column needs (a mask, frames that follow one another)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What metrics with a model are given.
+
+    Attributes:
+        clip, dino: folder or hub id of the model.
+        lpips_net: alex, vgg or squeeze.
+        device: cpu or cuda.
+    """
+
+    clip: str = "openai/clip-vit-large-patch14"
+    dino: str = "facebook/dino-vits16"
+    lpips_net: str = "alex"
+    device: str = "cpu"
+
+
+class Metric(Protocol):
+    """A metric: made from `Options`, which loads its model, then called with each item's pixels.
+
+    Attributes:
+        columns: what it gives, each with whether more is better.
+        texts: fields of an item that it needs.
+    """
+
+    columns: ClassVar[Mapping[str, bool]]
+    texts: ClassVar[tuple[str, ...]]
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """What its scores depend on beside the item; scores of other settings are made anew."""
+        ...
+
+    def __call__(self, seen: Seen) -> Scores:
+        """The scores of one item."""
+        ...
+
+
+def missing_texts(metric: str, texts: tuple[str, ...], item: Item) -> list[str]:
+    """Problems: what a metric needs of an item's texts and does not find."""
+    lacking = [name for name in texts if not (getattr(item, name) or "").strip()]
+    return [f"{item.id}: {metric} needs {' and '.join(lacking)}; give tuples, or leave {metric} out of --metrics"] if lacking else []
+
+
+def unit(pixels: np.ndarray) -> np.ndarray:
+    """uint8, or floats in [0, 1], as float64 in [0, 1].
+
+    Raises:
+        ValueError: floats beyond [0, 1], such as [-1, 1] or 0 to 255, or another type.
+    """
+    if pixels.dtype == np.uint8:
+        return pixels / 255
+    if not np.issubdtype(pixels.dtype, np.floating) or not (pixels.min() >= 0 and pixels.max() <= 1):
+        raise ValueError(f"pixels are uint8, or floats in [0, 1], not {pixels.dtype} from {pixels.min()} to {pixels.max()}")
+    return pixels.astype(np.float64)
+
+
+def compared(name: str, seen: Seen, distance: Callable[[np.ndarray, np.ndarray, np.ndarray | None], float | None]) -> Scores:
+    """A distance of the edit, frame by frame, to the source, to the source outside the mask and to the ground truth.
+
+    Args:
+        name: of the distance; columns are `<name>_source`, `<name>_outside` and `<name>_truth`.
+        seen: the item.
+        distance: of two frames (H, W, 3) over the pixels of a (H, W) bool (None: all); None where it is not defined.
+    """
+    outside = None if seen.outside is None or not seen.outside.any() else seen.outside
+    return {
+        f"{name}_source": _mean(distance(*pair, None) for pair in zip(seen.edit, seen.source, strict=True)),
+        f"{name}_outside": None
+        if outside is None
+        else _mean(distance(*pair, outside) for pair in zip(seen.edit, seen.source, strict=True)),
+        f"{name}_truth": None
+        if seen.reference is None
+        else _mean(distance(*pair, None) for pair in zip(seen.edit, seen.reference, strict=True)),
+    }
+
+
+def _mean(values: Any) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None

@@ -1,0 +1,51 @@
+"""Models of transformers for metrics, from a folder or from what the hub's cache has. Nothing is downloaded here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from byg_plugin.config.extras import require
+from byg_plugin.places import check_path
+from byg_plugin.progress import quiet_loading
+
+_BATCH = 16  # frames at once
+
+
+def load(cls: str, path: str, option: str, device: str) -> Any:
+    """A pretrained class of transformers by its name, e.g. `CLIPModel`; modules are in float32, frozen.
+
+    Raises:
+        ValueError: transformers is missing, or the model is not on this machine; names the line that fetches it.
+    """
+    require("transformers", f"{option} {path}", "diffusers")
+    check_path(path, f"{option} ")
+    import transformers
+
+    folder = Path(path).expanduser()
+    known = str(folder) if folder.exists() else path
+    weights = {"use_safetensors": True} if cls.endswith("Model") else {}
+    try:
+        with quiet_loading():
+            loaded = getattr(transformers, cls).from_pretrained(known, local_files_only=True, trust_remote_code=False, **weights)
+    except (OSError, ValueError) as error:  # of what is not in the cache or no model
+        remedy = "is not a folder of that model" if folder.exists() else f"is not on this machine; fetch it with: hf download {path}"
+        raise ValueError(f"{option} {path}: {remedy} ({str(error).splitlines()[0][:200]})") from error
+    return loaded.to(device).float().eval().requires_grad_(False) if isinstance(loaded, torch.nn.Module) else loaded
+
+
+def batches(frames: np.ndarray, size: int, mean: tuple[float, ...], std: tuple[float, ...], device: str) -> Iterator[Tensor]:
+    """(F, H, W, 3) uint8 as batches (b, 3, size, size), normalised.
+
+    Squashed, not cropped, so that all of the picture counts; bicubic without antialiasing, as InstructPix2Pix' metric has it.
+    """
+    centre, spread = (torch.tensor(values, device=device)[:, None, None] for values in (mean, std))
+    for start in range(0, len(frames), _BATCH):
+        pixels = torch.from_numpy(frames[start : start + _BATCH].copy()).to(device).permute(0, 3, 1, 2).float() / 255
+        small = torch.nn.functional.interpolate(pixels, size=(size, size), mode="bicubic", align_corners=False)
+        yield (small - centre) / spread

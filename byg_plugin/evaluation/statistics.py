@@ -1,0 +1,118 @@
+"""Figures of many scores: means with their standard errors, and how two runs differ on the same items."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from byg_plugin.evaluation.scores import Row
+
+ALL = "all"
+UNTYPED = "(no type)"
+_RESAMPLES = 9999
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mean:
+    """Of n values; `sem` is the sample standard deviation over sqrt(n), None of a single one."""
+
+    n: int
+    mean: float
+    sem: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """The mean over n items of (this run - the other), with its 95 % bootstrap interval."""
+
+    n: int
+    mean: float
+    low: float
+    high: float
+
+
+Table = dict[str, dict[str, Mean]]
+"""By edit type, "all" last, then by column."""
+
+
+def mean_of(values: Sequence[float]) -> Mean:
+    """Of one value or more."""
+    spread = float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
+    return Mean(n=len(values), mean=float(np.mean(values)), sem=spread)
+
+
+def by_type(rows: Sequence[Row]) -> Table:
+    """Means of every column over each edit type and over all rows; columns without a value are left out."""
+    columns = dict.fromkeys(column for row in rows for column in row.scores)
+    kinds = sorted({row.edit_type or UNTYPED for row in rows})
+    table: Table = {}
+    for kind in [*(kinds if kinds != [UNTYPED] else []), ALL]:
+        members = rows if kind == ALL else [row for row in rows if (row.edit_type or UNTYPED) == kind]
+        values = {column: _values(members, column) for column in columns}
+        table[kind] = {column: mean_of(known) for column, known in values.items() if known}
+    return table
+
+
+def differences(rows: Sequence[Row], others: Sequence[Row], seed: int = 0) -> dict[str, Difference]:
+    """How this run's scores differ from another's, item by item, in every column that both have.
+
+    The interval resamples items, not scores: both runs keep their pairs (percentiles of 9,999 means).
+
+    Raises:
+        ValueError: the runs have no item and column in common.
+    """
+    known = {row.id: row for row in others}
+    pairs = [(row, known[row.id]) for row in rows if row.id in known]
+    found = {}
+    for column in dict.fromkeys(column for row in rows for column in row.scores):
+        change = [
+            one - other
+            for row, another in pairs
+            if (one := row.scores.get(column)) is not None and (other := another.scores.get(column)) is not None
+        ]
+        if change:
+            low, high = interval(np.array(change), seed)
+            found[column] = Difference(n=len(change), mean=float(np.mean(change)), low=low, high=high)
+    if not found:
+        raise ValueError("the two runs have no item scored by one metric in common: score both on the same tuples")
+    return found
+
+
+def interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the mean of (n,) values; of a single one, or of equal ones, that value twice."""
+    if len(values) < 2 or np.ptp(values) == 0:
+        return float(np.mean(values)), float(np.mean(values))
+    from scipy.stats import bootstrap
+
+    found = bootstrap((values,), np.mean, n_resamples=_RESAMPLES, method="percentile", rng=np.random.default_rng(seed), batch=100)
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+
+def markdown(table: Table) -> str:
+    """A row an edit type, a column a score: mean +- SEM."""
+    columns = list(table[ALL])
+    lines = ["| edit type | n | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
+    for kind, means in table.items():
+        cells = [_cell(means.get(column)) for column in columns]
+        most = max((mean.n for mean in means.values()), default=0)
+        lines.append(f"| {kind} | {most} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def markdown_differences(found: Mapping[str, Difference]) -> str:
+    """A row a score."""
+    lines = ["| this run - the other | n | difference | 95 % interval |", "|---|---|---|---|"]
+    lines += [f"| {column} | {one.n} | {one.mean:+.4g} | {one.low:+.4g} to {one.high:+.4g} |" for column, one in found.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(mean: Mean | None) -> str:
+    if mean is None:
+        return "-"
+    return f"{mean.mean:.4g}" + ("" if mean.sem is None else f" +- {mean.sem:.2g}")
+
+
+def _values(rows: Sequence[Row], column: str) -> list[float]:
+    return [value for row in rows if (value := row.scores.get(column)) is not None]
