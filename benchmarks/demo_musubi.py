@@ -4,8 +4,8 @@
 
 Run it from the repository's root, in an environment that can import the host (docs/musubi.md) and has `.[demo]`. The host's own
 scripts know FLUX.1-dev's autoencoder and encoders alone, so its cache files are written from the demo's caches; what is trained,
-saved and read back is the host's. benchmarks/recipes/pictures.toml is the recipe; `recipe` has what is said in the host's words, and
-docs/musubi.md what differs. Figures go into benchmarks/results/demo_musubi.json.
+saved and read back is the host's. configs/demo.toml is the recipe; `recipe` has what is said in the host's words, and docs/musubi.md
+what differs. Figures go into benchmarks/results/demo_musubi.json.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def create_arch_network(multiplier: float, dim: int, alpha: float, vae: Any, enc
 
 
 def recipe(demo: Config, out: Path, host_path: str | None) -> Config:
-    """benchmarks/recipes/pictures.toml in the host's words."""
+    """configs/demo.toml in the host's words."""
     # The host has no merged weights; the identity pass runs by itself, as when the committed figures were made (the same but for rounding).
     train, objective = demo.train, demo.objective.model_dump(mode="json", exclude={"rollout_weights", "merge_identity"})
     assert train.optimizer == "muon" and train.lr_schedule == "cosine"
@@ -142,7 +142,7 @@ def run(out: Path, host_path: str | None, overrides: list[str]) -> dict[str, Any
     world.write_dataset(out / "eval", EVAL_TUPLES, seed=0, split="eval")
     paths = {"model.path": BASE, "dataset.tuples": out / "train" / "tuples.jsonl", "dataset.cache_dir": out / "cache", "output.dir": out}
     settings = [f"{key}={json.dumps(str(value))}" for key, value in paths.items()] + overrides
-    toml = str(ROOT / "benchmarks" / "recipes" / "pictures.toml")
+    toml = str(ROOT / "configs" / "demo.toml")
     demo = load_config(toml, settings)
     for what in ("latents", "texts"):
         run_cache.run(what, toml, settings, prune=False)
@@ -186,7 +186,7 @@ def main() -> None:
     )
     parser.add_argument("--host-path", help="folder of a musubi-tuner checkout (default: the one that is installed)")
     parser.add_argument("--out", type=Path, default=Path("out/demo_musubi"), help="folder of everything that is made; not there yet")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override the recipe; repeatable")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override configs/demo.toml; repeatable")
     args = parser.parse_args()
     if args.out.exists():
         raise ValueError(f"--out {args.out} exists: choose a new folder, or delete it")

@@ -29,7 +29,7 @@ from byg_plugin.objectives.unpaired_cycle import UnpairedCycle
 from byg_plugin.objectives.unpaired_cycle_config import UnpairedCycleConfig
 
 BASES: dict[str, tuple[str, str, Any]] = {
-    "flux": ("benchmarks/recipes/pictures.toml", "byg_plugin/demo/base", world.sample_split),
+    "flux": ("configs/demo.toml", "byg_plugin/demo/base", world.sample_split),
     "wan": ("configs/demo_video.toml", "byg_plugin/demo/video_base", video_world.sample_split),
 }
 STEPS = (5, 10, 20)

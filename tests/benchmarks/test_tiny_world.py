@@ -64,7 +64,7 @@ def test_the_committed_rows_have_the_settings_that_the_study_has_now(whole, name
 
 def test_the_demo_inside_musubi_tuner_has_the_objective_of_its_committed_figures(tmp_path):
     paths = [f'{key}="{tmp_path.as_posix()}"' for key in ("dataset.tuples", "dataset.cache_dir", "output.dir")]
-    demo = load_config(ROOT / "benchmarks/recipes/pictures.toml", paths)
+    demo = load_config(ROOT / "configs/demo.toml", paths)
     now = demo_musubi.recipe(demo, tmp_path, None).objective.model_dump(mode="json")
     recorded = runs.read_json(demo_musubi.RESULT)["objective"]
     later = {key: value for key, value in now.items() if key not in recorded}  # options that there were not yet are off

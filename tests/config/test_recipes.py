@@ -10,8 +10,7 @@ from byg_plugin.config.loading import load_config
 from byg_plugin.data.buckets import bucket_for
 from tests.support.config_files import CONFIGS
 
-STUDIES = sorted((CONFIGS.parent / "benchmarks" / "recipes").glob("*.toml"))
-RECIPES = [*sorted(CONFIGS.glob("*.toml")), *STUDIES]
+RECIPES = sorted(CONFIGS.glob("*.toml"))
 
 
 def test_there_are_recipes():
@@ -21,12 +20,8 @@ def test_there_are_recipes():
 # Those of the data tools have sections of their own and are read in tests/dataset_tools/test_docs.py.
 @pytest.mark.parametrize("path", [path for path in RECIPES if not path.name.startswith("data_")], ids=lambda path: path.name)
 def test_every_recipe_parses(path):
-    # The demos' places, and the study's, are made, and set, by their commands.
-    overrides = (
-        [f"{key}=x" for key in ("dataset.tuples", "dataset.cache_dir", "output.dir")]
-        if path.name.startswith("demo") or path in STUDIES
-        else []
-    )
+    # The demos' places are made, and set, by their commands.
+    overrides = [f"{key}=x" for key in ("dataset.tuples", "dataset.cache_dir", "output.dir")] if path.name.startswith("demo") else []
     assert load_config(path, overrides).train.steps > 0
 
 
