@@ -30,13 +30,13 @@ class Rises(Meter):
 
     def __init__(self, read: Callable[[], float]):
         super().__init__()
-        self._read, self._last = read, 0.0
+        self.read, self._last = read, 0.0
 
     def begin(self) -> None:
-        self._last = self._read()
+        self._last = self.read()
 
     def lap(self, phase: str) -> None:
-        now = self._read()
+        now = self.read()
         self.phases[phase] = self.phases.get(phase, 0.0) + now - self._last
         self._last = now
 

@@ -7,11 +7,27 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-UPDATE = "optimizer and EMA"
+from benchmarks.step_figures import (
+    FAST,
+    UPDATE,
+    Record,
+    expected_flops,
+    expected_ratio,
+    expected_ratios,
+    find,
+    flop_ratio,
+    largest_peak,
+    peak,
+    phase_ratio,
+    preset,
+    ratio,
+    ratios,
+    seconds,
+    total,
+)
+
 PHASES = ("rollout", "frozen passes", "identity", "reverse", "forward", "identity + reverse", "identity, reverse, forward", "paired")
 BEGIN, END = "<!-- step: made by python -m benchmarks.step --write-docs -->", "<!-- /step -->"
-
-Record = dict[str, Any]
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -45,42 +61,6 @@ def as_json(results: dict[str, Any]) -> str:
     head = json.dumps(rounded({key: value for key, value in results.items() if key != "rows"}), indent=1)
     rows = ",\n".join("  " + json.dumps(rounded(row)) for row in results["rows"])
     return head[: -len("\n}")] + ',\n "rows": [\n' + rows + "\n ]\n}\n"
-
-
-# --- figures of a row ---
-
-
-def total(phases: dict[str, float]) -> float:
-    """A step without the updates after it."""
-    return sum(value for phase, value in phases.items() if phase != UPDATE)
-
-
-def find(results: dict[str, Any], name: str, checkpointing: bool) -> Record | None:
-    return next((row for row in results["rows"] if row["name"] == name and row["checkpointing"] == checkpointing), None)
-
-
-def seconds(row: Record) -> float:
-    """Median step."""
-    return statistics.median(total(phases) for phases in row["seconds"])
-
-
-def ratios(row: Record) -> list[float]:
-    """One a repetition: this step over the median paired step of the same repetition."""
-    return [total(phases) / paired for phases, paired in zip(row["seconds"], row["paired_seconds"], strict=True)]
-
-
-def ratio(row: Record) -> float:
-    return statistics.median(ratios(row))
-
-
-def flop_ratio(results: dict[str, Any], row: Record) -> float:
-    paired = find(results, "paired", row["checkpointing"])
-    assert paired is not None
-    return total(row["flops"]) / total(paired["flops"])
-
-
-def peak(row: Record, kind: str) -> float:
-    return max(row["bytes"][kind].values())
 
 
 # --- tables ---
@@ -135,17 +115,26 @@ def _counted(results: dict[str, Any], settings: list[bool]) -> str:
     for setting in settings:
         paired = find(results, "paired", setting)
         assert paired is not None
-        for name in ("frozen 2", "merged", "default, fewer", "merged, fewer"):
+        for name in ("frozen 2", "merged", "default, fewer", "merged, fewer", FAST):
             row = find(results, name, setting)
-            assert row is not None
-            shares = {phase: value / total(paired["flops"]) for phase, value in row["flops"].items()}
+            if row is None:
+                continue
+            flops = expected_flops(preset(results, setting)) if name == FAST else row["flops"]
+            shares = {phase: value / total(paired["flops"]) for phase, value in flops.items()}
             rollout, frozen = shares["rollout"], shares["frozen passes"]
             whole = sum(shares.values())
-            title = f"{'merged' if name.startswith('merged') else 'defaults'}, activations {'recomputed' if setting else 'kept'}"
+            title = f"{_title(row)}, activations {'recomputed' if setting else 'kept'}"
             lines.append(
                 f"| {title} | {row['rollout_steps']} | {rollout:.2f} | {frozen:.2f} | {whole - rollout - frozen:.2f} | {whole:.2f} |"
             )
     return "\n".join(lines)
+
+
+def _title(row: Record) -> str:
+    """Of the tables that have rows with few and with many rollout steps."""
+    if row["name"] == FAST:
+        return f"{row['title']}, the mean step"
+    return "merged" if row["name"].startswith("merged") else "defaults"
 
 
 def _ladder(results: dict[str, Any], checkpointing: bool) -> str:
@@ -157,14 +146,13 @@ def _ladder(results: dict[str, Any], checkpointing: bool) -> str:
     for row in (row for row in results["rows"] if row["checkpointing"] == checkpointing and row["in_ladder"]):
         gain = "" if before is None else _change(before, row)
         plus = "" if before is None else "+ "
-        lines.append(f"| {plus}{row['title']} | {seconds(row):.3g} | {_ratio(row)} | {flop_ratio(results, row):.2f} | {gain} |")
+        lines.append(f"| {plus}{row['title']} | {seconds(row):.3g} | {_spread(ratios(row))} | {flop_ratio(results, row):.2f} | {gain} |")
         before = row
     return "\n".join(lines)
 
 
-def _ratio(row: Record) -> str:
-    values = ratios(row)
-    return f"{ratio(row):.2f} ({min(values):.2f} to {max(values):.2f})"
+def _spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
 def _change(before: Record, row: Record) -> str:
@@ -185,20 +173,23 @@ def _phases(results: dict[str, Any], checkpointing: bool) -> str:
     return "\n".join([*lines, f"| ({UPDATE}, apart) | " + " | ".join(updates) + " |"])
 
 
-def phase_ratio(row: Record, phase: str) -> float:
-    """Median over the repetitions of a phase over the paired step beside it."""
-    return statistics.median(phases[phase] / paired for phases, paired in zip(row["seconds"], row["paired_seconds"], strict=True))
-
-
 def _rollouts(results: dict[str, Any], settings: list[bool]) -> str:
     lines = ["| over paired | activations | rollout steps | measured | by FLOPs |", "|---|---|---|---|---|"]
     for checkpointing in settings:
         for name in ("frozen 2", "default, fewer", "merged", "merged, fewer"):
             if row := find(results, name, checkpointing):
-                kept = "recomputed" if checkpointing else "kept"
-                title = "merged" if name.startswith("merged") else "defaults"
-                lines.append(f"| {title} | {kept} | {row['rollout_steps']} | {_ratio(row)} | {flop_ratio(results, row):.2f} |")
+                lines.append(_rollout_line(row, checkpointing, ratios(row), flop_ratio(results, row)))
+        if rows := preset(results, checkpointing):
+            paired = find(results, "paired", checkpointing)
+            assert paired is not None
+            flops = total(expected_flops(rows)) / total(paired["flops"])
+            lines.append(_rollout_line(rows[0], checkpointing, expected_ratios(rows), flops))
     return "\n".join(lines)
+
+
+def _rollout_line(row: Record, checkpointing: bool, measured: list[float], flops: float) -> str:
+    kept = "recomputed" if checkpointing else "kept"
+    return f"| {_title(row)} | {kept} | {row['rollout_steps']} | {_spread(measured)} | {flops:.2f} |"
 
 
 def _memory(results: dict[str, Any], settings: list[bool]) -> str:
@@ -220,6 +211,12 @@ def _memory(results: dict[str, Any], settings: list[bool]) -> str:
             row = find(results, name, setting)
             cells.append(f"{peak(row, kind) / peak(paired[setting], kind):.3f}" if row else "")  # type: ignore[arg-type]
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    if preset(results, settings[0]):
+        cells = []
+        for kind, setting in kinds:
+            worst = max(peak(row, kind) for row in preset(results, setting))
+            cells.append(f"{worst / peak(paired[setting], kind):.3f}")  # type: ignore[arg-type]
+        lines.append(f"| {preset(results, settings[0])[0]['title']}, its dearest kind of step | " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", _resident(results["resident_bytes"])])
 
 
@@ -257,10 +254,39 @@ def headline(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def presets(cpu: dict[str, Any], wan_high: dict[str, Any], wan_low: dict[str, Any], flux: dict[str, Any], wan: dict[str, Any]) -> str:
+    """The recipes for speed in one table: measured, and by FLOPs at full size. A file from before them leaves its cells empty."""
+    columns = {
+        "FLUX": (cpu, False),
+        "FLUX, recomputed": (cpu, True),
+        "Wan, high-noise expert": (wan_high, False),
+        "Wan, low-noise expert": (wan_low, False),
+        "FLUX.1-dev, recomputed, by FLOPs": (flux, True),
+        "Wan2.2 A14B, recomputed, by FLOPs": (wan, True),
+    }
+    found: dict[str, list[str]] = {"the defaults": [], "`flux_image_fast`, `wan22_video_fast`": [], "their largest peak memory": []}
+    for results, setting in columns.values():
+        counted, rows = results["machine"]["device"] == "meta", preset(results, setting)
+        paired, default = (find(results, name, setting) for name in ("paired", "frozen 2"))
+        assert paired and default
+        flops = total(expected_flops(rows)) / total(paired["flops"])
+        cells = [
+            f"{flop_ratio(results, default) if counted else ratio(default):.1f}",
+            f"{flops if counted else expected_ratio(rows):.2f}" if rows else "",
+            f"{largest_peak(results, rows):.3f}" if rows and not counted else "",
+        ]
+        for line, cell in zip(found.values(), cells, strict=True):
+            line.append(cell)
+    lines = ["| one step over a paired one | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
+    return "\n".join([*lines, *(f"| {title} | " + " | ".join(cells) + " |" for title, cells in found.items())])
+
+
 def documents(folder: Path) -> dict[str, str]:
     """What each document shows of a results folder, by its path from the repository's root."""
-    cpu, *others = (read(folder / f"step_{name}.json") for name in ("cpu", "flux_flops", "wan_high", "wan_low", "wan_flops"))
-    return {"docs/step_cost.md": "\n\n".join([headline(cpu), *map(tables, [cpu, *others])])}
+    names = ("cpu", "flux_flops", "wan_high", "wan_low", "wan_flops")
+    cpu, flux_flops, wan_high, wan_low, wan_flops = every = [read(folder / f"step_{name}.json") for name in names]
+    summary = presets(cpu, wan_high, wan_low, flux_flops, wan_flops)
+    return {"docs/step_cost.md": "\n\n".join([headline(cpu), summary, *map(tables, every)])}
 
 
 def write_documents(root: Path, folder: Path) -> None:

@@ -73,7 +73,7 @@ class DiffusersHost:
             _share_lora(*self.networks.values())
         self._lora_layers = [layer for network in self.networks.values() for layer in _lora_layers_of(network)]
         self._lora_slots = [slot for n in self.networks.values() for slot in _slots_of_lora_layers(n)]
-        self._rollout = MergedRollout(self._lora_layers, _ADAPTER)
+        self.merged = MergedRollout(self._lora_layers, _ADAPTER)
         self._edited = [MergedLinear(layer, _ADAPTER) for layer in self._lora_layers] if config.lora.forward == "merged" else None
         self._dropouts: list[nn.Module] = [d for layer in self._lora_layers for d in layer.lora_dropout.values()]
         self._every_lora = self._named_lora_parameters()
@@ -120,7 +120,7 @@ class DiffusersHost:
         merged = self.config.objective.merges_rollout
         with (
             self.ema_weights.swapped_in(),
-            self._placed(self._rollout.of_this_moment()) if merged else nullcontext(),
+            self._placed(self.merged.of_this_moment()) if merged else nullcontext(),
             self._without_gradient(),
             in_lockstep(self._of_side, self.family.boundary, self.device) if self.sharding else nullcontext(self._velocity) as velocity,
         ):
@@ -369,10 +369,14 @@ def _inject_lora(network: nn.Module, config: Config, targets: str, device: torch
     from peft import LoraConfig as PeftLoraConfig
     from peft import inject_adapter_in_model
 
+    from byg_plugin.hosts.lora_product import use_one_product
+
     matched_linears(network, targets)
     lora = config.lora
     peft_config = PeftLoraConfig(r=lora.rank, lora_alpha=lora.scale_numerator, lora_dropout=lora.dropout, target_modules=targets)
     inject_adapter_in_model(peft_config, network, adapter_name=_ADAPTER)
+    for layer in _lora_layers_of(network):
+        use_one_product(layer, _ADAPTER)
     if config.train.mixed_precision == "bf16":
         for layer in _lora_layers_of(network):
             # PEFT would cast the input to float32 for its A, and autocast back to bfloat16, into a copy for every layer that is

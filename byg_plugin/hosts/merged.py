@@ -20,7 +20,7 @@ class MergedRollout:
 
     def __init__(self, layers: Sequence[Any], adapter: str):
         self._layers, self._adapter = layers, adapter
-        self._linears: list[nn.Linear] = []
+        self.linears: list[nn.Linear] = []
 
     @torch.no_grad()
     def of_this_moment(self) -> list[nn.Linear]:
@@ -29,12 +29,12 @@ class MergedRollout:
         Made anew from the frozen W at every call: nothing goes stale or drifts, and it costs what `rank` more tokens
         would cost one step of the rollout.
         """
-        if not self._linears:
-            self._linears = [_empty_like(layer.base_layer) for layer in self._layers]
-        for layer, merged in zip(self._layers, self._linears, strict=True):
+        if not self.linears:
+            self.linears = [_empty_like(layer.base_layer) for layer in self._layers]
+        for layer, merged in zip(self._layers, self.linears, strict=True):
             a, b = layer.lora_A[self._adapter].weight, layer.lora_B[self._adapter].weight
             merged.weight.copy_(torch.addmm(layer.base_layer.weight.float(), b, a, alpha=layer.scaling[self._adapter]))
-        return self._linears
+        return self.linears
 
 
 class MergedLinear(nn.Module):

@@ -49,7 +49,7 @@ class Checkout:
 
     def module(self, name: str) -> Any:
         """Another module of the host."""
-        return _import(name)
+        return host_module(name)
 
 
 def open_checkout(model: ModelConfig) -> Checkout:
@@ -58,17 +58,22 @@ def open_checkout(model: ModelConfig) -> Checkout:
     Raises:
         ValueError: it is not there, cannot be imported, or lacks something; lists all that is missing.
     """
-    folder = _put_on_path(model.host_path)
+    folder = put_on_path(model.host_path)
     family = musubi_family(model.family)
     if lacking := _lacking(family):
         raise ValueError(
             f"musubi-tuner in {folder} is not one that this plugin works with (tested: v0.3.0 and v0.3.4), it lacks:\n"
             + "\n".join(f"  - {line}" for line in lacking)
         )
-    return Checkout(family, _import(family.trainer[0]))
+    return Checkout(family, host_module(family.trainer[0]))
 
 
-def _put_on_path(host_path: str | None) -> str:
+def put_on_path(host_path: str | None) -> str:
+    """Make `musubi_tuner` importable from its checkout (None: as installed); returns the folder of the package.
+
+    Raises:
+        ValueError: it is not there.
+    """
     if host_path is not None:
         source = Path(host_path).expanduser().resolve() / "src"
         if not (source / "musubi_tuner").is_dir():
@@ -84,7 +89,8 @@ def _put_on_path(host_path: str | None) -> str:
     return str(next(iter(spec.submodule_search_locations)))
 
 
-def _import(name: str) -> Any:
+def host_module(name: str) -> Any:
+    """A module of the host, which is on the path, by its name inside the package."""
     with shipped.module("patches.musubi").imports_without_cuda():
         return importlib.import_module(f"musubi_tuner.{name}")
 
@@ -93,7 +99,7 @@ def _lacking(family: MusubiFamily) -> list[str]:
     """What an incompatible host does not have, a line each."""
     module, name = family.trainer
     try:
-        trainer = getattr(_import(module), name, None)
+        trainer = getattr(host_module(module), name, None)
     except ImportError as error:
         return [f"a module that its {name} imports: {error} (install what its README asks for)"]
     if trainer is None:
@@ -104,7 +110,7 @@ def _lacking(family: MusubiFamily) -> list[str]:
         if found[:6] != _PROCESS_BATCH[:6] or len(found) != 12:
             lacking.append(f"{name}.process_batch with the parameters {', '.join(_PROCESS_BATCH)}, ...; it has {', '.join(found)}")
     network_module, network_name = family.network
-    network = getattr(_import(network_module), network_name)
+    network = getattr(host_module(network_module), network_name)
     for switch in ("switch_block_swap_for_inference", "switch_block_swap_for_training"):
         if not callable(getattr(network, switch, None)):
             lacking.append(f"{network.__name__}.{switch}, without which swapped blocks are in the wrong place")

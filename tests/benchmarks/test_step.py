@@ -17,8 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks import provenance
-from benchmarks import step as bench
+from benchmarks import provenance, step_host, step_results, step_rows, step_shapes
+from benchmarks import step as command
+from benchmarks import step_bench as bench
+from benchmarks import step_figures as figures
 from benchmarks import step_meters as meters
 from benchmarks import step_report as report
 from tests.support import ROOT
@@ -27,8 +29,8 @@ CPU = torch.device("cpu")
 KIB = 1024
 
 
-def tiny_shape(**changes: Any) -> bench.Shape:
-    return replace(bench.shape_named("tiny"), **changes)
+def tiny_shape(**changes: Any) -> step_shapes.Shape:
+    return replace(step_shapes.shape_named("tiny"), **changes)
 
 
 def tiny_bench(**changes: Any) -> bench.Bench:
@@ -123,23 +125,23 @@ def test_laps_add_up_and_peaks_are_of_a_phase():
 
 @pytest.mark.parametrize(
     ("name", "side", "expert"),
-    [("tiny", {}, ""), *(("wan-tiny", bench.WAN_SIDES[s], f"transformer{n}.") for s, n in (("high", ""), ("low", "_2")))],
+    [("tiny", {}, ""), *(("wan-tiny", step_shapes.WAN_SIDES[s], f"transformer{n}.") for s, n in (("high", ""), ("low", "_2")))],
 )
 def test_every_row_computes_the_same(name: str, side: dict[str, Any], expert: str):
     """Losses and LoRA gradients of all rows with the full rollout; also those that others would write."""
-    found = bench.Bench(replace(bench.shape_named(name), **side), CPU)
+    found = bench.Bench(replace(step_shapes.shape_named(name), **side), CPU)
     trained = [p for key, p in found.host.parameters.items() if key.startswith(expert)]
     gradients: dict[tuple[str, bool], list[torch.Tensor]] = {}
     for row, checkpointing in found.plan:
-        if row is bench.PAIRED or row.name.endswith("fewer"):
+        if row is step_rows.PAIRED or row.name.endswith("fewer") or row.name == figures.FAST:
             continue
         found.optimizer.zero_grad(set_to_none=True)
         batch = found._choose(row, checkpointing)
-        bench.step(found.host, batch, meters.Meter())
+        step_host.step(found.host, batch, meters.Meter())
         assert all(p.grad is None or not p.grad.any() for key, p in found.host.parameters.items() if not key.startswith(expert))
         gradients[row.name, checkpointing] = [p.grad.clone() for p in trained]
     wanted = gradients["printed", False]
-    assert len(gradients) == len(bench.LADDER) + 4 and all(g.norm() > 0 for g in wanted)
+    assert len(gradients) == len(step_rows.LADDER) + 4 and all(g.norm() > 0 for g in wanted)
     for row, values in gradients.items():
         worst = max(((a - b).norm() / b.norm()).item() for a, b in zip(values, wanted, strict=True))
         assert worst <= 1e-5, row
@@ -150,7 +152,7 @@ def test_rows_differ_in_what_they_run():
     found = tiny_bench()
     names = ("paired", "printed", "switch", "frozen 2", "merged")
     flops = {(row.name, setting): found.flops(row, setting) for row, setting in found.plan if row.name in names and not setting}
-    flops["paired", True] = found.flops(bench.PAIRED, True)
+    flops["paired", True] = found.flops(step_rows.PAIRED, True)
 
     def of(name: str, phase: str, checkpointing: bool = False) -> float:
         return flops[name, checkpointing][phase]
@@ -165,20 +167,20 @@ def test_rows_differ_in_what_they_run():
 def test_phases_are_complete_and_in_order():
     found = tiny_bench()
     phases = {row.name: list(found.seconds(row, checkpointing)) for row, checkpointing in found.plan}
-    assert phases["paired"] == ["paired", report.UPDATE]
-    assert phases["printed"] == ["rollout", "frozen passes", "identity, reverse, forward", report.UPDATE]
-    assert phases["frozen 2"] == ["rollout", "frozen passes", "identity", "reverse", "forward", report.UPDATE]
-    assert phases["beside"] == ["rollout", "frozen passes", "identity + reverse", "forward", report.UPDATE]
+    assert phases["paired"] == ["paired", figures.UPDATE]
+    assert phases["printed"] == ["rollout", "frozen passes", "identity, reverse, forward", figures.UPDATE]
+    assert phases["frozen 2"] == ["rollout", "frozen passes", "identity", "reverse", "forward", figures.UPDATE]
+    assert phases["beside"] == ["rollout", "frozen passes", "identity + reverse", "forward", figures.UPDATE]
 
 
 def test_sequential_peaks_like_paired_and_joint_like_three():
     """At the benchmark's own depth: the fewer the blocks, the more the reverse pass's gradient at its source weighs."""
-    cpu = bench.shape_named("cpu")
+    cpu = step_shapes.shape_named("cpu")
     transformer = cpu.transformer | {"attention_head_dim": 32, "axes_dims_rope": (8, 12, 12)}
     found = tiny_bench(transformer=transformer, side=16, text_tokens=32, batch=1)
     over = {}
-    for row in (bench.PAIRED, *(row for row in bench.ladder(2) if row.name in ("printed", "frozen 2", "merged", "beside"))):
-        bench.step(found.host, found._choose(row, False), meters.Meter())  # makes gradients and merged weights: they live anyway
+    for row in (step_rows.PAIRED, *(row for row in step_rows.ladder(2) if row.name in ("printed", "frozen 2", "merged", "beside"))):
+        step_host.step(found.host, found._choose(row, False), meters.Meter())  # makes gradients and merged weights: they live anyway
         over[row.name] = {kind: max(phases.values()) for kind, phases in found.peaks(row, False).items()}
     for kind in ("saved", "alive"):
         ratios = {name: peaks[kind] / over["paired"][kind] for name, peaks in over.items()}
@@ -189,14 +191,14 @@ def test_sequential_peaks_like_paired_and_joint_like_three():
 def test_the_host_is_as_it_was_after_every_row():
     found = tiny_bench()
     modules = {name: id(module) for name, module in found.host.networks["transformer"].named_modules()}
-    for row in bench.all_rows(found.shape):
-        bench.step(found.host, found._choose(row, False), meters.Meter())
+    for row in step_rows.all_rows(found.shape):
+        step_host.step(found.host, found._choose(row, False), meters.Meter())
         assert {name: id(module) for name, module in found.host.networks["transformer"].named_modules()} == modules
         assert all(layer.scaling["byg"] == 1.0 and not layer.disable_adapters for layer in found.host._lora_layers)
 
 
 def test_the_gpus_shape_is_full_size_and_its_steps_run_in_16_bit():
-    shape = bench.shape_named("flux.1-dev")
+    shape = step_shapes.shape_named("flux.1-dev")
     from diffusers import FluxTransformer2DModel
 
     with torch.device("meta"):
@@ -207,7 +209,7 @@ def test_the_gpus_shape_is_full_size_and_its_steps_run_in_16_bit():
     assert next(p for p in found.host.networks["transformer"].parameters() if not p.requires_grad).dtype == torch.bfloat16
     for row, checkpointing in found.plan:
         assert found.seconds(row, checkpointing)
-    assert [row.name for row, _ in found.plan] == [row.name for row in bench.all_rows(shape)]
+    assert [row.name for row, _ in found.plan] == [row.name for row in step_rows.all_rows(shape)]
 
 
 # --- results and tables ---
@@ -220,9 +222,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         names = ("paired", "printed", "frozen 4", "merged", "merged, fewer")
         whole, shape = bench.plan, tiny_shape(batch=1, checkpointing=(False,))
         patch.setattr(bench, "plan", lambda shape: [(row, setting) for row, setting in whole(shape) if row.name in names])
-        patch.setattr(bench, "shape_named", lambda name: shape)
+        patch.setattr(step_results, "shape_named", lambda name: shape)
         threads = torch.get_num_threads()
-        bench.main(["--shape", "tiny", "--repeats", "2", "--clock", "process", "--threads", "1", "--out", str(out)])
+        command.main(["--shape", "tiny", "--repeats", "2", "--clock", "process", "--threads", "1", "--out", str(out)])
         torch.set_num_threads(threads)
     return report.read(out)
 
@@ -243,7 +245,7 @@ def synthetic(results: dict[str, Any]) -> dict[str, Any]:
     for row in made["rows"]:
         seconds = {"paired": 1.0, "printed": 9.0, "merged": 6.0}.get(row["name"], 8.0)
         phase = "paired" if row["name"] == "paired" else "rollout"
-        row["seconds"] = [{phase: seconds * slow, report.UPDATE: 5.0} for slow in (1.0, 3.0)]
+        row["seconds"] = [{phase: seconds * slow, figures.UPDATE: 5.0} for slow in (1.0, 3.0)]
         row["paired_seconds"] = [1.0, 3.0]
         row["flops"] = {phase: seconds * 7}
     return made
@@ -256,7 +258,7 @@ def test_ratios_are_taken_inside_a_repetition_and_without_the_updates(results: d
     assert "| 18 | 9.00 (9.00 to 9.00) | 9.00 |" in printed
     merged = next(line for line in lines if line.startswith("| + rollout on merged weights"))
     assert "6.00 (6.00 to 6.00)" in merged and "-25.0 %" in merged
-    assert any(line.startswith(f"| ({report.UPDATE}, apart) | 3.33") for line in lines)
+    assert any(line.startswith(f"| ({figures.UPDATE}, apart) | 3.33") for line in lines)
 
 
 def test_documents_have_the_tables_of_the_results():
@@ -284,13 +286,13 @@ def test_tables_are_written_between_the_marks_alone(tmp_path: Path):
 
 def test_flops_counted_without_weights_are_those_of_a_real_step():
     """But for the attention's backward: the CPU's kernel computes the scores once more, the meta device's does not."""
-    counted = {(row["name"], row["checkpointing"]): row["flops"] for row in bench.count("tiny")["rows"]}
+    counted = {(row["name"], row["checkpointing"]): row["flops"] for row in step_results.count("tiny")["rows"]}
     found = tiny_bench()
     real = found.flops(next(row for row, _ in found.plan if row.name == "merged"), False)
     assert counted["merged", False]["rollout"] == real["rollout"] and counted["merged", False]["frozen passes"] == real["frozen passes"]
     assert 0.9 * real["reverse"] < counted["merged", False]["reverse"] <= real["reverse"]
-    assert len(counted) == 2 * len(bench.COUNTED)
-    assert torch.is_autocast_enabled.__module__ != bench.__name__
+    assert len(counted) == 2 * len(step_results.COUNTED)
+    assert torch.is_autocast_enabled.__module__ != step_results.__name__
 
 
 @pytest.mark.parametrize(
@@ -316,9 +318,9 @@ def test_what_cannot_be_measured_is_refused_before_any_work(
         pytest.skip("there is a GPU")
     (tmp_path / "words.json").write_text("not JSON", encoding="utf-8")
     (tmp_path / "other.json").write_text('{"commit": "abc"}', encoding="utf-8")
-    monkeypatch.setattr(bench, "measure", lambda *rest: pytest.fail("measured"))
+    monkeypatch.setattr(step_results, "measure", lambda *rest: pytest.fail("measured"))
     with pytest.raises(SystemExit) as stop:
-        bench.main(["--shape", "tiny", *(word.replace("FOLDER", str(tmp_path)) for word in words)])
+        command.main(["--shape", "tiny", *(word.replace("FOLDER", str(tmp_path)) for word in words)])
     said = capsys.readouterr().err
     assert stop.value.code == 2 and message in said and words[0] in said and "python -m benchmarks.step" in said
 
@@ -338,7 +340,7 @@ def test_no_measurement_is_lost_outside_a_clone(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(provenance, "ROOT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert provenance.commit("benchmarks") == ("unknown", False)
-    assert bench.commit() == {"hash": "unknown", "modified": False}
+    assert step_results.commit() == {"hash": "unknown", "modified": False}
     monkeypatch.setenv("PATH", str(tmp_path))
     assert provenance.commit() == ("unknown", False)
 
@@ -357,7 +359,7 @@ def test_a_commit_says_whether_the_code_differs_from_it(monkeypatch: pytest.Monk
 
 def test_the_commit_is_asked_for_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch):
     order: list[str] = []
-    monkeypatch.setattr(bench, "commit", lambda: order.append("commit") or {"hash": "h", "modified": False})
+    monkeypatch.setattr(step_results, "commit", lambda: order.append("commit") or {"hash": "h", "modified": False})
     monkeypatch.setattr(bench.Bench, "measure", lambda self, repeats: order.append("measure") or [])
     monkeypatch.setattr(bench.Bench, "matmul_share", lambda self: None)
-    assert bench.measure("tiny", CPU, 1, "wall")["commit"]["hash"] == "h" and order == ["commit", "measure"]
+    assert step_results.measure("tiny", CPU, 1, "wall")["commit"]["hash"] == "h" and order == ["commit", "measure"]

@@ -190,7 +190,7 @@ def test_the_merged_weights_follow(tmp_path: Path, event: str, decay: float):
     EVENTS[event](host)
     after = ema_of(host, batch)
     assert not torch.allclose(after, before, rtol=1e-3), "the event changes nothing"
-    for merged, wanted in zip(host._merged, expected_weights(host, ema=bool(decay)), strict=True):
+    for merged, wanted in zip(host.merged.linears, expected_weights(host, ema=bool(decay)), strict=True):
         torch.testing.assert_close(merged.weight, wanted.float(), rtol=1e-6, atol=1e-6)
     host.config = host_config(tmp_path, objective={"rollout_weights": "swap", "ema_decay": decay})
     torch.testing.assert_close(ema_of(host, batch), after, rtol=1e-4, atol=1e-5)
@@ -268,15 +268,15 @@ def test_the_lora_file_and_the_trained_parameters_know_nothing_of_the_copy(tmp_p
     names = list(host.parameters)
     step(host)
     assert list(host.parameters) == names == list(host._named_lora_parameters())
-    copies = {id(linear.weight) for linear in host._merged}
+    copies = {id(linear.weight) for linear in host.merged.linears}
     assert copies and not copies & {id(p) for p in host.networks["transformer"].parameters()}
-    assert not any(linear.weight.requires_grad for linear in host._merged)
+    assert not any(linear.weight.requires_grad for linear in host.merged.linears)
 
 
 def test_a_run_that_only_edits_holds_no_copy(tmp_path: Path):
     host = merged_host(tmp_path)
     live_of(host, batch_of())
-    assert not host._merged
+    assert not host.merged.linears
 
 
 def test_resumed_is_the_uninterrupted_run(tmp_path: Path):

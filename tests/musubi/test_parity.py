@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import step_peer
 from byg_plugin.hosts.diffusers import DiffusersHost
-from byg_plugin.lora import formats as lora_formats
-from byg_plugin.lora.layouts import layout_of
 from byg_plugin.models import make_family
 from byg_plugin.objectives import make_objective
 from byg_plugin.objectives.base import Batch
@@ -94,21 +93,10 @@ def embedded_step(folder: Path, family: str, lora: dict[str, Tensor], ema: dict[
 
 
 def random_lora(folder: Path, family: str, seed: int) -> dict[str, Tensor]:
-    """A LoRA in our names that the host's fused layers can hold: parts of one layer share `down`."""
+    """A LoRA in our names that the host's fused layers can hold."""
     config = embedded_config(folder, family)
     host = DiffusersHost(config, _family_of_tiny(config, family), torch.device("cpu"))
-    rng = torch.Generator().manual_seed(seed)
-    downs: dict[str, Tensor] = {}
-    out = {}
-    for name, parameter in host.parameters.items():
-        expert, _, layer = name.partition(".")
-        if layer.endswith(".lora_A.weight"):
-            found = layout_of(family).find_part(layer.removesuffix(".lora_A.weight"))
-            assert found is not None, layer
-            out[name] = downs.setdefault(found[0].native, torch.randn(parameter.shape, generator=rng) * 0.2).clone()
-        else:
-            out[name] = torch.randn(parameter.shape, generator=rng) * 0.2
-    return out
+    return step_peer.shared_lora({name: p.shape for name, p in host.parameters.items()}, family, std=0.2, seed=seed)
 
 
 def _family_of_tiny(config: Any, family: str) -> Any:
@@ -116,44 +104,6 @@ def _family_of_tiny(config: Any, family: str) -> Any:
     networks = embedded_networks(family)
     made.load_transformers = lambda dtype: ((name, net.requires_grad_(False)) for name, net in networks.items())  # type: ignore[method-assign]
     return made
-
-
-def to_host(lora: dict[str, Tensor], family: str) -> dict[str, Tensor]:
-    """Our names -> the host's LoRA file."""
-    ours = {f"transformer.{name.partition('.')[2]}": value for name, value in lora.items()}
-    return lora_formats.convert(ours, "musubi", family=family)
-
-
-def host_gradients(it: Rig, lora: dict[str, Tensor], family: str) -> dict[str, Tensor]:
-    """The gradients of the host's LoRA by our names: the parts of a fused layer have one `down`, so only the sum of theirs is known."""
-    out: dict[str, Tensor] = {}
-    named = dict(it.network.named_parameters())
-    for name in lora:
-        layer, kind = name.partition(".")[2].removesuffix(".weight").rsplit(".lora_", 1)
-        found = layout_of(family).find_part(layer)
-        assert found is not None
-        linear, index = found
-        base = f"lora_unet_{linear.native.replace('.', '_')}"
-        if kind == "A":
-            out[name] = named[f"{base}.lora_down.weight"].grad
-        else:
-            rows = named[f"{base}.lora_up.weight"].grad
-            unit = rows.shape[0] // sum(linear.widths)
-            out[name] = rows.split([width * unit for width in linear.widths])[index]
-    return out
-
-
-def summed_downs(gradients: dict[str, Tensor], family: str) -> dict[str, Tensor]:
-    """Gradients of the parts' `down` added up over each fused layer."""
-    sums: dict[str, Tensor] = {}
-    native = {}
-    for name, value in gradients.items():
-        if name.endswith(".lora_A.weight"):
-            found = layout_of(family).find_part(name.partition(".")[2].removesuffix(".lora_A.weight"))
-            assert found is not None
-            native[name] = found[0].native
-            sums[native[name]] = sums.get(native[name], torch.zeros_like(value)) + value
-    return {name: sums[native[name]] if name in native else value for name, value in gradients.items()}
 
 
 def parity(tmp_path: Path, family: str, recompute: bool) -> dict[str, float]:
@@ -167,7 +117,7 @@ def parity(tmp_path: Path, family: str, recompute: bool) -> dict[str, float]:
     it = Rig(tmp_path / "host", family, musubi={"gradient_checkpointing": recompute})
     names = {name for name, _ in it.network.named_parameters()}
     for tensors, load in ((lora, it.network.load_state_dict), (ema, it.fields.ema_weights.load)):
-        converted = to_host(tensors, family)
+        converted = step_peer.in_host_names(tensors, family)
         assert names <= converted.keys()
         load({name: value for name, value in converted.items() if name in names or load == it.network.load_state_dict})
     backward = lambda loss, last: it.trainer._backward(it.accelerator, loss, last=last)  # noqa: E731
@@ -178,10 +128,9 @@ def parity(tmp_path: Path, family: str, recompute: bool) -> dict[str, float]:
         name: abs(found[name] - value).item() / (1.0 if name.startswith("cosine") else max(abs(value.item()), 1e-3))
         for name, value in expected.items()
     }
-    ours, theirs = host_gradients(it, lora, family), summed_downs(gradients, family)
-    grads = {name: ((ours[name] - value).norm() / value.norm()).item() for name, value in theirs.items()}
-    assert min(value.norm() for value in theirs.values()) > 1e-6, "a comparison with nothing shows nothing"
-    return {"losses": max(losses.values()), "gradients": max(grads.values()), "terms": len(expected), "tensors": len(grads)}
+    ours: dict[str, Any] = {name: p.grad for name, p in it.network.named_parameters()}
+    grads = step_peer.worst_difference(ours, step_peer.fused_gradients(gradients, family))
+    return {"losses": max(losses.values()), "gradients": grads, "terms": len(expected), "tensors": len(ours)}
 
 
 @pytest.mark.parametrize("recompute", [False, True])
