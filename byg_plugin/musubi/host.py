@@ -86,7 +86,7 @@ def prepare(config: Config, resume: str | None = None) -> tuple[Checkout, argpar
     """
     checkout = open_checkout(config.model)
     args = musubi_options.arguments(config, checkout.parser())
-    launch = read_host_launch(config, args)
+    launch = read_host_launch(config.model, args)
     checkout.family.check(config.musubi)
     share_of_high_noise(config, families.named(config.model.family).boundary)
     items = musubi_cache.check(Path(args.dataset_config), checkout.family, training_tuples(config.dataset))

@@ -16,14 +16,14 @@ from byg_plugin.training import deepspeed_settings, fsdp_settings
 from byg_plugin.training.launch import Launch, check_launch, is_on
 
 if TYPE_CHECKING:
-    from byg_plugin.config.sections import Config
+    from byg_plugin.config.sections import ModelConfig
 
 
-def read_host_launch(config: Config, args: Any, environment: Mapping[str, str] | None = None) -> Launch:
+def read_host_launch(model: ModelConfig, args: Any, environment: Mapping[str, str] | None = None) -> Launch:
     """As `training.launch.read_launch` for the embedded host.
 
     Args:
-        config: the whole configuration.
+        model: the `[model]` section.
         args: the host's arguments.
         environment: default: this process's.
 
@@ -45,7 +45,7 @@ def read_host_launch(config: Config, args: Any, environment: Mapping[str, str] |
         launch = Launch(sharding=fsdp_settings.asked(environment, "musubi.gradient_checkpointing", bool(args.gradient_checkpointing)))
     else:
         return Launch()
-    _check(config, args, launch)
+    _check(model, args, launch)
     return launch
 
 
@@ -60,9 +60,9 @@ def _terms(args: Any) -> deepspeed_settings.Terms:
     )
 
 
-def _check(config: Config, args: Any, launch: Launch) -> None:
+def _check(model: ModelConfig, args: Any, launch: Launch) -> None:
     what = f"{launch.name} shards the frozen base"
-    if families.named(config.model.family).has_experts:
+    if families.named(model.family).has_experts:
         raise ValueError(f'{what}, and musubi-tuner exchanges the two experts\' weights whole: set model.host = "diffusers"')
     for option, remedy in (
         ("blocks_to_swap", "shards can be offloaded themselves (fsdp_offload_params, offload_param): leave it out"),

@@ -17,7 +17,7 @@ from byg_plugin.hosts.sharding import Sharding
 from byg_plugin.training import deepspeed_settings, fsdp_settings
 
 if TYPE_CHECKING:
-    from byg_plugin.config.sections import Config
+    from byg_plugin.config.sections import Config, TrainConfig
     from byg_plugin.models.base import Family
 
 _REFUSED = {
@@ -76,7 +76,8 @@ def read_launch(config: Config, family: Family | None = None, environment: Mappi
                 f'accelerate launch asks for DeepSpeed, and train.sharding = "{config.train.sharding}": leave train.sharding out, or '
                 "launch plain multi-GPU"
             )
-        launch = _deepspeed(config, environment)
+        accumulation = config.accumulation(int(environment.get("WORLD_SIZE", "1")))
+        launch = _deepspeed(config.train, accumulation, environment)
     elif fsdp:
         launch = Launch(
             sharding=fsdp_settings.asked(environment, "model.gradient_checkpointing", config.model.gradient_checkpointing, family)
@@ -89,10 +90,9 @@ def read_launch(config: Config, family: Family | None = None, environment: Mappi
     return launch
 
 
-def _deepspeed(config: Config, environment: Mapping[str, str]) -> Launch:
+def _deepspeed(train: TrainConfig, accumulation: int, environment: Mapping[str, str]) -> Launch:
     settings, origin = deepspeed_settings.asked(environment)
-    accumulation = config.accumulation(int(environment.get("WORLD_SIZE", "1")))
-    resolved = deepspeed_settings.resolved(settings, origin, deepspeed_settings.Terms.of(config.train, accumulation))
+    resolved = deepspeed_settings.resolved(settings, origin, deepspeed_settings.Terms.of(train, accumulation))
     require("deepspeed", "accelerate launch asks for DeepSpeed and", "deepspeed", "launch plain multi-GPU")
     return Launch.of_deepspeed(resolved)
 

@@ -83,7 +83,7 @@ def write(
 def _write(
     config: Config, family: Family, host: Host, data: CachedTuples, step: int, accelerator: Accelerator, latents: list[Latents]
 ) -> None:
-    rendered = _decoded(config, family, host, latents)
+    rendered = _decoded(config.model.dtype, family, host, latents)
     pictures = []
     with folders.written_whole(folder(config.output, step), replace=True) as written:
         for index, columns in enumerate(rendered):
@@ -124,12 +124,12 @@ def _edits(config: Config, family: Family, host: Host, data: CachedTuples) -> li
 
 
 @torch.no_grad()
-def _decoded(config: Config, family: Family, host: Host, latents: list[Latents]) -> list[list[list[Image.Image]]]:
+def _decoded(dtype: str, family: Family, host: Host, latents: list[Latents]) -> list[list[list[Image.Image]]]:
     """Of each tuple the frames of each column. The VAE comes only now: by turns with the activations of the network."""
     vae = family.load_vae(host.device)
 
     def frames(x: Tensor) -> list[Image.Image]:
-        return frames_of(sampling.finite(config.model.dtype, family.decode_latents(vae, x), "the decoded pixels")[0])
+        return frames_of(sampling.finite(dtype, family.decode_latents(vae, x), "the decoded pixels")[0])
 
     return [[frames(x) for x in columns] for columns in latents]
 

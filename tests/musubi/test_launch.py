@@ -27,7 +27,7 @@ def arguments(**given: Any) -> SimpleNamespace:
 
 
 def read(tmp_path: Path, environment: dict[str, str], family: str = "flux", **given: Any) -> Launch:
-    return read_host_launch(host_config(tmp_path, family), arguments(**given), environment)
+    return read_host_launch(host_config(tmp_path, family).model, arguments(**given), environment)
 
 
 def test_what_the_launcher_asks_of_this_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
