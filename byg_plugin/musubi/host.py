@@ -31,7 +31,7 @@ from byg_plugin.musubi.family import Encoded
 from byg_plugin.musubi.launch import read_host_launch
 from byg_plugin.musubi.trainer import make_trainer, read_state, states
 from byg_plugin.objectives.draws import share_of_high_noise
-from byg_plugin.training.launch import Launch, take_over
+from byg_plugin.training.launch import Launch, check_launch, take_over
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +84,7 @@ def prepare(config: Config, resume: str | None = None) -> tuple[Checkout, argpar
     Raises:
         ValueError: something the user can mend.
     """
+    check_launch("musubi.mixed_precision", None)
     checkout = open_checkout(config.model)
     args = musubi_options.arguments(config, checkout.parser())
     launch = read_host_launch(config.model, args)

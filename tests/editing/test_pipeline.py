@@ -15,6 +15,7 @@ from byg_plugin import EditPipeline, sampling
 from byg_plugin.data.buckets import crop_to_bucket, to_tensor
 from byg_plugin.data.media import load_image
 from byg_plugin.hosts.diffusers import DiffusersHost
+from byg_plugin.hosts.sharding import Sharding
 from byg_plugin.lora.files import read_lora, write_lora
 from byg_plugin.models import flux_files
 from byg_plugin.models.flux import FluxFamily
@@ -160,6 +161,7 @@ class Network:
 def host_on(device: torch.device, pipe: EditPipeline, events: list[str]) -> DiffusersHost:
     """A host that is a device and a network that tells where it goes."""
     host = DiffusersHost.__new__(DiffusersHost)
+    host.sharding = Sharding()
     host.config, host.device, host._residency = pipe.config, device, None
     host.networks = {"transformer": Network(events)}
     return host

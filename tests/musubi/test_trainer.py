@@ -19,6 +19,7 @@ from byg_plugin.musubi import trainer as musubi_trainer
 from byg_plugin.musubi.trainer import UnpairedCycleTrainer
 from byg_plugin.musubi.wan import WanOnMusubi
 from byg_plugin.objectives.draws import share_of_high_noise
+from byg_plugin.training.launch import Launch
 from tests.support.musubi_host import A14B, T2V, host_config
 
 
@@ -48,7 +49,11 @@ class Accelerator:
 
 def trainer(folder: Path, family: str = T2V, **sections: dict[str, Any]) -> Any:
     config = host_config(folder, family, **sections)
-    made: Any = type("Played", (UnpairedCycleTrainer,), {"byg_config": config, "byg_checkout": SimpleNamespace(family=WanOnMusubi())})()
+    made: Any = type(
+        "Played",
+        (UnpairedCycleTrainer,),
+        {"byg_config": config, "byg_checkout": SimpleNamespace(family=WanOnMusubi()), "byg_launch": Launch()},
+    )()
     made.byg_fields = Fields()
     made.byg_high_share = None
     return made
@@ -150,10 +155,17 @@ def test_guidance_leads_away_from_the_other_text_and_both_have_the_source():
 
 def test_a_model_that_takes_other_texts_is_refused(tmp_path: Path):
     it = trainer(tmp_path)
-    it.on_transformer_loaded(None, None, SimpleNamespace(text_len=8))
-    it.on_transformer_loaded(None, None, SimpleNamespace())  # FLUX has no such number
+
+    def loaded(**attributes: int) -> None:
+        network = torch.nn.Linear(1, 1)
+        for name, value in attributes.items():
+            setattr(network, name, value)
+        it.on_transformer_loaded(None, SimpleNamespace(process_index=0), network)
+
+    loaded(text_len=8)
+    loaded()  # FLUX has no such number
     with pytest.raises(ValueError, match="conditioning.max_text_tokens = 8: this model takes 512"):
-        it.on_transformer_loaded(None, None, SimpleNamespace(text_len=512))
+        loaded(text_len=512)
 
 
 @pytest.mark.parametrize("kind", ["DEEPSPEED", "FSDP", "MEGATRON_LM"])

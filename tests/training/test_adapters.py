@@ -111,7 +111,7 @@ class Alternating:
 class TwoSets(DiffusersHost):
     """The tiny FLUX with its LoRA, and a critic of one weight."""
 
-    def __init__(self, config: Any, family: Any, device: torch.device, *, fresh: bool = True, adapters: Any = ()):
+    def __init__(self, config: Any, family: Any, device: torch.device, *, fresh: bool = True, adapters: Any = (), sharding: Any = None):
         assert adapters == Alternating.adapters
         super().__init__(config, family, device, fresh=fresh)
         self.critic = nn.Parameter(torch.ones(2, 3))

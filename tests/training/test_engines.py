@@ -84,4 +84,6 @@ def test_between_steps_a_process_holds_its_share_of_the_base(runs: Path, process
         held, whole = said["held"]
         # FSDP2 cuts rows: what has one row lies whole on the first process.
         assert held <= whole / processes * 1.1, said
-        assert said["peak"] <= whole / processes * 1.1 + said["block"], said
+        # The joint graph goes back through two passes at once, and ZeRO-3 holds a block of each.
+        blocks = 2 if (engine.startswith("zero3") and name == "joint") else 1
+        assert said["peak"] <= whole / processes * 1.15 + blocks * said["block"], said

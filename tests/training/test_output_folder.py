@@ -137,9 +137,9 @@ def test_a_file_system_without_locks_is_told(
 def test_the_musubi_host_s_folder_is_one_run_s_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     seen: list[bool] = []
     args = SimpleNamespace(output_dir=str(tmp_path / "out"), output_name="tiny")
-    monkeypatch.setattr(musubi, "prepare", lambda config, resume: (None, args, 1))
+    monkeypatch.setattr(musubi, "prepare", lambda config, resume: (None, args, 1, None))
     trainer = SimpleNamespace(train=lambda _: seen.append((tmp_path / "out" / folders.HOLDER).exists()))
-    monkeypatch.setattr(musubi, "make_trainer", lambda host, config: trainer)
+    monkeypatch.setattr(musubi, "make_trainer", lambda host, config, launch: trainer)
     config = run_config(tmp_path / "unused_config")
     musubi.train(config)
     process = hold(tmp_path / "out")

@@ -29,10 +29,9 @@ def load(cls: str, path: str, option: str, device: str) -> Any:
 
     folder = Path(path).expanduser()
     known = str(folder) if folder.exists() else path
-    weights = {"use_safetensors": True} if cls.endswith("Model") else {}
     try:
         with quiet_loading():
-            loaded = getattr(transformers, cls).from_pretrained(known, local_files_only=True, trust_remote_code=False, **weights)
+            loaded = getattr(transformers, cls).from_pretrained(known, local_files_only=True, trust_remote_code=False, use_safetensors=True)
     except (OSError, ValueError) as error:  # of what is not in the cache or no model
         remedy = "is not a folder of that model" if folder.exists() else f"is not on this machine; fetch it with: hf download {path}"
         raise ValueError(f"{option} {path}: {remedy} ({str(error).splitlines()[0][:200]})") from error
