@@ -1,8 +1,9 @@
-"""Folders of users' files."""
+"""Users' files and folders of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import hashlib
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 
@@ -22,3 +23,18 @@ def hidden_in(folder: Path, suffixes: Iterable[str]) -> str:
     wanted = tuple(suffixes)
     count = sum(path.suffix.lower() in wanted and is_hidden(path.name) for path in folder.iterdir())
     return f"; {count} hidden one(s) are passed over" if count else ""
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, read piece by piece."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def listed(problems: Sequence[str], shown: int) -> str:
+    """The first problems, a line each, and how many more there are: the end of a message."""
+    more = f"\n  ... and {len(problems) - shown} more" if len(problems) > shown else ""
+    return "\n".join(f"  - {problem}" for problem in problems[:shown]) + more

@@ -38,6 +38,7 @@ from byg_plugin.documents import json_value
 from byg_plugin.finite import first_not_finite, is_finite, refuse_not_finite
 from byg_plugin.models.base import Family
 from byg_plugin.progress import Progress
+from byg_plugin.user_files import file_digest, listed
 
 # Raise when load_image, crop_to_bucket or to_tensor give other pixels of every file; of some alone: media.READER, clips.READER.
 PREPROCESSING = "1"
@@ -258,11 +259,7 @@ class ImageFiles:
             else:
                 seen = media.look(image)
                 size, rest = seen.size, (seen.reader, 1, 0.0)
-            if remembered:
-                digest = remembered.digest
-            else:
-                with open(image, "rb") as file:
-                    digest = _file_digest(file)
+            digest = remembered.digest if remembered else file_digest(image)
         except OSError as error:
             raise ValueError(f"{image}: {error.strerror}; replace it or remove its tuples") from error
         self.known[name] = Known(stat.st_size, stat.st_mtime_ns if settled else -1, digest, *size, *rest)
@@ -270,8 +267,7 @@ class ImageFiles:
 
     def changed(self, image: Path) -> bool:
         """Whether the file is no longer what `look` saw in this run."""
-        with open(image, "rb") as file:
-            return _file_digest(file) != self.look(image).digest
+        return file_digest(image) != self.look(image).digest
 
     def save(self) -> None:
         """Write atomically.
@@ -280,13 +276,6 @@ class ImageFiles:
             ValueError: the disk is full or not writable.
         """
         _write(self.path, json.dumps(self.known).encode())
-
-
-def _file_digest(file: Any) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -682,10 +671,9 @@ def _groups(items: Sequence[T], size: int, kind: Callable[[T], Any]) -> Iterable
 def _check_lost(dataset: DatasetConfig, problems: Sequence[str], lost: Mapping[int, str], tuples: int, cached: int) -> None:
     share = len(lost) / max(1, tuples)
     if problems and share > dataset.max_lost:
-        more = f"\n  ... and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        listed = "\n".join(f"  - {problem}" for problem in problems[:_SHOWN])
         allowed = f"; dataset.max_lost = {dataset.max_lost} allows fewer of {tuples} tuples" if dataset.max_lost else ""
         what = "image(s) or clip(s)" if dataset.frames > 1 else "image(s)"
         raise UnusableImages(
-            f"{len(problems)} {what} of dataset.tuples cannot be used{allowed} (the others are cached, {cached} new):\n{listed}{more}"
+            f"{len(problems)} {what} of dataset.tuples cannot be used{allowed} (the others are cached, {cached} new):\n"
+            + listed(problems, _SHOWN)
         )

@@ -27,7 +27,7 @@ from byg_plugin import _cli
 from byg_plugin.data.rules import ROLES
 from byg_plugin.data.tuples import IMAGE_SUFFIXES, unwritable
 from byg_plugin.documents import utf8
-from byg_plugin.user_files import files_in, hidden_in
+from byg_plugin.user_files import files_in, hidden_in, listed
 
 SUFFIXES = {"instruction": ".txt", "src_caption": ".src.txt", "tgt_caption": ".tgt.txt", "reverse_instruction": ".rev.txt"}
 _SHOWN = 10
@@ -73,9 +73,7 @@ def import_kontext(targets: Path, controls: Path, out: Path) -> Imported:
         else:
             complete.append(record)
     if problems:
-        more = f"\n  ... and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        listed = "\n".join(f"  - {problem}" for problem in problems[:_SHOWN])
-        raise ValueError(f"{len(problems)} problem(s), nothing was written:\n{listed}{more}")
+        raise ValueError(f"{len(problems)} problem(s), nothing was written:\n{listed(problems, _SHOWN)}")
     _write(out, complete)
     _write(incomplete_out, incomplete)
     return Imported(complete=len(complete), incomplete=len(incomplete), out=out, incomplete_out=incomplete_out)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from byg_plugin.data import clips
 from byg_plugin.data.rules import ROLES, RULES, Finding, check_texts
 from byg_plugin.documents import json_value, other_encoding, utf8
-from byg_plugin.user_files import files_in, hidden_in
+from byg_plugin.user_files import files_in, hidden_in, listed
 
 if TYPE_CHECKING:
     from byg_plugin.config.sections import DatasetConfig
@@ -112,10 +112,8 @@ def read_tuples_file(path: Path, root: Path | None = None, *, rules: Literal["er
         discouraged.update(f.reason for f in seen.findings)
         tuples.append(seen.item)
     if problems:
-        more = f"\n  ... and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        listed = "\n".join(f"  - {problem}" for problem in problems[:_SHOWN])
         remedy = '\nto train on such texts all the same: dataset.rules = "warn"' if broken_rule else ""
-        raise ValueError(f"{path}: {len(problems)} problem(s), nothing was done:\n{listed}{more}{remedy}")
+        raise ValueError(f"{path}: {len(problems)} problem(s), nothing was done:\n{listed(problems, _SHOWN)}{remedy}")
     if not tuples:
         raise ValueError(f"{path}: no tuples in it; each line is a JSON object with source, {', '.join(ROLES)}")
     if discouraged:

@@ -10,7 +10,7 @@ from pathlib import Path
 from byg_plugin.data.clips import is_clip
 from byg_plugin.data.tuples import IMAGE_SUFFIXES, MEDIA_SUFFIXES, read_tuples_file
 from byg_plugin.editing.manifest import NAME, read_manifest
-from byg_plugin.user_files import files_in, hidden_in
+from byg_plugin.user_files import files_in, hidden_in, listed
 
 _SHOWN = 20
 _SIDE_BY_SIDE = "_side_by_side"
@@ -134,17 +134,14 @@ def refuse(problems: Sequence[str], what: str) -> None:
         ValueError: there is one.
     """
     if problems:
-        more = f"\n  ... and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        raise ValueError(
-            f"{what}: {len(problems)} problem(s), nothing was scored:\n" + "\n".join(f"  - {one}" for one in problems[:_SHOWN]) + more
-        )
+        raise ValueError(f"{what}: {len(problems)} problem(s), nothing was scored:\n{listed(problems, _SHOWN)}")
 
 
 def _unique(items: Iterable[Item]) -> list[Item]:
-    listed = list(items)
-    twice = [name for name, count in Counter(item.id for item in listed).items() if count > 1]
+    every = list(items)
+    twice = [name for name, count in Counter(item.id for item in every).items() if count > 1]
     refuse([f"{name}: two edits have this name, an image and a clip; rename one" for name in twice], "the edits")
-    return listed
+    return every
 
 
 def _by_stem(folder: Path, option: str, suffixes: Sequence[str] = MEDIA_SUFFIXES) -> dict[str, Path]:

@@ -16,6 +16,7 @@ from byg_plugin.evaluation import frames
 from byg_plugin.evaluation.items import Item
 from byg_plugin.evaluation.metrics.base import Metric, Scores
 from byg_plugin.journal import Journal, mend_last_line, numbered_records
+from byg_plugin.user_files import file_digest
 
 NAME = "scores.jsonl"
 _RECIPE = 1  # raise when a metric gives other scores of the same item
@@ -115,17 +116,9 @@ def _finite(item: Item, metric: str, scores: Scores) -> Scores:
 
 def _contents(item: Item) -> str:
     """What an item's scores are made of, without the metric."""
-    files = [path and _hash(path) for path in (item.source, item.edit, item.reference, item.mask)]
+    files = [path and file_digest(path) for path in (item.source, item.edit, item.reference, item.mask)]
     return json.dumps([files, [getattr(item, name) for name in _TEXTS], item.size])
 
 
 def _key(contents: str, name: str, metric: Metric) -> str:
     return hashlib.sha256(json.dumps([_RECIPE, contents, name, dict(metric.settings)], sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -84,7 +84,7 @@ def prepare(config: Config, resume: str | None = None) -> tuple[Checkout, argpar
     Raises:
         ValueError: something the user can mend.
     """
-    check_launch("musubi.mixed_precision", None)
+    check_launch("musubi.mixed_precision", config.musubi.get("mixed_precision"))
     checkout = open_checkout(config.model)
     args = musubi_options.arguments(config, checkout.parser())
     launch = read_host_launch(config.model, args)

@@ -67,6 +67,9 @@ class Muon(torch.optim.Optimizer):
     def _momentum(self, p: nn.Parameter, decay: float) -> Tensor:
         """The mean of gradients brought up to date, one step ahead (Nesterov)."""
         assert p.grad is not None
-        mean = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p.grad))
+        state = self.state[p]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(p.grad)
+        mean: Tensor = state["momentum_buffer"]
         mean.lerp_(p.grad, 1 - decay)
         return p.grad.lerp(mean, decay)

@@ -164,7 +164,7 @@ def test_a_known_image_is_not_read_again(tmp_path: Path, monkeypatch: pytest.Mon
     for path in tmp_path.glob("*.png"):
         os.utime(path, (1000, 1000))
     run(config)
-    monkeypatch.setattr(cache, "_file_digest", lambda file: pytest.fail("read"))
+    monkeypatch.setattr(cache, "file_digest", lambda path: pytest.fail("read"))
     monkeypatch.setattr(cache.media, "look", lambda path: pytest.fail("opened"))
     run(config)
 
@@ -282,6 +282,6 @@ def test_a_memory_without_readers_is_asked_for_them_and_not_hashed_again(tmp_pat
     path = tmp_path / "cache" / "files.json"
     old = {name: known[:5] for name, known in json.loads(path.read_text()).items()}
     path.write_text(json.dumps(old))
-    monkeypatch.setattr(cache, "_file_digest", lambda file: pytest.fail("read"))
+    monkeypatch.setattr(cache, "file_digest", lambda path: pytest.fail("read"))
     assert run(config)[0].images == 0
     assert all(len(known) == 8 for known in json.loads(path.read_text()).values())
