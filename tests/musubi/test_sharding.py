@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ def test_the_lora_is_that_of_plain_processes(tmp_path: Path, family: str):
     engines = {"plain": {}, "fsdp2": FSDP, **({"zero3": DEEPSPEED} if find_spec("deepspeed") else {})}
     for name, environment in engines.items():
         config = write_config(tmp_path, family, name, max_train_steps=3)
-        in_processes(2, lambda config=config, environment=environment: train(config, environment), tmp_path / "logs")  # type: ignore[misc]
+        in_processes(2, partial(train, config, environment), tmp_path / "logs")
     plain = load_file(tmp_path / "plain/tiny-ema.safetensors")
     for name in list(engines)[1:]:
         said = "".join(path.read_text(encoding="utf-8") for path in (tmp_path / "logs").iterdir())

@@ -7,29 +7,31 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import os
 import signal
 import socket
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.state import AcceleratorState
 
 from byg_plugin.config.loading import parse_config
 from byg_plugin.config.sections import Config
 from byg_plugin.hosts.sharding import blocks_of, bytes_held
 from byg_plugin.training import checkpoint
-from tests.support.tiny import in_child
 
 ZERO = {"overlap_comm": False, "reduce_bucket_size": 500_000, "allgather_bucket_size": 500_000}
+# By the server of the forks, once.
+IMPORTED = ["tests.support.engine_runs", "tests.support.tiny", "tests.support.wan_runs", "diffusers", "peft", "torch._dynamo"]
 
 
 def case(config: Config, engine: str, *, sgd: bool = False, resume: str | None = None) -> dict[str, Any]:
@@ -43,11 +45,11 @@ def run_all(cases: Sequence[dict[str, Any]], processes: int, folder: Path) -> No
     Raises:
         AssertionError: a process failed; with the ends of all outputs.
     """
-    in_processes(processes, lambda: run_cases(cases), folder)
+    in_processes(processes, partial(run_cases, cases), folder)
 
 
 def in_processes(processes: int, work: Callable[[], object], folder: Path, timeout: float = 600.0) -> None:
-    """`work` in so many forked processes with a launcher's variables: what they import is imported here, once.
+    """`work`, which can be pickled, in so many processes with a launcher's variables.
 
     Raises:
         AssertionError: a process failed or did not end in `timeout` seconds; with the ends of all outputs.
@@ -57,31 +59,36 @@ def in_processes(processes: int, work: Callable[[], object], folder: Path, timeo
 
 
 def codes_of(processes: int, work: Callable[[], object], folder: Path, timeout: float = 600.0) -> tuple[list[int], list[str]]:
-    """The exit codes, and the ends of the outputs."""
-    import diffusers  # noqa: F401
-    import peft  # noqa: F401
-    import torch._dynamo
+    """The exit codes, negative for a signal, and the ends of the outputs.
 
+    They are forked from a server that has imported and computed nothing: this process has threads of torch and of pytest-xdist, and
+    a fork of it crashes or hangs now and then. Skips the test where processes cannot fork (Windows).
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        pytest.skip("no fork server on this system")
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload(IMPORTED)
     folder.mkdir(parents=True, exist_ok=True)
-    port, codes = free_port(), [-1] * processes
+    port = free_port()
     outputs = [folder / f"{port}-{rank}.txt" for rank in range(processes)]
+    children = [
+        forks.Process(target=child, args=(work, variables(rank, processes, port), outputs[rank], timeout)) for rank in range(processes)
+    ]
+    for each in children:
+        each.start()
+    for each in children:
+        each.join()
+    return [int(each.exitcode or 0) for each in children], [path.read_text(encoding="utf-8")[-4000:] for path in outputs]
 
-    def child(rank: int) -> None:
-        os.environ.update(variables(rank, processes, port))
-        AcceleratorState._reset_state(reset_partial_state=True)
-        torch.set_num_threads(1)
-        signal.alarm(int(timeout))
-        work()
 
-    def one(rank: int) -> None:
-        codes[rank] = in_child(lambda: child(rank), outputs[rank])
-
-    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(processes)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return codes, [path.read_text(encoding="utf-8")[-4000:] for path in outputs]
+def child(work: Callable[[], object], environment: dict[str, str], output: Path, timeout: float) -> None:
+    target = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(target, 1)
+    os.dup2(target, 2)
+    signal.alarm(int(timeout))
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    work()
 
 
 def free_port() -> int:
@@ -100,6 +107,7 @@ def variables(rank: int, processes: int, port: int) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",  # otherwise accelerate sets the number of threads
     }
 
 

@@ -36,7 +36,7 @@ A14B, T2V = "wan2.2-t2v-a14b", "wan2.1-t2v-1.3b"
 
 def open_tiny(family: str) -> Checkout:
     """The host on a CPU, its names meaning tiny models."""
-    if str(SITE) not in sys.path:
+    if "musubi_stubs" not in sys.modules:
         sys.path.append(str(SITE))
         import musubi_stubs
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -71,26 +73,29 @@ def test_a_run_goes_on_with_another_engine_and_number_of_processes(root: Path, f
     assert difference(root / f"{family}-{index}", root / family) <= 5e-6
 
 
-def ended(out: Path, how: Any, rank: int, **train: Any) -> tuple[list[int], list[str]]:
+def ended(out: Path, how: Callable[[], object], rank: int, **train: Any) -> tuple[list[int], list[str]]:
     """Two processes under FSDP2, of which one meets `how` after step 2."""
-    made = config("flux", out, 6, **train)
+    return codes_of(2, partial(met, config("flux", out, 6, **train), how, rank), out.parent / "logs", timeout=120)
 
-    def work() -> None:
-        accelerator = Accelerator(cpu=True)
 
-        def on_step(trainer: Trainer) -> None:
-            if trainer.step == 2 and accelerator.process_index == rank:
-                how()
+def met(made: Config, how: Callable[[], object], rank: int) -> None:
+    accelerator = Accelerator(cpu=True)
 
-        launch = Launch(sharding=Sharding(kind="fsdp2"))
-        Trainer(made, make_family(made), accelerator, on_step=on_step, launch=launch).run()
+    def on_step(trainer: Trainer) -> None:
+        if trainer.step == 2 and accelerator.process_index == rank:
+            how()
 
-    return codes_of(2, work, out.parent / "logs", timeout=120)
+    launch = Launch(sharding=Sharding(kind="fsdp2"))
+    Trainer(made, make_family(made), accelerator, on_step=on_step, launch=launch).run()
+
+
+def killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_killed_process_ends_the_others_and_loses_nothing_saved(tmp_path: Path):
     started = time.monotonic()
-    codes, outputs = ended(tmp_path / "out", lambda: os.kill(os.getpid(), signal.SIGKILL), 1, save_every=2)
+    codes, outputs = ended(tmp_path / "out", killed, 1, save_every=2)
     assert codes[1] == -signal.SIGKILL and codes[0] not in (0, -signal.SIGALRM), outputs
     assert time.monotonic() - started < 100
     run_all([case(config("flux", tmp_path / "out", 4, save_every=2), "plain", resume="latest")], 1, tmp_path / "logs")
@@ -99,7 +104,7 @@ def test_a_killed_process_ends_the_others_and_loses_nothing_saved(tmp_path: Path
 
 def test_a_process_that_stands_still_ends_the_others_with_the_step_saved(tmp_path: Path):
     """The one that waits says for what, and saves the last whole step."""
-    codes, outputs = ended(tmp_path / "out", lambda: time.sleep(40), 1, collective_timeout=0.25)
+    codes, outputs = ended(tmp_path / "out", partial(time.sleep, 40), 1, collective_timeout=0.25)
     assert codes[0] == EXIT_CODE, outputs
     assert "process 0 has waited 0.25 minutes (train.collective_timeout) for the others: the passes of step 3, in " in outputs[0]
     assert "step 2 is saved now: go on with --resume latest" in outputs[0]
