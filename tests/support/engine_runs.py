@@ -13,7 +13,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
@@ -39,13 +39,13 @@ def case(config: Config, engine: str, *, sgd: bool = False, resume: str | None =
     return {"config": config.model_dump(mode="json"), "engine": engine, "sgd": sgd, "resume": resume}
 
 
-def run_all(cases: Sequence[dict[str, Any]], processes: int, folder: Path) -> None:
+def run_all(cases: Sequence[dict[str, Any]], processes: int, folder: Path, timeout: float = 600.0) -> None:
     """Run them, all in one launch of so many processes.
 
     Raises:
         AssertionError: a process failed; with the ends of all outputs.
     """
-    in_processes(processes, partial(run_cases, cases), folder)
+    in_processes(processes, partial(run_cases, cases), folder, timeout)
 
 
 def in_processes(processes: int, work: Callable[[], object], folder: Path, timeout: float = 600.0) -> None:
@@ -169,7 +169,7 @@ def run_cases(cases: Sequence[dict[str, Any]]) -> None:
         with peak_of(networks) if launch.sharding else nullcontext([]) as peak:
             trainer.run()
         said = {"seconds": time.perf_counter() - started, "held": bytes_held(networks), "peak": max(peak, default=0)}
-        said["block"] = block_bytes(networks)
+        said |= sizes_of(networks, accelerator.num_processes)
         Path(config.output.dir, f"rank-{accelerator.process_index}.json").write_text(json.dumps(said), encoding="utf-8")
     accelerator.wait_for_everyone()
 
@@ -206,9 +206,23 @@ def peak_of(networks: list[torch.nn.Module]) -> Iterator[list[int]]:
             hook.remove()
 
 
-def block_bytes(networks: list[torch.nn.Module]) -> int:
-    """Of the largest block, whole."""
-    return max(bytes_held([block])[1] for network in networks for block in blocks_of(network))
+def sizes_of(networks: list[torch.nn.Module], processes: int) -> dict[str, int]:
+    """Bytes of the base with the padding of its shards: a process's part, and whole the largest block and what is in no block."""
+    blocks = [share_of(block.parameters(), processes) for network in networks for block in blocks_of(network)]
+    share = sum(share_of(network.parameters(), processes) for network in networks)
+    # Of the network itself, and whole throughout a pass: Wan's table of shifts.
+    own = max(share_of(network.parameters(recurse=False), processes) for network in networks)
+    return {"share": share, "block": processes * max(blocks), "outside": processes * (share - sum(blocks)), "own": processes * own}
+
+
+def share_of(parameters: Iterable[torch.nn.Parameter], processes: int) -> int:
+    """Bytes of a process's part of the frozen ones. FSDP2 cuts between rows, ZeRO-3 between elements."""
+    total = 0
+    for weight in (weight for weight in parameters if not weight.requires_grad):
+        elements, rows = getattr(weight, "ds_numel", weight.numel()), weight.shape[0] if weight.dim() else 1
+        pieces = elements if hasattr(weight, "ds_numel") else rows
+        total += -(-pieces // processes) * (elements // pieces) * weight.element_size()
+    return total
 
 
 def use_optimizer(make: Any) -> None:
