@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from typing import Any
 
 import torch
@@ -11,8 +12,7 @@ import torch
 def start_deepspeed() -> Any:
     """The module `deepspeed` over the process group that there is."""
     assert torch.distributed.is_initialized(), "accelerate has made the process group"
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it would warn that it found this out itself
+    _name_the_device()
     import deepspeed
     import deepspeed.ops
 
@@ -21,3 +21,16 @@ def start_deepspeed() -> Any:
         deepspeed.ops.__compatible_ops__ = {}
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
     return deepspeed
+
+
+def can_use_nvme() -> bool:
+    """Whether the machine has what DeepSpeed's file reader is compiled with at its first use."""
+    _name_the_device()
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    return bool(AsyncIOBuilder().is_compatible(verbose=False)) and all(map(shutil.which, ("ninja", "c++")))
+
+
+def _name_the_device() -> None:
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it would warn that it found this out itself

@@ -11,9 +11,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from byg_plugin import families
-from byg_plugin.config.extras import require
 from byg_plugin.training import deepspeed_settings, fsdp_settings
-from byg_plugin.training.launch import Launch, check_launch, is_on
+from byg_plugin.training.launch import Launch, check_launch, is_on, require_deepspeed
 
 if TYPE_CHECKING:
     from byg_plugin.config.sections import ModelConfig
@@ -40,7 +39,7 @@ def read_host_launch(model: ModelConfig, args: Any, environment: Mapping[str, st
                 f"{origin}: zero_optimization.stage = {launch.stage} shards the LoRA's optimizer, which is the host's own: set stage 3, "
                 "which shards the frozen base"
             )
-        require("deepspeed", "accelerate launch asks for DeepSpeed and", "deepspeed", "launch plain multi-GPU")
+        require_deepspeed(launch, origin)
     elif is_on(environment, "ACCELERATE_USE_FSDP"):
         launch = Launch(sharding=fsdp_settings.asked(environment, "musubi.gradient_checkpointing", bool(args.gradient_checkpointing)))
     else:

@@ -140,6 +140,8 @@ def resolved(settings: Mapping[str, Any], origin: str, terms: Terms) -> dict[str
         raise ValueError(f"{origin}: zero_optimization.stage = {stage!r}: give 1, 2 or 3; without ZeRO, launch plain multi-GPU")
     zero = {key: _AUTO_SIZES[key] if value == "auto" and key in _AUTO_SIZES else value for key, value in zero.items()}
     for part in ("offload_param", "offload_optimizer"):
+        if not isinstance(zero.get(part) or {}, Mapping):
+            raise ValueError(f'{origin}: zero_optimization.{part} = {zero[part]!r}: give a block, e.g. {{"device": "cpu"}}')
         if (zero.get(part) or {"device": "none"}).get("device") in (None, "none"):
             zero.pop(part, None)
     for key, value in zero.items():
@@ -197,6 +199,8 @@ def _of_stages_1_and_2(zero: dict[str, Any], origin: str, terms: Terms) -> dict[
         )
     if "offload_param" in zero:
         raise ValueError(f"{origin}: zero_optimization.offload_param is for stage 3, the stage is {zero['stage']}: leave it out")
+    if (zero.get("offload_optimizer") or {"device": "cpu"})["device"] != "cpu":
+        raise ValueError(f'{origin}: zero_optimization.offload_optimizer.device = {zero["offload_optimizer"]["device"]!r}: give "cpu"')
     if zero.get("round_robin_gradients"):
         raise ValueError(f"{origin}: zero_optimization.round_robin_gradients is not done here: leave it out")
     # Of stage 3, in files that are written for every stage.
@@ -208,6 +212,15 @@ def _of_stage_3(zero: dict[str, Any], origin: str) -> dict[str, Any]:
         raise ValueError(
             f"{origin}: zero_optimization.offload_optimizer: with stage 3 the frozen base is sharded and the LoRA's optimizer stays whole "
             "on every device, under 1 GB: leave it out"
+        )
+    offload = zero.get("offload_param") or {}
+    if offload.get("device", "cpu") not in ("cpu", "nvme"):
+        raise ValueError(f'{origin}: zero_optimization.offload_param.device = {offload["device"]!r}: give "cpu", "nvme" or "none"')
+    folder = str(offload.get("nvme_path") or "")
+    if offload.get("device") == "nvme" and not (folder and Path(folder).is_dir()):
+        raise ValueError(
+            f'{origin}: zero_optimization.offload_param.device = "nvme", and nvme_path = {folder!r} is no folder: give one on a fast '
+            "local disk"
         )
     if zero.get("memory_efficient_linear"):
         raise ValueError(

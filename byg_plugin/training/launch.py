@@ -92,9 +92,31 @@ def read_launch(config: Config, family: Family | None = None, environment: Mappi
 
 def _deepspeed(train: TrainConfig, accumulation: int, environment: Mapping[str, str]) -> Launch:
     settings, origin = deepspeed_settings.asked(environment)
-    resolved = deepspeed_settings.resolved(settings, origin, deepspeed_settings.Terms.of(train, accumulation))
+    launch = Launch.of_deepspeed(deepspeed_settings.resolved(settings, origin, deepspeed_settings.Terms.of(train, accumulation)))
+    require_deepspeed(launch, origin)
+    return launch
+
+
+def require_deepspeed(launch: Launch, origin: str) -> None:
+    """Before anything is loaded: DeepSpeed, and what it needs of the machine.
+
+    Args:
+        launch: of DeepSpeed.
+        origin: its configuration, for messages.
+
+    Raises:
+        ValueError: says what to install.
+    """
     require("deepspeed", "accelerate launch asks for DeepSpeed and", "deepspeed", "launch plain multi-GPU")
-    return Launch.of_deepspeed(resolved)
+    if launch.sharding.offload != "nvme":
+        return
+    from byg_plugin.hosts.deepspeed import can_use_nvme
+
+    if not can_use_nvme():
+        raise ValueError(
+            f'{origin}: zero_optimization.offload_param.device = "nvme" needs what DeepSpeed compiles its async_io with, a C++ compiler, '
+            'ninja and libaio\'s headers: apt install g++ ninja-build libaio-dev, or set device to "cpu"'
+        )
 
 
 def check_sharding(config: Config, launch: Launch) -> None:

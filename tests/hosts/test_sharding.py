@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -72,3 +74,53 @@ def _bytes(parameter: torch.Tensor) -> int:
 
 def test_the_base_is_read_once_and_handed_on_in_its_types(tmp_path: Path):
     in_processes(2, cut, tmp_path)
+
+
+class Linears(nn.Module):
+    """Of 4 MiB each: DeepSpeed leaves pieces of less than 1 MiB in main memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.blocks = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(3)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.blocks(x)
+
+
+def gradient(network: nn.Module) -> torch.Tensor:
+    x = torch.linspace(-1, 1, 2048).view(2, 1024).requires_grad_()
+    network(x).square().sum().backward()
+    assert x.grad is not None
+    return x.grad
+
+
+def on_disk(folder: Path) -> None:
+    from byg_plugin.config.sections import TrainConfig
+    from byg_plugin.hosts.zero3 import Zero3Shards
+    from byg_plugin.training.deepspeed_settings import Terms, resolved
+
+    Accelerator(cpu=True)
+    offload = {"device": "nvme", "nvme_path": str(folder), "buffer_size": 2**20}
+    settings = resolved({"zero_optimization": {"stage": 3, "offload_param": offload}}, "test", Terms.of(TrainConfig(steps=1), 1))
+    made = Linears().requires_grad_(False)
+    expected = gradient(made)
+    shards = Zero3Shards(CPU, settings)
+    shards.cut(made)
+    for _ in range(2):
+        assert torch.equal(gradient(made), expected)
+        shards.after_backward()
+    held, whole = bytes_held([made])
+    assert whole == 3 * 4 * (2**20 + 1024) and held == 3 * 4 * (1024 / 2 + 1), "the biases, and a number for each weight"
+
+
+@pytest.mark.timeout(900)  # DeepSpeed compiles its reader at the first use
+def test_a_base_on_a_disk_computes_the_same(tmp_path: Path):
+    pytest.importorskip("deepspeed", reason='DeepSpeed is not installed: pip install -e ".[deepspeed]"')
+    from byg_plugin.hosts.deepspeed import can_use_nvme
+
+    if not can_use_nvme():
+        pytest.skip("DeepSpeed cannot compile its reader here: apt install g++ ninja-build libaio-dev")
+    (tmp_path / "disk").mkdir()
+    in_processes(2, partial(on_disk, tmp_path / "disk"), tmp_path / "logs")
+    assert sum(path.stat().st_size for path in (tmp_path / "disk").rglob("*.swp")) == 3 * 4 * 2**20

@@ -74,6 +74,11 @@ REFUSED = [
     (zero(), {"optimizer": "muon"}, 'train.optimizer = "muon" does not step as whole matrices'),
     (zero(), {"optimizer": "adamw8bit"}, 'train.optimizer = "adamw8bit"'),
     (zero(stage=3, offload_optimizer={"device": "cpu"}), {}, "offload_optimizer: with stage 3 the frozen base is sharded"),
+    (zero(offload_optimizer={"device": "nvme"}), {}, "offload_optimizer.device = 'nvme': give \"cpu\""),
+    (zero(stage=3, offload_param="cpu"), {}, "offload_param = 'cpu': give a block"),
+    (zero(stage=3, offload_param={"device": "disk"}), {}, 'offload_param.device = \'disk\': give "cpu", "nvme" or "none"'),
+    (zero(stage=3, offload_param={"device": "nvme"}), {}, "nvme_path = '' is no folder: give one on a fast local disk"),
+    (zero(stage=3, offload_param={"device": "nvme", "nvme_path": "/no/such"}), {}, "nvme_path = '/no/such' is no folder"),
     (zero(stage=3, memory_efficient_linear=True), {}, "memory_efficient_linear = true keeps the inputs"),
 ]
 

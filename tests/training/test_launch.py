@@ -126,6 +126,19 @@ def test_deepspeed_that_is_not_installed_is_named_with_its_extra(tmp_path: Path,
         read_launch(config(tmp_path), environment=DEEPSPEED)
 
 
+def test_nvme_needs_what_its_reader_is_compiled_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("byg_plugin.training.launch.require", lambda *names: None)
+    environment = DEEPSPEED | {
+        "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "nvme",
+        "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_NVME_PATH": str(tmp_path),
+    }
+    monkeypatch.setattr("byg_plugin.hosts.deepspeed.can_use_nvme", lambda: False)
+    with pytest.raises(ValueError, match='offload_param.device = "nvme" needs .* apt install g.. ninja-build libaio-dev'):
+        read_launch(config(tmp_path), environment=environment)
+    monkeypatch.setattr("byg_plugin.hosts.deepspeed.can_use_nvme", lambda: True)
+    assert read_launch(config(tmp_path), environment=environment).name == "ZeRO-3, nvme offload"
+
+
 def test_an_offloaded_expert_is_no_shard(tmp_path: Path):
     from tests.support import wan_runs
 

@@ -17,7 +17,7 @@ from byg_plugin.config.sections import Config
 from byg_plugin.models import make_family
 from byg_plugin.training.loop import Trainer
 from tests.support import ROOT
-from tests.support.engine_runs import difference
+from tests.support.engine_runs import difference, free_port
 from tests.support.tiny import curve, make_trainer, run_config
 
 pytestmark = pytest.mark.timeout(900)  # interpreters start
@@ -43,13 +43,19 @@ def write_toml(path: Path, made: Config) -> Path:
     return path
 
 
-def launched(toml: Path, *options: str) -> subprocess.CompletedProcess[str]:
+def started(toml: Path, *options: str) -> subprocess.Popen[str]:
     """On a CPU, where no process finds a card."""
-    words = [*LAUNCH, *options, "--main_process_port", "0", "--mixed_precision", "no", str(ROOT / "byg_plugin/train_network.py")]
+    words = [*LAUNCH, *options, "--mixed_precision", "no", str(ROOT / "byg_plugin/train_network.py")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [*words, "--config", str(toml)], capture_output=True, text=True, env=environment, cwd=ROOT, check=False, timeout=800
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([*words, "--config", str(toml)], env=environment, cwd=ROOT, **pipes)
+
+
+def launched(toml: Path, *options: str) -> tuple[int, str]:
+    """Exit code and output."""
+    process = started(toml, *options, "--main_process_port", "0")
+    output, _ = process.communicate(timeout=800)
+    return process.returncode, output
 
 
 @pytest.fixture(scope="module")
@@ -64,23 +70,42 @@ def test_the_shipped_configurations_train_the_weights_of_one_process(engine: str
     if engine != "fsdp2" and not find_spec("deepspeed"):
         pytest.skip('DeepSpeed is not installed: pip install -e ".[deepspeed]"')
     toml = write_toml(tmp_path / "run.toml", config(tmp_path / "out"))
-    done = launched(toml, "--config_file", str(ROOT / f"configs/accelerate/{engine}.yaml"), "--num_processes", "2")
-    assert done.returncode == 0, done.stderr[-4000:]
+    code, output = launched(toml, "--config_file", str(ROOT / f"configs/accelerate/{engine}.yaml"), "--num_processes", "2")
+    assert code == 0, output[-4000:]
     for rank in (0, 1):
-        assert f"[RANK {rank}] engine: {NAMES[engine]}, base held by this rank " in done.stderr, "accepted, and not ignored"
+        assert f"[RANK {rank}] engine: {NAMES[engine]}, base held by this rank " in output, "accepted, and not ignored"
     assert difference(tmp_path / "out", reference) <= 5e-6
     assert curve(tmp_path / "out", "validation.jsonl")[0]["step"] == 2
     assert {path.name for path in (tmp_path / "out/previews").iterdir()} == {"step-000000", "step-000002"}
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+def test_two_machines_train_the_weights_of_one_process(engine: str, tmp_path: Path, reference: Path):
+    """As docs/distributed.md says it, on the loopback device: two launchers that know of each other by address alone."""
+    options = ["--config_file", str(ROOT / f"configs/accelerate/{engine}.yaml"), "--num_machines", "2", "--num_processes", "2"]
+    options += ["--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port())]
+    if engine == "zero3":
+        pytest.importorskip("deepspeed", reason='DeepSpeed is not installed: pip install -e ".[deepspeed]"')
+        options += ["--deepspeed_multinode_launcher", "standard"]
+    toml = write_toml(tmp_path / "run.toml", config(tmp_path / "out"))
+    machines = [started(toml, *options, "--machine_rank", str(rank)) for rank in (0, 1)]
+    outputs = [machine.communicate(timeout=800)[0] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], outputs
+    for rank, output in enumerate(outputs):
+        assert f"[RANK {rank}] engine: {NAMES[engine]}, base held by this rank " in output
+    assert difference(tmp_path / "out", reference) <= 5e-6
 
 
 def test_a_contradiction_is_named_before_anything_is_loaded(tmp_path: Path):
     toml = write_toml(tmp_path / "run.toml", config(tmp_path / "out"))
     settings = tmp_path / "ds.json"
     settings.write_text(json.dumps({"zero_optimization": {"stage": 2}, "optimizer": {"type": "AdamW"}}), encoding="utf-8")
-    done = launched(toml, "--use_deepspeed", "--deepspeed_config_file", str(settings), "--num_processes", "1", "--num_machines", "1")
+    code, output = launched(
+        toml, "--use_deepspeed", "--deepspeed_config_file", str(settings), "--num_processes", "1", "--num_machines", "1"
+    )
     if find_spec("deepspeed"):
-        assert f"{settings}: optimizer: the optimizer is train.optimizer; leave it out" in done.stderr
-    assert done.returncode != 0 and not (tmp_path / "out").exists()
+        assert f"{settings}: optimizer: the optimizer is train.optimizer; leave it out" in output
+    assert code != 0 and not (tmp_path / "out").exists()
 
 
 def test_one_process_holds_the_base_in_main_memory_and_trains_the_same(tmp_path: Path, reference: Path):
