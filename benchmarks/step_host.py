@@ -19,6 +19,7 @@ from byg_plugin.config.sections import SECTIONS_OF_OBJECTIVES, Config
 from byg_plugin.data.rules import ROLES
 from byg_plugin.families.geometry import Geometry
 from byg_plugin.hosts.diffusers import DiffusersHost
+from byg_plugin.hosts.sharding import Sharding
 from byg_plugin.models.flux import FluxFamily
 from byg_plugin.models.wan import WanFamily
 from byg_plugin.objectives import make_objective
@@ -38,6 +39,11 @@ class RandomFlux(FluxFamily):
         from diffusers import FluxTransformer2DModel
 
         yield "transformer", random_network(FluxTransformer2DModel, self._shape.transformer, dtype, self._device)
+
+    def meta_transformers(self) -> dict[str, nn.Module]:
+        from diffusers import FluxTransformer2DModel
+
+        return {"transformer": random_network(FluxTransformer2DModel, self._shape.transformer, torch.float32, torch.device("meta"))}
 
 
 class RandomWan(WanFamily):
@@ -109,7 +115,7 @@ class StepHost(DiffusersHost):
         self.set_strength(1.0)
 
 
-def make_host(shape: Shape, device: torch.device) -> StepHost:
+def make_host(shape: Shape, device: torch.device, sharding: Sharding | None = None) -> StepHost:
     """A host of this shape whose LoRA is awake, with EMA weights that differ from the live ones."""
     config = parse_config(
         {
@@ -122,7 +128,7 @@ def make_host(shape: Shape, device: torch.device) -> StepHost:
         }
     )
     family = RandomWan if shape.family.startswith("wan") else RandomFlux
-    host = StepHost(config, family(config, shape, device), device)
+    host = StepHost(config, family(config, shape, device), device, sharding=sharding)
     rng = torch.Generator().manual_seed(1)
     for name, parameter in host.parameters.items():
         if ".lora_B." in name:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +28,7 @@ _REFUSED = {
     ),
     "ACCELERATE_DYNAMO_BACKEND": ("dynamo", "inside which the LoRA cannot be taken off: answer NO; on the musubi host set musubi.compile"),
 }
+_DEEPSPEED = (0, 19, 8)
 _PLAIN = ("NO", "MULTI_GPU", "MULTI_CPU", "MULTI_XPU")
 
 
@@ -108,6 +110,12 @@ def require_deepspeed(launch: Launch, origin: str) -> None:
         ValueError: says what to install.
     """
     require("deepspeed", "accelerate launch asks for DeepSpeed and", "deepspeed", "launch plain multi-GPU")
+    # Before it a gradient that is not finite has a norm of 1.
+    if (found := _numbers(version("deepspeed"))) < _DEEPSPEED:
+        raise ValueError(
+            f"accelerate launch asks for DeepSpeed, and this is {'.'.join(map(str, found))}: pip install 'deepspeed>=0.19.8', or launch "
+            "plain multi-GPU"
+        )
     if launch.sharding.offload != "nvme":
         return
     from byg_plugin.hosts.deepspeed import can_use_nvme
@@ -117,6 +125,11 @@ def require_deepspeed(launch: Launch, origin: str) -> None:
             f'{origin}: zero_optimization.offload_param.device = "nvme" needs what DeepSpeed compiles its async_io with, a C++ compiler, '
             'ninja and libaio\'s headers: apt install g++ ninja-build libaio-dev, or set device to "cpu"'
         )
+
+
+def _numbers(version_: str) -> tuple[int, ...]:
+    """Of 0.19.8+cu12: (0, 19, 8)."""
+    return tuple(int(part) for part in version_.partition("+")[0].split(".")[:3])
 
 
 def check_sharding(config: Config, launch: Launch) -> None:

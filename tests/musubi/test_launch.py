@@ -31,7 +31,7 @@ def read(tmp_path: Path, environment: dict[str, str], family: str = "flux", **gi
 
 
 def test_what_the_launcher_asks_of_this_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("byg_plugin.musubi.launch.require", lambda *names: None)
+    monkeypatch.setattr("byg_plugin.musubi.launch.require_deepspeed", lambda *names: None)
     assert read(tmp_path, {}) == Launch()
     assert read(tmp_path, FSDP).name == "FSDP2" and read(tmp_path, DEEPSPEED).name == "ZeRO-3"
 
@@ -53,6 +53,6 @@ REFUSED: list[tuple[dict[str, str], str, dict[str, Any], str]] = [
 def test_what_cannot_be_in_shards_here_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], family: str, given: dict[str, Any], says: str
 ):
-    monkeypatch.setattr("byg_plugin.musubi.launch.require", lambda *names: None)
+    monkeypatch.setattr("byg_plugin.musubi.launch.require_deepspeed", lambda *names: None)
     with pytest.raises(ValueError, match=says):
         read(tmp_path, environment, family, **given)

@@ -115,9 +115,23 @@ NOT_IN_SHARDS: list[tuple[dict[str, str], dict[str, Any], str]] = [
 def test_what_cannot_be_in_shards_is_refused_by_its_key(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], sections: dict[str, Any], says: str
 ):
-    monkeypatch.setattr("byg_plugin.training.launch.require", lambda *names: None)
+    pretend_deepspeed(monkeypatch)
     with pytest.raises(ValueError, match=says):
         read_launch(config(tmp_path, **sections), environment=environment)
+
+
+def pretend_deepspeed(monkeypatch: pytest.MonkeyPatch, version: str = "0.19.8+cu12") -> None:
+    monkeypatch.setattr("byg_plugin.training.launch.require", lambda *names: None)
+    monkeypatch.setattr("byg_plugin.training.launch.version", lambda name: version)
+
+
+@pytest.mark.parametrize("version", ["0.19.7", "0.9.10"])
+def test_a_deepspeed_whose_norms_hide_what_is_not_finite_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str):
+    pretend_deepspeed(monkeypatch, version)
+    with pytest.raises(ValueError, match=f"this is {version}: pip install 'deepspeed>=0.19.8'"):
+        read_launch(config(tmp_path), environment=DEEPSPEED)
+    pretend_deepspeed(monkeypatch, "0.20.0")
+    assert read_launch(config(tmp_path), environment=DEEPSPEED).name == "ZeRO-3"
 
 
 def test_deepspeed_that_is_not_installed_is_named_with_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -127,7 +141,7 @@ def test_deepspeed_that_is_not_installed_is_named_with_its_extra(tmp_path: Path,
 
 
 def test_nvme_needs_what_its_reader_is_compiled_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("byg_plugin.training.launch.require", lambda *names: None)
+    pretend_deepspeed(monkeypatch)
     environment = DEEPSPEED | {
         "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "nvme",
         "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_NVME_PATH": str(tmp_path),

@@ -130,9 +130,8 @@ class _ExpertEngine:
             parameter.register_post_accumulate_grad_hook(lambda p: self.reached.add(id(p)))
 
     def norm(self) -> Tensor:
-        """Of the averaged gradients; DeepSpeed says -1 for one that is not finite."""
-        norm = torch.as_tensor(self.zero.scaled_global_norm()).float()
-        return torch.where(norm < 0, torch.full_like(norm, torch.inf), norm)
+        """Of the averaged gradients; infinite where one is not finite (DeepSpeed before 0.19.8 says 1)."""
+        return torch.as_tensor(self.zero.scaled_global_norm()).float()
 
     def step(self, lr: float) -> None:
         for group in self.zero.param_groups:
