@@ -19,6 +19,7 @@ setup(
     package_data={
         "byg_plugin.configs": ["*.toml", "accelerate/*.yaml"],
         "byg_plugin.dataset_tools.review_page": ["static/*"],
+        "byg_plugin.evaluation.vote": ["static/*"],
         "byg_plugin.models": ["assets/**/*"],
     },
     # What MANIFEST.in adds to the sdist, the demo's weights of fifteen megabytes among it, stays out of the wheel.

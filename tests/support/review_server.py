@@ -51,11 +51,13 @@ class Server:
         self.port = 0
         self.start()
 
+    def command(self) -> list[str]:
+        """The words after python, without the port."""
+        return [str(ROOT / "dataset_tools" / "review.py"), str(self.tuples), "--root", str(self._root)]
+
     def start(self) -> None:
-        arguments = [str(self.tuples), "--root", str(self._root), "--port", str(self.port)]
-        self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "dataset_tools" / "review.py"), *arguments], stdout=subprocess.PIPE, text=True
-        )
+        words = [sys.executable, *self.command(), "--port", str(self.port)]
+        self.process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
         for line in self.process.stdout:
             if found := re.match(r"http://127\.0\.0\.1:(\d+)/", line):
                 self.port = int(found[1])

@@ -6,39 +6,24 @@ skipped; with BYG_REQUIRE_BROWSER=1, as CI sets it, they fail.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NoReturn
 
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, Page, Playwright, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
 from byg_plugin.data.clips import write_clip
 from byg_plugin.data.rules import ROLES
+from tests.support.browser import browser as browser
+from tests.support.browser import browser_path, without_browser
 from tests.support.review_server import PATIENCE, Server, on_disk, record, statuses, write_tuples
 
 MARKUP = '<img src=x onerror="window.broken = true"><b>bold</b> & </textarea><script>window.broken = true</script>'
-
-
-def browser_path(playwright: Playwright) -> str | None:
-    """The Chromium that is there: one that is named, one on the PATH, or the one that playwright has installed."""
-    names = ("chromium", "chromium-browser", "google-chrome")
-    found = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
-    own = playwright.chromium.executable_path
-    return found or (own if Path(own).is_file() else None)
-
-
-def without_browser(reason: str) -> NoReturn:
-    """Skip, or fail where a browser must be there."""
-    if os.environ.get("BYG_REQUIRE_BROWSER"):
-        pytest.fail(f"BYG_REQUIRE_BROWSER is set and there is {reason}")
-    pytest.skip(f"the review page is not tested: {reason}")
 
 
 def test_without_a_browser_its_tests_skip_and_where_it_must_be_there_they_fail(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
@@ -54,18 +39,6 @@ def test_without_a_browser_its_tests_skip_and_where_it_must_be_there_they_fail(m
         without_browser("no Chromium")
     (tmp_path / "chrome").touch()
     assert browser_path(playwright) == str(tmp_path / "chrome")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        found = browser_path(playwright)
-        if found is None:
-            without_browser("no Chromium on the PATH, at CHROMIUM or from `playwright install chromium`")
-        launched = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"], timeout=PATIENCE * 1000)
-        expect.set_options(timeout=PATIENCE * 1000)
-        yield launched
-        launched.close()
 
 
 class Window:

@@ -1,0 +1,115 @@
+"use strict";
+
+const at = id => document.getElementById(id);
+const roles = ["reference", "left", "right"];
+let rater = "", pairs = [], shown = 0, busy = false;
+
+function say(text) {
+  at("notice").textContent = text;
+  at("notice").hidden = !text;
+}
+
+async function ask(address, body) {
+  const options = body ? {method: "POST", headers: {"Content-Type": "application/json"}, body: JSON.stringify(body)} : {};
+  const answer = await fetch(address, options);
+  if (!answer.ok) throw new Error(await answer.text());
+  return answer.json();
+}
+
+function nextOpen(from) {
+  const order = [...pairs.keys()].map(step => (from + step) % pairs.length);
+  return order.find(index => !pairs[index].voted);
+}
+
+async function start(event) {
+  event.preventDefault();
+  try {
+    rater = at("rater").value.trim();
+    pairs = (await ask(`/api/raters/${encodeURIComponent(rater)}`)).pairs;
+  } catch (error) {
+    return say(error.message);
+  }
+  say("");
+  at("start").hidden = true;
+  go(nextOpen(0));
+}
+
+function go(index) {
+  at("vote").hidden = index === undefined;
+  at("end").hidden = index !== undefined;
+  for (const role of roles) at(role).replaceChildren();
+  if (index === undefined) return;
+  shown = index;
+  const pair = pairs[index];
+  at("progress").textContent = `${index + 1} of ${pairs.length}, ${pairs.filter(one => one.voted).length} voted on`;
+  at("instruction").textContent = pair.instruction;
+  document.querySelector(".kind").textContent = pair.kind === "clip" ? "video" : "image";
+  at("play").hidden = pair.kind !== "clip";
+  for (const side of ["left", "right"]) at(`vote-${side}`).setAttribute("aria-pressed", pair.voted === side);
+  for (const role of roles) {
+    const picture = document.createElement(pair.kind === "clip" ? "video" : "img");
+    if (pair.kind === "clip") Object.assign(picture, {muted: true, preload: "auto"});
+    else picture.alt = role;
+    picture.src = `/media/${encodeURIComponent(rater)}/${index}/${role}`;
+    at(role).append(picture);
+  }
+  const clips = films();
+  if (clips.length) Promise.all(clips.map(clip => new Promise(ready => clip.addEventListener("canplaythrough", ready, {once: true})))).then(play);
+}
+
+const films = () => [...document.querySelectorAll("#pictures video")];
+
+// The results follow the reference: one frame's drift is corrected, and the first to end starts all again.
+function play() {
+  const clips = films();
+  for (const clip of clips) {
+    clip.onended = () => { for (const one of films()) { one.currentTime = 0; one.play(); } };
+    clip.play();
+  }
+}
+
+function keepInStep() {
+  const [reference, ...results] = films();
+  if (reference && !reference.paused && !reference.seeking) {
+    for (const clip of results) if (!clip.seeking && Math.abs(clip.currentTime - reference.currentTime) > 0.08) clip.currentTime = reference.currentTime;
+  }
+  requestAnimationFrame(keepInStep);
+}
+
+function toggle() {
+  const clips = films();
+  if (clips.some(clip => !clip.paused)) for (const clip of clips) clip.pause();
+  else for (const clip of clips) clip.play();
+}
+
+async function vote(side) {
+  if (busy || at("vote").hidden) return;
+  busy = true;
+  try {
+    const pair = pairs[shown];
+    await ask(`/api/raters/${encodeURIComponent(rater)}/${shown}`, {key: pair.key, side});
+    pair.voted = side;
+    say("");
+    go(nextOpen(shown));
+  } catch (error) {
+    say(`Not saved: ${error.message}`);
+  } finally {
+    busy = false;
+  }
+}
+
+at("start").addEventListener("submit", start);
+for (const side of ["left", "right"]) at(`vote-${side}`).addEventListener("click", () => vote(side));
+at("back").addEventListener("click", () => go((shown + pairs.length - 1) % pairs.length));
+at("skip").addEventListener("click", () => go(nextOpen(shown + 1) ?? (shown + 1) % pairs.length));
+at("again").addEventListener("click", () => go(0));
+at("pause").addEventListener("click", () => { go(undefined); at("end").hidden = true; at("start").hidden = false; });
+at("play").addEventListener("click", toggle);
+document.addEventListener("keydown", event => {
+  if (at("vote").hidden || event.repeat || event.ctrlKey || event.metaKey || event.altKey) return;
+  const keys = {ArrowLeft: () => vote("left"), ArrowRight: () => vote("right"), " ": toggle};
+  if (!keys[event.key] || (event.key === " " && at("play").hidden)) return;
+  event.preventDefault();
+  keys[event.key]();
+});
+requestAnimationFrame(keepInStep);

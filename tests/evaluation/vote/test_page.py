@@ -1,0 +1,142 @@
+"""The vote in a server of its own and in a real browser; see tests/dataset_tools/review/test_browser.py for what it needs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Page, expect
+
+from byg_plugin.evaluation.vote.ballots import order, read_votes
+from tests.support.browser import browser as browser
+from tests.support.review_server import PATIENCE
+from tests.support.vote_server import VoteServer
+
+Runs = tuple[Path, Path]
+Serve = Callable[[Runs], VoteServer]
+
+
+def post(server: VoteServer, rater: str, position: int, side: str, **headers: str) -> int:
+    pair = server.pairs[order(server.pairs, rater)[position][0]]
+    own = {"Content_Type": "application/json", "Origin": server.url.rstrip("/")}
+    return server.ask(f"/api/raters/{rater}/{position}", "POST", {"key": pair.key, "side": side}, **{**own, **headers})[0]
+
+
+def test_a_vote_is_for_the_run_on_that_side_and_on_disk_at_once(runs: Runs, serve: Serve):
+    server = serve(runs)
+    for position, side in enumerate(("left", "right", "left", "right")):
+        assert post(server, "ada", position, side) == 200
+        index, left = order(server.pairs, "ada")[position]
+        files = {name: getattr(server.pairs[index], name).edit.read_bytes() for name in ("a", "b")}
+        shown = server.ask(f"/media/ada/{position}/{side}")[2]
+        vote = read_votes(server.votes)[-1]
+        assert shown == files[vote.choice] != files["b" if vote.choice == "a" else "a"]
+        assert (vote.choice == left) == (side == "left") and vote.key == server.pairs[index].key
+        assert server.ask(f"/media/ada/{position}/reference")[2] == server.pairs[index].a.source.read_bytes()
+    server.kill()
+    server.start()
+    session = json.loads(server.ask("/api/raters/ada")[2])["pairs"]
+    assert [pair["voted"] for pair in session] == ["left", "right", "left", "right"]
+    assert all(set(pair) == {"key", "instruction", "kind", "voted"} for pair in session), "nothing tells which run is where"
+    assert [pair["voted"] for pair in json.loads(server.ask("/api/raters/bob")[2])["pairs"]] == [None] * 4
+
+
+def test_who_votes_twice_changes_the_vote_and_both_lines_stay(runs: Runs, serve: Serve):
+    server = serve(runs)
+    assert [post(server, "ada", 0, side) for side in ("left", "right")] == [200, 200]
+    first, second = read_votes(server.votes)
+    assert first.key == second.key and first.choice != second.choice
+    assert json.loads(server.ask("/api/raters/ada")[2])["pairs"][0]["voted"] == "right"
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("/media/ada/4/left", 404),
+        ("/media/ada/-1/left", 404),
+        ("/media/ada/9999999999999/left", 404),
+        ("/media/ada/0/a", 404),
+        ("/api/raters/%00", 400),
+        (f"/api/raters/{'x' * 65}", 400),
+        ("/api/raters/%20", 400),
+        ("/votes.jsonl", 404),
+    ],
+)
+def test_what_is_not_there_is_not_sent(runs: Runs, serve: Serve, path: str, status: int):
+    assert serve(runs).ask(path)[0] == status
+
+
+def test_other_sites_and_wrong_bodies_write_nothing(runs: Runs, serve: Serve):
+    server = serve(runs)
+    assert post(server, "ada", 0, "left", Origin="http://evil.example") == 403
+    assert post(server, "ada", 0, "left", Host="evil.example") == 403
+    assert post(server, "ada", 0, "middle") == 400
+    own = {"Content_Type": "application/json", "Origin": server.url.rstrip("/")}
+    assert server.ask("/api/raters/ada/0", "POST", {"key": "other", "side": "left"}, **own)[0] == 410
+    assert server.ask("/api/raters/ada/0", "POST", b"{", **own)[0] == 400
+    assert read_votes(server.votes) == []
+
+
+def enter(browser: Browser, server: VoteServer, rater: str) -> tuple[Page, list[str]]:
+    page, complaints = browser.new_page(viewport={"width": 1280, "height": 800}), []
+    page.set_default_timeout(PATIENCE * 1000)
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("console", lambda message: message.type == "error" and complaints.append(message.text))
+    page.goto(server.url)
+    page.fill("#rater", rater)
+    page.keyboard.press("Enter")
+    return page, complaints
+
+
+def test_a_rater_votes_pauses_reloads_and_ends(runs: Runs, serve: Serve, browser: Browser):
+    server = serve(runs)
+    page, complaints = enter(browser, server, "Ada Ö")
+    expect(page.locator("#progress")).to_have_text("1 of 4, 0 voted on")
+    expect(page.locator("#question")).to_contain_text("Which image is the better editing result?")
+    index, _ = order(server.pairs, "Ada Ö")[0]
+    expect(page.locator("#instruction")).to_have_text(server.pairs[index].a.instruction)
+    widths = page.locator("#pictures img").evaluate_all("all => Promise.all(all.map(one => one.decode().then(() => one.naturalWidth)))")
+    assert widths == [40, 40, 40]
+    page.click("#vote-left")
+    expect(page.locator("#progress")).to_have_text("2 of 4, 1 voted on")
+    page.keyboard.press("ArrowRight")
+    expect(page.locator("#progress")).to_have_text("3 of 4, 2 voted on")
+    page.click("#pause")
+    expect(page.locator("#vote")).to_be_hidden()
+    page.reload()
+    page.fill("#rater", "Ada Ö")
+    page.click("#start button")
+    expect(page.locator("#progress")).to_have_text("3 of 4, 2 voted on")
+    page.click("#back")
+    expect(page.locator("#vote-right")).to_have_attribute("aria-pressed", "true")
+    page.keyboard.press("ArrowLeft")  # changes the second vote
+    expect(page.locator("#progress")).to_have_text("3 of 4, 2 voted on")
+    page.keyboard.press("ArrowLeft")
+    expect(page.locator("#progress")).to_have_text("4 of 4, 3 voted on")
+    page.keyboard.press("ArrowLeft")
+    expect(page.locator("#end")).to_contain_text("All done")
+    lefts = [left for _, left in order(server.pairs, "Ada Ö")]
+    chosen = [vote.choice for vote in read_votes(server.votes)]
+    assert chosen == [lefts[0], "b" if lefts[1] == "a" else "a", lefts[1], lefts[2], lefts[3]]
+    assert complaints == []
+    page.close()
+
+
+def test_opened_twice_and_a_killed_server(runs: Runs, serve: Serve, browser: Browser):
+    server = serve(runs)
+    (one, _), (other, _) = enter(browser, server, "ada"), enter(browser, server, "bob")
+    one.click("#vote-left")
+    other.click("#vote-right")
+    expect(one.locator("#progress")).to_have_text("2 of 4, 1 voted on")
+    expect(other.locator("#progress")).to_have_text("2 of 4, 1 voted on")
+    server.kill()
+    one.click("#vote-left")
+    expect(one.locator("#notice")).to_contain_text("Not saved")
+    server.start()
+    one.click("#vote-left")
+    expect(one.locator("#progress")).to_have_text("3 of 4, 2 voted on")
+    assert sorted(vote.rater for vote in read_votes(server.votes)) == ["ada", "ada", "bob"]
+    one.close()
+    other.close()
