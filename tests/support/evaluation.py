@@ -36,8 +36,8 @@ def save(path: Path, frames: np.ndarray, fps: float = 8.0) -> Path:
     """An image, or a lossless clip where the name is a clip's."""
     path.parent.mkdir(parents=True, exist_ok=True)
     images = [Image.fromarray(frame) for frame in frames]
-    if path.suffix == ".mkv":
-        write_clip(path, images, fps, lossless=True)
+    if path.suffix in (".mkv", ".mp4"):
+        write_clip(path, images, fps, lossless=path.suffix == ".mkv")
     else:
         images[0].save(path)
     return path
@@ -48,8 +48,8 @@ def write_edits(folder: Path, count: int = 3, *, suffix: str = ".png", level: in
     out = folder / f"edits{level}"
     out.mkdir(parents=True, exist_ok=True)
     for number in range(count):
-        source = save(folder / "sources" / f"s{number}{suffix}", noise(number, frames=3 if suffix == ".mkv" else 1) // 2)
-        made = noise(number, frames=3 if suffix == ".mkv" else 1) // 2 + np.uint8(level + number)
+        shown = noise(number, frames={".mkv": 3, ".mp4": 9}.get(suffix, 1)) // 2
+        source, made = save(folder / "sources" / f"s{number}{suffix}", shown), shown + np.uint8(level + number)
         edit = save(out / f"{number:05d}_s{number}{suffix}", made)
         texts = {**{role: f"{role} {number}" for role in ROLES}, "edit_type": ("add", "remove")[number % 2], "id": f"t{number}"}
         manifest.append(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from playwright.sync_api import Browser, Page, expect
 
 from byg_plugin.evaluation.vote.ballots import order, read_votes
 from tests.support.browser import browser as browser
+from tests.support.evaluation import write_edits
 from tests.support.review_server import PATIENCE
 from tests.support.vote_server import VoteServer
 
@@ -140,3 +142,42 @@ def test_opened_twice_and_a_killed_server(runs: Runs, serve: Serve, browser: Bro
     assert sorted(vote.rater for vote in read_votes(server.votes)) == ["ada", "ada", "bob"]
     one.close()
     other.close()
+
+
+def until(page: Page, condition: str) -> None:
+    """The page's rules let nothing be evaluated in it later."""
+    end = time.monotonic() + PATIENCE
+    while not page.evaluate(condition):
+        assert time.monotonic() < end, (condition, page.locator("#notice").text_content())
+        page.wait_for_timeout(20)
+
+
+TIMES = "[...document.querySelectorAll('#pictures video')].map(one => one.currentTime)"
+
+
+def test_clips_play_in_step_start_again_and_stop(tmp_path: Path, serve: Serve, browser: Browser):
+    server = serve((write_edits(tmp_path, 1, suffix=".mp4", level=10), write_edits(tmp_path, 1, suffix=".mp4", level=90)))
+    page, complaints = enter(browser, server, "ada")
+    until(page, f"{TIMES}.length === 3 && Math.min(...{TIMES}) > 0.2")
+    assert page.locator("#pictures video").count() == 3
+    for _ in range(5):
+        times = page.evaluate(TIMES)
+        assert max(times) - min(times) < 0.3, times
+        page.wait_for_timeout(100)
+    until(page, f"Math.max(...{TIMES}) < 0.2")  # a second long, and again
+    page.keyboard.press(" ")
+    until(page, "[...document.querySelectorAll('#pictures video')].every(one => one.paused)")
+    stopped = page.evaluate(TIMES)
+    page.wait_for_timeout(300)
+    assert page.evaluate(TIMES) == stopped
+    page.click("#vote-left")
+    expect(page.locator("#end")).to_contain_text("All done")
+    assert complaints == []
+    page.close()
+
+
+def test_a_clip_that_the_browser_cannot_play_says_so(tmp_path: Path, serve: Serve, browser: Browser):
+    server = serve((write_edits(tmp_path, 1, suffix=".mkv", level=10), write_edits(tmp_path, 1, suffix=".mkv", level=90)))
+    page, _ = enter(browser, server, "ada")
+    expect(page.locator("#notice")).to_contain_text("This browser does not play these clips")
+    page.close()

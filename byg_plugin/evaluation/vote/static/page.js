@@ -54,7 +54,14 @@ function go(index) {
     at(role).append(picture);
   }
   const clips = films();
-  if (clips.length) Promise.all(clips.map(clip => new Promise(ready => clip.addEventListener("canplaythrough", ready, {once: true})))).then(play);
+  if (clips.length) Promise.all(clips.map(loaded)).then(play, error => say(error.message));
+}
+
+function loaded(clip) {
+  return new Promise((resolve, reject) => {
+    clip.addEventListener("canplaythrough", resolve, {once: true});
+    clip.addEventListener("error", () => reject(new Error(`This browser does not play these clips: ${clip.error.message}`)), {once: true});
+  });
 }
 
 const films = () => [...document.querySelectorAll("#pictures video")];
