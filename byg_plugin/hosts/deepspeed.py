@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,6 +22,28 @@ def start_deepspeed() -> Any:
         deepspeed.ops.__compatible_ops__ = {}
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
     return deepspeed
+
+
+def check_zero(settings: Mapping[str, Any], origin: str) -> None:
+    """By DeepSpeed's own rules, before anything is loaded.
+
+    Args:
+        settings: DeepSpeed's configuration, without "auto".
+        origin: its file, for the message.
+
+    Raises:
+        ValueError: names the key and what DeepSpeed says of it.
+    """
+    _name_the_device()
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    try:
+        DeepSpeedZeroConfig(**settings["zero_optimization"])
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, ("zero_optimization", *first["loc"])))
+        raise ValueError(f"{origin}: {key} = {first.get('input')!r}: {first['msg']}; mend it, or leave it out") from None
 
 
 def can_use_nvme() -> bool:

@@ -16,6 +16,7 @@ from byg_plugin.documents import json_value, utf8
 if TYPE_CHECKING:
     from byg_plugin.config.sections import TrainConfig
 
+_ANSWERS = "accelerate's deepspeed_config"
 _INTERVAL = 10**9  # steps between DeepSpeed's own prints; the loop has a log
 # DeepSpeed's sizes in elements. accelerate takes "auto" from the hidden size, which diffusers' networks do not name.
 _AUTO_SIZES = {
@@ -31,7 +32,7 @@ _STAGE_3 = {
     "stage3_max_reuse_distance": 0,
     "stage3_param_persistence_threshold": 0,
 }
-_PASSED_ON = {"communication_data_type", "prescale_gradients", "gradient_predivide_factor", "aio", "comms_logger", "dump_state"}
+_PASSED_ON = {"aio", "comms_logger"}  # blocks
 _IGNORED = {"steps_per_print", "wall_clock_breakdown", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"}
 _REFUSED = {
     "optimizer": "the optimizer is train.optimizer",
@@ -39,6 +40,16 @@ _REFUSED = {
     "activation_checkpointing": "that is model.gradient_checkpointing",
     "tensorboard": "that is train.tracker",
     "wandb": "that is train.tracker",
+}
+# Of zero_optimization: what counts on the network's own weights being trained, or wraps the whole model at once.
+_REFUSED_OF_ZERO = (
+    *("zero_hpz_partition_size", "mics_shard_size", "mics_hierarchical_params_gather", "legacy_stage1", "zenflow"),
+    *("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"),
+)
+# The launcher's own answers, which it ignores beside a file.
+_BESIDE_A_FILE = {
+    *("gradient_accumulation_steps", "gradient_clipping", "zero_stage", "offload_optimizer_device", "offload_param_device"),
+    *("offload_optimizer_nvme_path", "offload_param_nvme_path", "mixed_precision"),
 }
 
 
@@ -49,8 +60,13 @@ def asked(environment: Mapping[str, str]) -> tuple[dict[str, Any], str]:
         ValueError: the file is missing or no JSON object.
     """
     if (path := environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")) != "none":
+        said = {name.strip() for name in environment.get("ACCELERATE_CONFIG_DS_FIELDS", "").split(",")} & _BESIDE_A_FILE
+        if said:
+            raise ValueError(
+                f"accelerate's deepspeed_config: {', '.join(sorted(said))} beside deepspeed_config_file = {path}: say it there"
+            )
         return _read(Path(path)), path
-    zero: dict[str, Any] = {"stage": int(environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))}
+    zero: dict[str, Any] = {"stage": _number(environment, "ACCELERATE_DEEPSPEED_ZERO_STAGE", "zero_stage", "2", int)}
     for part in ("optimizer", "param"):
         device = environment.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{part.upper()}_DEVICE", "none")
         if device != "none":
@@ -60,10 +76,17 @@ def asked(environment: Mapping[str, str]) -> tuple[dict[str, Any], str]:
     steps = environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "auto")
     if steps not in ("auto", "1"):  # the launcher always sends one: 1 may be nobody's choice
         settings["gradient_accumulation_steps"] = int(steps) if steps.isdigit() else steps
-    clipping = environment.get("ACCELERATE_GRADIENT_CLIPPING", "auto")
-    if clipping != "auto":
-        settings["gradient_clipping"] = float(clipping)
-    return settings, "accelerate's deepspeed_config"
+    if environment.get("ACCELERATE_GRADIENT_CLIPPING", "auto") != "auto":
+        settings["gradient_clipping"] = _number(environment, "ACCELERATE_GRADIENT_CLIPPING", "gradient_clipping", "", float)
+    return settings, _ANSWERS
+
+
+def _number(environment: Mapping[str, str], variable: str, key: str, default: str, kind: type[int] | type[float]) -> Any:
+    value = environment.get(variable, default)
+    try:
+        return kind(value)
+    except ValueError:
+        raise ValueError(f'{_ANSWERS}: {key} = {value!r}: give a number, or "auto"') from None
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -163,8 +186,19 @@ def resolved(settings: Mapping[str, Any], origin: str, terms: Terms) -> dict[str
 def _refuse_unknown(settings: Mapping[str, Any], origin: str) -> None:
     known = {"zero_optimization", "fp16", "bf16", *_PASSED_ON, *_IGNORED, *_AGREEING}
     for key, value in settings.items():
-        if key not in known and not (isinstance(value, Mapping) and value.get("enabled") is False):
+        if key in _PASSED_ON and not isinstance(value, Mapping):
+            raise ValueError(f"{origin}: {key} = {value!r}: give a block")
+        if key not in known and not _asks_nothing(value):
             raise ValueError(f"{origin}: {key}: {_REFUSED.get(key, 'it is not done here')}; leave it out")
+    zero = settings["zero_optimization"]
+    for key in (key for key in _REFUSED_OF_ZERO if not _asks_nothing(zero.get(key))):
+        if type(zero[key]) is not int or zero[key] > 1:  # a partition of 1 is none
+            raise ValueError(f"{origin}: zero_optimization.{key} is not done here: leave it out")
+
+
+def _asks_nothing(value: Any) -> bool:
+    """A switch, or a block, that is off."""
+    return value is None or value is False or (isinstance(value, Mapping) and value.get("enabled") is False)
 
 
 def _refuse_contradictions(settings: Mapping[str, Any], origin: str, terms: Terms) -> None:
@@ -175,8 +209,8 @@ def _refuse_contradictions(settings: Mapping[str, Any], origin: str, terms: Term
         if given not in ("auto", value):
             raise ValueError(f'{origin}: {key} = {given!r}, and {own} = {value}: set {key} to "auto", or both to one value')
     own, precision = terms.mixed_precision
-    fp16, bf16 = (_enabled(settings, kind) for kind in ("fp16", "bf16"))
-    for kind, given in (("fp16", fp16), ("bf16", bf16)):
+    for kind in ("fp16", "bf16"):
+        given = _enabled(settings, kind, origin)
         if given is not None and given != (precision == kind):
             raise ValueError(
                 f'{origin}: {kind}.enabled = {str(given).lower()}, and {own} = "{precision}": set {kind}.enabled to "auto", or both to one '
@@ -184,10 +218,15 @@ def _refuse_contradictions(settings: Mapping[str, Any], origin: str, terms: Term
             )
 
 
-def _enabled(settings: Mapping[str, Any], kind: str) -> bool | None:
-    block = settings.get(kind)
-    found = block.get("enabled", "auto") if isinstance(block, Mapping) else "auto"
-    return None if found == "auto" else bool(found)
+def _enabled(settings: Mapping[str, Any], kind: str, origin: str) -> bool | None:
+    block = settings.get(kind) or {"enabled": "auto"}
+    found = block.get("enabled", "auto") if isinstance(block, Mapping) else block
+    if not isinstance(block, Mapping) or not (found == "auto" or isinstance(found, bool)):
+        raise ValueError(f'{origin}: {kind} = {block!r}: give a block, {{"enabled": true}}, false or "auto"')
+    for key in block.keys() & {"bf16_master_weights_and_grads", "bf16_optimizer_states", "immediate_grad_update"}:
+        if block[key]:
+            raise ValueError(f"{origin}: {kind}.{key}: the LoRA and its optimizer stay float32; leave it out")
+    return None if found == "auto" else found
 
 
 def _of_stages_1_and_2(zero: dict[str, Any], origin: str, terms: Terms) -> dict[str, Any]:

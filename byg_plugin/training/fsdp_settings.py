@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from byg_plugin.models.base import Family
 
 _NONE = ("", "NONE", "NULL")
+_TRUE, _FALSE = ("TRUE", "1", "YES", "Y", "ON", "T"), ("FALSE", "0", "NO", "N", "OFF", "F")
 
 
 def asked(environment: Mapping[str, str], checkpointing: str, is_checkpointing: bool, family: Family | None = None) -> Sharding:
@@ -32,11 +33,22 @@ def asked(environment: Mapping[str, str], checkpointing: str, is_checkpointing: 
     def said(name: str) -> str:
         return environment.get(f"FSDP_{name}", "").upper()
 
+    def is_true(key: str) -> bool | None:
+        name = key.removeprefix("fsdp_").upper()
+        if said(name) not in (*_NONE, *_TRUE, *_FALSE):
+            raise ValueError(f"{key}: {environment[f'FSDP_{name}']}: give true or false")
+        return None if said(name) in _NONE else said(name) in _TRUE
+
     if said("VERSION") != "2":
         raise ValueError(
             f"fsdp_version = {said('VERSION') or '1'}: FSDP1 wraps what this objective changes between passes; set fsdp_version: 2"
         )
-    if said("RESHARD_AFTER_FORWARD") in ("FALSE", "NO_SHARD", "SHARD_GRAD_OP"):
+    if said("SHARDING_STRATEGY") not in (*_NONE, "1", "FULL_SHARD"):
+        raise ValueError(f"fsdp_sharding_strategy: {said('SHARDING_STRATEGY')} is FSDP1's: leave it out")
+    # FSDP1's names of strategies, which accelerate takes here too.
+    if said("RESHARD_AFTER_FORWARD") != "FULL_SHARD" and (
+        said("RESHARD_AFTER_FORWARD") in ("NO_SHARD", "SHARD_GRAD_OP") or is_true("fsdp_reshard_after_forward") is False
+    ):
         raise ValueError(
             "fsdp_reshard_after_forward: false keeps the whole base on every device: set it to true, or launch plain multi-GPU"
         )
@@ -44,14 +56,14 @@ def asked(environment: Mapping[str, str], checkpointing: str, is_checkpointing: 
         raise ValueError("fsdp_auto_wrap_policy: SIZE_BASED_WRAP: every transformer block is a unit here; set TRANSFORMER_BASED_WRAP")
     if said("IGNORED_MODULES") not in _NONE:
         raise ValueError("fsdp_ignored_modules: the LoRA alone is left out of the shards; leave it out")
-    if said("ACTIVATION_CHECKPOINTING") == "TRUE" and not is_checkpointing:
+    if is_true("fsdp_activation_checkpointing") and not is_checkpointing:
         raise ValueError(f"fsdp_activation_checkpointing: true, and {checkpointing} = false: set both to one value")
-    if said("ACTIVATION_CHECKPOINTING_OFFLOAD") == "TRUE":
+    if is_true("fsdp_activation_checkpointing_offload"):
         raise ValueError("fsdp_activation_checkpointing_offload: true is not done here: set it to false")
     named = environment.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "")
     if family is not None and named.upper() not in _NONE:
         _check_blocks({name.strip() for name in named.split(",")}, family)
-    return Sharding(kind="fsdp2", offload="cpu" if said("OFFLOAD_PARAMS") == "TRUE" else "none")
+    return Sharding(kind="fsdp2", offload="cpu" if is_true("fsdp_offload_params") else "none")
 
 
 def _check_blocks(named: set[str], family: Family) -> None:

@@ -6,6 +6,7 @@ What is not done here is refused, not ignored: on a CPU accelerate would accept 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -25,6 +26,10 @@ _REFUSED = {
     "ACCELERATE_USE_MEGATRON_LM": (
         "Megatron",
         "under which this objective's several backward passes go wrong: run plain multi-GPU (accelerate config)",
+    ),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": (
+        "a parallelism_config",
+        "and here every process holds all of the LoRA and trains samples of its own: leave it out",
     ),
     "ACCELERATE_DYNAMO_BACKEND": ("dynamo", "inside which the LoRA cannot be taken off: answer NO; on the musubi host set musubi.compile"),
 }
@@ -84,6 +89,12 @@ def read_launch(config: Config, family: Family | None = None, environment: Mappi
         launch = Launch(
             sharding=fsdp_settings.asked(environment, "model.gradient_checkpointing", config.model.gradient_checkpointing, family)
         )
+        offloads = launch.sharding.offload == "cpu"
+        if config.train.sharding == "fsdp2" and config.train.sharding_offload != offloads:
+            raise ValueError(
+                f"fsdp_offload_params: {str(offloads).lower()}, and train.sharding_offload = {str(not offloads).lower()}: set both to one "
+                "value, or leave train.sharding out"
+            )
     elif config.train.sharding == "fsdp2":
         launch = Launch(sharding=Sharding(kind="fsdp2", offload="cpu" if config.train.sharding_offload else "none"))
     else:
@@ -111,16 +122,15 @@ def require_deepspeed(launch: Launch, origin: str) -> None:
     """
     require("deepspeed", "accelerate launch asks for DeepSpeed and", "deepspeed", "launch plain multi-GPU")
     # Before it a gradient that is not finite has a norm of 1.
-    if (found := _numbers(version("deepspeed"))) < _DEEPSPEED:
+    if _numbers(version("deepspeed")) < _DEEPSPEED:
         raise ValueError(
-            f"accelerate launch asks for DeepSpeed, and this is {'.'.join(map(str, found))}: pip install 'deepspeed>=0.19.8', or launch "
+            f"accelerate launch asks for DeepSpeed, and this is {version('deepspeed')}: pip install 'deepspeed>=0.19.8', or launch "
             "plain multi-GPU"
         )
-    if launch.sharding.offload != "nvme":
-        return
-    from byg_plugin.hosts.deepspeed import can_use_nvme
+    from byg_plugin.hosts import deepspeed
 
-    if not can_use_nvme():
+    deepspeed.check_zero(launch.deepspeed or launch.sharding.deepspeed, origin)
+    if launch.sharding.offload == "nvme" and not deepspeed.can_use_nvme():
         raise ValueError(
             f'{origin}: zero_optimization.offload_param.device = "nvme" needs what DeepSpeed compiles its async_io with, a C++ compiler, '
             'ninja and libaio\'s headers: apt install g++ ninja-build libaio-dev, or set device to "cpu"'
@@ -129,7 +139,7 @@ def require_deepspeed(launch: Launch, origin: str) -> None:
 
 def _numbers(version_: str) -> tuple[int, ...]:
     """Of 0.19.8+cu12: (0, 19, 8)."""
-    return tuple(int(part) for part in version_.partition("+")[0].split(".")[:3])
+    return tuple(int(part) for part in re.findall(r"\d+", version_)[:3])
 
 
 def check_sharding(config: Config, launch: Launch) -> None:
@@ -160,7 +170,7 @@ def check_sharding(config: Config, launch: Launch) -> None:
 
 def take_over() -> None:
     """Take the launcher's wishes out of the environment, where `Accelerator` would read and act on them."""
-    for variable in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):
+    for variable in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"):
         os.environ.pop(variable, None)
 
 
@@ -197,6 +207,7 @@ def check_processes(accelerator: Any) -> None:
     Raises:
         ValueError: they are not plain ones.
     """
+    assert not any(is_on(os.environ, f"ACCELERATE_USE_{name}") for name in ("DEEPSPEED", "FSDP")), "taken over before"
     kind = accelerator.distributed_type.value
     if kind not in _PLAIN:
         raise ValueError(f"accelerate launch asks for {kind}, which is not done here: run plain multi-GPU (accelerate config)")

@@ -25,7 +25,7 @@ from byg_plugin.families import EXPERT_SUFFIXES
 from byg_plugin.folders import set_aside
 from byg_plugin.hosts import make_host
 from byg_plugin.hosts.batch import draw_batch
-from byg_plugin.hosts.sharding import bytes_held
+from byg_plugin.hosts.sharding import blocks_of, bytes_held
 from byg_plugin.lora.card import LoraCard
 from byg_plugin.lora.start import check_start
 from byg_plugin.models.base import Family
@@ -41,7 +41,7 @@ from byg_plugin.training.engines import make_engine
 from byg_plugin.training.launch import Launch
 from byg_plugin.training.optimizers import learning_rate
 from byg_plugin.training.resume import find_start, is_in, load_start
-from byg_plugin.training.watchdog import Watchdog, watched
+from byg_plugin.training.watchdog import Watchdog, hear_in, watched
 from byg_plugin.version import versions
 
 logger = get_logger(__name__)
@@ -104,7 +104,10 @@ class Trainer:
         )
         trained = {name: adapter.parameters for name, adapter in self.host.adapters.items()}
         self.watchdog = Watchdog(config.train.collective_timeout, accelerator.process_index, self._rescue)
-        self.engine = watched(make_engine(launch, config.train, trained, self.accumulation, accelerator.device), self.watchdog)
+        engine = make_engine(launch, config.train, trained, self.accumulation, accelerator.device)
+        self.engine = watched(engine, self.watchdog, sharded=bool(launch.sharding))
+        if launch.sharding:
+            hear_in([block for network in self.host.networks.values() for block in blocks_of(network)], self.watchdog)
         self.engine.broadcast()
         held, whole = bytes_held(list(self.host.networks.values()))
         logger.info("engine: %s, base held by this rank %d of %d bytes", launch.name, held, whole, main_process_only=False)
@@ -117,6 +120,7 @@ class Trainer:
                 100 * (1 - self.high_share),
             )
         self.step = 0
+        self._refuse_another_step(state.step if state else 0)
         if state:
             assert {n: list(layout[n].lora) for n in layout} == {n: list(trained[n]) for n in trained}, "the layout is the host's"
             self._restore(state)
@@ -128,6 +132,15 @@ class Trainer:
         self._steps_of = Counter(trained for step in range(self.step) for trained in self._trained_by(step))
 
     # --- start and state ---
+
+    def _refuse_another_step(self, step: int) -> None:
+        """The processes of a second machine may have found another checkpoint, or none."""
+        mean = self.engine.mean({"step": torch.tensor(float(step), device=self.accelerator.device)})["step"]
+        if self.engine.any(mean != step):
+            raise ValueError(
+                f"output.dir = {self.folder}: process {self.accelerator.process_index} goes on from step {step}, others from another: "
+                "give a folder that all machines see"
+            )
 
     def _restore(self, state: checkpoint.TrainingState) -> None:
         for name, adapter in self.host.adapters.items():
@@ -178,6 +191,10 @@ class Trainer:
             Interrupted: after Ctrl-C, when everything is saved.
             FloatingPointError: a loss, a gradient or a weight is not finite; nothing of this step is saved.
         """
+        with self._watched():
+            return self._run()
+
+    def _run(self) -> Path:
         config = self.config
         if self.resume_from and not is_in(self.checkpoints, self.resume_from):
             self._save()  # a run that goes on in another folder needs nothing of the old one
@@ -186,7 +203,7 @@ class Trainer:
         if self.step:
             self._validate_if_due()
         bar = Progress(total=config.train.steps, initial=self.step, desc="train", disable=not self.accelerator.is_main_process)
-        with _interruptible(self), self._watched(), bar:
+        with _interruptible(self), bar:
             for micro_batches in self._loader():
                 started = time.perf_counter()
                 metrics = self._optimizer_step(micro_batches)
@@ -201,6 +218,10 @@ class Trainer:
 
     def _watched(self) -> AbstractContextManager[None]:
         return self.watchdog.running() if self.accelerator.num_processes > 1 else nullcontext()
+
+    def _together(self, what: str) -> AbstractContextManager[None]:
+        """Around passes: with a base in shards they wait for the others, with a whole one for nobody."""
+        return self.watchdog.waiting(what) if self.host.sharding else nullcontext()
 
     def _rescue(self) -> str:
         """In the watchdog's thread, while the main one waits for good: save the last whole step, where the others need not be asked."""
@@ -234,7 +255,8 @@ class Trainer:
     def _validate_if_due(self) -> None:
         if self._due(self.config.train.validate_every):
             if self._takes_part(self.accelerator.is_main_process and self.step not in logs.steps_in(self._validation_path)):
-                self._validate()
+                with self._together(f"the validation at step {self.step}"):
+                    self._validate()
             self.accelerator.wait_for_everyone()
 
     def _preview_if_due(self, again: bool = True) -> None:
@@ -243,7 +265,9 @@ class Trainer:
             data = self.validation or self.data
             first = self.accelerator.is_main_process
             if self._takes_part(first and (again or not preview.is_whole(self.config, data, self.step))):
-                preview.write(self.config, self.family, self.host, data, self.step, self.accelerator, writes=first)
+                with self._together(f"the preview at step {self.step}"):
+                    agree = self.engine.any if self.host.sharding else bool
+                    preview.write(self.config, self.family, self.host, data, self.step, self.accelerator, writes=first, agree=agree)
             self.accelerator.wait_for_everyone()
 
     def _takes_part(self, asked: bool) -> bool:
@@ -283,7 +307,7 @@ class Trainer:
             micro_index = self._micro_index(self.step, micro)
             torch.manual_seed(derived_seed(config.train.seed, "dropout", micro_index))
             batch = self._batch(examples, generator(config.train.seed, "noise", micro_index), plan.kind, high=high)
-            with self.watchdog.waiting(f"the passes of step {self.step + 1}"):
+            with self._together(f"the passes of step {self.step + 1}"):
                 terms.append(self.objective.step(self.host, batch, self._backward))
             for name, value in terms[-1].items():
                 sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value / self._share(name)
@@ -388,7 +412,8 @@ class Trainer:
         state = self._state()
         if self.accelerator.is_main_process:
             self._write_checkpoint(state)
-        self.accelerator.wait_for_everyone()
+        with self.watchdog.waiting(f"the first process, which saves step {self.step}"):
+            self.accelerator.wait_for_everyone()
 
     def _write_checkpoint(self, state: checkpoint.TrainingState) -> None:
         self.diagnosis.before_saving(state)

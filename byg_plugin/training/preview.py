@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,12 +58,20 @@ def set_aside_later(output: OutputConfig, step: int) -> list[Path]:
 
 
 def write(
-    config: Config, family: Family, host: Host, data: CachedTuples, step: int, accelerator: Accelerator, *, writes: bool = True
+    config: Config,
+    family: Family,
+    host: Host,
+    data: CachedTuples,
+    step: int,
+    accelerator: Accelerator,
+    *,
+    writes: bool = True,
+    agree: Callable[[bool], bool] = bool,
 ) -> None:
     """Edit the first `[sample] items` tuples and write `previews/step-000500/<n>.png`, of clips also `<n>.mp4`.
 
     Source beside edit; with guidance, the edit at scale 1 comes third. The folder appears whole, in place of an earlier one. A failure
-    is told, never raised.
+    is told, never raised; but in the passes through weights in shards, which the others would wait for.
 
     Args:
         config: the whole configuration.
@@ -71,13 +81,28 @@ def write(
         step: of the folder's name.
         accelerator: its trackers get the pictures.
         writes: false where weights in shards are gathered by every process, and this one only takes part in that.
+        agree: whether any process says yes.
     """
+    inputs: list[Inputs] = []
+    with _told(step):
+        inputs = _inputs(config, host, data)
+    if agree(not inputs):
+        return
+    edits: list[Latents] = []
+    with nullcontext() if host.sharding else _told(step):
+        edits = _edits(config, family, host, inputs)
+    if writes and edits:
+        with _told(step):
+            _write(config, family, host, data, step, accelerator, edits)
+
+
+@contextmanager
+def _told(step: int) -> Iterator[None]:
     try:
-        latents = _edits(config, family, host, data)
-        if writes:
-            _write(config, family, host, data, step, accelerator, latents)
+        yield
     except Exception as error:  # noqa: BLE001 - a picture is no reason to lose a run; what it touches is restored by contexts
-        logger.warning("preview at step %d failed and training goes on: %s: %s", step, type(error).__name__, error)
+        said = "preview at step %d failed and training goes on: %s: %s"
+        logger.warning(said, step, type(error).__name__, error, main_process_only=False)
 
 
 def _write(
@@ -101,31 +126,35 @@ def _write(
 
 Latents = list[Tensor]
 """Of one tuple: source, edit and, with guidance, the edit at scale 1."""
+Inputs = tuple[Tensor, dict[str, Tensor], list[dict[str, Tensor] | None]]
+"""Of one tuple: source, instruction, and the negative text of each edit."""
+
+
+def _inputs(config: Config, host: Host, data: CachedTuples) -> list[Inputs]:
+    negative = None if config.negative is None else _on(host, data.encoding(config.negative))
+    negatives: list[dict[str, Tensor] | None] = [None] if negative is None else [negative, None]
+    examples = [data[index] for index in range(min(config.sample.items, len(data)))]
+    return [(each["source"][None].to(host.device), _on(host, each["instruction"]), negatives) for each in examples]
 
 
 @torch.no_grad()
-def _edits(config: Config, family: Family, host: Host, data: CachedTuples) -> list[Latents]:
+def _edits(config: Config, family: Family, host: Host, inputs: list[Inputs]) -> list[Latents]:
     sample = config.sample
     latents = []
     weights = host.ema if sample.weights == "ema" else host.live
-    negative = None if config.negative is None else _on(host, data.encoding(config.negative))
-    for index in range(min(sample.items, len(data))):
-        example = data[index]
-        source = example["source"][None].to(host.device)
-        text = _on(host, example["instruction"])
+    for index, (source, text, negatives) in enumerate(inputs):
         noise = sampling.seeded_noise(tuple(source.shape), sample.seed + index, host.device)
         with weights() as velocity:
             edit = partial(sampling.sample_as_configured, config, family, velocity, noise, text, source)
-            options = {"steps": sample.steps, "schedule": sample.schedule}
-            negatives = [None] if negative is None else [negative, None]
-            edits = [sampling.finite(config.model.dtype, edit(**options, negative=each), "the latents of the edit") for each in negatives]
-        latents.append([source, *edits])
+            latents.append([source, *(edit(steps=sample.steps, schedule=sample.schedule, negative=each) for each in negatives)])
     return latents
 
 
 @torch.no_grad()
 def _decoded(dtype: str, family: Family, host: Host, latents: list[Latents]) -> list[list[list[Image.Image]]]:
     """Of each tuple the frames of each column. The VAE comes only now: by turns with the activations of the network."""
+    for x in (x for columns in latents for x in columns):
+        sampling.finite(dtype, x, "the latents of the edit")
     vae = family.load_vae(host.device)
 
     def frames(x: Tensor) -> list[Image.Image]:

@@ -6,10 +6,12 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, cast
+
+from torch import nn
 
 from byg_plugin.training.engine import Engine
 
@@ -41,8 +43,13 @@ class Watchdog:
         try:
             yield
         finally:
-            # What is around it has heard from the others just now.
-            self._waits = before and (before[0], time.monotonic())
+            self._waits = before
+            self.heard()
+
+    def heard(self) -> None:
+        """The others have just been heard from: what is waited for begins anew."""
+        if self._waits is not None:
+            self._waits = (self._waits[0], time.monotonic())
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -97,12 +104,12 @@ _SAID = {
 
 
 class _Watched:
-    def __init__(self, engine: Engine, watchdog: Watchdog):
-        self._engine, self._watchdog = engine, watchdog
+    def __init__(self, engine: Engine, watchdog: Watchdog, alone: frozenset[str]):
+        self._engine, self._watchdog, self._alone = engine, watchdog, alone
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._engine, name)
-        if name not in _SAID:
+        if name not in _SAID or name in self._alone:
             return found
 
         def call(*args: Any, **options: Any) -> Any:
@@ -112,6 +119,19 @@ class _Watched:
         return call
 
 
-def watched(engine: Engine, watchdog: Watchdog) -> Engine:
-    """The engine, whose collectives are watched."""
-    return cast(Engine, _Watched(engine, watchdog))
+def watched(engine: Engine, watchdog: Watchdog, *, sharded: bool) -> Engine:
+    """The engine, whose collectives are watched.
+
+    Args:
+        engine: of the run.
+        watchdog: of this process.
+        sharded: the base lies in shards, so that a backward pass needs the others.
+    """
+    alone = frozenset() if sharded or not engine.whole else frozenset({"backward"})
+    return cast(Engine, _Watched(engine, watchdog, alone))
+
+
+def hear_in(blocks: Iterable[nn.Module], watchdog: Watchdog) -> None:
+    """A block in shards that is about to compute has been gathered from all processes."""
+    for block in blocks:
+        block.register_forward_hook(lambda *_: watchdog.heard())

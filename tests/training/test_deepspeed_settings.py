@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ def zero(**keys: Any) -> dict[str, Any]:
     return {"zero_optimization": {"stage": 2, **keys}}
 
 
+NOT_OF_ZERO = {"zero_hpz_partition_size": 2, "mics_shard_size": 4, "legacy_stage1": True, "zenflow": {}, "zero_quantized_weights": True}
 REFUSED = [
     ({"gradient_clipping": 1.0}, {}, r"ds.json: gradient_clipping = 1.0, and train.max_grad_norm = 0.5: set gradient_clipping to \"auto\""),
     ({"gradient_accumulation_steps": 4}, {}, r"gradient_accumulation_steps = 4, and train.global_batch_size / .* = 2"),
@@ -79,6 +81,20 @@ REFUSED = [
     (zero(stage=3, offload_param={"device": "disk"}), {}, 'offload_param.device = \'disk\': give "cpu", "nvme" or "none"'),
     (zero(stage=3, offload_param={"device": "nvme"}), {}, "nvme_path = '' is no folder: give one on a fast local disk"),
     (zero(stage=3, offload_param={"device": "nvme", "nvme_path": "/no/such"}), {}, "nvme_path = '/no/such' is no folder"),
+    *((zero(stage=3, **{key: value}), {}, f"zero_optimization.{key} is not done here") for key, value in NOT_OF_ZERO.items()),
+    ({"prescale_gradients": True}, {}, "prescale_gradients: it is not done here"),
+    ({"communication_data_type": "fp16"}, {}, "communication_data_type: it is not done here"),
+    ({"train_batchsize": 1}, {}, "train_batchsize: it is not done here"),
+    ({"aio": "x"}, {}, "aio = 'x': give a block"),
+    ({"comms_logger": True}, {}, "comms_logger = True: give a block"),
+    ({"bf16": {"enabled": "false"}}, {}, "bf16 = {'enabled': 'false'}: give a block"),
+    ({"bf16": True}, {}, "bf16 = True: give a block"),
+    ({"fp16": True}, {}, "fp16 = True: give a block"),
+    (
+        {"bf16": {"enabled": "auto", "immediate_grad_update": True}},
+        {},
+        "bf16.immediate_grad_update: the LoRA and its optimizer stay float32",
+    ),
     (zero(stage=3, memory_efficient_linear=True), {}, "memory_efficient_linear = true keeps the inputs"),
 ]
 
@@ -89,7 +105,39 @@ def test_what_contradicts_or_is_not_done_is_refused(settings: dict[str, Any], va
         of({**AUTO, **settings}, **values)
 
 
+def test_what_the_launcher_answers_beside_a_file_is_refused(tmp_path: Path):
+    (tmp_path / "ds.json").write_text(json.dumps(AUTO), encoding="utf-8")
+    environment = {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(tmp_path / "ds.json")}
+    assert asked(environment | {"ACCELERATE_CONFIG_DS_FIELDS": "deepspeed_config_file,zero3_init_flag"})[0] == AUTO
+    with pytest.raises(ValueError, match=r"gradient_clipping, zero_stage beside deepspeed_config_file = .*ds.json: say it there"):
+        asked(environment | {"ACCELERATE_CONFIG_DS_FIELDS": "deepspeed_config_file,zero_stage,gradient_clipping"})
+
+
+@pytest.mark.parametrize(("variable", "key"), [("GRADIENT_CLIPPING", "gradient_clipping"), ("DEEPSPEED_ZERO_STAGE", "zero_stage")])
+def test_an_answer_that_is_no_number_is_named(variable: str, key: str):
+    with pytest.raises(ValueError, match=f"accelerate's deepspeed_config: {key} = 'abc': give a number"):
+        asked({f"ACCELERATE_{variable}": "abc"})
+
+
+MISSPELT = [
+    ({"stage": 2, "overlap_com": True}, "zero_optimization.overlap_com = True: Extra inputs are not permitted; mend it, or leave it out"),
+    ({"stage": 3, "offload_param": {"device": "cpu", "pin": True}}, "zero_optimization.offload_param.pin = True"),
+    ({"stage": 2, "reduce_bucket_size": "5e8"}, "zero_optimization.reduce_bucket_size = '5e8': Input should be a valid integer"),
+]
+
+
+@pytest.mark.parametrize(("settings", "says"), MISSPELT)
+def test_deepspeed_s_own_rules_are_asked_before_anything_is_loaded(settings: dict[str, Any], says: str):
+    pytest.importorskip("deepspeed", reason='DeepSpeed is not installed: pip install -e ".[deepspeed]"')
+    from byg_plugin.hosts.deepspeed import check_zero
+
+    with pytest.raises(ValueError, match=re.escape(f"ds.json: {says}")):
+        check_zero({"zero_optimization": settings}, "ds.json")
+    check_zero(of(AUTO), "ds.json")
+
+
 def test_a_block_that_is_switched_off_asks_for_nothing():
+    assert of({**AUTO, "prescale_gradients": False}) == of(AUTO)
     assert of({**AUTO, "flops_profiler": {"enabled": False}}) == of(AUTO)
 
 

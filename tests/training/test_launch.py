@@ -19,6 +19,7 @@ from tests.support import tiny
 
 ASKED = {
     ("ACCELERATE_USE_MEGATRON_LM", "1"): "asks for Megatron",
+    ("ACCELERATE_USE_PARALLELISM_CONFIG", "true"): "asks for a parallelism_config, and here every process holds all of the LoRA",
     ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR"): "asks for dynamo, inside which the LoRA cannot be taken off: answer NO",
     ("ACCELERATE_MIXED_PRECISION", "fp16"): 'asks for mixed precision "fp16", train.mixed_precision is "no": set one of them',
     ("ACCELERATE_USE_FSDP", "true"): "fsdp_version = 1: .* set fsdp_version: 2",
@@ -68,13 +69,25 @@ def test_fsdp2_is_taken_from_the_launcher_or_the_configuration(tmp_path: Path):
         == read_launch(config(tmp_path, train={"sharding": "fsdp2"}), environment={})
     )
     offloaded = Launch(sharding=Sharding(kind="fsdp2", offload="cpu"))
-    assert read_launch(config(tmp_path), environment=FSDP | {"FSDP_OFFLOAD_PARAMS": "true"}) == offloaded
+    for value in ("true", "yes", "1"):
+        assert read_launch(config(tmp_path), environment=FSDP | {"FSDP_OFFLOAD_PARAMS": value}) == offloaded
     assert read_launch(config(tmp_path, train={"sharding": "fsdp2", "sharding_offload": True}), environment={}) == offloaded
     assert offloaded.name == "FSDP2, cpu offload" and Launch().name == "plain"
 
 
+def test_an_offload_that_launcher_and_configuration_say_otherwise_is_refused(tmp_path: Path):
+    made = config(tmp_path, train={"sharding": "fsdp2", "sharding_offload": True})
+    with pytest.raises(ValueError, match="fsdp_offload_params: false, and train.sharding_offload = true: set both to one value"):
+        read_launch(made, environment=FSDP | {"FSDP_OFFLOAD_PARAMS": "false"})
+    assert read_launch(made, environment=FSDP | {"FSDP_OFFLOAD_PARAMS": "true"}).sharding.offload == "cpu"
+
+
 REFUSED_FSDP = [
     ("FSDP_RESHARD_AFTER_FORWARD", "false", "fsdp_reshard_after_forward: false keeps the whole base"),
+    ("FSDP_RESHARD_AFTER_FORWARD", "0", "fsdp_reshard_after_forward: false keeps the whole base"),
+    ("FSDP_RESHARD_AFTER_FORWARD", "SHARD_GRAD_OP", "fsdp_reshard_after_forward: false keeps the whole base"),
+    ("FSDP_SHARDING_STRATEGY", "HYBRID_SHARD", "fsdp_sharding_strategy: HYBRID_SHARD is FSDP1's: leave it out"),
+    ("FSDP_OFFLOAD_PARAMS", "perhaps", "fsdp_offload_params: perhaps: give true or false"),
     ("FSDP_AUTO_WRAP_POLICY", "SIZE_BASED_WRAP", "set TRANSFORMER_BASED_WRAP"),
     ("FSDP_IGNORED_MODULES", "norm", "fsdp_ignored_modules"),
     ("FSDP_ACTIVATION_CHECKPOINTING", "true", "and model.gradient_checkpointing = false"),
@@ -123,6 +136,7 @@ def test_what_cannot_be_in_shards_is_refused_by_its_key(
 def pretend_deepspeed(monkeypatch: pytest.MonkeyPatch, version: str = "0.19.8+cu12") -> None:
     monkeypatch.setattr("byg_plugin.training.launch.require", lambda *names: None)
     monkeypatch.setattr("byg_plugin.training.launch.version", lambda name: version)
+    monkeypatch.setattr("byg_plugin.hosts.deepspeed.check_zero", lambda settings, origin: None)
 
 
 @pytest.mark.parametrize("version", ["0.19.7", "0.9.10"])
@@ -163,7 +177,12 @@ def test_an_offloaded_expert_is_no_shard(tmp_path: Path):
 
 def test_accelerate_finds_nothing_to_wrap(monkeypatch: pytest.MonkeyPatch):
     """It would wrap the network, or on a CPU accept the configuration and do nothing."""
-    for variable in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):
-        monkeypatch.setenv(variable, "true")
+    wishes = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_USE_FSDP": "true", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "auto"}
+    for variable, value in wishes.items():
+        monkeypatch.setenv(variable, value)
+    plain = SimpleNamespace(distributed_type=SimpleNamespace(value="NO"))
+    with pytest.raises(AssertionError, match="taken over before"):
+        check_processes(plain)
     take_over()
-    assert not {"ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"} & set(os.environ)
+    assert not wishes.keys() & set(os.environ)
+    check_processes(plain)
