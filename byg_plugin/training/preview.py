@@ -84,20 +84,20 @@ def write(
         agree: whether any process says yes.
     """
     inputs: list[Inputs] = []
-    with _told(step):
+    with _logged(step):
         inputs = _inputs(config, host, data)
     if agree(not inputs):
         return
     edits: list[Latents] = []
-    with nullcontext() if host.sharding else _told(step):
+    with nullcontext() if host.sharding else _logged(step):
         edits = _edits(config, family, host, inputs)
     if writes and edits:
-        with _told(step):
+        with _logged(step):
             _write(config, family, host, data, step, accelerator, edits)
 
 
 @contextmanager
-def _told(step: int) -> Iterator[None]:
+def _logged(step: int) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # noqa: BLE001 - a picture is no reason to lose a run; what it touches is restored by contexts
