@@ -37,7 +37,7 @@ OFFLOADED = [(engine, "flux-sgd") for engine in ("zero2-cpu", "fsdp2-cpu", "zero
 # One process, whose blocks lie in main memory.
 ON_ONE = [(1, "fsdp2-cpu", f"{family}-sgd") for family in FAMILIES]
 ON_TWO = [("zero1", f"{A14B}-sgd"), *(("zero2", name) for name in ("flux-sgd", f"{A14B}-sgd", "flux-adam", "flux-joint"))]
-ON_TWO += [*SHARDED, *OFFLOADED]
+ON_TWO += [*SHARDED, *OFFLOADED, *(("plain", name) for name in [*CHOSEN, "flux-fp8"])]
 ON_FOUR = [(engine, f"{A14B}-sgd") for engine in ("plain", "zero2", "fsdp2", "zero3")]
 EVERY = [*ON_ONE, *((2, *each) for each in ON_TWO), *((4, *each) for each in ON_FOUR)]
 if ALL:
@@ -86,7 +86,15 @@ def test_the_weights_are_those_of_one_process(runs: Path, processes: int, engine
     assert difference(made, reference) <= (0.0 if sharded_alone else SAME)
 
 
-@pytest.mark.parametrize(("processes", "engine", "name"), [each for each in HERE if each[1][:5] in ("fsdp2", "zero3")])
+IN_SHARDS = [each for each in HERE if each[1][:5] in ("fsdp2", "zero3")]
+
+
+@pytest.mark.parametrize(("processes", "engine", "name"), [each for each in IN_SHARDS if (each[0], "plain", each[2]) in HERE])
+def test_shards_change_no_bit_of_what_as_many_plain_processes_save(runs: Path, processes: int, engine: str, name: str):
+    assert difference(runs / f"{processes}-{engine}-{name}", runs / f"{processes}-plain-{name}") == 0.0
+
+
+@pytest.mark.parametrize(("processes", "engine", "name"), IN_SHARDS)
 def test_a_process_holds_its_share_of_the_base_and_one_block(runs: Path, processes: int, engine: str, name: str):
     """Between steps and at the peak of one. With one process it is the offload: what is gathered is what the device holds."""
     for rank in range(processes):
