@@ -86,7 +86,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--cfg-low", type=number(1, 100), help="Wan: guidance scale of the low-noise expert (default: published)")
     parser.add_argument(
-        "--show-unguided", action="store_true", help="Wan: also the edit at guidance scale 1, third in the side-by-side; half as long again"
+        "--show-unguided",
+        action="store_true",
+        help="also the edit without guidance, third in the side-by-side; half as long again",
     )
     parser.add_argument("--negative", help="Wan: text that guidance leads away from (default: published)")
     parser.add_argument("--guidance", type=number(0, 1000), help="FLUX: guidance embedding (default: the LoRA's)")
@@ -174,7 +176,7 @@ def main() -> None:
     )
     check_overrides(args, config, pipe.config)
     if args.show_unguided and pipe.config.negative is None:
-        raise ValueError("--show-unguided: nothing is guided here (FLUX takes guidance as an input; for Wan drop --cfg-high, --cfg-low)")
+        raise ValueError("--show-unguided: nothing is guided here (FLUX.1 takes guidance as an input; else drop --cfg-high, --cfg-low)")
     # All texts first: then the encoders leave for good. Sizes too: an unreadable image stops before the long work.
     sized = [(pipe.prepare_size(job.source), index, job) for index, job in enumerate(jobs)]
     for bucket, _, job in sized:

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from byg_plugin import families
+from byg_plugin.documents import json_value
 
 if TYPE_CHECKING:
     from byg_plugin.config.sections import ModelConfig
 
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
-ENCODERS, NETWORKS = ("t5", "clip"), ("transformer", "transformer_2")
+ENCODERS, NETWORKS = families.TEXT_ENCODERS, tuple(families.EXPERT_SUFFIXES)
 
 
 def check_model(model: ModelConfig, *parts: str) -> None:
@@ -26,6 +27,43 @@ def check_model(model: ModelConfig, *parts: str) -> None:
     for part in parts:
         if part in own:
             check_path(model.part(part), f"model.{part if getattr(model, part) else 'path'} = ")
+
+
+def check_not_distilled(model: ModelConfig) -> None:
+    """Whether the network's configuration or name says that it was distilled to few steps; silent where neither does.
+
+    Raises:
+        ValueError: it does; names what says so.
+    """
+    for key, where in (("transformer", model.transformer), ("path", model.path)):
+        if where is None:
+            continue
+        said = _said_by_index(Path(where).expanduser()) or _said_by_name(model, where)
+        if said is not None:
+            raise ValueError(
+                f"model.{key} = {where}: distilled weights ({said}), whose velocities are no longer those of its data: training on them "
+                "gives grey blocks; train on the base model, or say --allow-distilled"
+            )
+        return  # model.transformer overrides model.path
+
+
+def _said_by_index(path: Path) -> str | None:
+    """`is_distilled` in the model_index.json of a diffusers folder or beside a part of it."""
+    for folder in (path, path.parent):
+        index = folder / "model_index.json"
+        if index.is_file():
+            try:
+                content = json_value(index.read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise ValueError(f"{index}: cannot be read as JSON ({error}); download it again") from error
+            return f"{index} says is_distilled" if isinstance(content, dict) and content.get("is_distilled") is True else None
+    return None
+
+
+def _said_by_name(model: ModelConfig, where: str) -> str | None:
+    name = where.replace("\\", "/").rstrip("/").rpartition("/")[2]
+    pattern = model.spec.distilled
+    return f"by its name, {name}" if pattern is not None and re.search(pattern, name) else None
 
 
 def check_path(path_or_id: str, label: str) -> None:

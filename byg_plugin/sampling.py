@@ -82,7 +82,7 @@ def sample_as_configured(
     """
     if negative is not None:
         boundary = family.boundary
-        velocity = guided(velocity, negative, lambda t: config.cfg_at(boundary is None or bool(timesteps.is_high(t, boundary))))
+        velocity = guided(velocity, negative, lambda t: config.cfg_at(boundary is None or bool(timesteps.is_high(t, boundary))), family)
     solver = None if config.sample.solver == "euler" else family.solver(steps, schedule, config.sample.solver)
     if solver is None:
         return sample(velocity, noise, text, source, sampling_nodes(family, steps, schedule, tuple(noise.shape)), on_step)
@@ -95,24 +95,25 @@ def sample_as_configured(
     return x
 
 
-def guided(velocity: Velocity, negative: Text, scale_at: Callable[[Tensor], float]) -> Velocity:
-    """Classifier-free guidance: v_negative + scale (v - v_negative); the source tokens are in both branches.
+def guided(velocity: Velocity, negative: Text, scale_at: Callable[[Tensor], float], geometry: Geometry) -> Velocity:
+    """Classifier-free guidance in the family's formula; the source tokens are in both branches.
 
     Args:
         velocity: the field without guidance.
         negative: the encoded negative text (one or B).
-        scale_at: t (1,) -> the scale there; 1: no second branch.
+        scale_at: t (1,) -> the scale there; `unguided` of the family: no second branch.
+        geometry: whose formula.
     """
 
     def field(noisy: Tensor, t: Tensor, text: Text, source: Tensor | None) -> Tensor:
         assert bool((t == t[0]).all()), "a sampler gives all samples one t"
         scale = scale_at(t[:1])
         v = velocity(noisy, t, text, source)
-        if scale == 1.0:
+        if scale == geometry.spec.unguided:
             return v
         expanded = {name: value.expand(len(noisy), *value.shape[1:]) for name, value in negative.items()}
         v_negative = velocity(noisy, t, expanded, source)
-        return v_negative + scale * (v - v_negative)
+        return geometry.guide(v, v_negative, scale)
 
     return field
 

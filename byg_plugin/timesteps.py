@@ -18,6 +18,17 @@ def shift(t: Tensor, s: float) -> Tensor:
     return t / (t + (1 - t) / s)
 
 
+def stretch(nodes: Tensor, terminal: float) -> Tensor:
+    """(n + 1,) nodes from 1 to 0, the inner ones stretched away from 1 so that the last before 0 is `terminal`.
+
+    Source: `shift_terminal` of diffusers' FlowMatchEulerDiscreteScheduler. One step alone has no inner node and stays.
+    """
+    if len(nodes) < 3:
+        return nodes
+    inner = 1 - (1 - nodes[:-1]) * ((1 - terminal) / (1 - nodes[-2]))
+    return torch.cat([inner, nodes[-1:]])
+
+
 def sample_t(
     batch: int,
     generator: torch.Generator,

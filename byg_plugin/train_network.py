@@ -38,6 +38,11 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="with --resume FOLDER: later checkpoints and previews are renamed discarded-step-..., their lines in the logs dropped",
     )
+    parser.add_argument(
+        "--allow-distilled",
+        action="store_true",
+        help="train on weights that say that they are distilled, which breaks most of them",
+    )
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration as JSON and stop")
     parser.add_argument(
         "--dry-run", action="store_true", help="print items, buckets, tokens, a decoded sample's place and the memory sum; stop"
@@ -74,6 +79,8 @@ def main() -> None:
     from byg_plugin import places
 
     places.check_model(config.model, *places.NETWORKS, "vae", *places.ENCODERS)
+    if not args.allow_distilled:
+        places.check_not_distilled(config.model)
     if config.lora.init_from and args.resume is None:
         places.check_lora(config.lora.init_from, "lora.init_from = ")
     if config.lora.other_expert:

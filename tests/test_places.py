@@ -9,7 +9,7 @@ import pytest
 
 from byg_plugin import places
 from byg_plugin.config.loading import parse_config
-from byg_plugin.config.sections import Config
+from byg_plugin.config.sections import Config, ModelConfig
 
 EVERY = (*places.NETWORKS, "vae", *places.ENCODERS)
 
@@ -66,3 +66,49 @@ def test_a_lora_is_a_file_or_what_a_pair_is_called(tmp_path: Path, name: str):
 def test_a_lora_that_is_nowhere(tmp_path: Path):
     with pytest.raises(ValueError, match=r"^lora\.init_from = .*q\.safetensors: no such file; give a LoRA"):
         places.check_lora(str(tmp_path / "q.safetensors"), "lora.init_from = ")
+
+
+DISTILLED = [
+    ("krea2", "models/krea2-turbo.safetensors"),
+    ("krea2", "someone/Krea-2-Turbo"),
+    ("qwen-image", "models/Qwen-Image-Lightning-8steps.safetensors"),
+    ("z-image", "Tongyi-MAI/Z-Image-Turbo"),
+    ("flux2-klein-4b", "black-forest-labs/FLUX.2-klein-4B"),
+]
+BASES = [
+    ("krea2", "models/krea2.safetensors"),
+    ("qwen-image", "Qwen/Qwen-Image"),
+    ("z-image", "Tongyi-MAI/Z-Image"),
+    ("flux2-klein-9b", "black-forest-labs/FLUX.2-klein-base-9B"),
+    ("flux", "turbo/flux1-dev"),
+]
+
+
+@pytest.mark.parametrize(("family", "place"), DISTILLED)
+@pytest.mark.parametrize("key", ["path", "transformer"])
+def test_distilled_weights_are_told_by_their_name(family: str, place: str, key: str):
+    with pytest.raises(ValueError, match=rf"model.{key} = {place}: distilled weights \(by its name, .*--allow-distilled"):
+        places.check_not_distilled(ModelConfig.model_validate({"family": family, key: place}))
+
+
+@pytest.mark.parametrize(("family", "place"), BASES)
+def test_bases_are_not_taken_for_distilled(family: str, place: str):
+    places.check_not_distilled(ModelConfig.model_validate({"family": family, "path": place}))
+    beside = {"family": family, "path": "a/distilled-turbo-lightning", "transformer": place}
+    places.check_not_distilled(ModelConfig.model_validate(beside))
+
+
+@pytest.mark.parametrize("part", ["", "transformer"])
+def test_distilled_weights_are_told_by_their_index(tmp_path: Path, part: str):
+    folder = tmp_path / "krea2" / part
+    folder.mkdir(parents=True)
+    index = tmp_path / "krea2" / "model_index.json"
+    model = ModelConfig.model_validate({"family": "krea2", "transformer" if part else "path": str(folder)})
+    index.write_text('{"is_distilled": false}', encoding="utf-8")
+    places.check_not_distilled(model)
+    index.write_text('{"is_distilled": true}', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"model_index.json says is_distilled"):
+        places.check_not_distilled(model)
+    index.write_text("{", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"model_index.json: cannot be read as JSON"):
+        places.check_not_distilled(model)

@@ -171,3 +171,15 @@ def test_the_boundary_itself_is_high_in_every_precision():
     for boundary in (0.875, 0.9, 1 / 3):
         t = torch.tensor([boundary], dtype=torch.float32)
         assert timesteps.is_high(t, boundary).all() and not timesteps.is_high(torch.nextafter(t, torch.zeros(1)), boundary).any()
+
+
+def test_stretched_nodes_are_the_schedulers():
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler(shift_terminal=0.02, use_dynamic_shifting=True)
+    nodes = timesteps.uniform_nodes(7)
+    scheduler.set_timesteps(sigmas=nodes[:-1].tolist(), mu=0.7)
+    ours = timesteps.stretch(timesteps.shift(nodes, math.exp(0.7)), 0.02)
+    torch.testing.assert_close(ours, scheduler.sigmas, rtol=1e-5, atol=1e-6)
+    assert ours[0] == 1 and ours[-1] == 0
+    assert timesteps.stretch(timesteps.uniform_nodes(1), 0.02).tolist() == [1.0, 0.0]

@@ -30,7 +30,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast,
 
 from benchmarks.bases import common, sample_sheet
 from byg_plugin.demo import metrics, world
-from byg_plugin.models.flux_tokens import pack, position_ids, unpack
+from byg_plugin.models.tokens import pack, position_ids, unpack
 
 TEXT_TOKENS = 16  # "a red circle top left and a blue square top right on a green background" and the end token
 CLIP_TOKENS = 18

@@ -74,7 +74,7 @@ Rate = Annotated[float, Field(ge=0.01, le=1.0)]
 Weight = Annotated[float, Field(ge=0.0, le=MOST), AfterValidator(_not_lost)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 Shift = Annotated[float, Field(ge=1e-3, le=1e3)]
-Scale = Annotated[float, Field(ge=1.0, le=100.0)]
+Scale = Annotated[float, Field(ge=0.0, le=100.0)]
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]  # what torch's generators take
 PathText = Annotated[str, AfterValidator(_path_text)]
 Pattern = Annotated[str, Field(min_length=1), AfterValidator(_pattern)]

@@ -58,6 +58,11 @@ class ModelConfig(Section):
     vae: PathText | None = Field(None, description="Single .safetensors file or folder of the VAE; overrides `path`.")
     t5: PathText | None = Field(None, description="Single .safetensors file or folder of the T5 encoder (Wan: UMT5); overrides `path`.")
     clip: PathText | None = Field(None, description="Single .safetensors file or folder of CLIP-L; overrides `path`.")
+    qwen: PathText | None = Field(
+        None,
+        description="Single .safetensors file or folder of the Qwen text encoder (Qwen-Image: Qwen2.5-VL, Krea 2: Qwen3-VL); overrides "
+        "`path`.",
+    )
     dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="Dtype of the frozen weights.")
     quantization: Literal["none", "fp8", "int8", "nf4"] = Field(
         "none",
@@ -88,7 +93,7 @@ class ModelConfig(Section):
             raise ValueError(
                 f"model.offload_inactive_expert cannot move weights stored as {self.quantization}: set model.quantization = 'fp8' or 'none'"
             )
-        for key in ("t5", "clip"):
+        for key in families.TEXT_ENCODERS:
             if getattr(self, key) and key not in self.spec.text_encoders:
                 raise ValueError(f"model.{key}: {self.family} has no such text encoder, leave it out")
         return self
@@ -99,7 +104,7 @@ class ModelConfig(Section):
         return families.named(self.family)
 
     def part(self, name: str) -> str:
-        """Where one part (`transformer`, `transformer_2`, `vae`, `t5`, `clip`) is loaded from.
+        """Where one part (`transformer`, `transformer_2`, `vae` or a text encoder) is loaded from.
 
         Raises:
             ValueError: neither `model.<name>` nor `model.path` is set.
@@ -162,13 +167,16 @@ class ConditioningConfig(Section):
 
     position: Position = Field(
         "same",
-        description="Positions of the source tokens: the noisy tokens' own; FLUX also first id 1 as stock Kontext tools (kontext), "
-        "Wan also turned as ComfyUI's in-context latents (bernini).",
+        description="Positions of the source tokens: the noisy tokens' own; FLUX.1 also first id 1 as stock Kontext tools (kontext), "
+        "Wan also turned as ComfyUI's in-context latents (bernini), Qwen-Image and Krea 2 also in the frame of the first reference image "
+        "(reference).",
     )
     guidance: Annotated[float, Field(ge=0.0, le=1000.0)] = Field(
-        3.5, description="Value of FLUX's guidance embedding for edit, EMA and base, in training and editing. Wan has none."
+        3.5, description="Value of FLUX.1's guidance embedding for edit, EMA and base, in training and editing. The others have none."
     )
-    max_text_tokens: Annotated[int, Field(ge=4, le=512)] = Field(512, description="T5 or UMT5 tokens a text is padded or cut to.")
+    max_text_tokens: Annotated[int, Field(ge=4, le=512)] = Field(
+        512, description="Tokens a text is padded or cut to (T5, UMT5), or cut to alone (Qwen)."
+    )
 
 
 SECTIONS_OF_OBJECTIVES: dict[str, type[ObjectiveConfig]] = {name: resolve_name(path) for name, path in OBJECTIVES.items()}
@@ -300,11 +308,13 @@ class SampleConfig(Section):
         "unipc_diffusers takes those of diffusers' pipelines.",
     )
     cfg_high_noise: Scale | None = Field(
-        None, description="Wan: classifier-free guidance of the (high-noise) expert, 1 = none; default: the published one."
+        None,
+        description="Classifier-free guidance (of Wan2.2-A14B the high-noise expert's), in the family's own formula: 1 = none, for Krea 2 "
+        "0 = none; default: the published one.",
     )
     cfg_low_noise: Scale | None = Field(None, description="The same of the low-noise expert.")
     negative: Annotated[str, Field(max_length=10_000)] | None = Field(
-        None, description="Wan: text of the branch that guidance leads away from; default: the published one."
+        None, description="Text of the branch that classifier-free guidance leads away from; default: the published one."
     )
     seed: Seed = Field(0, description="Seed of the previews' noise.")
     weights: Literal["ema", "live"] = Field("ema", description="Which LoRA weights the previews use.")
@@ -390,10 +400,13 @@ class Config(Section):
                     raise ValueError(
                         f"sample.{key} = {value!r}: {family} has no classifier-free guidance, leave it out (it has conditioning.guidance)"
                     )
+        for key in ("cfg_high_noise", "cfg_low_noise"):
+            if (value := getattr(self.sample, key)) is not None and value < spec.unguided:
+                raise ValueError(f"sample.{key} = {value} is below {spec.unguided:g}, which is no guidance for {family}")
         if spec.guidance != "embedding" and self.conditioning.guidance != ConditioningConfig.model_fields["guidance"].default:
             raise ValueError(
                 f"conditioning.guidance = {self.conditioning.guidance} is a guidance embedding, which {family} has not: leave it out "
-                "(sample.cfg_high_noise and sample.cfg_low_noise guide previews and edits)"
+                f"(sample.cfg_high_noise{' and sample.cfg_low_noise guide' if spec.has_experts else ' guides'} previews and edits)"
             )
         if not spec.takes_clips:
             if self.dataset.frames > 1:
@@ -420,7 +433,7 @@ class Config(Section):
         return self.dataset.fps or self.model.spec.fps
 
     def cfg_at(self, high_noise: bool) -> float:
-        """Classifier-free guidance of previews and editing; 1 = none."""
+        """Classifier-free guidance of previews and editing; the family's `unguided` = none."""
         spec = self.model.spec
         high = high_noise or not spec.has_experts
         given = self.sample.cfg_high_noise if high else self.sample.cfg_low_noise
@@ -429,7 +442,7 @@ class Config(Section):
     @property
     def negative(self) -> str | None:
         """The text of the branch that guidance leads away from; None where there is no guidance."""
-        if self.cfg_at(True) == self.cfg_at(False) == 1.0:
+        if self.cfg_at(True) == self.cfg_at(False) == self.model.spec.unguided:
             return None
         return self.model.spec.negative if self.sample.negative is None else self.sample.negative
 

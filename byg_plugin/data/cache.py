@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from byg_plugin.config.sections import Config, DatasetConfig
+from byg_plugin.config.sections import Config, DatasetConfig, ModelConfig
 from byg_plugin.data import buckets, clips, media
 from byg_plugin.data.rules import ROLES
 from byg_plugin.data.tuples import EditTuple
@@ -38,6 +38,7 @@ from byg_plugin.documents import json_value
 from byg_plugin.finite import first_not_finite, is_finite, refuse_not_finite
 from byg_plugin.models.base import Family
 from byg_plugin.progress import Progress
+from byg_plugin.texts import MASK, text_at
 from byg_plugin.user_files import file_digest, listed
 
 # Raise when load_image, crop_to_bucket or to_tensor give other pixels of every file; of some alone: media.READER, clips.READER.
@@ -85,7 +86,12 @@ def _are_latents(spec: Spec) -> bool:
 
 
 def _are_encodings(spec: Spec) -> bool:
-    return bool(spec) and all(dtype in ("F32", "BF16", "F16") and shape for dtype, shape in spec.values())
+    """Rows in floats; with a mask, as many as it has."""
+    mask = spec.get(MASK)
+    rows = {name: value for name, value in spec.items() if name != MASK}
+    if mask is not None and (mask[0] != "BOOL" or any(shape[:1] != mask[1] for _, shape in rows.values())):
+        return False
+    return bool(rows) and all(dtype in ("F32", "BF16", "F16") and shape for dtype, shape in rows.values())
 
 
 class Store:
@@ -625,9 +631,9 @@ def cache_texts(
                 with _memory_advice(len(group)):
                     encoded = family.encode_texts(encoders, texts)
                 for index, key in enumerate(group):
-                    one = {name: value[index] for name, value in encoded.items()}
+                    one = text_at(encoded, index)
                     if (part := first_not_finite(one)) is not None:
-                        raise ValueError(_not_finite_text(config.model.dtype, by_key[key], part))
+                        raise ValueError(_not_finite_text(config.model, by_key[key], part))
                     store.write(key, one)
                 cut += [text for text, longer in zip(texts, family.longer_than_limit(encoders, texts), strict=True) if longer]
                 bar.update(len(group))
@@ -636,10 +642,10 @@ def cache_texts(
     return Summary(encoded=len(todo), kept=len(by_key) - len(todo), pruned=pruned, cut=tuple(cut))
 
 
-def _not_finite_text(dtype: str, text: str, part: str) -> str:
+def _not_finite_text(model: ModelConfig, text: str, part: str) -> str:
     """A message; `part` is the tensor's name in the family's encoding."""
-    encoder = "model.clip" if part == "pooled" else "model.t5"
-    remedy = "T5 overflows in float16, set model.dtype = 'bfloat16'" if dtype == "float16" else "is it the right file, and whole?"
+    encoder, dtype = f"model.{'clip' if part == 'pooled' else model.spec.text_encoders[0]}", model.dtype
+    remedy = "T5 and Qwen overflow in float16, set model.dtype = 'bfloat16'" if dtype == "float16" else "is it the right file, and whole?"
     return f"model.dtype = {dtype!r}: {encoder} gives an encoding ({part}) that is not finite, of {text!r}; {remedy}"
 
 

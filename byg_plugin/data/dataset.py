@@ -20,6 +20,7 @@ from byg_plugin.data.rules import ROLES
 from byg_plugin.data.tuples import EditTuple, read_tuples
 from byg_plugin.models.base import Family
 from byg_plugin.randomness import generator
+from byg_plugin.texts import MASK, stack_texts
 
 _SHOWN = 3
 logger = logging.getLogger(__name__)
@@ -150,8 +151,9 @@ def _unlike(store: Store, specs: Mapping[str, Spec], sizes: Mapping[str, Hashabl
         wanted: what each is of.
     """
     # What all have in common is right: the model is part of the key. Channels first, so that a size with one entry counts too.
-    common = _alike({key: _leading(spec) for key, spec in specs.items()}, dict.fromkeys(specs))
-    common &= _alike({key: tuple(sorted(spec.items())) for key, spec in specs.items()}, sizes)
+    fixed = {key: _without_length(spec) for key, spec in specs.items()}
+    common = _alike({key: _leading(spec) for key, spec in fixed.items()}, dict.fromkeys(specs))
+    common &= _alike({key: tuple(sorted(spec.items())) for key, spec in fixed.items()}, sizes)
     odd = [key for key in specs if key not in common]
     if not odd:
         return []
@@ -159,9 +161,14 @@ def _unlike(store: Store, specs: Mapping[str, Spec], sizes: Mapping[str, Hashabl
     return [f"{len(odd)} entries have other tensors or shapes than the rest; remove these files and run {store.command}:{named}"]
 
 
+def _without_length(spec: Spec) -> Spec:
+    """Without the rows, where texts keep their own number of them."""
+    return {name: (dtype, shape[1:]) for name, (dtype, shape) in spec.items()} if MASK in spec else spec
+
+
 def _leading(spec: Spec) -> Hashable:
     """Names, dtypes and the first dimension (of latents the channels)."""
-    return tuple(sorted((name, dtype, shape[0]) for name, (dtype, shape) in spec.items()))
+    return tuple(sorted((name, dtype, *shape[:1]) for name, (dtype, shape) in spec.items()))
 
 
 def _alike(facts: Mapping[str, Hashable], groups: Mapping[str, Hashable]) -> set[str]:
@@ -228,7 +235,7 @@ def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Stack items of one bucket; text encodings stay named tensors."""
     batch: dict[str, Any] = {"index": [item["index"] for item in items], "source": torch.stack([item["source"] for item in items])}
     for role in ROLES:
-        batch[role] = {name: torch.stack([item[role][name] for item in items]) for name in items[0][role]}
+        batch[role] = stack_texts([item[role] for item in items])
     if "target" in items[0]:
         batch["target"] = torch.stack([item["target"] for item in items])
     return batch

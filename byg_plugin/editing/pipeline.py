@@ -120,7 +120,8 @@ class EditPipeline:
         raw["sample"] |= {key: value for key, value in sampler.items() if value is not None}
         resolved = parse_config(raw, origin=f"{lora} (its metadata byg.*), or an option of this edit")
         if sampler.get("negative") is not None and resolved.negative is None:
-            raise ValueError("negative (--negative) is not used at guidance 1: leave it out, or raise cfg_high_noise (--cfg-high)")
+            none = resolved.model.spec.unguided
+            raise ValueError(f"negative (--negative) is not used at guidance {none:g}: leave it out, or raise cfg_high_noise (--cfg-high)")
         return cls(resolved, tensors, card, strength=strength, origin=lora)
 
     def __call__(
@@ -245,9 +246,9 @@ class EditPipeline:
         return sampling.finite(self.config.model.dtype, self.family.decode_latents(self._vae, edits), "the decoded pixels")
 
     def _text_batch(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        import torch
+        from byg_plugin.texts import stack_texts
 
-        return {name: torch.stack([self._texts[text][name] for text in texts]).to(self.device) for name in self._texts[texts[0]]}
+        return {name: value.to(self.device) for name, value in stack_texts([self._texts[text] for text in texts]).items()}
 
     @_without_gradient
     def encode(self, texts: Iterable[str]) -> None:
@@ -265,10 +266,12 @@ class EditPipeline:
             self._encode_new(texts)
 
     def _encode_new(self, texts: Sequence[str]) -> None:
+        from byg_plugin.texts import text_at
+
         # On its own: the encoders must be gone before the network is back.
         encoders = self.family.load_text_encoders(self.device)
         for text in texts:
-            self._texts[text] = {name: value[0] for name, value in self.family.encode_texts(encoders, [text]).items()}
+            self._texts[text] = text_at(self.family.encode_texts(encoders, [text]), 0)
 
     def prepare_size(self, source: str | Path | Image.Image) -> tuple[int, int]:
         """(width, height) of the edit of a source."""

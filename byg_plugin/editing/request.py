@@ -56,7 +56,7 @@ def sections_of(card: LoraCard, config: Config | None, model: Mapping[str, Any])
     if family != expected:
         raise ValueError(f"the LoRA was trained for {family!r}, the base model is {expected!r}")
     if "path" in model:
-        section |= dict.fromkeys(("transformer", "transformer_2", "vae", "t5", "clip"))
+        section |= dict.fromkeys((*families.EXPERT_SUFFIXES, "vae", *families.TEXT_ENCODERS))
     raw["model"] = section | model | {"gradient_checkpointing": False}
     if card.boundary is not None:
         raw["model"]["boundary"] = card.boundary

@@ -12,14 +12,18 @@ from byg_plugin.families.spec import EXPERT_SUFFIXES, HIGH, LOW, FamilySpec
 
 _FILES = (
     "flux",
+    "flux2",
+    "qwen",
     "wan",
+    "zimage",
 )
 SPECS: dict[str, FamilySpec] = {spec.name: spec for file in _FILES for spec in import_module(f"{__name__}.{file}").SPECS}
 LoraFormat = Literal["diffusers", "comfyui", "musubi"]
 LORA_FORMATS: tuple[LoraFormat, ...] = ("diffusers", "comfyui", "musubi")
 POSITIONS: tuple[str, ...] = tuple(dict.fromkeys(position for spec in SPECS.values() for position in spec.positions))
+TEXT_ENCODERS: tuple[str, ...] = tuple(dict.fromkeys(encoder for spec in SPECS.values() for encoder in spec.text_encoders))
 
-__all__ = ["EXPERT_SUFFIXES", "HIGH", "LORA_FORMATS", "LOW", "POSITIONS", "SPECS", "FamilySpec", "LoraFormat", "named"]
+__all__ = ["EXPERT_SUFFIXES", "HIGH", "LORA_FORMATS", "LOW", "POSITIONS", "SPECS", "TEXT_ENCODERS", "FamilySpec", "LoraFormat", "named"]
 
 
 def named(name: str) -> FamilySpec:

@@ -11,7 +11,7 @@ SPECS = (
         guidance="embedding",
         text_encoders=("t5", "clip"),
         text_in_sequence=True,
-        shift=ShiftByTokens(tokens=(256, 4096), mu=(0.5, 1.15), patch=2),
+        shift=ShiftByTokens(tokens=(256, 4096), mu=(0.5, 1.15)),
         musubi=MusubiSpec(
             adapter="byg_plugin.musubi.flux:FluxOnMusubi",
             network_module="networks.lora_flux",

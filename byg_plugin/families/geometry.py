@@ -42,3 +42,7 @@ class Geometry(Protocol):
     def shifted_nodes(self, nodes: Tensor, latent_shape: Sequence[int]) -> Tensor:
         """The family's inference shift applied to nodes in [0, 1] (1 = noise); end points stay."""
         ...
+
+    def guide(self, v: Tensor, v_negative: Tensor, scale: float) -> Tensor:
+        """The family's classifier-free guidance of two velocities (B, C, F, H, W) at a scale in its own formula."""
+        ...

@@ -21,11 +21,26 @@ class ShiftByTokens:
         tokens: of the two points.
         mu: at the two points.
         patch: side of the square of latents that is a token.
+        terminal: the last time before 0, to which all are stretched after the shift; None: where the shift leaves it.
     """
 
     tokens: tuple[int, int]
     mu: tuple[float, float]
-    patch: int
+    patch: int = 2
+    terminal: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShiftByTokensAndSteps:
+    """FLUX.2's inference shift: exp(mu), mu between two lines in the image tokens by the number of steps; a latent is a token.
+
+    Attributes:
+        lines: slope and offset of mu by the two numbers of steps, the smaller first.
+        most_tokens: above this many the second line serves alone, whatever the steps.
+    """
+
+    lines: Mapping[int, tuple[float, float]]
+    most_tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +49,7 @@ class MusubiSpec:
 
     Attributes:
         adapter: `module:Class` of `musubi.family.MusubiFamily`, the call of its network.
-        task: value of the host's option of that name; None: its script has none.
+        decided: options of the host's script that say which model it is, with their values.
         network_module: of the LoRA, unless `[musubi]` names one.
         text_encoders: the host's options of the text encoders.
         most_swapped: the largest `blocks_to_swap` that it takes.
@@ -42,7 +57,7 @@ class MusubiSpec:
     """
 
     adapter: str
-    task: str | None = None
+    decided: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     network_module: str
     text_encoders: tuple[str, ...]
     most_swapped: int
@@ -58,11 +73,13 @@ class FamilySpec:
         implementation: `module:Class` of its `models.base.Family`.
         lora_layout: names of its LoRA's layers, a key of `lora.layouts.LAYOUTS`.
         positions: the values of `conditioning.position` that it has.
+        reference_id: first position id of the source tokens of an image where the position is not `same`.
         frame_multiple: clips have n times this many frames and one more; None: images alone.
         boundary: t from which the high-noise expert serves; None: one network.
         guidance: `embedding`: an input of the network, `conditioning.guidance`; `classifier_free`: of previews and edits,
             `sample.cfg_high_noise` and `sample.cfg_low_noise`.
-        guidance_scales: the published scales at high and at low noise; (1, 1): no classifier-free guidance.
+        guidance_scales: the published scales at high and at low noise.
+        unguided: the scale without classifier-free guidance. 1: v_negative + scale (v - v_negative); 0: v + scale (v - v_negative).
         negative: the text that guidance leads away from, unless `sample.negative` names one.
         text_encoders: the parts of `[model]` that encode texts.
         text_limit: tokens of the longest text.
@@ -73,6 +90,7 @@ class FamilySpec:
         native: side of the square with as many pixels as its native size, at which it edits; None: the size that was trained.
         vae_tiling: whether its VAE can work in tiles.
         defaults: of the configuration, by section, where they are not the general ones.
+        distilled: found in the name of a file or folder, it tells distilled weights, which cannot be trained on; None: their names do not.
         diffusers: the first version that has its classes as they are called here.
         musubi: how musubi-tuner trains it; None: not at all.
     """
@@ -81,20 +99,23 @@ class FamilySpec:
     implementation: str
     lora_layout: str
     positions: tuple[str, ...]
+    reference_id: int = 1
     frame_multiple: int | None = None
     boundary: float | None = None
     guidance: GuidanceKind
     guidance_scales: tuple[float, float] = (1.0, 1.0)
+    unguided: float = 1.0
     negative: str = ""
     text_encoders: tuple[str, ...]
     text_limit: int = 512
     text_in_sequence: bool
-    shift: float | ShiftByTokens
+    shift: float | ShiftByTokens | ShiftByTokensAndSteps
     solvers: tuple[str, ...] = ()
     fps: int | None = None
     native: int | None = None
     vae_tiling: bool = False
     defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: MappingProxyType({}))
+    distilled: str | None = None
     diffusers: tuple[int, int] = (0, 32)
     musubi: MusubiSpec | None = None
 

@@ -49,7 +49,7 @@ def _musubi(task: str, most_swapped: int) -> MusubiSpec:
     """`most_swapped`: all blocks but the one that computes."""
     return MusubiSpec(
         adapter="byg_plugin.musubi.wan:WanOnMusubi",
-        task=task,
+        decided={"task": task},
         network_module="networks.lora_wan",
         text_encoders=("t5",),
         most_swapped=most_swapped,

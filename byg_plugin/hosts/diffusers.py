@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from byg_plugin.config.extras import require_model_extras
+from byg_plugin.hosts.blocks import linears_in_blocks
 from byg_plugin.hosts.ema import Adapter, EmaWeights
 from byg_plugin.hosts.experts import by_expert
 from byg_plugin.hosts.lockstep import in_lockstep
@@ -329,7 +330,7 @@ def matched_linears(network: nn.Module, pattern: str) -> list[str]:
     matched = [(name, module) for name, module in network.named_modules() if name in names]
     if not matched:
         linears = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
-        shown = [name for name in linears if "blocks." in name] or linears
+        shown = linears_in_blocks(network) or linears
         raise ValueError(f"lora.targets = {pattern!r} matches no module; it must match whole names such as {shown[0]} or {shown[-1]}")
     # bitsandbytes' linears are nn.Linear too.
     wrong = [name for name, module in matched if not isinstance(module, nn.Linear)]

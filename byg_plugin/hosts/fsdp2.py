@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from byg_plugin.hosts.sharding import blocks_of, hand_on
+from byg_plugin.hosts.blocks import blocks_of
+from byg_plugin.hosts.sharding import hand_on
 
 
 class Fsdp2Shards:

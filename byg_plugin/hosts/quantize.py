@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from byg_plugin.hosts.blocks import linears_in_blocks
+
 FP8 = torch.float8_e4m3fn
 
 
@@ -65,7 +67,7 @@ def quantize_(network: nn.Module, kind: Literal["none", "fp8", "int8", "nf4"], c
     if kind == "none":
         return
     # Names, not modules: a list of these would keep every 16-bit weight until the last one is quantised.
-    for name in [name for name, module in network.named_modules() if type(module) is nn.Linear and "blocks." in name]:
+    for name in linears_in_blocks(network):
         parent = network.get_submodule(name.rpartition(".")[0])
         setattr(parent, name.rpartition(".")[2], _quantized(network.get_submodule(name), kind, compute_dtype))
     # PEFT picks the LoRA layer that knows bitsandbytes' weights by these flags.

@@ -6,7 +6,6 @@ handed on piece by piece, so that every other process holds its shards and one p
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -14,8 +13,6 @@ from typing import Any, Literal, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-
-_BLOCK = re.compile(r"(.*blocks)\.\d+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,11 +99,6 @@ def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
 def _tensors_of(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from network.named_parameters()
     yield from network.named_buffers()
-
-
-def blocks_of(network: nn.Module) -> list[nn.Module]:
-    """The transformer blocks, in order."""
-    return [module for name, module in network.named_modules() if _BLOCK.fullmatch(name)]
 
 
 # --- what is held ---

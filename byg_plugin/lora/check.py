@@ -173,12 +173,17 @@ def _in_comfyui(module: Module, modules: Sequence[Module], layout: Layout) -> st
         return layout.parts_in_comfyui
     if module.prefix in ("", "base_model.model."):
         return "ComfyUI's key map has no such names (the bare ones only in releases of 2026)"
+    if module.prefix == "lora_unet_" and layout.find_native(module.name.removeprefix("lora_unet_")) is None:
+        return "ComfyUI has native names alone under this prefix: convert with --to comfyui"
     return None
 
 
 def _in_musubi(module: Module, modules: Sequence[Module], layout: Layout) -> str | None:
     if module.prefix != "lora_unet_" or module.suffix != ".lora_down.weight":
         return "musubi-tuner reads lora_unet_….lora_down/lora_up only: convert with --to musubi"
+    fused = module.part is None and len(module.linear.parts) > 1
+    if fused and module.prefix in layout.part_prefixes:
+        return "musubi-tuner has no fused layer here: convert with --to musubi"
     return formats.outside_network(module, "musubi", layout)
 
 

@@ -6,10 +6,10 @@ of a single block is to_q, to_k, to_v, proj_mlp. In both, `{}` stands for the bl
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
 from byg_plugin.lora.layout import Linear
+from byg_plugin.lora.names import Names
 
 
 def _stream(native: str, context: bool) -> tuple[Linear, ...]:
@@ -77,37 +77,11 @@ def linears(double: int, single: int, guidance: bool) -> Iterator[Linear]:
 
 
 def norms(double: int, single: int) -> Iterator[tuple[str, str]]:
-    """(native, diffusers) names of every query and key norm."""
+    """(native, diffusers) names of the tensor of every query and key norm."""
     for table, blocks in ((DOUBLE_NORMS, double), (SINGLE_NORMS, single)):
         for block in range(blocks):
-            yield from ((native.format(block), diffusers.format(block)) for native, diffusers in table.items())
+            yield from ((f"{native.format(block)}.scale", f"{diffusers.format(block)}.weight") for native, diffusers in table.items())
 
 
-_ALL = (*DOUBLE, *SINGLE, *OUTSIDE, *GUIDANCE)
-_BY_NATIVE = {linear.native: linear for linear in _ALL}
-_BY_NATIVE_FLAT = {linear.native.replace(".", "_"): linear for linear in _ALL}
-_BY_PART = {part: (linear, index) for linear in _ALL for index, part in enumerate(linear.parts)}
-_BY_PART_FLAT = {part.replace(".", "_"): found for part, found in _BY_PART.items()}
-_NUMBER = re.compile(r"^((?:double_|single_|transformer_|single_transformer_)blocks[._])(\d+)(?=[._])")
-
-
-def _template(name: str) -> tuple[str, int]:
-    """`double_blocks.7.img_mod.lin` -> (`double_blocks.{}.img_mod.lin`, 7); block 0 for names without a number."""
-    match = _NUMBER.match(name)
-    if match is None:
-        return name, 0
-    return f"{match[1]}{{}}{name[match.end() :]}", int(match[2])
-
-
-def find_native(name: str) -> Linear | None:
-    """The linear with this native module name, dotted or with `_` for every dot; None for other names."""
-    template, block = _template(name)
-    linear = _BY_NATIVE.get(template) or _BY_NATIVE_FLAT.get(template)
-    return linear.at(block) if linear else None
-
-
-def find_part(name: str) -> tuple[Linear, int] | None:
-    """(linear, index among its parts) of a diffusers module name, dotted or with `_` for dots; None for other names."""
-    template, block = _template(name)
-    found = _BY_PART.get(template) or _BY_PART_FLAT.get(template)
-    return (found[0].at(block), found[1]) if found else None
+NAMES = Names((*DOUBLE, *SINGLE), (*OUTSIDE, *GUIDANCE))
+find_native, find_part = NAMES.find_native, NAMES.find_part

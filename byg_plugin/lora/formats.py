@@ -31,7 +31,7 @@ from byg_plugin.families import EXPERT_SUFFIXES
 from byg_plugin.lora import files as lora_files
 from byg_plugin.lora.card import KEYS, LoraCard
 from byg_plugin.lora.layout import Layout, Linear, Module
-from byg_plugin.lora.layouts import DEFAULT_FAMILY, family_of_names, layout_of
+from byg_plugin.lora.layouts import DEFAULT_FAMILY, families_of_names, layout_of
 
 Format = families.LoraFormat
 FORMATS = families.LORA_FORMATS
@@ -109,7 +109,7 @@ def _module(name: str, roles: Mapping[str, tuple[str, Tensor]], layout: Layout) 
         if not name.startswith(prefix):
             continue
         bare = name[len(prefix) :]
-        if names == "parts" and (found := layout.find_part(bare)) is not None:
+        if (names == "parts" or prefix in layout.part_prefixes) and (found := layout.find_part(bare)) is not None:
             return Module(name, prefix, suffix, *found, down, up, alpha)
         if (names == "native" or prefix in layout.native_prefixes) and (linear := layout.find_native(bare)) is not None:
             return Module(name, prefix, suffix, linear, None, down, up, alpha)
@@ -182,7 +182,8 @@ def _converted(tensors: Mapping[str, Tensor], to: Format, family: str) -> tuple[
         raise ValueError(f"unknown LoRA format {to!r}; one of {', '.join(FORMATS)}")
     modules, lost = parse(tensors, family)
     _refuse_doubles(modules)
-    layers = _to_parts(modules) if to == "diffusers" else _to_native(modules)
+    in_parts = to == "diffusers" or (to == "musubi" and PREFIXES[to] in layout_of(family).part_prefixes)
+    layers = _to_parts(modules) if in_parts else _to_native(modules)
     converted = []
     for layer in layers:
         why = outside_network(layer, to, layout_of(family))
@@ -381,17 +382,35 @@ def read_named(path: str | Path, family: str, label: str = "") -> tuple[dict[str
 
 
 def guess_family(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """The family of a LoRA file: what its metadata say, or what its layers' names look like (any Wan has the same).
+    """The family of a LoRA file: what its metadata say, or what its layers' names and sizes look like (any Wan has the same).
 
     Raises:
-        ValueError: it does not say, and its layers have the names of a published network and another depth or width: those of
-            FLUX.2 and Qwen-Image are called as FLUX.1's.
+        ValueError: it does not say, and its layers have the names of a published network and another depth or width.
     """
     if (family := metadata.get(KEYS["family"])) is not None:
         return family
-    name = family_of_names(tensors)
-    modules, _ = parse(tensors, name)
-    misfits = [next(filter(None, map(network.misfit, modules)), None) for network in layout_of(name).networks]
-    if all(misfits):
-        raise ValueError(f"a LoRA of another model, whose layers are called like those of this one: {'; '.join(map(str, misfits))}")
-    return name
+    read: list[list[str]] = []
+    unreadable: list[ValueError] = []
+    for name in families_of_names(tensors):
+        try:
+            found = _misfits(tensors, name)
+        except ValueError as error:
+            unreadable.append(error)
+            continue
+        if not found:
+            return name
+        read.append(found)
+    if not read:
+        raise unreadable[0]
+    raise ValueError(f"a LoRA of another model, whose layers are called like those of this one: {'; '.join(read[0])}")
+
+
+def _misfits(tensors: Mapping[str, Tensor], family: str) -> list[str]:
+    """Why the layers are of none of the family's published networks, a sentence each; empty where they are of one.
+
+    Raises:
+        ValueError: no layer is called like one of the family.
+    """
+    modules, _ = parse(tensors, family)
+    misfits = [next(filter(None, map(network.misfit, modules)), None) for network in layout_of(family).networks]
+    return [why for why in misfits if why] if all(misfits) else []

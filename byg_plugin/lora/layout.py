@@ -131,6 +131,8 @@ class Layout:
         written: the format of the files that training writes.
         pairs: whether two files can be the LoRA of two experts.
         in_diffusers: (a layer, every layer of the file) -> why diffusers would not load it; None when it would.
+        part_prefixes: starts of keys under which diffusers' names stand where others have native names alone; with `lora_unet_`,
+            musubi-tuner's network has diffusers' layers, not the fused ones.
         parts_in_comfyui: why ComfyUI does not read the diffusers names; None: it does.
         loader: diffusers' loader, a class of `diffusers.loaders`.
         runtime: whether a tool runs edits as it ships, by `conditioning.position` and tool.
@@ -148,6 +150,7 @@ class Layout:
     written: LoraFormat = "diffusers"
     pairs: bool = False
     in_diffusers: Callable[[Module, Sequence[Module]], str | None]
+    part_prefixes: tuple[str, ...] = ()
     parts_in_comfyui: str | None = None
     loader: str
     runtime: Mapping[tuple[str, LoraFormat], str]

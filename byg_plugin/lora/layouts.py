@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from byg_plugin.families import SPECS
-from byg_plugin.lora import flux_layout, wan_layout
+from byg_plugin.lora import flux2_layout, flux_layout, krea2_layout, qwen_layout, wan_layout, zimage_layout
 from byg_plugin.lora.layout import Layout
 
 LAYOUTS = {
     layout.name: layout
     for layout in (
         flux_layout.LAYOUT,
+        flux2_layout.LAYOUT,
         wan_layout.LAYOUT,
+        qwen_layout.LAYOUT,
+        krea2_layout.LAYOUT,
+        zimage_layout.LAYOUT,
     )
 }
 DEFAULT_FAMILY = "flux"
@@ -30,11 +34,9 @@ def layout_of(family: str) -> Layout:
     return LAYOUTS[SPECS[family].lora_layout]
 
 
-def family_of_names(keys: Iterable[str]) -> str:
-    """The first family whose layout has keys like these."""
+def families_of_names(keys: Iterable[str]) -> list[str]:
+    """The first family whose layout's pattern is in the keys; where no pattern is, a family of each layout, the default one first."""
     keys = list(keys)
-    for family in SPECS:
-        pattern = layout_of(family).pattern
-        if pattern is not None and any(map(pattern.search, keys)):
-            return family
-    return DEFAULT_FAMILY
+    first = {SPECS[name].lora_layout: name for name in (*reversed(SPECS), DEFAULT_FAMILY)}
+    named = [name for name in SPECS if (pattern := layout_of(name).pattern) is not None and any(map(pattern.search, keys))]
+    return named[:1] or sorted(first.values(), key=lambda name: name != DEFAULT_FAMILY)

@@ -5,10 +5,10 @@ Nothing is fused or split between the two; `{}` stands for the block's number.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
 from byg_plugin.lora.layout import Linear
+from byg_plugin.lora.names import Names
 
 
 def _attention(native: str, diffusers: str) -> tuple[Linear, ...]:
@@ -50,9 +50,7 @@ OUTSIDE_TENSORS = {
 
 def linears(blocks: int) -> Iterator[Linear]:
     """Every linear of a Wan text-to-video transformer with so many blocks."""
-    yield from OUTSIDE
-    for block in range(blocks):
-        yield from (linear.at(block) for linear in BLOCK)
+    return NAMES.linears({"blocks.": blocks})
 
 
 def tensors(blocks: int) -> Iterator[tuple[str, str]]:
@@ -64,26 +62,5 @@ def tensors(blocks: int) -> Iterator[tuple[str, str]]:
         yield from ((native.format(block), diffusers.format(block)) for native, diffusers in BLOCK_TENSORS.items())
 
 
-_ALL = (*BLOCK, *OUTSIDE)
-_BY_NATIVE = {linear.native: linear for linear in _ALL} | {linear.native.replace(".", "_"): linear for linear in _ALL}
-_BY_PART = {linear.parts[0]: linear for linear in _ALL} | {linear.parts[0].replace(".", "_"): linear for linear in _ALL}
-_NUMBER = re.compile(r"^(blocks[._])(\d+)(?=[._])")
-
-
-def _template(name: str) -> tuple[str, int]:
-    match = _NUMBER.match(name)
-    return (f"{match[1]}{{}}{name[match.end() :]}", int(match[2])) if match else (name, 0)
-
-
-def find_native(name: str) -> Linear | None:
-    """The linear with this native module name, dotted or with `_` for every dot; None for other names."""
-    template, block = _template(name)
-    linear = _BY_NATIVE.get(template)
-    return linear.at(block) if linear else None
-
-
-def find_part(name: str) -> tuple[Linear, int] | None:
-    """(linear, 0) of a diffusers module name, dotted or with `_` for dots; None for other names."""
-    template, block = _template(name)
-    linear = _BY_PART.get(template)
-    return (linear.at(block), 0) if linear else None
+NAMES = Names(BLOCK, OUTSIDE)
+find_native, find_part = NAMES.find_native, NAMES.find_part

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import inspect
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -47,6 +48,7 @@ class Part:
         markers: layout -> a tensor that only this layout of this part has.
         suggested: what to use instead of a file that is refused.
         tokenizer: shipped file and special tokens, where none lies beside the weights.
+        model_type: of a text encoder, what its config.json has to say; None: a class of transformers takes what it needs of several.
     """
 
     label: str
@@ -56,10 +58,14 @@ class Part:
     markers: Mapping[str, str]
     suggested: str
     tokenizer: tuple[str, Mapping[str, str]] | None = None
+    model_type: str | None = None
 
 
 _DIT_PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "transformer.")
 _T5_SPECIAL = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+_QWEN_SPECIAL = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+_LANGUAGE_PREFIXES = ("model.language_model.", "language_model.", "model.", "")
+_WAN_VAE_MARKERS = {"native": "decoder.middle.0.residual.0.gamma", "diffusers": "decoder.mid_block.resnets.0.norm1.gamma"}
 _WAN_MARKERS = {"native": "blocks.0.self_attn.q.weight", "diffusers": "blocks.0.attn1.to_q.weight"}
 
 PARTS = {
@@ -98,6 +104,37 @@ PARTS = {
         suggested="t5xxl_fp16.safetensors, t5xxl_fp8_e4m3fn.safetensors or a diffusers folder",
         tokenizer=("t5_tokenizer.json.gz", _T5_SPECIAL),
     ),
+    "flux2_transformer": Part(
+        label="FLUX.2 klein's transformer",
+        folder="transformer",
+        prefixes=_DIT_PREFIXES,
+        markers={"native": "double_stream_modulation_img.lin.weight", "diffusers": "double_stream_modulation_img.linear.weight"},
+        suggested="flux-2-klein-base-4b.safetensors (bf16 or fp8) or a diffusers folder",
+    ),
+    "flux2_vae": Part(
+        label="FLUX.2's vae",
+        folder="vae",
+        prefixes=("", "vae.", "first_stage_model."),
+        markers={"native": "decoder.up.0.block.0.conv1.weight", "diffusers": "decoder.up_blocks.0.resnets.0.conv1.weight"},
+        suggested="flux2-vae.safetensors or a diffusers folder",
+    ),
+    "zimage_transformer": Part(
+        label="Z-Image's transformer",
+        folder="transformer",
+        prefixes=_DIT_PREFIXES,
+        markers={"native": "noise_refiner.0.attention.qkv.weight", "diffusers": "noise_refiner.0.attention.to_q.weight"},
+        suggested="z_image_bf16.safetensors (bf16 or fp8) or a diffusers folder",
+    ),
+    "qwen3": Part(
+        label="the text encoder Qwen3",
+        folder="text_encoder",
+        tokenizer_folder="tokenizer",
+        prefixes=("model.", ""),
+        markers={"native": "layers.0.self_attn.q_norm.weight"},
+        suggested="qwen_3_4b.safetensors (bf16 or fp8) or a diffusers folder",
+        tokenizer=("qwen_tokenizer.json.gz", _QWEN_SPECIAL),
+        model_type="qwen3",
+    ),
     "wan_transformer": Part(
         label="a Wan text-to-video transformer",
         folder="transformer",
@@ -116,7 +153,7 @@ PARTS = {
         label="Wan's vae",
         folder="vae",
         prefixes=("", "vae.", "first_stage_model."),
-        markers={"native": "decoder.middle.0.residual.0.gamma", "diffusers": "decoder.mid_block.resnets.0.norm1.gamma"},
+        markers=_WAN_VAE_MARKERS,
         suggested="wan_2.1_vae.safetensors or a diffusers folder",
     ),
     "umt5": Part(
@@ -127,6 +164,47 @@ PARTS = {
         markers={"native": "encoder.block.0.layer.0.SelfAttention.q.weight"},
         suggested="umt5_xxl_fp16.safetensors, umt5_xxl_fp8_e4m3fn_scaled.safetensors or a diffusers folder",
         tokenizer=("umt5_tokenizer.json.gz", _T5_SPECIAL),
+    ),
+    "qwen_transformer": Part(
+        label="Qwen-Image's transformer",
+        folder="transformer",
+        prefixes=_DIT_PREFIXES,
+        markers={"diffusers": "transformer_blocks.0.img_mod.1.weight"},
+        suggested="qwen_image_bf16.safetensors, qwen_image_fp8_e4m3fn.safetensors or a diffusers folder",
+    ),
+    "krea2_transformer": Part(
+        label="Krea 2's transformer",
+        folder="transformer",
+        prefixes=_DIT_PREFIXES,
+        markers={"native": "txtfusion.projector.weight", "diffusers": "text_fusion.projector.weight"},
+        suggested="Krea 2's transformer as one .safetensors file or a diffusers folder",
+    ),
+    "qwen_vae": Part(
+        label="Qwen-Image's vae",
+        folder="vae",
+        prefixes=("", "vae.", "first_stage_model."),
+        markers=_WAN_VAE_MARKERS,
+        suggested="qwen_image_vae.safetensors or a diffusers folder",
+    ),
+    "qwen25_vl": Part(
+        label="Qwen-Image's text encoder (Qwen2.5-VL)",
+        folder="text_encoder",
+        tokenizer_folder="tokenizer",
+        prefixes=_LANGUAGE_PREFIXES,
+        markers={"native": "layers.0.self_attn.q_proj.bias"},
+        suggested="qwen_2.5_vl_7b.safetensors, qwen_2.5_vl_7b_fp8_scaled.safetensors or a diffusers folder",
+        tokenizer=("qwen_tokenizer.json.gz", _QWEN_SPECIAL),
+        model_type="qwen2_5_vl",
+    ),
+    "qwen3_vl": Part(
+        label="Krea 2's text encoder (Qwen3-VL 4B)",
+        folder="text_encoder",
+        tokenizer_folder="tokenizer",
+        prefixes=_LANGUAGE_PREFIXES,
+        markers={"native": "layers.0.self_attn.q_norm.weight"},
+        suggested="Qwen3-VL 4B as one .safetensors file or a diffusers folder",
+        tokenizer=("qwen_tokenizer.json.gz", _QWEN_SPECIAL),
+        model_type="qwen3_vl",
     ),
 }
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
@@ -185,7 +263,10 @@ def from_folder(kind: Any, path_or_id: str | Path, part: str, **dtype: torch.dty
         model = _hub(lambda: kind.from_pretrained(str(path_or_id), subfolder=inside, use_safetensors=True, **dtype), path_or_id)
         _refuse_not_finite(model, Path(path_or_id))
         return model
-    _refuse_other_class(read_json(folder / "config.json"), kind, folder)
+    config = read_json(folder / "config.json")
+    _refuse_other_class(config, kind, folder)
+    if (wanted := PARTS[part].model_type) is not None and config.get("model_type") != wanted:
+        raise ValueError(f"{folder}: holds a {config.get('model_type')}, not {PARTS[part].label}; use {PARTS[part].suggested}")
     _weight_files(folder)
     try:
         with quiet_loading():
@@ -454,6 +535,9 @@ _KNOWN = (
     (r"\.absmax$|quant_state\.", "looks like a bitsandbytes 4-bit file (quantise at load time instead)"),
     (r"lora_(A|B|down|up)\b", "looks like a LoRA (lora.init_from takes one)"),
     (r"(^|\.)double_stream_modulation_img\.", "looks like a FLUX.2 transformer"),
+    (r"(^|\.)(txtfusion|text_fusion)\.", "looks like a Krea 2 transformer"),
+    (r"(^|\.)transformer_blocks\.0\.img_mod\.", "looks like a Qwen-Image transformer"),
+    (r"(^|\.)noise_refiner\.0\.", "looks like a Z-Image or Lumina transformer"),
     (r"(^|\.)double_blocks\.0\.", "looks like a relative of FLUX with other modules"),
     (r"transformer\.resblocks\.", "looks like an OpenCLIP file"),
     (r"(^|\.)quant_conv\.", "looks like a Stable Diffusion VAE"),
@@ -463,6 +547,8 @@ _KNOWN = (
     (r"decoder\.up", "looks like a VAE"),
     (r"text_model\.encoder\.layers", "looks like a CLIP text encoder"),
     (r"encoder\.block\.0\.layer\.0", "looks like a T5 encoder"),
+    (r"(^|\.)layers\.0\.self_attn\.q_proj\.bias", "looks like Qwen2.5-VL"),
+    (r"(^|\.)layers\.0\.self_attn\.q_norm\.", "looks like Qwen3 or Qwen3-VL"),
 )
 
 
@@ -487,6 +573,11 @@ def count_blocks(names: Iterable[str], pattern: str) -> int:
 
 
 # --- building ---
+
+
+def parameters_of(kind: Any) -> Mapping[str, inspect.Parameter]:
+    """What a class of diffusers is configured with, by name."""
+    return {name: one for name, one in inspect.signature(kind.__init__).parameters.items() if name != "self"}
 
 
 def build(
@@ -551,6 +642,11 @@ def load_tokenizer(path_or_id: str | Path, part: str, length: int) -> PreTrained
     if not path.exists():
         inside = str(PARTS[part].tokenizer_folder)
         return _hub(lambda: AutoTokenizer.from_pretrained(str(path_or_id), subfolder=inside, trust_remote_code=False), path_or_id)
+    return shipped_tokenizer(part, length)
+
+
+def shipped_tokenizer(part: str, length: int) -> PreTrainedTokenizerBase:
+    """The tokenizer that this package has for a text encoder."""
     shipped = PARTS[part].tokenizer
     assert shipped is not None, part
     name, special = shipped

@@ -5,23 +5,18 @@ Legend: B batch, C latent channels (16), F = 1, H W latent height and width, L t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from byg_plugin import families
-from byg_plugin.models import files, flux_files
-from byg_plugin.models.flux_tokens import PATCH, pack_length, sequence, unpack
-from byg_plugin.models.geometry import SpecGeometry
+from byg_plugin.models import flux_files
+from byg_plugin.models.flux_vae import FluxVaeFamily
+from byg_plugin.models.image_family import compute_dtype, first_arguments
+from byg_plugin.models.tokens import pack_length, sequence, unpack
 from byg_plugin.objectives.base import Text
-
-if TYPE_CHECKING:
-    from byg_plugin.config.sections import Config
 
 # Attention and MLP linears of all double and single blocks: 19 x 12 + 38 x 5 = 418 modules in FLUX.1-dev. Modulation,
 # norms, embedders and the head stay frozen: no tool loads a LoRA of all of them.
@@ -42,35 +37,17 @@ class TextEncoders:
     t5_tokenizer: Any
 
 
-class FluxFamily(SpecGeometry):
+class FluxFamily(FluxVaeFamily):
     """FLUX.1-dev as configured; see `models.base.Family`."""
 
     default_lora_targets = DEFAULT_TARGETS
+    text_parts = {"clip": "clip", "t5": "t5"}
 
-    def __init__(self, config: Config):
-        super().__init__(families.named(config.model.family))
-        self._config = config
-        self.position = config.conditioning.position
-        self.guidance = config.conditioning.guidance
+    def _network(self, path_or_id: str, dtype: torch.dtype) -> nn.Module:
+        return cast(nn.Module, flux_files.load_flux_transformer(path_or_id, dtype=dtype))
 
-    # --- frozen parts ---
-
-    def load_transformers(self, dtype: torch.dtype) -> Iterator[tuple[str, nn.Module]]:
-        """The one network, under the name `transformer`: frozen, on the CPU, in eval mode."""
-        network = cast(nn.Module, flux_files.load_flux_transformer(self._config.model.part("transformer"), dtype=dtype))
-        yield "transformer", network.eval().requires_grad_(False)
-
-    def meta_transformers(self) -> dict[str, nn.Module]:
-        """See `models.base.Family`."""
-        return {"transformer": cast(nn.Module, flux_files.flux_transformer_on_meta(self._config.model.part("transformer")))}
-
-    def sequence_tokens(self, height: int, width: int, frames: int = 1) -> int:
-        """See `models.base.Family`."""
-        return 2 * pack_length(height // self._vae_factor, width // self._vae_factor) + self._config.conditioning.max_text_tokens
-
-    def load_vae(self, device: torch.device) -> nn.Module:
-        """The autoencoder in float32: it is small beside the network, and its 16-bit decoder shows bands."""
-        return flux_files.load_flux_vae(self._config.model.part("vae"), dtype=torch.float32).to(device).eval().requires_grad_(False)
+    def _network_on_meta(self, path_or_id: str) -> nn.Module:
+        return cast(nn.Module, flux_files.flux_transformer_on_meta(path_or_id))
 
     def load_text_encoders(self, device: torch.device) -> TextEncoders:
         """CLIP-L and T5 in the model's dtype."""
@@ -84,40 +61,7 @@ class FluxFamily(SpecGeometry):
             t5_tokenizer,
         )
 
-    def fingerprint(self, part: str) -> str:
-        """See `models.base.Family.fingerprint`; `part` is `vae` or `text`."""
-        model = self._config.model
-        if part == "vae":
-            return f"flux-vae|mode|{files.weights_fingerprint(model.part('vae'), 'vae')}"
-        assert part == "text", part
-        return (
-            f"flux-text|{self._config.conditioning.max_text_tokens}|{model.dtype}"
-            f"|{files.weights_fingerprint(model.part('clip'), 'clip')}|{files.weights_fingerprint(model.part('t5'), 't5')}"
-        )
-
-    @cached_property
-    def _vae_factor(self) -> int:
-        return flux_files.vae_downsampling(self._config.model.part("vae"))
-
-    def pixel_multiple(self) -> int:
-        """VAE down-sampling x patch: 16 for FLUX.1."""
-        return self._vae_factor * PATCH
-
-    # --- pixels and texts ---
-
-    @torch.no_grad()
-    def encode_pixels(self, vae: nn.Module, pixels: Tensor) -> Tensor:
-        """(B, 3, 1, H, W) in [-1, 1] -> (B, 16, 1, H/8, W/8), the posterior's mode, shifted and scaled to unit variance."""
-        parameter = next(vae.parameters())
-        mode = vae.encode(pixels[:, :, 0].to(parameter)).latent_dist.mode().float()
-        return ((mode - vae.config.shift_factor) * vae.config.scaling_factor).unsqueeze(2)
-
-    @torch.no_grad()
-    def decode_latents(self, vae: nn.Module, latents: Tensor) -> Tensor:
-        """The inverse of `encode_pixels`, clamped to [-1, 1]."""
-        parameter = next(vae.parameters())
-        raw = latents[:, :, 0].to(parameter) / vae.config.scaling_factor + vae.config.shift_factor
-        return vae.decode(raw).sample.float().clamp(-1, 1).unsqueeze(2)
+    # --- texts ---
 
     @torch.no_grad()
     def encode_texts(self, encoders: TextEncoders, texts: Sequence[str]) -> dict[str, Tensor]:
@@ -146,13 +90,16 @@ class FluxFamily(SpecGeometry):
         Source tokens follow the noisy tokens; all tokens share t (FLUX.1 has one time embedding a sample). The network
         multiplies t and guidance by 1000 itself.
         """
-        if source is not None and source.shape != noisy.shape:
-            raise ValueError(f"source latents {tuple(source.shape)} and noisy latents {tuple(noisy.shape)} must have one shape")
+        self._check_source(noisy, source)
         h, w = noisy.shape[-2:]
-        dtype = torch.float32 if torch.is_autocast_enabled(noisy.device.type) else network.x_embedder.bias.dtype
-        tokens, ids = sequence(noisy, source, self.position)
-        guidance = torch.full_like(t, self.guidance, dtype=torch.float32) if network.config.guidance_embeds else None
-        with _exact_times(network, t, guidance):
+        dtype = compute_dtype(noisy, network.x_embedder.bias)
+        tokens, ids = sequence(noisy, source, self.source_id)
+        guidance = None
+        if network.config.guidance_embeds:
+            guidance = torch.full_like(t, self._config.conditioning.guidance, dtype=torch.float32)
+        # In the embedding's own unit, thousandths.
+        exact = [value.float() * 1000 for value in (t, guidance) if value is not None]
+        with first_arguments(network.time_text_embed, *exact):
             prediction = network(
                 hidden_states=tokens.to(dtype),
                 timestep=t,
@@ -164,27 +111,3 @@ class FluxFamily(SpecGeometry):
                 return_dict=False,
             )[0]
         return unpack(prediction[:, : pack_length(h, w)].float(), h, w)
-
-    def solver(self, steps: int, schedule: str, name: str) -> None:
-        """FLUX is published with Euler."""
-        return None
-
-
-@contextmanager
-def _exact_times(network: nn.Module, t: Tensor, guidance: Tensor | None) -> Iterator[None]:
-    """Give the time embedding t and guidance in float32, in its unit (thousandths), for one call.
-
-    diffusers rounds both to the tokens' dtype first: in bfloat16 a guidance of 3500 becomes 3504 and t = 0.77 becomes
-    0.7695 beside an x_t made with 0.77.
-    """
-    exact = [value.float() * 1000 for value in (t, guidance) if value is not None]
-
-    def replace(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        assert len(args) == len(exact) + 1, "time_text_embed(timestep[, guidance], pooled)"
-        return (*exact, args[-1])
-
-    handle = network.time_text_embed.register_forward_pre_hook(replace)
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerBase, T5Config, T5EncoderModel
 
 from byg_plugin.lora import flux_names
-from byg_plugin.lora.layout import Linear
-from byg_plugin.models import files
+from byg_plugin.models import files, native
 
 _BESIDE_CLIP = ("text_projection.weight", "position_ids")
 
@@ -46,7 +45,7 @@ def load_flux_transformer(path_or_id: str | Path, *, dtype: torch.dtype) -> Flux
     else:
         with files.Weights(file, "transformer") as weights:
             config = files.config_beside(weights) or _transformer_config(weights)
-            state = _native_transformer(weights, config, dtype) if weights.layout == "native" else weights.all(dtype)
+            state = _native_state(weights, config, dtype) if weights.layout == "native" else weights.all(dtype)
             model = files.build(lambda: FluxTransformer2DModel.from_config(config), state, weights)
     _refuse_extra_channels(model.config, path_or_id)
     return model.eval()
@@ -140,33 +139,33 @@ def shipped_config(name: str) -> dict[str, Any]:
 
 def to_native_layout(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A diffusers FLUX.1 state dict in Black Forest Labs' layout (the inverse of what the loader does)."""
-    native: dict[str, Tensor] = {}
     double = files.count_blocks(state, r"transformer_blocks\.(\d+)\.")
     single = files.count_blocks(state, r"single_transformer_blocks\.(\d+)\.")
-    for linear in flux_names.linears(double, single, any("guidance_embedder" in name for name in state)):
-        for kind in ("weight", "bias"):
-            rows = torch.cat([state[f"{part}.{kind}"] for part in linear.parts])
-            native[f"{linear.native}.{kind}"] = _swap_halves(rows) if linear.swap else rows
-    for name, ours in flux_names.norms(double, single):
-        native[f"{name}.scale"] = state[f"{ours}.weight"]
-    return native
+    guidance = any("guidance_embedder" in name for name in state)
+    return native.to_native(state, flux_names.linears(double, single, guidance), flux_names.norms(double, single))
+
+
+def _native_state(weights: files.Weights, config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
+    double, single = config["num_layers"], config["num_single_layers"]
+    linears = flux_names.linears(double, single, config["guidance_embeds"])
+    return native.read_native(weights, linears, flux_names.norms(double, single), dtype, kinds=("weight", "bias"))
 
 
 # --- configurations from shapes ---
 
 
 def _transformer_config(weights: files.Weights) -> dict[str, Any]:
-    native = weights.layout == "native"
-    stem = "" if native else "transformer_"
-    guidance = "guidance_in.in_layer" if native else "time_text_embed.guidance_embedder.linear_1"
+    own = weights.layout == "native"
+    stem = "" if own else "transformer_"
+    guidance = "guidance_in.in_layer" if own else "time_text_embed.guidance_embedder.linear_1"
 
     def shape(linear: str) -> tuple[int, ...]:
         found = flux_names.find_native(linear)
         assert found is not None, linear
-        return weights.shape((found.native if native else found.parts[0]) + ".weight")
+        return weights.shape((found.native if own else found.parts[0]) + ".weight")
 
     width, in_channels = shape("img_in")
-    norm = "double_blocks.0.img_attn.norm.query_norm.scale" if native else "transformer_blocks.0.attn.norm_q.weight"
+    norm = "double_blocks.0.img_attn.norm.query_norm.scale" if own else "transformer_blocks.0.attn.norm_q.weight"
     head = weights.shape(norm)[0]
     out_channels = shape("final_layer.linear")[0]
     return shipped_config("transformer") | {
@@ -259,45 +258,6 @@ def _t5_config(weights: files.Weights) -> dict[str, Any]:
 
 
 # --- building ---
-
-
-def _native_transformer(weights: files.Weights, config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Diffusers' state dict, read piece by piece: a fused tensor is never whole in memory."""
-    double, single = config["num_layers"], config["num_single_layers"]
-    state: dict[str, Tensor] = {}
-    used = set()
-    for linear in flux_names.linears(double, single, config["guidance_embeds"]):
-        for kind in ("weight", "bias"):
-            name = f"{linear.native}.{kind}"
-            used.add(name)
-            state |= _split(weights, name, linear, kind, dtype)
-    for native, ours in flux_names.norms(double, single):
-        used.add(f"{native}.scale")
-        state[f"{ours}.weight"] = weights.read(f"{native}.scale", dtype)
-    unknown = sorted(name for name in weights.names - used if not files.is_beside(name, files.BESIDE))
-    if unknown:
-        raise weights.error(f"has {len(unknown)} tensors that FLUX.1 does not have, such as {', '.join(unknown[:3])}")
-    return state
-
-
-def _split(weights: files.Weights, name: str, linear: Linear, kind: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    total = weights.shape(name)[0]
-    if len(linear.parts) == 1:
-        whole = weights.read(name, dtype)
-        return {f"{linear.parts[0]}.{kind}": _swap_halves(whole) if linear.swap else whole}
-    unit, remainder = divmod(total, sum(linear.widths))
-    if remainder:
-        raise ValueError(f"{weights.path}: {name} has {total} rows, which do not divide into {len(linear.parts)} parts of FLUX.1")
-    parts, start = {}, 0
-    for part, width in zip(linear.parts, linear.widths, strict=True):
-        parts[f"{part}.{kind}"] = weights.read(name, dtype, slice(start, start + width * unit))
-        start += width * unit
-    return parts
-
-
-def _swap_halves(rows: Tensor) -> Tensor:
-    first, second = rows.chunk(2)
-    return torch.cat([second, first])
 
 
 def _clip_names(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

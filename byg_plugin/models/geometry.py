@@ -9,7 +9,7 @@ from torch import Tensor
 
 from byg_plugin import timesteps
 from byg_plugin.families import FamilySpec
-from byg_plugin.families.spec import ShiftByTokens
+from byg_plugin.families.spec import ShiftByTokens, ShiftByTokensAndSteps
 
 
 class SpecGeometry:
@@ -55,13 +55,26 @@ class SpecGeometry:
 
     def shifted_nodes(self, nodes: Tensor, latent_shape: Sequence[int]) -> Tensor:
         """The published inference shift applied to nodes in [0, 1] (1 = noise); end points stay. `latent_shape` ends with height, width."""
-        return timesteps.shift(nodes, _factor(self.spec.shift, latent_shape))
+        shifted = timesteps.shift(nodes, _factor(self.spec.shift, latent_shape, len(nodes) - 1))
+        terminal = self.spec.shift.terminal if isinstance(self.spec.shift, ShiftByTokens) else None
+        return shifted if terminal is None else timesteps.stretch(shifted, terminal)
+
+    def guide(self, v: Tensor, v_negative: Tensor, scale: float) -> Tensor:
+        """See `families.geometry.Geometry`."""
+        return v_negative + ((1.0 - self.spec.unguided) + scale) * (v - v_negative)
 
 
-def _factor(shift: float | ShiftByTokens, latent_shape: Sequence[int]) -> float:
+def _factor(shift: float | ShiftByTokens | ShiftByTokensAndSteps, latent_shape: Sequence[int], steps: int) -> float:
+    height, width = latent_shape[-2:]
+    if isinstance(shift, ShiftByTokensAndSteps):
+        return math.exp(_mu_of_steps(shift, height * width, steps))
     if not isinstance(shift, ShiftByTokens):
         return shift
-    height, width = latent_shape[-2:]
     tokens = (height // shift.patch) * (width // shift.patch)
     (first, last), (low, high) = shift.tokens, shift.mu
     return math.exp(low + (high - low) * (tokens - first) / (last - first))
+
+
+def _mu_of_steps(shift: ShiftByTokensAndSteps, tokens: int, steps: int) -> float:
+    (few, low), (many, high) = ((number, slope * tokens + offset) for number, (slope, offset) in shift.lines.items())
+    return high if tokens > shift.most_tokens else low + (high - low) * (steps - few) / (many - few)

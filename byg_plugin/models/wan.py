@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from byg_plugin import families, timesteps
 from byg_plugin.families import HIGH, LOW
-from byg_plugin.models import files, wan_files
+from byg_plugin.models import files, normalised_vae, wan_files
 from byg_plugin.models.geometry import SpecGeometry
 from byg_plugin.objectives.base import Text
 
@@ -144,21 +144,15 @@ class WanFamily(SpecGeometry):
 
     # --- pixels and texts ---
 
-    @torch.no_grad()
     def encode_pixels(self, vae: nn.Module, pixels: Tensor) -> Tensor:
         """(B, 3, 4n + 1, H, W) in [-1, 1] -> (B, C, n + 1, H/8, W/8), the posterior's mode to zero mean and unit variance."""
         if pixels.shape[2] != self.clip_frames(pixels.shape[2]):
             raise ValueError(f"Wan takes {self._vae_frames}n + 1 frames, got {pixels.shape[2]}")
-        mode = vae.encode(pixels.to(next(vae.parameters()))).latent_dist.mode().float()
-        mean, std = _latent_statistics(vae, mode)
-        return (mode - mean) / std
+        return normalised_vae.encode(vae, pixels)
 
-    @torch.no_grad()
     def decode_latents(self, vae: nn.Module, latents: Tensor) -> Tensor:
         """The inverse of `encode_pixels`, clamped to [-1, 1]."""
-        mean, std = _latent_statistics(vae, latents.float())
-        raw = latents.float() * std + mean
-        return vae.decode(raw.to(next(vae.parameters()))).sample.float().clamp(-1, 1)
+        return normalised_vae.decode(vae, latents)
 
     @torch.no_grad()
     def encode_texts(self, encoders: TextEncoder, texts: Sequence[str]) -> dict[str, Tensor]:
@@ -310,12 +304,6 @@ def exact_time(network: nn.Module) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _latent_statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the latent channels, (1, C, 1, 1, 1)."""
-    mean, std = (torch.tensor(values, dtype=like.dtype, device=like.device) for values in (vae.config.latents_mean, vae.config.latents_std))
-    return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)
 
 
 def _clean(text: str) -> str:

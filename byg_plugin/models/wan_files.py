@@ -81,7 +81,7 @@ def load_wan_vae(path_or_id: str | Path, *, dtype: torch.dtype) -> AutoencoderKL
         config = files.config_beside(weights) or _vae_config(weights)
         state = weights.all(dtype)
         if weights.layout == "native":
-            state = _vae_names(state)
+            state = vae_names(state)
         return files.build(lambda: AutoencoderKLWan.from_config(config), state, weights).eval()
 
 
@@ -202,7 +202,7 @@ _LEVEL = re.compile(r"^(?:en|de)coder\.(down|up)samples\.(\d+)\.\1samples\.(\d+)
 _RESIDUAL = {"residual.0": "norm1", "residual.2": "conv1", "residual.3": "norm2", "residual.6": "conv2", "shortcut": "conv_shortcut"}
 
 
-def _vae_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def vae_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """diffusers' names of a VAE with Wan's own."""
     levels, flat = {}, {}
     for name, tensor in state.items():

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from byg_plugin.models import flux_tokens
+from byg_plugin.models import tokens as packing
 from byg_plugin.objectives.base import Text, Velocity
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def flux_call(
 ) -> Tensor:
     """Velocity of the host's FLUX: noisy (B, C, 1, H, W), t (B,), source like noisy or None -> like noisy, float32."""
     h, w = noisy.shape[-2:]
-    tokens, ids = flux_tokens.sequence(noisy, source, position)
+    tokens, ids = packing.sequence(noisy, source, 0 if position == "same" else 1)
     t5 = text["t5"].to(noisy.device).float()
     with accelerator.autocast():
         out = transformer(
@@ -87,4 +87,4 @@ def flux_call(
             y=text["pooled"].to(noisy.device).float(),
             guidance=torch.full_like(t, guidance, dtype=torch.float32),
         )
-    return flux_tokens.unpack(out[:, : flux_tokens.pack_length(h, w)].float(), h, w)
+    return packing.unpack(out[:, : packing.pack_length(h, w)].float(), h, w)

@@ -153,7 +153,8 @@ def _encoder_identity(config: Config) -> str:
         if not isinstance(path, str) or not Path(path).is_file():
             raise ValueError(f"musubi.{name} = {path!r}: no such file; give the text encoder that the host's own caching takes")
         parts.append(f"{Path(path).name}:{Path(path).stat().st_size}")
-    return "|".join([*parts, "fp8" if config.musubi.get("fp8_t5") else "bf16", str(config.conditioning.max_text_tokens)])
+    fp8 = any(config.musubi.get(name) for name in ("fp8_t5", "fp8_text_encoder"))
+    return "|".join([*parts, "fp8" if fp8 else "bf16", str(config.conditioning.max_text_tokens)])
 
 
 @torch.no_grad()

@@ -142,8 +142,8 @@ def problems(config: Config, surface: Surface) -> list[str]:
     for name, value in given.items():
         if name not in surface:
             found.append(_unknown(name, value, surface))
-        elif name in REFUSED:
-            found.append(f"musubi.{name} = {shown(value)} cannot be honoured: {REFUSED[name]}")
+        elif name in REFUSED or name in spec_of(config.model).decided:
+            found.append(f"musubi.{name} = {shown(value)} cannot be honoured: {REFUSED.get(name, REFUSED['task'])}")
         elif why := _wrong_type(value, surface[name]):
             found.append(f"musubi.{name} = {shown(value)}: {why}")
     return found + _needed(config) + _named(config) + _together(config)
@@ -342,8 +342,8 @@ def arguments(config: Config, parser: argparse.ArgumentParser) -> argparse.Names
         except (ValueError, argparse.ArgumentTypeError) as error:
             raise ValueError(f"[musubi]:\n  - musubi.{name} = {value!r}: {error}") from error
     spec = spec_of(config.model)
-    if spec.task is not None:
-        args.task = spec.task
+    for name, value in spec.decided.items():
+        setattr(args, name, value)
     args.network_module = args.network_module or spec.network_module
     # Every rank draws from the same seed; without one the host gives each rank its own.
     args.seed = config.train.seed

@@ -85,7 +85,9 @@ def check(config: Config) -> None:
     """
     objective = config.objective
     if config.model.spec.musubi is None:
-        raise ValueError(f"model.family = {config.model.family!r}: musubi-tuner does not train it; set model.host = 'diffusers'")
+        raise ValueError(
+            f"model.family = {config.model.family!r}: not trained in musubi-tuner by this package; set model.host = 'diffusers'"
+        )
     if config.conditioning.position == "bernini":
         raise ValueError(
             "conditioning.position = 'bernini' turns the source's positions, for which musubi-tuner's Wan has no place: set "

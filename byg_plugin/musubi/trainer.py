@@ -371,7 +371,10 @@ class UnpairedCycleTrainer:
         nodes = sampling.sampling_nodes(self.byg_geometry, sample_steps, "shifted", tuple(source.shape))  # type: ignore[arg-type]
         noise = torch.randn(source.shape, generator=generator, device=device)
         with self.byg_fields.ema() as velocity:
-            field = velocity if negative is None or cfg_scale is None else sampling.guided(velocity, negative, lambda t: cfg_scale)
+            field = velocity
+            if negative is not None and cfg_scale is not None:
+                own = cfg_scale - (1.0 - self.byg_geometry.spec.unguided)  # the host's formula is the usual one
+                field = sampling.guided(velocity, negative, lambda t: own, self.byg_geometry)
             latents = sampling.sample(field, noise, text, source, nodes)
         vae.to(device)
         with _autocast(device, vae):

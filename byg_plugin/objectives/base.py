@@ -11,11 +11,10 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 Text = Mapping[str, Tensor]
-"""One or several encoded texts: named tensors with the batch first. Only a family looks inside; here they are concatenated."""
+"""One or several encoded texts: named tensors with the batch first (`texts.py`). Only a family looks inside."""
 
 Metrics = dict[str, Tensor]
 """Detached scalars by name."""
@@ -126,8 +125,3 @@ class Objective(Protocol):
     def step(self, fields: VelocityFields, batch: Batch, backward: Backward | None) -> Metrics:
         """Compute all terms and differentiate them; with `backward=None` only compute (validation)."""
         ...
-
-
-def cat_text(*texts: Text) -> Text:
-    """Texts of several batches as one batch."""
-    return {name: torch.cat([text[name] for text in texts]) for name in texts[0]}

@@ -47,9 +47,9 @@ from byg_plugin.objectives.base import (
     Text,
     Velocity,
     VelocityFields,
-    cat_text,
 )
 from byg_plugin.randomness import coin
+from byg_plugin.texts import cat_text
 
 if TYPE_CHECKING:
     from byg_plugin.objectives.unpaired_cycle_config import UnpairedCycleConfig

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from byg_plugin.hosts.sharding import Sharding, blocks_of
+from byg_plugin.hosts.blocks import blocks_of
+from byg_plugin.hosts.sharding import Sharding
 
 if TYPE_CHECKING:
     from byg_plugin.models.base import Family

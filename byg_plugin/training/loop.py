@@ -25,7 +25,8 @@ from byg_plugin.families import EXPERT_SUFFIXES
 from byg_plugin.folders import set_aside
 from byg_plugin.hosts import make_host
 from byg_plugin.hosts.batch import draw_batch
-from byg_plugin.hosts.sharding import blocks_of, bytes_held
+from byg_plugin.hosts.blocks import blocks_of
+from byg_plugin.hosts.sharding import bytes_held
 from byg_plugin.lora.card import LoraCard
 from byg_plugin.lora.start import check_start
 from byg_plugin.models.base import Family

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from byg_plugin.config.sections import Config, LoraConfig
-from byg_plugin.hosts.sharding import blocks_of
+from byg_plugin.hosts.blocks import blocks_of, depth_of, linears_in_blocks
 from byg_plugin.objectives import make_objective
 from byg_plugin.training.launch import Launch
 
@@ -57,7 +57,7 @@ def memory_sum(
     # The experts are equally large.
     here = list(networks.values())[:1] if config.model.offload_inactive_expert else networks.values()
     for network in here:
-        linears = {id(m.weight) for n, m in network.named_modules() if isinstance(m, nn.Linear) and "blocks." in n}
+        linears = {id(network.get_submodule(name).weight) for name in linears_in_blocks(network)}
         for parameter in network.parameters():
             if id(parameter) in linears:
                 in_blocks += parameter.numel()
@@ -142,5 +142,5 @@ def report(lines: Sequence[MemoryLine]) -> str:
 
 def sizes(network: Any) -> tuple[int, int]:
     """(hidden width, transformer blocks) of a diffusers transformer."""
-    blocks = sum(len(child) for name, child in network.named_children() if name.endswith("blocks") and isinstance(child, nn.ModuleList))
-    return int(network.config.num_attention_heads * network.config.attention_head_dim), blocks
+    config = network.config
+    return int(config.get("dim") or config.num_attention_heads * config.attention_head_dim), depth_of(network)

@@ -11,8 +11,9 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from byg_plugin.hosts.blocks import blocks_of
 from byg_plugin.hosts.fsdp2 import Fsdp2Shards
-from byg_plugin.hosts.sharding import agree_on_types, blocks_of, bytes_held, read_on_first
+from byg_plugin.hosts.sharding import agree_on_types, bytes_held, read_on_first
 from tests.support.engine_runs import in_processes
 from tests.support.tiny import tiny_flux
 

@@ -2,66 +2,31 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
 from byg_plugin.lora import flux_names
 from byg_plugin.lora import formats as lora_formats
 from byg_plugin.lora.check import check
+from byg_plugin.models import flux_files
+from tests.support.comfyui import MARKS, comfyui, detected
 
-CHECKOUT = os.environ.get("COMFYUI")
-pytestmark = [
-    pytest.mark.comfyui,
-    pytest.mark.skipif(not CHECKOUT, reason="COMFYUI does not name a ComfyUI checkout (folder with comfy/lora.py)"),
-]
+pytestmark = MARKS
 DOUBLE, SINGLE, WIDTH = 19, 38, 3072
 
 
 @pytest.fixture(scope="module")
 def comfy() -> Iterator[SimpleNamespace]:
-    """ComfyUI's modules, and the full-size FLUX.1-dev of its own class on the meta device."""
-    root = Path(str(CHECKOUT)).expanduser()
-    assert (root / "comfy" / "lora.py").is_file(), f"COMFYUI={root} has no comfy/lora.py"
-    sys.path.insert(0, str(root))
-    try:
-        import comfy.cli_args
-
-        comfy.cli_args.args.cpu = True  # before model_management looks for a GPU
-        import comfy.lora
-        import comfy.model_base
-        import comfy.ops
-        import comfy.supported_models
-        import comfy.utils
-
-        config = {
-            "image_model": "flux",
-            "in_channels": 16,
-            "out_channels": 16,
-            "patch_size": 2,
-            "vec_in_dim": 768,
-            "context_in_dim": 4096,
-            "hidden_size": WIDTH,
-            "mlp_ratio": 4.0,
-            "num_heads": 24,
-            "depth": DOUBLE,
-            "depth_single_blocks": SINGLE,
-            "axes_dim": [16, 56, 56],
-            "theta": 10000,
-            "qkv_bias": True,
-            "guidance_embed": True,
-        }
-        with torch.device("meta"):
-            model = comfy.model_base.Flux(comfy.supported_models.Flux(config), device=torch.device("meta"))
-        yield SimpleNamespace(lora=comfy.lora, model=model, key_map=comfy.lora.model_lora_keys_unet(model, {}))
-    finally:
-        sys.path.remove(str(root))
+    """ComfyUI's full-size FLUX.1-dev on the meta device, as it detects it, and its key map."""
+    with torch.device("meta"):
+        network = FluxTransformer2DModel.from_config(flux_files.shipped_config("transformer"))
+    with comfyui() as modules:
+        yield detected(modules, flux_files.to_native_layout(network.state_dict()))
 
 
 def full_lora(layers: list[str] | None = None) -> dict[str, Tensor]:

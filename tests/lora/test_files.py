@@ -314,9 +314,8 @@ def parts(names: list[str], width: int) -> dict[str, Tensor]:
 OTHERS: dict[str, tuple[dict[str, Tensor], str]] = {
     "FLUX.2 dev": (sized({"double_blocks.0.img_attn.qkv": (6144, 3 * 6144)}), "is 6144 -> 18432, in FLUX.1 3072 -> 9216"),
     "FLUX.2 dev, depth": (sized({"single_blocks.47.linear2": (15360, 3072)}), "is in block 47, and FLUX.1 has 38"),
-    "FLUX.2 klein 4B": (sized({"double_blocks.0.img_mlp.0": (3072, 6 * 3072)}), "in FLUX.1 3072 -> 12288"),
-    "FLUX.2 klein 4B, single": (sized({"single_blocks.0.linear1": (3072, 9 * 3072)}), "in FLUX.1 3072 -> 21504"),
-    "Qwen-Image": (parts([f"transformer_blocks.{i}.attn.to_q" for i in range(60)], 3072), "is in block 19, and FLUX.1 has 19"),
+    "Qwen-Image, depth": (parts([f"transformer_blocks.{i}.attn.to_q" for i in range(61)], 3072), "is in block 19, and FLUX.1 has 19"),
+    "Qwen-Image, names": (parts(["transformer_blocks.60.img_mlp.net.2"], 3072), "is in block 60, and Qwen-Image has 60"),
     "a narrower FLUX": (parts(["transformer_blocks.0.attn.add_k_proj"], 1536), "is 1536 -> 1536, in FLUX.1 3072 -> 3072"),
     "Wan of no size": (sized({"blocks.0.self_attn.q": (2048, 2048)}), "in Wan 14B 5120 -> 5120; .*in Wan 1.3B 1536 -> 1536; .*Wan 5B"),
     "Wan 1.3B, depth": (sized({"blocks.30.cross_attn.k": (1536, 1536)}), "is in block 30, and Wan 1.3B has 30"),

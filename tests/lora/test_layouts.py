@@ -16,7 +16,7 @@ from byg_plugin.lora import formats as lora_formats
 from byg_plugin.lora.card import LoraCard
 from byg_plugin.lora.check import check, runtime
 from byg_plugin.lora.layout import Layout, Linear, Module, Network
-from byg_plugin.lora.layouts import LAYOUTS, family_of_names, layout_of
+from byg_plugin.lora.layouts import LAYOUTS, layout_of
 
 FUSED = Linear("cells.{}.kv", ("rooms.{}.to_k", "rooms.{}.to_v"), (1, 1))
 
@@ -73,13 +73,32 @@ def test_every_family_has_a_layout_and_its_positions_have_sentences():
         assert set(layout_of(spec.name).runtime) == {(position, tool) for position in spec.positions for tool in LORA_FORMATS}
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_names_tell_the_layout(name: str):
+def adapted(network: Network, name: str, end: str) -> dict[str, Tensor]:
+    """A LoRA of all layers of a network whose native name has this end, on the meta device."""
+    tensors = {}
     for linear in LAYOUTS[name].linears():
-        if linear.native.startswith(LAYOUTS[name].blocks):
-            keys = [f"{prefix}{key}.lora_A.weight" for prefix in ("", "transformer.") for key in (linear.native, *linear.parts)]
-            for key in (*keys, f"lora_unet_{linear.native.replace('.', '_')}.alpha"):
-                assert SPECS[family_of_names([key])].lora_layout == name, key
+        start = next((start for start in network.blocks if linear.native.startswith(start)), None)
+        if start is None or not linear.native.endswith(end) or int(linear.native.split(".")[1]) >= network.blocks[start]:
+            continue
+        inputs, outputs = network.shapes[end]
+        for part, width in zip(linear.parts, linear.widths, strict=True):
+            tensors[f"transformer.{part}.lora_A.weight"] = torch.empty(1, inputs, device="meta")
+            tensors[f"transformer.{part}.lora_B.weight"] = torch.empty(outputs // sum(linear.widths) * width, 1, device="meta")
+    return tensors
+
+
+# As wide as FLUX.1 and fewer blocks: an attention-only LoRA of it could be either's.
+AMBIGUOUS = {("FLUX.2 klein 4B", "attn.qkv"), ("FLUX.2 klein 4B", "attn.proj")}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_names_and_sizes_tell_the_layout(name: str):
+    for network in LAYOUTS[name].networks:
+        for end in network.shapes:
+            tensors = adapted(network, name, end)
+            assert tensors, f"{network.name} has no {end}"
+            guessed = SPECS[lora_formats.guess_family(tensors, {})].lora_layout
+            assert (guessed == name) != ((network.name, end) in AMBIGUOUS), (network.name, end)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -87,6 +106,14 @@ def test_the_loader_is_one_of_diffusers(name: str):
     from diffusers import loaders
 
     assert hasattr(getattr(loaders, LAYOUTS[name].loader), "load_lora_weights")
+
+
+def test_names_tell_the_layout_where_no_size_does():
+    """Attention is called alike in FLUX.1 and FLUX.2; the feed-forward layers are not."""
+    layers = ("attn.to_q", "ff.linear_in")
+    tensors = {f"transformer.transformer_blocks.0.{layer}.lora_{matrix}.weight": torch.ones(5, 5) for layer in layers for matrix in "AB"}
+    with pytest.raises(ValueError, match="in FLUX.2 klein 4B 3072"):
+        lora_formats.guess_family(tensors, {})
 
 
 def test_a_new_layout_is_guessed_and_converted(house: str):

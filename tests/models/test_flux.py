@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxKontextPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxKontextPipeline, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor, nn
 
 from byg_plugin.models import flux, flux_files
+from byg_plugin.models.base import Family
 from byg_plugin.models.flux import FluxFamily
-from byg_plugin.models.flux_tokens import pack, position_ids, unpack
+from byg_plugin.models.tokens import pack, position_ids, unpack
+from tests.models.contract import FamilyContract
 from tests.support.tiny import model_folder, tiny_config, tiny_flux, tiny_texts
 
 CPU = torch.device("cpu")
@@ -26,6 +29,35 @@ def family(position: str = "same", guidance: float = 3.5) -> FluxFamily:
 
 def latents(seed: int, batch: int = 2) -> Tensor:
     return torch.randn(batch, 16, 1, H, W, generator=torch.Generator().manual_seed(seed))
+
+
+class TestContract(FamilyContract):
+    name = "flux"
+    head = "proj_out"
+    sinusoids = "time_text_embed.time_proj"
+    moved = "kontext"
+    full_size = (11_901_408_320, 19 * 12 + 38 * 5)
+
+    def folder(self) -> Path:
+        return model_folder()
+
+    def pipeline(self, family: Family, network: nn.Module) -> FluxPipeline:
+        encoders = family.load_text_encoders(CPU)
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(flux_files.shipped_config("scheduler"))
+        texts = (encoders.clip, encoders.clip_tokenizer, encoders.t5, encoders.t5_tokenizer)
+        return FluxPipeline(scheduler, family.load_vae(CPU), *texts, network)
+
+    def run(self, pipe: Any, *, steps: int, latents: Tensor, output_type: str, prompt: list[str]) -> Tensor:
+        sizes = {"height": 8 * H, "width": 8 * W, "max_sequence_length": 8, "num_inference_steps": steps}
+        out = pipe(prompt, latents=pack(latents), guidance_scale=3.5, output_type=output_type, **sizes).images
+        return unpack(out, H, W) if output_type == "latent" else out
+
+    def native(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return flux_files.to_native_layout(state)
+
+    def full_network(self) -> nn.Module:
+        with torch.device("meta"):
+            return FluxTransformer2DModel.from_config(flux_files.shipped_config("transformer"))
 
 
 # --- packing and positions ---
@@ -110,46 +142,6 @@ def test_velocity_is_the_hand_made_call(position: str, first: float, with_source
         assert not torch.allclose(ours, family(other).velocity(network, latents(0), t, texts, source), atol=1e-4)
 
 
-@torch.no_grad()
-def test_what_enters_the_network_matters():
-    network, t, texts = tiny_flux(), torch.tensor([0.25, 0.8]), tiny_texts(2, 1)
-    same = family()
-    usual = same.velocity(network, latents(0), t, texts, latents(1))
-    changed = {
-        "source": same.velocity(network, latents(0), t, texts, latents(2)),
-        "no source": same.velocity(network, latents(0), t, texts, None),
-        "t": same.velocity(network, latents(0), t.flip(0), texts, latents(1)),
-        "t5": same.velocity(network, latents(0), t, texts | {"t5": tiny_texts(2, 2)["t5"]}, latents(1)),
-        "pooled": same.velocity(network, latents(0), t, texts | {"pooled": tiny_texts(2, 2)["pooled"]}, latents(1)),
-        "guidance": family(guidance=1.0).velocity(network, latents(0), t, texts, latents(1)),
-    }
-    for name, value in changed.items():
-        assert (value - usual).abs().max() > 1e-3, name
-
-
-@torch.no_grad()
-def test_same_positions_make_noisy_and_source_tokens_exchangeable():
-    """Attention knows a token by content and position: swapping the two halves swaps their outputs. Kontext breaks that."""
-
-    def both_halves(position: str) -> tuple[Tensor, Tensor]:
-        network, t, texts = tiny_flux(), torch.tensor([0.4, 0.4]), tiny_texts(2, 1)
-        outputs = []
-        network.proj_out.register_forward_hook(lambda module, args, out: outputs.append(out))
-        for noisy, source in ((latents(0), latents(1)), (latents(1), latents(0))):
-            family(position).velocity(network, noisy, t, texts, source)
-        one, two = outputs
-        return one, torch.cat([two[:, 6:], two[:, :6]], dim=1)
-
-    torch.testing.assert_close(*both_halves("same"), rtol=1e-4, atol=1e-5)
-    one, two = both_halves("kontext")
-    assert (one - two).abs().max() > 1e-3
-
-
-def test_source_of_another_shape_is_refused():
-    with pytest.raises(ValueError, match="must have one shape"):
-        family().velocity(tiny_flux(), latents(0), torch.tensor([0.3, 0.8]), tiny_texts(2, 1), latents(1)[:, :, :, :2])
-
-
 def test_schnell_has_no_guidance():
     network = tiny_flux(guidance_embeds=False)
     out = family().velocity(network, latents(0), torch.tensor([0.3, 0.8]), tiny_texts(2, 1), latents(1))
@@ -175,18 +167,8 @@ def test_times_and_guidance_are_exact_in_16_bit(monkeypatch: pytest.MonkeyPatch,
         assert got.dtype == torch.float32
         assert torch.equal(got, exact)
     # Without the hook diffusers rounds: this test would notice its loss.
-    monkeypatch.setattr(flux, "_exact_times", lambda *args: nullcontext())
+    monkeypatch.setattr(flux, "first_arguments", lambda *args: nullcontext())
     assert not all(torch.equal(g.float(), w) for g, w in zip(times_of_call(dtype, autocast), wanted, strict=True))
-
-
-def test_the_hook_on_times_is_gone_after_a_call_and_after_an_error():
-    network = tiny_flux()
-    with pytest.raises(KeyError):
-        family().velocity(network, latents(0), torch.tensor([0.3, 0.8]), {"t5": tiny_texts(2, 1)["t5"]}, None)
-    broken = tiny_texts(2, 1) | {"pooled": torch.zeros(2, 3)}
-    with pytest.raises(RuntimeError):
-        family().velocity(network, latents(0), torch.tensor([0.3, 0.8]), broken, None)
-    assert not network.time_text_embed._forward_pre_hooks
 
 
 # --- the sampler's shift ---
@@ -204,40 +186,17 @@ def test_shifted_nodes_are_the_schedulers(side: int):
     assert ours[0] == 1 and ours[-1] == 0 and (ours[1:-1] > nodes[1:-1]).all()
 
 
-# --- pixels and texts ---
+# --- texts ---
 
 
-@torch.no_grad()
-def test_latents_are_shifted_and_scaled_as_the_network_wants_them():
-    vae = family().load_vae(CPU)
-    pixels = torch.rand(2, 3, 1, 32, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    encoded = family().encode_pixels(vae, pixels)
-    mode = vae.encode(pixels[:, :, 0]).latent_dist.mode()
-    assert encoded.shape == (2, 16, 1, 4, 6)
-    torch.testing.assert_close(encoded[:, :, 0], (mode - 0.1159) * 0.3611)
-    assert torch.equal(encoded, family().encode_pixels(vae, pixels)), "the posterior is not sampled"
-    decoded = family().decode_latents(vae, encoded)
-    torch.testing.assert_close(decoded[:, :, 0], vae.decode(mode).sample.clamp(-1, 1), rtol=1e-4, atol=1e-5)
-    assert decoded.shape == pixels.shape
-    assert family().decode_latents(vae, encoded * 1e3).abs().max() <= 1
-
-
-def test_texts_are_padded_to_one_length_and_do_not_depend_on_their_neighbours():
-    encoders = family().load_text_encoders(CPU)
-    together = family().encode_texts(encoders, ["add snow", "remove the blue dog"])
+def test_texts_are_padded_to_one_length():
+    together = TestContract().texts(["add snow", "remove the blue dog"])
     assert together["t5"].shape == (2, 8, 24) and together["pooled"].shape == (2, 20)
-    alone = family().encode_texts(encoders, ["add snow"])
-    for name in together:
-        torch.testing.assert_close(together[name][:1], alone[name])
-        assert not torch.allclose(together[name][0], together[name][1])
 
 
-def test_texts_that_are_cut_are_known(caplog: pytest.LogCaptureFixture):
+def test_the_tokenizers_own_warning_is_not_shown(caplog: pytest.LogCaptureFixture):
     encoders = family().load_text_encoders(CPU)
-    fits, cut = " ".join(["snow"] * 7), " ".join(["snow"] * 8)  # 8 tokens, of which T5's end is one
-    assert family().longer_than_limit(encoders, [fits, cut, "add snow"]) == [False, True, False]
-    one, other = (family().encode_texts(encoders, [text + end])["t5"] for text, end in ((cut, ""), (cut, " dog")))
-    assert torch.equal(one, other), "what is past the limit is read after all"
+    assert family().longer_than_limit(encoders, [" ".join(["snow"] * 7), " ".join(["snow"] * 8)]) == [False, True]  # one more: T5's end
     assert "longer than the specified maximum" not in caplog.text
 
 

@@ -341,7 +341,7 @@ def test_guidance_has_each_experts_scale_and_the_source_in_both_branches(tmp_pat
         return noisy * text["umt5"].mean() + source
 
     x, source, text, negative = wan_latents(2, 1), wan_latents(2, 2), wan_texts(2, 9), wan_texts(1, 5)
-    guided = sampling.guided(field, negative, lambda t: config.cfg_at(bool(is_high(t, family.boundary))))
+    guided = sampling.guided(field, negative, lambda t: config.cfg_at(bool(is_high(t, family.boundary))), family)
     for value, scale, count in ((0.875, 4.0, 2), (0.8, 1.0, 1)):
         calls.clear()
         t = torch.full((2,), value)

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from byg_plugin.lora import wan_names
 from byg_plugin.models import files, wan_files
 from byg_plugin.models.wan import _saved_boundary
-from tests.support.tiny_wan import tiny_umt5, tiny_vae, tiny_wan, wan_folder, wan_latents, wan_texts, write_wan
+from tests.support.tiny_wan import native_vae_state, tiny_umt5, tiny_vae, tiny_wan, wan_folder, wan_latents, wan_texts, write_wan
 
 BF16, F32 = torch.bfloat16, torch.float32
 ONE_HEAD = {"num_attention_heads": 1, "attention_head_dim": 128}
@@ -161,28 +161,6 @@ def test_a_file_of_another_model_and_a_pickle(tmp_path: Path):
 
 
 # --- VAE and text encoder ---
-
-
-def native_vae_state(vae: AutoencoderKLWan) -> dict[str, torch.Tensor]:
-    """Wan's own names, by hand: the inverse of diffusers' converter, for two residual blocks a level."""
-    out = {}
-    residual = {"norm1": "residual.0", "conv1": "residual.2", "norm2": "residual.3", "conv2": "residual.6", "conv_shortcut": "shortcut"}
-    for name, tensor in vae.state_dict().items():
-        new = re.sub(r"^(en|de)coder\.conv_in", r"\1coder.conv1", name)
-        new = re.sub(r"^(en|de)coder\.norm_out", r"\1coder.head.0", new)
-        new = re.sub(r"^(en|de)coder\.conv_out", r"\1coder.head.2", new)
-        new = re.sub(r"^quant_conv", "conv1", new).replace("post_quant_conv", "conv2")
-        new = new.replace("mid_block.attentions.0", "middle.1").replace("encoder.down_blocks.", "encoder.downsamples.")
-        new = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"middle.{2 * int(m[1])}", new)
-        new = re.sub(r"up_blocks\.(\d)\.resnets\.(\d)", lambda m: f"upsamples.{4 * int(m[1]) + int(m[2])}", new)
-        new = re.sub(r"up_blocks\.(\d)\.upsamplers\.0", lambda m: f"upsamples.{4 * int(m[1]) + 3}", new)
-        new = (
-            re.sub(r"\.(norm1|conv1|norm2|conv2|conv_shortcut)\.(?=weight|bias|gamma)", lambda m: f".{residual[m[1]]}.", new)
-            if ("samples." in new or "middle." in new)
-            else new
-        )
-        out[new] = tensor.contiguous()
-    return out
 
 
 def test_vae_from_a_native_file(tmp_path: Path):

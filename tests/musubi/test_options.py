@@ -226,7 +226,7 @@ def test_arguments_are_what_the_hosts_entry_point_makes(folder: Path):
         ("lora", "rnak", 5, "did you mean lora.rank?"),
         ("conditioning", "position", "bernini", "model.host = 'diffusers'"),
         ("objective", "rollout_weights", "merged", "set it to 'swap'"),
-        ("model", "family", "wan2.2-ti2v-5b", "musubi-tuner does not train it"),
+        ("model", "family", "wan2.2-ti2v-5b", "not trained in musubi-tuner by this package"),
     ],
 )
 def test_what_the_host_decides_is_not_said_twice(folder: Path, section: str, key: str, value: Any, says: str):

@@ -14,7 +14,7 @@ from byg_plugin.hosts.diffusers import DiffusersHost
 from byg_plugin.models import make_family
 from byg_plugin.objectives import make_objective
 from byg_plugin.objectives.base import Batch
-from tests.support.musubi_host import A14B, T2V, Rig, embedded_config, embedded_networks, latents, needs_host, texts
+from tests.support.musubi_host import A14B, KLEIN, T2V, Rig, embedded_config, embedded_networks, latents, needs_host, texts
 from tests.support.musubi_runs import FAMILIES, one_batch, rig
 
 pytestmark = needs_host
@@ -54,7 +54,7 @@ def test_ema_is_restored_after_an_exception(family: str):
     assert all(torch.equal(p, before[name]) for name, p in it.network.named_parameters())
 
 
-@pytest.mark.parametrize("family", [T2V, "flux"])
+@pytest.mark.parametrize("family", [T2V, "flux", KLEIN])
 def test_source_tokens_have_the_targets_positions(family: str):
     """Then noisy and source tokens change places without a trace but for which half is read."""
     it = rig(family)

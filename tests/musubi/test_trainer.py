@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from byg_plugin import sampling
+from byg_plugin import families, sampling
 from byg_plugin.data.rules import ROLES
 from byg_plugin.hosts.ema import EmaWeights
+from byg_plugin.models.geometry import SpecGeometry
 from byg_plugin.musubi import host as musubi
 from byg_plugin.musubi import trainer as musubi_trainer
 from byg_plugin.musubi.trainer import UnpairedCycleTrainer
@@ -147,8 +148,9 @@ def test_guidance_leads_away_from_the_other_text_and_both_have_the_source():
         return text["umt5"]
 
     text, negative, source = {"umt5": torch.full((1, 2), 3.0)}, {"umt5": torch.full((1, 2), 1.0)}, torch.ones(1)
+    geometry = SpecGeometry(families.named(A14B))
     for scale, expected in ((1.0, 3.0), (0.0, 1.0), (4.0, 9.0)):
-        guided = sampling.guided(velocity, negative, lambda t, scale=scale: scale)
+        guided = sampling.guided(velocity, negative, lambda t, scale=scale: scale, geometry)
         assert (guided(source, source, text, source) == expected).all()
     assert all(one is source for one in seen) and len(seen) == 5  # at scale 1 there is no second branch
 

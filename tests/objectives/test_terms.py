@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from byg_plugin.objectives import make_objective
-from byg_plugin.objectives.base import Batch, cat_text
+from byg_plugin.objectives.base import Batch
 from byg_plugin.objectives.paired import Paired
 from byg_plugin.objectives.paired_config import PairedConfig
 from byg_plugin.objectives.unpaired_cycle import UnpairedCycle
 from byg_plugin.objectives.unpaired_cycle_config import UnpairedCycleConfig
+from byg_plugin.texts import cat_text
 from tests.support.objective_runs import EXACT, GRAPHS, VARIANTS, Loop, objective, transcription
 from tests.support.toy_fields import RecordedFields, ToyFields, numbers, relative_difference, toy_batch, toy_network
 

@@ -59,7 +59,8 @@ def test_reading_a_specification_is_no_asking():
     assert not asks_for_a_name("spec.guidance == 'embedding'\nfamily: str = 'flux'\nf('flux')")
 
 
-OWN = ("families/", "models/flux", "models/wan", "lora/flux", "lora/wan", "musubi/flux", "musubi/wan", "demo/")
+LAYOUTS = {spec.lora_layout for spec in families.SPECS.values()}
+OWN = ("families/", "demo/", *(f"{room}/{name}" for room in ("models", "lora", "musubi") for name in LAYOUTS))
 REGISTRIES = {"lora/layouts.py"}  # a line each
 
 

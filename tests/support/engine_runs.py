@@ -26,7 +26,8 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 
 from byg_plugin.config.loading import parse_config
 from byg_plugin.config.sections import Config
-from byg_plugin.hosts.sharding import blocks_of, bytes_held
+from byg_plugin.hosts.blocks import blocks_of
+from byg_plugin.hosts.sharding import bytes_held
 from byg_plugin.training import checkpoint
 
 ZERO = {"overlap_comm": False, "reduce_bucket_size": 500_000, "allgather_bucket_size": 500_000}

@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
+from byg_plugin import families
 from byg_plugin.data.rules import ROLES
 from byg_plugin.musubi import cache as musubi_cache
 from byg_plugin.musubi import host as musubi
@@ -24,6 +25,7 @@ from tests.support import ROOT
 from tests.support.musubi_host import (
     A14B,
     CHECKOUT,
+    KLEIN,
     SITE,
     T2V,
     TEXT_TOKENS,
@@ -36,7 +38,7 @@ from tests.support.musubi_host import (
     write_weights,
 )
 
-FAMILIES = [T2V, A14B, "flux"]
+FAMILIES = [T2V, A14B, "flux", KLEIN]
 
 
 @lru_cache(maxsize=8)
@@ -50,7 +52,7 @@ def rig(family: str, **_: Any) -> Rig:
 
 
 def one_batch(family: str) -> Batch:
-    t = {A14B: (0.55, 0.3), T2V: (0.7, 0.3), "flux": (0.7, 0.3)}[family]
+    t = {A14B: (0.55, 0.3), T2V: (0.7, 0.3), "flux": (0.7, 0.3), KLEIN: (0.7, 0.3)}[family]
     return Batch(
         source=latents(family, 2, 1),
         noise=latents(family, 2, 2),
@@ -68,7 +70,8 @@ def child_env(**more: str) -> dict[str, str]:
 def write_work(folder: Path, family: str, items: int = 3) -> None:
     """Weights, the host's latent caches, tuples, and our roles in the text caches."""
     write_weights(folder, family)
-    name = "fk" if family == "flux" else "wan"
+    name = musubi_family(family).architecture[0]
+    is_image = not families.named(family).takes_clips
     cache = folder / "cache"
     cache.mkdir()
     lines = []
@@ -77,15 +80,15 @@ def write_work(folder: Path, family: str, items: int = 3) -> None:
         source = folder / f"photo{index}.png"
         Image.new("RGB", (48, 32), (60 * index, 90, 120)).save(source)
         latent = latents(family, 1, index)[0].bfloat16()
-        shape = "1x4x6" if family == "flux" else "2x4x6"
-        stored = latent[:, 0] if family == "flux" else latent
-        position = "" if family == "flux" else "_00000-005"
+        shape = {"flux": "1x4x6", KLEIN: "2x3"}.get(family, "2x4x6")
+        stored = latent[:, 0] if is_image else latent
+        position = "" if is_image else "_00000-005"
         save_file({f"latents_{shape}_bfloat16": stored.contiguous()}, cache / f"photo{index}{position}_0048x0032_{name}.safetensors")
         record = {"source": source.name, **{role: f"{role} {index}" for role in ROLES}}
         lines.append(json.dumps(record))
     (folder / "tuples.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    kind = "image" if family == "flux" else "video"
-    frames = "" if family == "flux" else "target_frames = [5]\n"
+    kind = "image" if is_image else "video"
+    frames = "" if is_image else "target_frames = [5]\n"
     toml = (
         f'[general]\nresolution = [48, 32]\nbatch_size = 1\nenable_bucket = false\n[[datasets]]\n{kind}_directory = "{folder.as_posix()}"\n'
     )
@@ -101,12 +104,15 @@ def write_work(folder: Path, family: str, items: int = 3) -> None:
 def encoded(family: str, text: str) -> dict[str, Tensor]:
     seed = sum(map(ord, text))
     found = {name: value[0] for name, value in texts(family, 1, seed).items()}
+    if family == KLEIN:
+        return found
     return {"t5": found["t5"], "pooled": found["pooled"][None]} if family == "flux" else {"umt5": found["umt5"][:5]}
 
 
 def write_config(folder: Path, family: str, out: str = "out", **options: Any) -> Path:
     """A TOML file of the run."""
-    config = host_config(folder, family, musubi={"output_dir": str(folder / out), "seed": 3, **options})
+    precision = {"mixed_precision": "bf16"} if family == KLEIN else {}
+    config = host_config(folder, family, musubi={"output_dir": str(folder / out), "seed": 3, **precision, **options})
     lines = ["[model]", f'family = "{family}"', 'host = "musubi"', f'host_path = "{CHECKOUT}"', 'device = "cpu"', "[dataset]"]
     lines += [f'tuples = "{folder / "tuples.jsonl"}"', "[conditioning]", f"max_text_tokens = {TEXT_TOKENS}", "[objective]"]
     lines += ["rollout_steps = 2", "identity_warmup_steps = 1", "ema_decay = 0.9", "[musubi]"]

@@ -28,7 +28,7 @@ from byg_plugin.config.sections import SECTIONS_OF_OBJECTIVES, Config
 from byg_plugin.data import cache
 from byg_plugin.data.tuples import read_tuples
 from byg_plugin.hosts.diffusers import DiffusersHost
-from byg_plugin.models.flux import FluxFamily
+from byg_plugin.models import make_family
 from byg_plugin.training.loop import Trainer
 
 TINY_FLUX = {
@@ -98,11 +98,10 @@ def _tokenizer(specials: list[str], template: str, length: int, **names: str) ->
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", model_max_length=length, **names)
 
 
-def write_model(folder: Path, **changes: Any) -> Path:
-    """A diffusers FLUX folder with random weights of every part; `changes` to the transformer's configuration."""
-    tiny_flux(**changes).save_pretrained(folder / "transformer")
+def tiny_flux_vae() -> AutoencoderKL:
+    """A random autoencoder with FLUX.1's latent scale."""
     torch.manual_seed(1)
-    vae = AutoencoderKL(
+    return AutoencoderKL(
         block_out_channels=(4, 4, 4, 8),
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -115,7 +114,12 @@ def write_model(folder: Path, **changes: Any) -> Path:
         scaling_factor=0.3611,
         shift_factor=0.1159,
     )
-    vae.save_pretrained(folder / "vae")
+
+
+def write_model(folder: Path, **changes: Any) -> Path:
+    """A diffusers FLUX folder with random weights of every part; `changes` to the transformer's configuration."""
+    tiny_flux(**changes).save_pretrained(folder / "transformer")
+    tiny_flux_vae().save_pretrained(folder / "vae")
     clip = _tokenizer(["<s>", "</s>", "<unk>"], "<s> $A </s>", 10, bos_token="<s>", eos_token="</s>", pad_token="</s>")
     t5 = _tokenizer(["<pad>", "</s>", "<unk>"], "$A </s>", 8, eos_token="</s>", pad_token="<pad>")
     clip.save_pretrained(folder / "tokenizer")
@@ -185,7 +189,7 @@ def workspace() -> Path:
 
 def fill_caches(config: Config) -> None:
     """What the two caching commands do."""
-    family, tuples = FluxFamily(config), read_tuples(config.dataset)
+    family, tuples = make_family(config), read_tuples(config.dataset)
     cache.cache_latents(config, family, tuples, torch.device("cpu"))
     cache.cache_texts(config, family, tuples, torch.device("cpu"))
 
@@ -213,12 +217,12 @@ def known_to(objective: dict[str, Any], defaults: dict[str, Any]) -> dict[str, A
 
 def make_trainer(config: Config, resume: str | None = None, *, discard_later: bool = False) -> Trainer:
     """A trainer in this process, on one CPU."""
-    return Trainer(config, FluxFamily(config), Accelerator(cpu=True), resume, discard_later=discard_later)
+    return Trainer(config, make_family(config), Accelerator(cpu=True), resume, discard_later=discard_later)
 
 
 def make_host(config: Config, seed: int = 5) -> DiffusersHost:
     """A host whose LoRA is awake: B is not zero, and the EMA weights differ from the live ones."""
-    host = DiffusersHost(config, FluxFamily(config), torch.device("cpu"))
+    host = DiffusersHost(config, make_family(config), torch.device("cpu"))
     wake(host, seed)
     return host
 

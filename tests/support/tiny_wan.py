@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import re
 import shutil
 import tempfile
 from functools import lru_cache
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+from torch import nn
 from transformers import UMT5Config, UMT5EncoderModel
 
 from byg_plugin.config.loading import parse_config
@@ -126,3 +128,25 @@ def write_pipeline(folder: Path, **parts: Any) -> None:
         "transformer": tiny_wan(0),
     }
     WanPipeline(**(whole | parts)).save_pretrained(folder)
+
+
+def native_vae_state(vae: nn.Module) -> dict[str, torch.Tensor]:
+    """Wan's own names, by hand: the inverse of diffusers' converter, for two residual blocks a level."""
+    out = {}
+    residual = {"norm1": "residual.0", "conv1": "residual.2", "norm2": "residual.3", "conv2": "residual.6", "conv_shortcut": "shortcut"}
+    for name, tensor in vae.state_dict().items():
+        new = re.sub(r"^(en|de)coder\.conv_in", r"\1coder.conv1", name)
+        new = re.sub(r"^(en|de)coder\.norm_out", r"\1coder.head.0", new)
+        new = re.sub(r"^(en|de)coder\.conv_out", r"\1coder.head.2", new)
+        new = re.sub(r"^quant_conv", "conv1", new).replace("post_quant_conv", "conv2")
+        new = new.replace("mid_block.attentions.0", "middle.1").replace("encoder.down_blocks.", "encoder.downsamples.")
+        new = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"middle.{2 * int(m[1])}", new)
+        new = re.sub(r"up_blocks\.(\d)\.resnets\.(\d)", lambda m: f"upsamples.{4 * int(m[1]) + int(m[2])}", new)
+        new = re.sub(r"up_blocks\.(\d)\.upsamplers\.0", lambda m: f"upsamples.{4 * int(m[1]) + 3}", new)
+        new = (
+            re.sub(r"\.(norm1|conv1|norm2|conv2|conv_shortcut)\.(?=weight|bias|gamma)", lambda m: f".{residual[m[1]]}.", new)
+            if ("samples." in new or "middle." in new)
+            else new
+        )
+        out[new] = tensor.contiguous()
+    return out

@@ -9,7 +9,8 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
-from byg_plugin.hosts.sharding import Sharding, blocks_of
+from byg_plugin.hosts.blocks import blocks_of
+from byg_plugin.hosts.sharding import Sharding
 from byg_plugin.lora.card import LoraCard
 from byg_plugin.training import checkpoint
 from byg_plugin.training.launch import Launch

@@ -17,6 +17,8 @@ TINY_TEXT_TOKENS = 8
 TINY_WAN = {"dim": 24, "ffn_dim": 32, "freq_dim": 16, "num_heads": 2, "num_layers": 4, "text_len": TINY_TEXT_TOKENS}
 TINY_FLUX = {"hidden_size": 32, "num_heads": 2, "depth": 2, "depth_single_blocks": 2, "axes_dim": [4, 6, 6]}
 
+TINY_FLUX2 = {"hidden_size": 32, "num_heads": 2, "depth": 2, "depth_single_blocks": 2, "axes_dim": [4, 4, 4, 4], "context_in_dim": 48}
+
 
 class _Anything(types.ModuleType):
     """A module that has every name; of them, these tests use `utils.make_grid` alone."""
@@ -76,6 +78,11 @@ def shrink() -> None:
     params = dataclasses.replace(spec.params, context_in_dim=24, vec_in_dim=20, **TINY_FLUX)
     autoencoder = dataclasses.replace(spec.ae_params, ch=32, num_res_blocks=1)
     flux_models.configs_flux_dev_context = dataclasses.replace(spec, params=params, ae_params=autoencoder)
+    from musubi_tuner.flux_2 import flux2_utils
+
+    klein = flux2_utils.FLUX2_MODEL_INFO["klein-base-4b"]
+    tiny = dataclasses.replace(klein.params, **TINY_FLUX2)
+    flux2_utils.FLUX2_MODEL_INFO["klein-base-4b"] = dataclasses.replace(klein, params=tiny)
     flux_utils.load_t5xxl, flux_utils.load_clip_l = load_t5, load_clip
 
 

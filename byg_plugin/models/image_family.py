@@ -1,0 +1,118 @@
+"""What the image families share: one network, one frame, tokens of 2 x 2 latents, source tokens after the noisy ones, one t for all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from byg_plugin import families
+from byg_plugin.models import files
+from byg_plugin.models.geometry import SpecGeometry
+from byg_plugin.models.tokens import PATCH, pack_length
+
+if TYPE_CHECKING:
+    from byg_plugin.config.sections import Config
+
+
+class ImageFamily(SpecGeometry):
+    """The part of `models.base.Family` that is alike in image families. A family says how its parts are read and its network is called."""
+
+    default_lora_targets: str
+    vae_part: str
+    """The VAE's name in `models.files.PARTS`."""
+    text_parts: dict[str, str]
+    """The text encoders' names in `models.files.PARTS`, by their keys of `[model]`."""
+
+    def __init__(self, config: Config):
+        super().__init__(families.named(config.model.family))
+        self._config = config
+        self.source_id = 0 if config.conditioning.position == "same" else self.spec.reference_id
+
+    # --- what a family says ---
+
+    def _network(self, path_or_id: str, dtype: torch.dtype) -> nn.Module:
+        raise NotImplementedError
+
+    def _network_on_meta(self, path_or_id: str) -> nn.Module:
+        raise NotImplementedError
+
+    def _vae(self, path_or_id: str, dtype: torch.dtype) -> nn.Module:
+        raise NotImplementedError
+
+    def _vae_downsampling(self, path_or_id: str) -> int:
+        """Pixels that a latent's side stands for. Loads no weights."""
+        raise NotImplementedError
+
+    # --- frozen parts ---
+
+    def load_transformers(self, dtype: torch.dtype) -> Iterator[tuple[str, nn.Module]]:
+        """The one network, under the name `transformer`: frozen, on the CPU, in eval mode."""
+        yield "transformer", self._network(self._config.model.part("transformer"), dtype).eval().requires_grad_(False)
+
+    def meta_transformers(self) -> dict[str, nn.Module]:
+        """See `models.base.Family`."""
+        return {"transformer": self._network_on_meta(self._config.model.part("transformer"))}
+
+    def sequence_tokens(self, height: int, width: int, frames: int = 1) -> int:
+        """See `models.base.Family`."""
+        return 2 * pack_length(height // self._vae_factor, width // self._vae_factor) + self._config.conditioning.max_text_tokens
+
+    def load_vae(self, device: torch.device) -> nn.Module:
+        """The autoencoder in float32: it is small beside the network, and its 16-bit decoder shows bands."""
+        return self._vae(self._config.model.part("vae"), torch.float32).to(device).eval().requires_grad_(False)
+
+    def fingerprint(self, part: str) -> str:
+        """See `models.base.Family.fingerprint`; `part` is `vae` or `text`."""
+        model = self._config.model
+        family = self.spec.lora_layout
+        if part == "vae":
+            return f"{family}-vae|mode|{files.weights_fingerprint(model.part('vae'), self.vae_part)}"
+        assert part == "text", part
+        encoders = "|".join(files.weights_fingerprint(model.part(key), part) for key, part in self.text_parts.items())
+        return f"{family}-text|{self._config.conditioning.max_text_tokens}|{model.dtype}|{encoders}"
+
+    @cached_property
+    def _vae_factor(self) -> int:
+        return self._vae_downsampling(self._config.model.part("vae"))
+
+    def pixel_multiple(self) -> int:
+        """VAE down-sampling x patch: 16."""
+        return self._vae_factor * PATCH
+
+    def solver(self, steps: int, schedule: str, name: str) -> None:
+        """Published with Euler."""
+        return None
+
+    # --- the network ---
+
+    def _check_source(self, noisy: Tensor, source: Tensor | None) -> None:
+        if source is not None and source.shape != noisy.shape:
+            raise ValueError(f"source latents {tuple(source.shape)} and noisy latents {tuple(noisy.shape)} must have one shape")
+
+
+def compute_dtype(noisy: Tensor, weight: Tensor) -> torch.dtype:
+    """What a network takes its inputs in: the dtype of its weights, under autocast float32."""
+    return torch.float32 if torch.is_autocast_enabled(noisy.device.type) else weight.dtype
+
+
+@contextmanager
+def first_arguments(module: nn.Module, *values: Tensor) -> Iterator[None]:
+    """For one call, the module's first arguments are these.
+
+    diffusers rounds times and guidance to the tokens' dtype before it embeds them: in bfloat16 a guidance of 3500 becomes 3504, and
+    t = 0.77 becomes 0.7695 beside an x_t made with 0.77.
+    """
+
+    def replace(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (*values, *args[len(values) :])
+
+    handle = module.register_forward_pre_hook(replace)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,267 @@
+"""The frozen parts of Qwen-Image and Krea 2, and every family's Qwen text encoder, from what people have on disk, without a hub.
+
+`path_or_id` (see `files.py`) is a diffusers folder, a hub id or one .safetensors file:
+
+- transformer: Qwen-Image's names (which are diffusers' too), Krea 2's own names (`blocks.0.attn.wq…`) or diffusers', bare or under
+  `model.diffusion_model.`, also fp8 and scaled fp8
+- VAE: `qwen_image_vae.safetensors` (Wan's names, `decoder.middle.0.…`) or diffusers' layout. Wan2.1's VAE has the same shapes and
+  would be taken for it
+- text encoder: `qwen_2.5_vl_7b*.safetensors` and Qwen3-VL 4B's, of which only the language model is read, and `qwen_3_*.safetensors`
+
+The classes are newer than the oldest diffusers that other families take: they are imported where they are used.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from byg_plugin.lora import krea2_layout
+from byg_plugin.models import files, wan_files
+
+_HEAD = 128  # channels of a head of every Qwen; those of a narrower model (tests) are named by its config.json
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How a transformer lies in one file.
+
+    Attributes:
+        part: its name in `files.PARTS`.
+        config: the configuration that a file's shapes tell.
+        names: of so many blocks the (native, diffusers) names of its tensors; None: both are the same.
+        float32: parts of diffusers' names whose tensors are in float32 whatever the rest is.
+    """
+
+    part: str
+    config: Callable[[files.Weights], dict[str, Any]]
+    names: Callable[[int], Mapping[str, str]] | None = None
+    float32: frozenset[str] = frozenset()
+
+
+def load_transformer(kind: Any, path_or_id: str | Path, layout: Layout, *, dtype: torch.dtype) -> nn.Module:
+    """A transformer of a diffusers class in `dtype`, on the CPU, in eval mode.
+
+    Raises:
+        ValueError: nothing is at `path_or_id`, or it is another model.
+    """
+    file = files.single_file(path_or_id, layout.part)
+    if file is None:
+        return cast(nn.Module, files.from_folder(kind, path_or_id, layout.part, torch_dtype=dtype)).eval()
+    with files.Weights(file, layout.part) as weights:
+        config = files.config_beside(weights) or layout.config(weights)
+        with torch.device("meta"):
+            shapes = {name: tensor.shape for name, tensor in kind.from_config(config).state_dict().items()}
+        state = {ours: weights.read(native, _dtype_of(ours, layout, dtype)) for native, ours in _renamed(weights, layout, config).items()}
+        # Krea 2's own modulation is one row.
+        state = {name: tensor.reshape(shapes[name]) if name.endswith("scale_shift_table") else tensor for name, tensor in state.items()}
+        return cast(nn.Module, files.build(lambda: kind.from_config(config), state, weights)).eval()
+
+
+def _renamed(weights: files.Weights, layout: Layout, config: Mapping[str, Any]) -> dict[str, str]:
+    """diffusers' names by those of the file's tensors; names that the network does not have are refused where it is built."""
+    names = {} if weights.layout != "native" or layout.names is None else layout.names(config["num_layers"])
+    return {name: names.get(name, name) for name in sorted(weights.names) if not files.is_beside(name, files.BESIDE)}
+
+
+def _dtype_of(name: str, layout: Layout, dtype: torch.dtype) -> torch.dtype:
+    return dtype if layout.float32.isdisjoint(name.split(".")) else torch.float32
+
+
+def transformer_on_meta(kind: Any, path_or_id: str | Path, layout: Layout) -> nn.Module:
+    """The transformer that `load_transformer` would load, on the meta device: names and shapes, no weights read.
+
+    Raises:
+        ValueError: as `load_transformer`, as far as configuration or header tell.
+    """
+    with torch.device("meta"):
+        return cast(nn.Module, kind.from_config(transformer_config(kind, path_or_id, layout))).eval()
+
+
+def transformer_config(kind: Any, path_or_id: str | Path, layout: Layout) -> dict[str, Any]:
+    """The configuration with the class's defaults for what it leaves out; loads no weights.
+
+    Raises:
+        ValueError: as `load_transformer`, as far as configuration or header tell.
+    """
+    config = files.config_only(path_or_id, layout.part, kind, layout.config)
+    defaults = {name: parameter.default for name, parameter in files.parameters_of(kind).items()}
+    return defaults | {name: value for name, value in config.items() if name in defaults}
+
+
+# --- transformers ---
+
+
+def _qwen_config(weights: files.Weights) -> dict[str, Any]:
+    for foreign, what in (("__index_timestep_zero__", "Qwen-Image-Edit-2511"), ("time_text_embed.addition_t_embedding.weight", "Layered")):
+        if foreign in weights.names:
+            raise weights.error(f"has {foreign}, so it looks like {what}, whose input is not supplied here")
+    width, channels = weights.shape("img_in.weight")
+    head = weights.shape("transformer_blocks.0.attn.norm_q.weight")[0]
+    return {
+        "in_channels": channels,
+        "out_channels": weights.shape("proj_out.weight")[0] // 4,
+        "num_layers": files.count_blocks(weights.names, r"transformer_blocks\.(\d+)\."),
+        "attention_head_dim": head,
+        "num_attention_heads": width // head,
+        "joint_attention_dim": weights.shape("txt_in.weight")[1],
+        "axes_dims_rope": [head // 8, head * 7 // 16, head * 7 // 16],
+    }
+
+
+def _krea2_config(weights: files.Weights) -> dict[str, Any]:
+    own = weights.layout == "native"
+    names = dict(krea2_layout.tensors(1))
+
+    def shape(native: str) -> tuple[int, ...]:
+        return weights.shape(native if own else names[native])
+
+    width, channels = shape("first.weight")
+    head = shape("blocks.0.attn.qknorm.qnorm.scale")[0]
+    fusion = "txtfusion.layerwise_blocks.0."
+    text_head = shape(f"{fusion}attn.qknorm.qnorm.scale")[0]
+    sixth = 6 * (head // 16)
+    return {
+        "in_channels": channels,
+        "num_layers": files.count_blocks(weights.names, rf"{'' if own else 'transformer_'}blocks\.(\d+)\."),
+        "attention_head_dim": head,
+        "num_attention_heads": width // head,
+        "num_key_value_heads": shape("blocks.0.attn.wk.weight")[0] // head,
+        "intermediate_size": shape("blocks.0.mlp.gate.weight")[0],
+        "timestep_embed_dim": shape("tmlp.0.weight")[1],
+        "text_hidden_dim": shape("txtmlp.1.weight")[1],
+        "num_text_layers": shape("txtfusion.projector.weight")[1],
+        "text_num_attention_heads": shape(f"{fusion}attn.wq.weight")[0] // text_head,
+        "text_num_key_value_heads": shape(f"{fusion}attn.wk.weight")[0] // text_head,
+        "text_intermediate_size": shape(f"{fusion}mlp.gate.weight")[0],
+        "axes_dims_rope": [head - 2 * sixth, sixth, sixth],
+    }
+
+
+def to_native_krea2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A diffusers Krea 2 state dict under Krea's own names (the inverse of what the loader does)."""
+    blocks = files.count_blocks(state, r"transformer_blocks\.(\d+)\.")
+    native = {own: state[theirs] for own, theirs in krea2_layout.tensors(blocks) if theirs in state}
+    return {name: tensor.flatten() if name.endswith(".mod.lin") else tensor for name, tensor in native.items()}
+
+
+QWEN_IMAGE = Layout(part="qwen_transformer", config=_qwen_config)
+KREA2 = Layout(
+    part="krea2_transformer",
+    config=_krea2_config,
+    names=lambda blocks: dict(krea2_layout.tensors(blocks)),
+    float32=frozenset({"norm", "norm1", "norm2", "norm_q", "norm_k"}),  # as diffusers keeps them
+)
+
+
+# --- the autoencoder ---
+
+
+def load_vae(path_or_id: str | Path, *, dtype: torch.dtype) -> nn.Module:
+    """Qwen-Image's autoencoder in `dtype`, on the CPU, in eval mode.
+
+    Raises:
+        ValueError: nothing is at `path_or_id`, or it is not Qwen-Image's.
+    """
+    from diffusers import AutoencoderKLQwenImage
+
+    file = files.single_file(path_or_id, "qwen_vae")
+    if file is None:
+        return cast(nn.Module, files.from_folder(AutoencoderKLQwenImage, path_or_id, "qwen_vae", torch_dtype=dtype)).eval()
+    with files.Weights(file, "qwen_vae") as weights:
+        config = files.config_beside(weights) or _vae_config(weights)
+        state = weights.all(dtype)
+        if weights.layout == "native":
+            state = wan_files.vae_names(state)
+        return cast(nn.Module, files.build(lambda: AutoencoderKLQwenImage.from_config(config), state, weights)).eval()
+
+
+def vae_downsampling(path_or_id: str | Path) -> int:
+    """Pixels that a latent's side stands for (8), from the configuration or a file's header; reads no weights.
+
+    Raises:
+        ValueError: nothing is at `path_or_id`, or it is not Qwen-Image's autoencoder.
+    """
+    from diffusers import AutoencoderKLQwenImage
+
+    config = files.config_only(path_or_id, "qwen_vae", AutoencoderKLQwenImage, _vae_config)
+    return 2 ** len(config.get("temperal_downsample", (False, True, True)))
+
+
+def _vae_config(weights: files.Weights) -> dict[str, Any]:
+    """The class's own values, which are the published ones, at the file's width."""
+    if weights.layout != "native":
+        raise weights.error("diffusers' layout without its config.json beside it")
+    if (latent := weights.shape("conv2.weight")[0]) != 16:
+        raise weights.error(f"a VAE of {latent} latent channels, Qwen-Image's has 16")
+    return {"base_dim": weights.shape("encoder.conv1.weight")[0]}
+
+
+# --- text encoders ---
+
+
+@dataclass(frozen=True)
+class _Language:
+    """A language model by itself: classes of transformers, and the shipped configuration."""
+
+    model: str
+    config: str
+    shipped: str
+
+
+_LANGUAGES = {
+    "qwen25_vl": _Language("Qwen2_5_VLTextModel", "Qwen2_5_VLTextConfig", "qwen/qwen25_vl.json"),
+    "qwen3_vl": _Language("Qwen3VLTextModel", "Qwen3VLTextConfig", "qwen/qwen3_vl.json"),
+    "qwen3": _Language("Qwen3Model", "Qwen3Config", "qwen3/qwen3_4b.json"),
+}
+
+
+def load_text_encoder(kind: Any, path_or_id: str | Path, part: str, *, dtype: torch.dtype) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """A language model in `dtype`, on the CPU, in eval mode, and its tokenizer; of a class of transformers that also sees, it alone.
+
+    Raises:
+        ValueError: nothing is at `path_or_id`, it is another model, or the tokenizer does not fit its vocabulary.
+    """
+    file = files.single_file(path_or_id, part)
+    if file is None:
+        whole = files.from_folder(kind, path_or_id, part, dtype=dtype)
+        model = getattr(whole, "model", whole)
+        model = getattr(model, "language_model", model)
+    else:
+        model = _language_model(file, part, dtype)
+    tokenizer = files.load_tokenizer(path_or_id, part, model.config.max_position_embeddings)
+    return model.eval(), files.fitting(tokenizer, model.config.vocab_size, path_or_id)
+
+
+def _language_model(file: Path, part: str, dtype: torch.dtype) -> nn.Module:
+    import transformers
+
+    language = _LANGUAGES[part]
+    with files.Weights(file, part) as weights:
+        config = getattr(transformers, language.config)(**_language_config(weights, language))
+        state = weights.all(dtype, skip=("visual.", "lm_head."))
+        model = files.build(lambda: getattr(transformers, language.model)(config), state, weights)
+    # Its frequencies are in no checkpoint, so a model that was built on the meta device has none yet.
+    model.rotary_emb = type(model.rotary_emb)(config=config)
+    return cast(nn.Module, model)
+
+
+def _language_config(weights: files.Weights, language: _Language) -> dict[str, Any]:
+    shipped = json.loads((files.assets() / language.shipped).read_text(encoding="utf-8"))
+    vocabulary, width = weights.shape("embed_tokens.weight")
+    layer = "layers.0."
+    return shipped | {
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": weights.shape(f"{layer}mlp.gate_proj.weight")[0],
+        "num_hidden_layers": files.count_blocks(weights.names, r"layers\.(\d+)\."),
+        "num_attention_heads": weights.shape(f"{layer}self_attn.q_proj.weight")[0] // _HEAD,
+        "num_key_value_heads": weights.shape(f"{layer}self_attn.k_proj.weight")[0] // _HEAD,
+    }

@@ -1,0 +1,109 @@
+"""FLUX.2 klein base inside musubi-tuner."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from byg_plugin.models import tokens as packing
+from byg_plugin.objectives.base import Text, Velocity
+
+if TYPE_CHECKING:
+    from byg_plugin.config.sections import ConditioningConfig
+    from byg_plugin.musubi.family import Encoded, Module
+
+
+class Flux2OnMusubi:
+    """See `musubi.family.MusubiFamily`. The host's latents are ours: 128 channels, normalised."""
+
+    trainer = ("flux_2_train_network", "Flux2NetworkTrainer")
+    parser = "flux2_setup_parser"
+    network = ("flux_2.flux2_models", "Flux2")
+    latents_script = "flux_2_cache_latents.py"
+    text_parts = ("qwen",)
+    pads_texts = False
+    size: str
+
+    @property
+    def architecture(self) -> tuple[str, str]:
+        """Of the two sizes each has its own."""
+        return f"f2k{self.size}", f"flux_2_klein_{self.size}"
+
+    def lacking(self, trainer: Any, network: Any) -> list[str]:
+        """Nothing beyond what every family asks for."""
+        return []
+
+    def check(self, options: Mapping[str, Any]) -> None:
+        """The host reads FLUX.2 in 16 bits, and its default precision would give it inputs in float32.
+
+        Raises:
+            ValueError: `mixed_precision` is not one of the two.
+        """
+        if options.get("mixed_precision") not in ("bf16", "fp16"):
+            raise ValueError(
+                f"musubi.mixed_precision = {options.get('mixed_precision', 'no')!r}: the host holds FLUX.2 in 16 bits, set 'bf16'"
+            )
+
+    def call(self, accelerator: Any, transformer: Any, conditioning: ConditioningConfig) -> Velocity:
+        """See `flux2_call`."""
+        return partial(flux2_call, accelerator, transformer, 0 if conditioning.position == "same" else 10)
+
+    def encode_pixels(self, vae: Any, pixels: Tensor) -> Tensor:
+        """One frame."""
+        return vae.encode(pixels[:, :, 0].to(vae.dtype)).float().unsqueeze(2)
+
+    def decode_latents(self, vae: Any, latents: Tensor) -> Tensor:
+        """See `encode_pixels`."""
+        return vae.decode(latents[:, :, 0].to(vae.dtype)).unsqueeze(2)
+
+    def text_of_prompt(self, prompt: Mapping[str, Any], kind: str, tokens: int) -> Text | None:
+        """Both texts are 512 tokens long, padding and all."""
+        return {"qwen": prompt[f"{kind}ctx_vec"]}
+
+    def encode_texts(self, module: Module, options: Mapping[str, Any], texts: Sequence[str], device: torch.device) -> dict[str, Encoded]:
+        """Three hidden states of Qwen3 side by side, by the host's own embedder."""
+        utils = module("flux_2.flux2_utils")
+        info = utils.FLUX2_MODEL_INFO[f"klein-base-{self.size}"]
+        dtype = torch.float8_e4m3fn if options.get("fp8_text_encoder") else torch.bfloat16
+        embedder = utils.load_text_embedder(info, options["text_encoder"], dtype=dtype, device=device, disable_mmap=True)
+        found: dict[str, Encoded] = {}
+        for text in texts:
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype.itemsize == 1):
+                found[text] = {"qwen": embedder([text])[0].to(torch.bfloat16).cpu()}
+        return found
+
+
+class Klein4BOnMusubi(Flux2OnMusubi):
+    """The 4B."""
+
+    size = "4b"
+
+
+class Klein9BOnMusubi(Flux2OnMusubi):
+    """The 9B."""
+
+    size = "9b"
+
+
+def flux2_call(accelerator: Any, transformer: Any, source_id: int, noisy: Tensor, t: Tensor, text: Text, source: Tensor | None) -> Tensor:
+    """Velocity of the host's FLUX.2: noisy (B, C, 1, H, W), t (B,), source like noisy or None -> like noisy, float32."""
+    h, w = noisy.shape[-2:]
+    tokens, ids = packing.latent_tokens(noisy), packing.latent_ids(h, w, 0, noisy.device)
+    if source is not None:
+        tokens = torch.cat([tokens, packing.latent_tokens(source)], dim=1)
+        ids = torch.cat([ids, packing.latent_ids(h, w, source_id, noisy.device)])
+    rows = text["qwen"].to(noisy.device).float()
+    with accelerator.autocast():
+        out = transformer(
+            x=tokens.float(),
+            x_ids=ids.expand(len(noisy), -1, -1),
+            timesteps=t.float(),
+            ctx=rows,
+            ctx_ids=packing.text_ids(rows.shape[1], noisy.device).expand(len(noisy), -1, -1),
+            guidance=torch.ones_like(t, dtype=torch.float32),  # not read: klein has no such input
+        )
+    return out[:, : h * w].float().transpose(1, 2).reshape(noisy.shape)
