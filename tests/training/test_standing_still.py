@@ -28,7 +28,8 @@ pytestmark = pytest.mark.timeout(300)  # on a busy machine
 
 
 def config(out: Path, minutes: float, every: int = 2) -> Config:
-    train = {"steps": every or 1, "save_every": 0, "global_batch_size": 2, "validate_every": every, "lr": 1e-3, "collective_timeout": minutes}
+    train = {"steps": every or 1, "save_every": 0, "global_batch_size": 2, "validate_every": every, "lr": 1e-3}
+    train |= {"collective_timeout": minutes}
     objective = {"rollout_steps": 2, "identity_warmup_steps": 0, "identity_probability": 0.0}
     return run_config(
         out, train=train, objective=objective, dataset={"validation_items": 1}, sample={"every": every, "items": 1, "steps": 2}
@@ -86,6 +87,7 @@ def test_a_pass_in_shards_that_one_cannot_make_ends_the_run(tmp_path: Path):
     started = time.monotonic()
     codes, outputs = ended(tmp_path, "fsdp2", "edits", 0.5)
     assert codes[1] == 1 and codes[0] not in (0, -14), outputs
+    assert "RuntimeError: a read error of this process alone" in outputs[1] and "training goes on" not in outputs[1]
     assert time.monotonic() - started < 100
 
 
