@@ -107,7 +107,7 @@ def shrink(base: Path) -> None:
 
 def write_host_files(demo: Config, out: Path) -> None:
     """The base in the host's layout, and its caches and dataset TOML from ours."""
-    network = flux_files.load_flux_transformer(BASE / "transformer", dtype=torch.float32)
+    network = flux_files.TRANSFORMER.load(BASE / "transformer", dtype=torch.float32)
     native = flux_files.to_native_layout(network.state_dict())
     save_file({name: value.contiguous().clone() for name, value in native.items()}, out / "dit.safetensors")
     data = CachedTuples(demo, make_family(demo))

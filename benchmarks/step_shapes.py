@@ -10,7 +10,7 @@ from benchmarks.provenance import ROOT
 from byg_plugin.config.loading import load_config
 from byg_plugin.config.objective import ObjectiveConfig
 from byg_plugin.config.sections import Config
-from byg_plugin.models import flux_files, wan_files
+from byg_plugin.models import files, flux_files, networks
 
 DEMO = "configs/demo.toml"
 
@@ -59,7 +59,7 @@ def shape_named(name: str) -> Shape:
         base = json.loads((folder / "transformer/config.json").read_text(encoding="utf-8"))
         return Shape(
             transformer=_arguments(base),
-            side=demo.dataset.resolution // flux_files.vae_downsampling(folder / "vae"),
+            side=demo.dataset.resolution // networks.vae_downsampling(flux_files.VAE, folder / "vae"),
             text_tokens=demo.conditioning.max_text_tokens,
             rank=demo.lora.rank,
             batch=demo.train.batch_size,
@@ -76,7 +76,7 @@ def shape_named(name: str) -> Shape:
         return Shape(transformer=transformer, side=4, frames=2, text_tokens=6, rank=4, batch=2, rollout_steps=(4, 2), **WAN_SIDES["low"])
     if name == "wan2.2-t2v-a14b":
         return Shape(
-            transformer=_arguments(wan_files.shipped_config("transformer")),
+            transformer=_arguments(files.shipped_config("wan/transformer")),
             side=64,
             frames=9,
             text_tokens=512,
@@ -88,7 +88,7 @@ def shape_named(name: str) -> Shape:
         )
     assert name == "flux.1-dev", name
     return Shape(
-        transformer=_arguments(flux_files.shipped_config("transformer")),
+        transformer=_arguments(files.shipped_config("flux_dev/transformer")),
         side=64,
         text_tokens=512,
         rank=64,

@@ -609,6 +609,11 @@ def assets() -> Any:
     return resources.files("byg_plugin.models") / "assets"
 
 
+def shipped_config(name: str) -> dict[str, Any]:
+    """A published configuration, by its name in `assets` without `.json`, e.g. `flux_dev/transformer`."""
+    return json.loads((assets() / f"{name}.json").read_text(encoding="utf-8"))
+
+
 def _tokenizer_folder(path_or_id: str | Path, part: str) -> Path | None:
     """The tokenizer's folder of a local path: in the root, beside or in the text encoder's. None: shipped one."""
     root = Path(path_or_id).expanduser()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,13 +41,8 @@ class FluxFamily(FluxVaeFamily):
     """FLUX.1-dev as configured; see `models.base.Family`."""
 
     default_lora_targets = DEFAULT_TARGETS
+    network = flux_files.TRANSFORMER
     text_parts = {"clip": "clip", "t5": "t5"}
-
-    def _network(self, path_or_id: str, dtype: torch.dtype) -> nn.Module:
-        return cast(nn.Module, flux_files.load_flux_transformer(path_or_id, dtype=dtype))
-
-    def _network_on_meta(self, path_or_id: str) -> nn.Module:
-        return cast(nn.Module, flux_files.flux_transformer_on_meta(path_or_id))
 
     def load_text_encoders(self, device: torch.device) -> TextEncoders:
         """CLIP-L and T5 in the model's dtype."""

@@ -33,21 +33,10 @@ class Flux2Family(Qwen3TextFamily):
     """FLUX.2 klein base as configured; see `models.base.Family`."""
 
     default_lora_targets = DEFAULT_TARGETS
-    vae_part = "flux2_vae"
+    network = flux2_files.TRANSFORMER
+    vae = flux2_files.VAE
     thinking = False
     last_layer = max(LAYERS)
-
-    def _network(self, path_or_id: str, dtype: torch.dtype) -> nn.Module:
-        return flux2_files.load_transformer(path_or_id, dtype=dtype)
-
-    def _network_on_meta(self, path_or_id: str) -> nn.Module:
-        return flux2_files.transformer_on_meta(path_or_id)
-
-    def _vae(self, path_or_id: str, dtype: torch.dtype) -> nn.Module:
-        return flux2_files.load_vae(path_or_id, dtype=dtype)
-
-    def _vae_downsampling(self, path_or_id: str) -> int:
-        return flux2_files.vae_downsampling(path_or_id)
 
     # --- pixels and texts ---
 

@@ -4,96 +4,21 @@
 
 - transformer: Black Forest Labs' layout (`double_blocks.…`, bare or under `model.diffusion_model.`) or diffusers' layout
 - VAE: Black Forest Labs' layout (`decoder.up.0.…` with `bn.running_mean`) or diffusers' layout
-
-The classes are newer than the oldest diffusers that other families take: they are imported where they are used.
 """
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
-from torch import Tensor, nn
+from torch import Tensor
 
 from byg_plugin.lora import flux2_names
 from byg_plugin.models import files, native
-
-_TRANSFORMER, _VAE = "flux2_transformer", "flux2_vae"
-
-
-def load_transformer(path_or_id: str | Path, *, dtype: torch.dtype) -> nn.Module:
-    """The transformer in `dtype`, on the CPU, in eval mode.
-
-    Raises:
-        ValueError: nothing is at `path_or_id`, or it is not FLUX.2 klein.
-    """
-    from diffusers import Flux2Transformer2DModel
-
-    file = files.single_file(path_or_id, _TRANSFORMER)
-    if file is None:
-        model = files.from_folder(Flux2Transformer2DModel, path_or_id, _TRANSFORMER, torch_dtype=dtype)
-    else:
-        with files.Weights(file, _TRANSFORMER) as weights:
-            config = files.config_beside(weights) or _transformer_config(weights)
-            state = _native_state(weights, config, dtype) if weights.layout == "native" else weights.all(dtype)
-            model = files.build(lambda: Flux2Transformer2DModel.from_config(config), state, weights)
-    _refuse_guidance(model.config, path_or_id)
-    return cast(nn.Module, model).eval()
-
-
-def transformer_on_meta(path_or_id: str | Path) -> nn.Module:
-    """The transformer that `load_transformer` would load, on the meta device: names and shapes, no weights read.
-
-    Raises:
-        ValueError: as `load_transformer`, as far as configuration or header tell.
-    """
-    from diffusers import Flux2Transformer2DModel
-
-    config = files.config_only(path_or_id, _TRANSFORMER, Flux2Transformer2DModel, _transformer_config)
-    with torch.device("meta"):
-        model = Flux2Transformer2DModel.from_config(config)
-    _refuse_guidance(model.config, path_or_id)
-    return cast(nn.Module, model).eval()
-
-
-def load_vae(path_or_id: str | Path, *, dtype: torch.dtype) -> nn.Module:
-    """FLUX.2's autoencoder in `dtype`, on the CPU, in eval mode.
-
-    Raises:
-        ValueError: nothing is at `path_or_id`, or it is not FLUX.2's.
-    """
-    from diffusers import AutoencoderKLFlux2
-
-    file = files.single_file(path_or_id, _VAE)
-    if file is None:
-        return cast(nn.Module, files.from_folder(AutoencoderKLFlux2, path_or_id, _VAE, torch_dtype=dtype)).eval()
-    with files.Weights(file, _VAE) as weights:
-        config = files.config_beside(weights) or _vae_config(weights)
-        state = weights.all(dtype, skip=(_COUNTER,))
-        if weights.layout == "native":
-            state = _vae_names(state, config)
-        state[_COUNTER] = torch.zeros((), dtype=torch.long)
-        return cast(nn.Module, files.build(lambda: AutoencoderKLFlux2.from_config(config), state, weights)).eval()
-
-
-def vae_downsampling(path_or_id: str | Path) -> int:
-    """Pixels that a side of the VAE's own latents stands for (8), from the configuration or a file's header; reads no weights.
-
-    Raises:
-        ValueError: nothing is at `path_or_id`, or it is not FLUX.2's autoencoder.
-    """
-    from diffusers import AutoencoderKLFlux2
-
-    config = files.config_only(path_or_id, _VAE, AutoencoderKLFlux2, _vae_config)
-    return 2 ** (len(config["block_out_channels"]) - 1)
-
-
-def shipped_config(name: str) -> dict[str, Any]:
-    """FLUX.2's configuration of `transformer` (the 4B's) or `vae`."""
-    return json.loads((files.assets() / "flux2" / f"{name}.json").read_text(encoding="utf-8"))
+from byg_plugin.models.networks import Network
 
 
 def to_native_layout(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -107,7 +32,9 @@ def _blocks(double: int, single: int) -> dict[str, int]:
     return {"double_blocks.": double, "single_blocks.": single}
 
 
-def _native_state(weights: files.Weights, config: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
+def _transformer_state(weights: files.Weights, config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
+    if weights.layout != "native":
+        return weights.all(dtype)
     double, single = config["num_layers"], config["num_single_layers"]
     linears = flux2_names.NAMES.linears(_blocks(double, single))
     return native.read_native(weights, linears, flux2_names.norms(double, single), dtype, kinds=("weight",))
@@ -128,7 +55,7 @@ def _transformer_config(weights: files.Weights) -> dict[str, Any]:
     if head % 8:
         raise weights.error(f"heads of {head} channels, which do not split into 4 axes of pairs")
     stem = "" if own else "transformer_"
-    return shipped_config("transformer") | {
+    return files.shipped_config("flux2/transformer") | {
         "in_channels": in_channels,
         "num_layers": files.count_blocks(weights.names, rf"{stem or 'double_'}blocks\.(\d+)\."),
         "num_single_layers": files.count_blocks(weights.names, rf"single_{stem}blocks\.(\d+)\."),
@@ -146,13 +73,29 @@ def _refuse_guidance(config: Any, path_or_id: str | Path) -> None:
         raise ValueError(f"{path_or_id}: has a guidance embedding, so it looks like FLUX.2 dev; use FLUX.2 klein base")
 
 
+TRANSFORMER = Network(
+    name="Flux2Transformer2DModel",
+    part="flux2_transformer",
+    config=_transformer_config,
+    state=_transformer_state,
+    check=_refuse_guidance,
+)
+
+
 # --- the autoencoder ---
 
 _COUNTER = "bn.num_batches_tracked"  # of no use after training, and no floating point number
 _QUANT = {"encoder.quant_conv.": "quant_conv.", "decoder.post_quant_conv.": "post_quant_conv."}
 
 
-def _vae_names(state: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
+def _vae_state(weights: files.Weights, config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
+    state = weights.all(dtype, skip=(_COUNTER,))
+    if weights.layout == "native":
+        state = _vae_names(state, config)
+    return state | {_COUNTER: torch.zeros((), dtype=torch.long)}
+
+
+def _vae_names(state: dict[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
     """diffusers' names of a VAE with Black Forest Labs' own."""
     flat = {}
     for name, tensor in state.items():
@@ -169,7 +112,7 @@ def _vae_config(weights: files.Weights) -> dict[str, Any]:
     if "bn.running_mean" not in weights.names:
         raise weights.error("has no bn.running_mean, the statistics of the latents, so it looks like another VAE")
     order = range(levels) if own else reversed(range(levels))
-    return shipped_config("vae") | {
+    return files.shipped_config("flux2/vae") | {
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
         "block_out_channels": [weights.shape(f"encoder.{down}.{i}.{block}.0.conv1.weight")[0] for i in range(levels)],
@@ -177,3 +120,6 @@ def _vae_config(weights: files.Weights) -> dict[str, Any]:
         "layers_per_block": files.count_blocks(weights.names, rf"encoder\.{down}\.0\.{block}\.(\d+)\."),
         "latent_channels": weights.shape("decoder.conv_in.weight")[1],
     }
+
+
+VAE = Network(name="AutoencoderKLFlux2", part="flux2_vae", config=_vae_config, state=_vae_state)

@@ -10,78 +10,24 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, FluxTransformer2DModel
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerBase, T5Config, T5EncoderModel
 
 from byg_plugin.lora import flux_names
 from byg_plugin.models import files, native
+from byg_plugin.models.networks import Network
 
 _BESIDE_CLIP = ("text_projection.weight", "position_ids")
 
 
 # --- public: one function a part ---
-
-
-def load_flux_transformer(path_or_id: str | Path, *, dtype: torch.dtype) -> FluxTransformer2DModel:
-    """The FLUX.1 transformer in `dtype`, on the CPU, in eval mode.
-
-    A file without `guidance_in` (schnell) gives a model with `config.guidance_embeds` False.
-
-    Raises:
-        ValueError: nothing is at `path_or_id`, or it is not FLUX.1 in a layout named at the top of this module.
-    """
-    file = files.single_file(path_or_id, "transformer")
-    if file is None:
-        model = files.from_folder(FluxTransformer2DModel, path_or_id, "transformer", torch_dtype=dtype)
-    else:
-        with files.Weights(file, "transformer") as weights:
-            config = files.config_beside(weights) or _transformer_config(weights)
-            state = _native_state(weights, config, dtype) if weights.layout == "native" else weights.all(dtype)
-            model = files.build(lambda: FluxTransformer2DModel.from_config(config), state, weights)
-    _refuse_extra_channels(model.config, path_or_id)
-    return model.eval()
-
-
-def flux_transformer_on_meta(path_or_id: str | Path) -> FluxTransformer2DModel:
-    """The transformer that `load_flux_transformer` would load, on the meta device: names and shapes, no weights read.
-
-    Raises:
-        ValueError: as `load_flux_transformer`, as far as configuration or header tell.
-    """
-    config = files.config_only(path_or_id, "transformer", FluxTransformer2DModel, _transformer_config)
-    with torch.device("meta"):
-        model = FluxTransformer2DModel.from_config(config)
-    _refuse_extra_channels(model.config, path_or_id)
-    return model.eval()
-
-
-def load_flux_vae(path_or_id: str | Path, *, dtype: torch.dtype) -> AutoencoderKL:
-    """FLUX.1's autoencoder in `dtype`, on the CPU, in eval mode.
-
-    A single file carries no latent scale: FLUX.1's (0.3611, shift 0.1159) is assumed. SD3's autoencoder has the same
-    shapes and would be taken for it.
-
-    Raises:
-        ValueError: nothing is at `path_or_id`, or it is not a 16-channel autoencoder without quantisation convolutions.
-    """
-    file = files.single_file(path_or_id, "vae")
-    if file is None:
-        return files.from_folder(AutoencoderKL, path_or_id, "vae", torch_dtype=dtype).eval()
-    with files.Weights(file, "vae") as weights:
-        config = files.config_beside(weights) or _vae_config(weights)
-        state = weights.all(dtype)
-        if weights.layout == "native":
-            state = convert_ldm_vae_checkpoint(state, config)
-        return files.build(lambda: AutoencoderKL.from_config(config), state, weights).eval()
 
 
 def load_clip_l(path_or_id: str | Path, *, dtype: torch.dtype) -> tuple[CLIPTextModel, PreTrainedTokenizerBase]:
@@ -122,21 +68,6 @@ def load_t5(path_or_id: str | Path, *, dtype: torch.dtype) -> tuple[T5EncoderMod
     return model.eval(), files.fitting(files.load_tokenizer(path_or_id, "t5", 512), model.config.vocab_size, path_or_id)
 
 
-def vae_downsampling(path_or_id: str | Path) -> int:
-    """Pixels a latent side stands for (8 for FLUX.1), from the configuration or a file's header; reads no weights.
-
-    Raises:
-        ValueError: nothing is at `path_or_id`, or it is not FLUX.1's kind of autoencoder.
-    """
-    config = files.config_only(path_or_id, "vae", AutoencoderKL, _vae_config)
-    return 2 ** (len(config["block_out_channels"]) - 1)
-
-
-def shipped_config(name: str) -> dict[str, Any]:
-    """FLUX.1-dev's configuration of `transformer`, `vae`, `clip_l`, `t5_xxl` or `scheduler`."""
-    return json.loads((files.assets() / "flux_dev" / f"{name}.json").read_text(encoding="utf-8"))
-
-
 def to_native_layout(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A diffusers FLUX.1 state dict in Black Forest Labs' layout (the inverse of what the loader does)."""
     double = files.count_blocks(state, r"transformer_blocks\.(\d+)\.")
@@ -145,10 +76,17 @@ def to_native_layout(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return native.to_native(state, flux_names.linears(double, single, guidance), flux_names.norms(double, single))
 
 
-def _native_state(weights: files.Weights, config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
+def _transformer_state(weights: files.Weights, config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
+    if weights.layout != "native":
+        return weights.all(dtype)
     double, single = config["num_layers"], config["num_single_layers"]
     linears = flux_names.linears(double, single, config["guidance_embeds"])
     return native.read_native(weights, linears, flux_names.norms(double, single), dtype, kinds=("weight", "bias"))
+
+
+def _vae_state(weights: files.Weights, config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
+    state = weights.all(dtype)
+    return convert_ldm_vae_checkpoint(state, config) if weights.layout == "native" else state
 
 
 # --- configurations from shapes ---
@@ -168,7 +106,7 @@ def _transformer_config(weights: files.Weights) -> dict[str, Any]:
     norm = "double_blocks.0.img_attn.norm.query_norm.scale" if own else "transformer_blocks.0.attn.norm_q.weight"
     head = weights.shape(norm)[0]
     out_channels = shape("final_layer.linear")[0]
-    return shipped_config("transformer") | {
+    return files.shipped_config("flux_dev/transformer") | {
         "in_channels": in_channels,
         "out_channels": None if out_channels == in_channels else out_channels,
         "num_layers": files.count_blocks(weights.names, rf"{stem or 'double_'}blocks\.(\d+)\."),
@@ -211,7 +149,7 @@ def _vae_config(weights: files.Weights) -> dict[str, Any]:
     latent = weights.shape("decoder.conv_in.weight")[1]
     if latent != 16:
         raise weights.error(f"a VAE of {latent} latent channels, FLUX.1 has 16")
-    return shipped_config("vae") | {
+    return files.shipped_config("flux_dev/vae") | {
         "down_block_types": ["DownEncoderBlock2D"] * blocks,
         "up_block_types": ["UpDecoderBlock2D"] * blocks,
         "block_out_channels": widths,
@@ -226,7 +164,7 @@ def _clip_config(weights: files.Weights) -> dict[str, Any]:
     vocabulary, width = weights.shape(f"{body}embeddings.token_embedding.weight")
     if width == 1280 or width % 64:
         raise weights.error(f"a text encoder of width {width}, CLIP-L has 768 (CLIP-G: 1280)")
-    return shipped_config("clip_l") | {
+    return files.shipped_config("flux_dev/clip_l") | {
         "vocab_size": vocabulary,
         "hidden_size": width,
         "projection_dim": width,
@@ -246,7 +184,7 @@ def _t5_config(weights: files.Weights) -> dict[str, Any]:
     buckets, heads = weights.shape(bias.format(0))
     inner, width = weights.shape("encoder.block.0.layer.0.SelfAttention.q.weight")
     embedding = "shared.weight" if "shared.weight" in weights.names else "encoder.embed_tokens.weight"
-    return shipped_config("t5_xxl") | {
+    return files.shipped_config("flux_dev/t5_xxl") | {
         "vocab_size": weights.shape(embedding)[0],
         "d_model": width,
         "d_kv": inner // heads,
@@ -271,3 +209,20 @@ def _t5_names(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     names = ("shared.weight", "encoder.embed_tokens.weight")
     embedding = next(state[name] for name in names if name in state)
     return state | dict.fromkeys((name for name in names if name in model.state_dict()), embedding)
+
+
+# --- the networks ---
+
+TRANSFORMER = Network(
+    name="FluxTransformer2DModel",
+    part="transformer",
+    config=_transformer_config,
+    state=_transformer_state,
+    check=_refuse_extra_channels,
+)
+"""A file without `guidance_in` (schnell) gives a model with `config.guidance_embeds` False."""
+VAE = Network(name="AutoencoderKL", part="vae", config=_vae_config, state=_vae_state)
+"""A single file carries no latent scale: FLUX.1's (0.3611, shift 0.1159) is assumed.
+
+SD3's autoencoder has the same shapes and would be taken for it.
+"""

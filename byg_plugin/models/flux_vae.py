@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from byg_plugin.models import flux_files
 from byg_plugin.models.image_family import ImageFamily
@@ -14,13 +14,7 @@ from byg_plugin.models.image_family import ImageFamily
 class FluxVaeFamily(ImageFamily):
     """A family with FLUX.1's autoencoder: 16 channels, one shift and one scale."""
 
-    vae_part = "vae"
-
-    def _vae(self, path_or_id: str, dtype: torch.dtype) -> nn.Module:
-        return cast(nn.Module, flux_files.load_flux_vae(path_or_id, dtype=dtype))
-
-    def _vae_downsampling(self, path_or_id: str) -> int:
-        return flux_files.vae_downsampling(path_or_id)
+    vae = flux_files.VAE
 
     @torch.no_grad()
     def encode_pixels(self, vae: Any, pixels: Tensor) -> Tensor:

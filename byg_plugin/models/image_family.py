@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from byg_plugin import families
 from byg_plugin.models import files
 from byg_plugin.models.geometry import SpecGeometry
+from byg_plugin.models.networks import Network, vae_downsampling
 from byg_plugin.models.tokens import PATCH, pack_length
 
 if TYPE_CHECKING:
@@ -20,11 +21,11 @@ if TYPE_CHECKING:
 
 
 class ImageFamily(SpecGeometry):
-    """The part of `models.base.Family` that is alike in image families. A family says how its parts are read and its network is called."""
+    """The part of `models.base.Family` that is alike in image families. A family says what its parts are and how its network is called."""
 
     default_lora_targets: str
-    vae_part: str
-    """The VAE's name in `models.files.PARTS`."""
+    network: Network
+    vae: Network
     text_parts: dict[str, str]
     """The text encoders' names in `models.files.PARTS`, by their keys of `[model]`."""
 
@@ -33,30 +34,15 @@ class ImageFamily(SpecGeometry):
         self._config = config
         self.source_id = 0 if config.conditioning.position == "same" else self.spec.reference_id
 
-    # --- what a family says ---
-
-    def _network(self, path_or_id: str, dtype: torch.dtype) -> nn.Module:
-        raise NotImplementedError
-
-    def _network_on_meta(self, path_or_id: str) -> nn.Module:
-        raise NotImplementedError
-
-    def _vae(self, path_or_id: str, dtype: torch.dtype) -> nn.Module:
-        raise NotImplementedError
-
-    def _vae_downsampling(self, path_or_id: str) -> int:
-        """Pixels that a latent's side stands for. Loads no weights."""
-        raise NotImplementedError
-
     # --- frozen parts ---
 
     def load_transformers(self, dtype: torch.dtype) -> Iterator[tuple[str, nn.Module]]:
         """The one network, under the name `transformer`: frozen, on the CPU, in eval mode."""
-        yield "transformer", self._network(self._config.model.part("transformer"), dtype).eval().requires_grad_(False)
+        yield "transformer", self.network.load(self._config.model.part("transformer"), dtype=dtype).requires_grad_(False)
 
     def meta_transformers(self) -> dict[str, nn.Module]:
         """See `models.base.Family`."""
-        return {"transformer": self._network_on_meta(self._config.model.part("transformer"))}
+        return {"transformer": self.network.on_meta(self._config.model.part("transformer"))}
 
     def sequence_tokens(self, height: int, width: int, frames: int = 1) -> int:
         """See `models.base.Family`."""
@@ -64,21 +50,21 @@ class ImageFamily(SpecGeometry):
 
     def load_vae(self, device: torch.device) -> nn.Module:
         """The autoencoder in float32: it is small beside the network, and its 16-bit decoder shows bands."""
-        return self._vae(self._config.model.part("vae"), torch.float32).to(device).eval().requires_grad_(False)
+        return self.vae.load(self._config.model.part("vae"), dtype=torch.float32).to(device).requires_grad_(False)
 
     def fingerprint(self, part: str) -> str:
         """See `models.base.Family.fingerprint`; `part` is `vae` or `text`."""
         model = self._config.model
         family = self.spec.lora_layout
         if part == "vae":
-            return f"{family}-vae|mode|{files.weights_fingerprint(model.part('vae'), self.vae_part)}"
+            return f"{family}-vae|mode|{files.weights_fingerprint(model.part('vae'), self.vae.part)}"
         assert part == "text", part
         encoders = "|".join(files.weights_fingerprint(model.part(key), part) for key, part in self.text_parts.items())
         return f"{family}-text|{self._config.conditioning.max_text_tokens}|{model.dtype}|{encoders}"
 
     @cached_property
     def _vae_factor(self) -> int:
-        return self._vae_downsampling(self._config.model.part("vae"))
+        return vae_downsampling(self.vae, self._config.model.part("vae"))
 
     def pixel_multiple(self) -> int:
         """VAE down-sampling x patch: 16."""

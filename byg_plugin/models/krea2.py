@@ -6,7 +6,6 @@ Legend: B batch, C latent channels (16), F = 1, H W latent height and width, L t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,20 +29,9 @@ class Krea2Family(QwenVaeFamily):
     """Krea 2 as configured; see `models.base.Family`."""
 
     default_lora_targets = DEFAULT_TARGETS
+    network = qwen_files.KREA2
     text_parts = {"qwen": "qwen3_vl"}
     keeps_suffix = True
-
-    @property
-    def _kind(self) -> Any:
-        from diffusers import Krea2Transformer2DModel
-
-        return Krea2Transformer2DModel
-
-    def _network(self, path_or_id: str, dtype: torch.dtype) -> nn.Module:
-        return qwen_files.load_transformer(self._kind, path_or_id, qwen_files.KREA2, dtype=dtype)
-
-    def _network_on_meta(self, path_or_id: str) -> nn.Module:
-        return qwen_files.transformer_on_meta(self._kind, path_or_id, qwen_files.KREA2)
 
     def load_text_encoders(self, device: torch.device) -> TextEncoder:
         """The language model of Qwen3-VL in the model's dtype."""

@@ -7,14 +7,11 @@
 - VAE: `qwen_image_vae.safetensors` (Wan's names, `decoder.middle.0.…`) or diffusers' layout. Wan2.1's VAE has the same shapes and
   would be taken for it
 - text encoder: `qwen_2.5_vl_7b*.safetensors` and Qwen3-VL 4B's, of which only the language model is read, and `qwen_3_*.safetensors`
-
-The classes are newer than the oldest diffusers that other families take: they are imported where they are used.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -25,75 +22,9 @@ from transformers import PreTrainedTokenizerBase
 
 from byg_plugin.lora import krea2_layout
 from byg_plugin.models import files, wan_files
+from byg_plugin.models.networks import Network
 
 _HEAD = 128  # channels of a head of every Qwen; those of a narrower model (tests) are named by its config.json
-
-
-@dataclass(frozen=True, kw_only=True)
-class Layout:
-    """How a transformer lies in one file.
-
-    Attributes:
-        part: its name in `files.PARTS`.
-        config: the configuration that a file's shapes tell.
-        names: of so many blocks the (native, diffusers) names of its tensors; None: both are the same.
-        float32: parts of diffusers' names whose tensors are in float32 whatever the rest is.
-    """
-
-    part: str
-    config: Callable[[files.Weights], dict[str, Any]]
-    names: Callable[[int], Mapping[str, str]] | None = None
-    float32: frozenset[str] = frozenset()
-
-
-def load_transformer(kind: Any, path_or_id: str | Path, layout: Layout, *, dtype: torch.dtype) -> nn.Module:
-    """A transformer of a diffusers class in `dtype`, on the CPU, in eval mode.
-
-    Raises:
-        ValueError: nothing is at `path_or_id`, or it is another model.
-    """
-    file = files.single_file(path_or_id, layout.part)
-    if file is None:
-        return cast(nn.Module, files.from_folder(kind, path_or_id, layout.part, torch_dtype=dtype)).eval()
-    with files.Weights(file, layout.part) as weights:
-        config = files.config_beside(weights) or layout.config(weights)
-        with torch.device("meta"):
-            shapes = {name: tensor.shape for name, tensor in kind.from_config(config).state_dict().items()}
-        state = {ours: weights.read(native, _dtype_of(ours, layout, dtype)) for native, ours in _renamed(weights, layout, config).items()}
-        # Krea 2's own modulation is one row.
-        state = {name: tensor.reshape(shapes[name]) if name.endswith("scale_shift_table") else tensor for name, tensor in state.items()}
-        return cast(nn.Module, files.build(lambda: kind.from_config(config), state, weights)).eval()
-
-
-def _renamed(weights: files.Weights, layout: Layout, config: Mapping[str, Any]) -> dict[str, str]:
-    """diffusers' names by those of the file's tensors; names that the network does not have are refused where it is built."""
-    names = {} if weights.layout != "native" or layout.names is None else layout.names(config["num_layers"])
-    return {name: names.get(name, name) for name in sorted(weights.names) if not files.is_beside(name, files.BESIDE)}
-
-
-def _dtype_of(name: str, layout: Layout, dtype: torch.dtype) -> torch.dtype:
-    return dtype if layout.float32.isdisjoint(name.split(".")) else torch.float32
-
-
-def transformer_on_meta(kind: Any, path_or_id: str | Path, layout: Layout) -> nn.Module:
-    """The transformer that `load_transformer` would load, on the meta device: names and shapes, no weights read.
-
-    Raises:
-        ValueError: as `load_transformer`, as far as configuration or header tell.
-    """
-    with torch.device("meta"):
-        return cast(nn.Module, kind.from_config(transformer_config(kind, path_or_id, layout))).eval()
-
-
-def transformer_config(kind: Any, path_or_id: str | Path, layout: Layout) -> dict[str, Any]:
-    """The configuration with the class's defaults for what it leaves out; loads no weights.
-
-    Raises:
-        ValueError: as `load_transformer`, as far as configuration or header tell.
-    """
-    config = files.config_only(path_or_id, layout.part, kind, layout.config)
-    defaults = {name: parameter.default for name, parameter in files.parameters_of(kind).items()}
-    return defaults | {name: value for name, value in config.items() if name in defaults}
 
 
 # --- transformers ---
@@ -152,47 +83,49 @@ def to_native_krea2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.flatten() if name.endswith(".mod.lin") else tensor for name, tensor in native.items()}
 
 
-QWEN_IMAGE = Layout(part="qwen_transformer", config=_qwen_config)
-KREA2 = Layout(
-    part="krea2_transformer",
-    config=_krea2_config,
-    names=lambda blocks: dict(krea2_layout.tensors(blocks)),
-    float32=frozenset({"norm", "norm1", "norm2", "norm_q", "norm_k"}),  # as diffusers keeps them
+def _krea2_state(weights: files.Weights, config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
+    names = dict(krea2_layout.tensors(config["num_layers"])) if weights.layout == "native" else {}
+    # Names that the network does not have are refused where it is built.
+    found = {name: names.get(name, name) for name in sorted(weights.names) if not files.is_beside(name, files.BESIDE)}
+    state = {ours: weights.read(native, _krea2_dtype(ours, dtype)) for native, ours in found.items()}
+    # Krea 2's own modulation is one row.
+    width = len(state["img_in.weight"])
+    return {name: tensor.reshape(-1, width) if name.endswith("scale_shift_table") else tensor for name, tensor in state.items()}
+
+
+def _krea2_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    return dtype if _KREA2_FLOAT32.isdisjoint(name.split(".")) else torch.float32
+
+
+_KREA2_FLOAT32 = frozenset({"norm", "norm1", "norm2", "norm_q", "norm_k"})  # as diffusers keeps them
+# What other checkpoints of Qwen-Image's class set: inputs that are not supplied here.
+_OTHER_INPUTS = {
+    "guidance_embeds": "a distilled Qwen-Image with a guidance embedding",
+    "zero_cond_t": "Qwen-Image-Edit-2511",
+    "use_additional_t_cond": "Qwen-Image-Layered",
+    "use_layer3d_rope": "Qwen-Image-Layered",
+}
+
+
+def _refuse_other_inputs(config: Any, path_or_id: str | Path) -> None:
+    found = [(key, what) for key, what in _OTHER_INPUTS.items() if config.get(key)]
+    if config["in_channels"] != 4 * config["out_channels"]:
+        found.append(("in_channels", "a model with extra channels"))
+    for key, what in found:
+        raise ValueError(f"{path_or_id}: {key} = {config[key]}: looks like {what}, whose input is not supplied here; use Qwen-Image")
+
+
+QWEN_IMAGE = Network(
+    name="QwenImageTransformer2DModel",
+    part="qwen_transformer",
+    config=_qwen_config,
+    state=lambda weights, config, dtype: weights.all(dtype),
+    check=_refuse_other_inputs,
 )
+KREA2 = Network(name="Krea2Transformer2DModel", part="krea2_transformer", config=_krea2_config, state=_krea2_state)
 
 
 # --- the autoencoder ---
-
-
-def load_vae(path_or_id: str | Path, *, dtype: torch.dtype) -> nn.Module:
-    """Qwen-Image's autoencoder in `dtype`, on the CPU, in eval mode.
-
-    Raises:
-        ValueError: nothing is at `path_or_id`, or it is not Qwen-Image's.
-    """
-    from diffusers import AutoencoderKLQwenImage
-
-    file = files.single_file(path_or_id, "qwen_vae")
-    if file is None:
-        return cast(nn.Module, files.from_folder(AutoencoderKLQwenImage, path_or_id, "qwen_vae", torch_dtype=dtype)).eval()
-    with files.Weights(file, "qwen_vae") as weights:
-        config = files.config_beside(weights) or _vae_config(weights)
-        state = weights.all(dtype)
-        if weights.layout == "native":
-            state = wan_files.vae_names(state)
-        return cast(nn.Module, files.build(lambda: AutoencoderKLQwenImage.from_config(config), state, weights)).eval()
-
-
-def vae_downsampling(path_or_id: str | Path) -> int:
-    """Pixels that a latent's side stands for (8), from the configuration or a file's header; reads no weights.
-
-    Raises:
-        ValueError: nothing is at `path_or_id`, or it is not Qwen-Image's autoencoder.
-    """
-    from diffusers import AutoencoderKLQwenImage
-
-    config = files.config_only(path_or_id, "qwen_vae", AutoencoderKLQwenImage, _vae_config)
-    return 2 ** len(config.get("temperal_downsample", (False, True, True)))
 
 
 def _vae_config(weights: files.Weights) -> dict[str, Any]:
@@ -202,6 +135,9 @@ def _vae_config(weights: files.Weights) -> dict[str, Any]:
     if (latent := weights.shape("conv2.weight")[0]) != 16:
         raise weights.error(f"a VAE of {latent} latent channels, Qwen-Image's has 16")
     return {"base_dim": weights.shape("encoder.conv1.weight")[0]}
+
+
+VAE = Network(name="AutoencoderKLQwenImage", part="qwen_vae", config=_vae_config, state=wan_files.vae_state)
 
 
 # --- text encoders ---
@@ -217,9 +153,9 @@ class _Language:
 
 
 _LANGUAGES = {
-    "qwen25_vl": _Language("Qwen2_5_VLTextModel", "Qwen2_5_VLTextConfig", "qwen/qwen25_vl.json"),
-    "qwen3_vl": _Language("Qwen3VLTextModel", "Qwen3VLTextConfig", "qwen/qwen3_vl.json"),
-    "qwen3": _Language("Qwen3Model", "Qwen3Config", "qwen3/qwen3_4b.json"),
+    "qwen25_vl": _Language("Qwen2_5_VLTextModel", "Qwen2_5_VLTextConfig", "qwen/qwen25_vl"),
+    "qwen3_vl": _Language("Qwen3VLTextModel", "Qwen3VLTextConfig", "qwen/qwen3_vl"),
+    "qwen3": _Language("Qwen3Model", "Qwen3Config", "qwen3/qwen3_4b"),
 }
 
 
@@ -254,10 +190,9 @@ def _language_model(file: Path, part: str, dtype: torch.dtype) -> nn.Module:
 
 
 def _language_config(weights: files.Weights, language: _Language) -> dict[str, Any]:
-    shipped = json.loads((files.assets() / language.shipped).read_text(encoding="utf-8"))
     vocabulary, width = weights.shape("embed_tokens.weight")
     layer = "layers.0."
-    return shipped | {
+    return files.shipped_config(language.shipped) | {
         "vocab_size": vocabulary,
         "hidden_size": width,
         "intermediate_size": weights.shape(f"{layer}mlp.gate_proj.weight")[0],

@@ -20,25 +20,11 @@ from byg_plugin.models.tokens import PATCH, pack, pack_length, unpack
 from byg_plugin.objectives.base import Text
 from byg_plugin.texts import padding_mask
 
-# What other checkpoints of this class set: inputs that are not supplied here.
-_OTHER_INPUTS = {
-    "guidance_embeds": "a distilled Qwen-Image with a guidance embedding",
-    "zero_cond_t": "Qwen-Image-Edit-2511",
-    "use_additional_t_cond": "Qwen-Image-Layered",
-    "use_layer3d_rope": "Qwen-Image-Layered",
-}
-
 
 class QwenVaeFamily(ImageFamily):
     """A family with Qwen-Image's autoencoder, whose images are clips of one frame."""
 
-    vae_part = "qwen_vae"
-
-    def _vae(self, path_or_id: str, dtype: torch.dtype) -> nn.Module:
-        return qwen_files.load_vae(path_or_id, dtype=dtype)
-
-    def _vae_downsampling(self, path_or_id: str) -> int:
-        return qwen_files.vae_downsampling(path_or_id)
+    vae = qwen_files.VAE
 
     def encode_pixels(self, vae: nn.Module, pixels: Tensor) -> Tensor:
         """(B, 3, 1, H, W) in [-1, 1] -> (B, 16, 1, H/8, W/8), the posterior's mode to zero mean and unit variance."""
@@ -72,24 +58,9 @@ class QwenVaeFamily(ImageFamily):
 class QwenImageFamily(QwenVaeFamily):
     """Qwen-Image as configured; see `models.base.Family`."""
 
+    network = qwen_files.QWEN_IMAGE
     text_parts = {"qwen": "qwen25_vl"}
     keeps_suffix = False
-
-    @property
-    def _kind(self) -> Any:
-        from diffusers import QwenImageTransformer2DModel
-
-        return QwenImageTransformer2DModel
-
-    def _network(self, path_or_id: str, dtype: torch.dtype) -> nn.Module:
-        network = qwen_files.load_transformer(self._kind, path_or_id, qwen_files.QWEN_IMAGE, dtype=dtype)
-        _refuse_other_inputs(network.config, path_or_id)
-        return network
-
-    def _network_on_meta(self, path_or_id: str) -> nn.Module:
-        network = qwen_files.transformer_on_meta(self._kind, path_or_id, qwen_files.QWEN_IMAGE)
-        _refuse_other_inputs(network.config, path_or_id)
-        return network
 
     @cached_property
     def default_lora_targets(self) -> str:  # type: ignore[override]
@@ -98,7 +69,7 @@ class QwenImageFamily(QwenVaeFamily):
         Of the last block, nothing that only the text's own output depends on: it has no gradient. Modulation, embedders and the head
         stay frozen.
         """
-        blocks = qwen_files.transformer_config(self._kind, self._config.model.part("transformer"), qwen_files.QWEN_IMAGE)["num_layers"]
+        blocks = self.network.config_of(self._config.model.part("transformer"))["num_layers"]
         return (
             r"transformer_blocks\.\d+\.(attn\.(to_q|to_k|to_v|to_out\.0|add_k_proj|add_v_proj)|img_mlp\.net\.(0\.proj|2))"
             rf"|transformer_blocks\.(?!{blocks - 1}\.)\d+\.(attn\.(add_q_proj|to_add_out)|txt_mlp\.net\.(0\.proj|2))"
@@ -162,11 +133,3 @@ def _positions(network: nn.Module, *, doubled: bool) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-def _refuse_other_inputs(config: Any, path_or_id: str) -> None:
-    found = [(key, what) for key, what in _OTHER_INPUTS.items() if config.get(key)]
-    if config["in_channels"] != 4 * config["out_channels"]:
-        found.append(("in_channels", "a model with extra channels"))
-    for key, what in found:
-        raise ValueError(f"{path_or_id}: {key} = {config[key]}: looks like {what}, whose input is not supplied here; use Qwen-Image")

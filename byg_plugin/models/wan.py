@@ -25,6 +25,7 @@ from byg_plugin import families, timesteps
 from byg_plugin.families import HIGH, LOW
 from byg_plugin.models import files, normalised_vae, wan_files
 from byg_plugin.models.geometry import SpecGeometry
+from byg_plugin.models.networks import Network
 from byg_plugin.objectives.base import Text
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class WanFamily(SpecGeometry):
             self._refuse_two_models()
         kept: list[Tensor] = []  # small tensors of the first expert, which outlive what a host does to it
         for expert in self.experts:
-            network = cast(nn.Module, wan_files.load_wan_transformer(self._path_or_id(expert), dtype=dtype, low_noise=expert == LOW))
+            network = _network(expert).load(self._path_or_id(expert), dtype=dtype)
             small = [network.proj_out.weight.detach(), network.scale_shift_table.detach()]
             if kept and all(map(torch.equal, kept, small)):
                 raise ValueError(
@@ -80,7 +81,7 @@ class WanFamily(SpecGeometry):
                     "to the second"
                 )
             kept = small
-            yield expert, network.eval().requires_grad_(False)
+            yield expert, network.requires_grad_(False)
 
     def _both_transformers(self) -> str:
         return f"model.transformer = {self._path_or_id(HIGH)} and model.transformer_2 = {self._path_or_id(LOW)}"
@@ -93,7 +94,7 @@ class WanFamily(SpecGeometry):
 
     def meta_transformers(self) -> dict[str, nn.Module]:
         """See `models.base.Family`."""
-        return {e: cast(nn.Module, wan_files.wan_transformer_on_meta(self._path_or_id(e), low_noise=e == LOW)) for e in self.experts}
+        return {expert: _network(expert).on_meta(self._path_or_id(expert)) for expert in self.experts}
 
     def sequence_tokens(self, height: int, width: int, frames: int = 1) -> int:
         """See `models.base.Family`. Wan's text is no part of the sequence."""
@@ -102,10 +103,10 @@ class WanFamily(SpecGeometry):
 
     def load_vae(self, device: torch.device) -> nn.Module:
         """The autoencoder in float32, in tiles if `dataset.vae_tiling` asks for it."""
-        vae = wan_files.load_wan_vae(self._config.model.part("vae"), dtype=torch.float32)
+        vae: Any = wan_files.VAE.load(self._config.model.part("vae"), dtype=torch.float32)
         if self._config.dataset.vae_tiling:
             vae.enable_tiling()
-        return cast(nn.Module, vae.to(device)).eval().requires_grad_(False)
+        return cast(nn.Module, vae).to(device).requires_grad_(False)
 
     def load_text_encoders(self, device: torch.device) -> TextEncoder:
         """UMT5 in the model's dtype."""
@@ -124,7 +125,7 @@ class WanFamily(SpecGeometry):
 
     @cached_property
     def _vae_config(self) -> Any:
-        return wan_files.vae_config(self._config.model.part("vae"))
+        return wan_files.VAE.config_of(self._config.model.part("vae"))
 
     @property
     def _vae_factor(self) -> int:
@@ -304,6 +305,10 @@ def exact_time(network: nn.Module) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _network(expert: str) -> Network:
+    return wan_files.LOW_NOISE if expert == LOW else wan_files.TRANSFORMER
 
 
 def _clean(text: str) -> str:

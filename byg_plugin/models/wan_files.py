@@ -10,79 +10,24 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 
 from byg_plugin.lora import wan_names
 from byg_plugin.models import files
+from byg_plugin.models.networks import Network
 
 # What diffusers keeps in float32 too: Wan computes time embedding, norms and modulation so.
 _FLOAT32 = ("time_embedder", "scale_shift_table", "norm2.")
 _HEAD = 128  # channels of a head of every Wan; heads of a narrower network (tests) are named by its config.json
-
-
-def load_wan_transformer(path_or_id: str | Path, *, dtype: torch.dtype, low_noise: bool = False) -> WanTransformer3DModel:
-    """A Wan text-to-video transformer in `dtype` (time embedding, norms and modulation in float32), on the CPU, in eval mode.
-
-    Args:
-        path_or_id: file, folder or hub id.
-        dtype: of the weights.
-        low_noise: the second expert: of a diffusers root, its `transformer_2`.
-
-    Raises:
-        ValueError: nothing is at `path_or_id`, or it is no Wan text-to-video transformer.
-    """
-    part = _part(low_noise)
-    file = files.single_file(path_or_id, part)
-    if file is None:
-        model = files.from_folder(WanTransformer3DModel, path_or_id, part, torch_dtype=dtype)
-    else:
-        with files.Weights(file, part) as weights:
-            config = files.config_beside(weights) or _transformer_config(weights)
-            state = _native(weights, config, dtype) if weights.layout == "native" else _own(weights, dtype)
-            model = files.build(lambda: WanTransformer3DModel.from_config(config), state, weights)
-        _fill_rope(model)
-    _refuse_other_inputs(model.config, path_or_id)
-    return model.eval()
-
-
-def wan_transformer_on_meta(path_or_id: str | Path, *, low_noise: bool = False) -> WanTransformer3DModel:
-    """The transformer that `load_wan_transformer` would load, on the meta device: names and shapes, no weights read.
-
-    Raises:
-        ValueError: as `load_wan_transformer`, as far as configuration or header tell.
-    """
-    config = files.config_only(path_or_id, _part(low_noise), WanTransformer3DModel, _transformer_config)
-    with torch.device("meta"):
-        model = WanTransformer3DModel.from_config(config)
-    _refuse_other_inputs(model.config, path_or_id)
-    return model.eval()
-
-
-def load_wan_vae(path_or_id: str | Path, *, dtype: torch.dtype) -> AutoencoderKLWan:
-    """Wan's autoencoder in `dtype`, on the CPU, in eval mode.
-
-    Raises:
-        ValueError: nothing is at `path_or_id`, or it is not Wan's.
-    """
-    file = files.single_file(path_or_id, "wan_vae")
-    if file is None:
-        return files.from_folder(AutoencoderKLWan, path_or_id, "wan_vae", torch_dtype=dtype).eval()
-    with files.Weights(file, "wan_vae") as weights:
-        config = files.config_beside(weights) or _vae_config(weights)
-        state = weights.all(dtype)
-        if weights.layout == "native":
-            state = vae_names(state)
-        return files.build(lambda: AutoencoderKLWan.from_config(config), state, weights).eval()
 
 
 def load_umt5(path_or_id: str | Path, *, dtype: torch.dtype) -> tuple[UMT5EncoderModel, PreTrainedTokenizerBase]:
@@ -102,34 +47,19 @@ def load_umt5(path_or_id: str | Path, *, dtype: torch.dtype) -> tuple[UMT5Encode
     return model.eval(), files.fitting(files.load_tokenizer(path_or_id, "umt5", 512), model.config.vocab_size, path_or_id)
 
 
-def vae_config(path_or_id: str | Path) -> Mapping[str, Any]:
-    """The autoencoder's configuration, or what a file's header tells of it; reads no weights.
-
-    Raises:
-        ValueError: nothing is at `path_or_id`, or it is not Wan's autoencoder.
-    """
-    config = files.config_only(path_or_id, "wan_vae", AutoencoderKLWan, _vae_config)
-    # A configuration names only what differs from the class's defaults in some saved versions.
-    return {"scale_factor_spatial": 8, "scale_factor_temporal": 4, "z_dim": 16, **config}
-
-
-def shipped_config(name: str) -> dict[str, Any]:
-    """Wan's configuration of `transformer` (A14B), `vae` (Wan2.1's), `vae_5b` or `umt5_xxl`."""
-    return json.loads((files.assets() / "wan" / f"{name}.json").read_text(encoding="utf-8"))
-
-
 def to_native_layout(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A diffusers Wan state dict under Wan's own names (the inverse of what the loader does)."""
     blocks = files.count_blocks(state, r"blocks\.(\d+)\.")
     return {native: state[ours] for native, ours in wan_names.tensors(blocks) if ours in state}
 
 
-def _part(low_noise: bool) -> str:
-    return "wan_transformer_2" if low_noise else "wan_transformer"
-
-
 def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if any(word in name for word in _FLOAT32) else dtype
+
+
+def _transformer_state(weights: files.Weights, config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
+    """In `dtype`, but for time embedding, norms and modulation, which are in float32."""
+    return _native(weights, config, dtype) if weights.layout == "native" else _own(weights, dtype)
 
 
 def _native(weights: files.Weights, config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -163,7 +93,7 @@ def _transformer_config(weights: files.Weights) -> dict[str, Any]:
     width, in_channels, *patch = shape("patch_embedding.weight")
     if width % _HEAD:
         raise weights.error(f"a transformer of width {width}, which heads of {_HEAD} channels do not divide")
-    return shipped_config("transformer") | {
+    return files.shipped_config("wan/transformer") | {
         "patch_size": patch,
         "num_attention_heads": width // _HEAD,
         "in_channels": in_channels,
@@ -190,9 +120,9 @@ def _vae_config(weights: files.Weights) -> dict[str, Any]:
     widths = {"base_dim": weights.shape("encoder.conv1.weight")[0]}
     match weights.shape("conv2.weight")[0]:
         case 16:
-            return shipped_config("vae") | widths
+            return files.shipped_config("wan/vae") | widths
         case 48:
-            return shipped_config("vae_5b") | widths | {"decoder_base_dim": weights.shape("decoder.head.2.weight")[1]}
+            return files.shipped_config("wan/vae_5b") | widths | {"decoder_base_dim": weights.shape("decoder.head.2.weight")[1]}
         case latent:
             raise weights.error(f"a VAE of {latent} latent channels (Wan2.1's has 16, the Wan2.2 5B's 48)")
 
@@ -202,7 +132,7 @@ _LEVEL = re.compile(r"^(?:en|de)coder\.(down|up)samples\.(\d+)\.\1samples\.(\d+)
 _RESIDUAL = {"residual.0": "norm1", "residual.2": "conv1", "residual.3": "norm2", "residual.6": "conv2", "shortcut": "conv_shortcut"}
 
 
-def vae_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _vae_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """diffusers' names of a VAE with Wan's own."""
     levels, flat = {}, {}
     for name, tensor in state.items():
@@ -216,6 +146,25 @@ def vae_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return levels | convert_wan_vae_to_diffusers(flat)
 
 
+def vae_state(weights: files.Weights, config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
+    """See `Network.state`."""
+    state = weights.all(dtype)
+    return _vae_names(state) if weights.layout == "native" else state
+
+
+TRANSFORMER = Network(
+    name="WanTransformer3DModel",
+    part="wan_transformer",
+    config=_transformer_config,
+    state=_transformer_state,
+    check=_refuse_other_inputs,
+    finish=_fill_rope,
+)
+LOW_NOISE = replace(TRANSFORMER, part="wan_transformer_2")
+"""The second expert: of a diffusers root, its `transformer_2`."""
+VAE = Network(name="AutoencoderKLWan", part="wan_vae", config=_vae_config, state=vae_state)
+
+
 def _umt5_config(weights: files.Weights) -> dict[str, Any]:
     bias = "encoder.block.{}.layer.0.SelfAttention.relative_attention_bias.weight"
     if bias.format(1) not in weights.names:
@@ -223,7 +172,7 @@ def _umt5_config(weights: files.Weights) -> dict[str, Any]:
     buckets, heads = weights.shape(bias.format(0))
     inner, width = weights.shape("encoder.block.0.layer.0.SelfAttention.q.weight")
     embedding = "shared.weight" if "shared.weight" in weights.names else "encoder.embed_tokens.weight"
-    return shipped_config("umt5_xxl") | {
+    return files.shipped_config("wan/umt5_xxl") | {
         "vocab_size": weights.shape(embedding)[0],
         "d_model": width,
         "d_kv": inner // heads,

@@ -35,14 +35,9 @@ class ZImageFamily(Qwen3TextFamily, FluxVaeFamily):
     """Z-Image as configured; see `models.base.Family`."""
 
     default_lora_targets = DEFAULT_TARGETS
+    network = zimage_files.TRANSFORMER
     thinking = True
     last_layer = None
-
-    def _network(self, path_or_id: str, dtype: torch.dtype) -> nn.Module:
-        return zimage_files.load_transformer(path_or_id, dtype=dtype)
-
-    def _network_on_meta(self, path_or_id: str) -> nn.Module:
-        return zimage_files.transformer_on_meta(path_or_id)
 
     def sequence_tokens(self, height: int, width: int, frames: int = 1) -> int:
         """See `models.base.Family`."""

@@ -1,64 +1,23 @@
 """Z-Image's transformer from what people have on disk, without a hub.
 
 `path_or_id` (see `files.py`) is a diffusers folder, a hub id or one .safetensors file in ComfyUI's layout (`layers.0.attention.qkv.…`,
-bare or under `model.diffusion_model.`) or in diffusers', which is the authors'. The class is newer than the oldest diffusers that other
-families take: it is imported where it is used.
+bare or under `model.diffusion_model.`) or in diffusers', which is the authors'.
 """
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from byg_plugin.lora import zimage_names
 from byg_plugin.models import files, native
+from byg_plugin.models.networks import Network
 
-_PART = "zimage_transformer"
 _BESIDE = ("norm_final.weight",)  # of files that ComfyUI writes; no layer has it
-
-
-def load_transformer(path_or_id: str | Path, *, dtype: torch.dtype) -> nn.Module:
-    """The transformer in `dtype`, on the CPU, in eval mode.
-
-    Raises:
-        ValueError: nothing is at `path_or_id`, or it is not Z-Image.
-    """
-    from diffusers import ZImageTransformer2DModel
-
-    file = files.single_file(path_or_id, _PART)
-    if file is None:
-        model = files.from_folder(ZImageTransformer2DModel, path_or_id, _PART, torch_dtype=dtype)
-    else:
-        with files.Weights(file, _PART) as weights:
-            config = files.config_beside(weights) or _config(weights)
-            state = _native_state(weights, config, dtype) if weights.layout == "native" else weights.all(dtype, skip=_BESIDE)
-            model = files.build(lambda: ZImageTransformer2DModel.from_config(config), state, weights)
-    _refuse_other_inputs(model.config, path_or_id)
-    return cast(nn.Module, model).eval()
-
-
-def transformer_on_meta(path_or_id: str | Path) -> nn.Module:
-    """The transformer that `load_transformer` would load, on the meta device: names and shapes, no weights read.
-
-    Raises:
-        ValueError: as `load_transformer`, as far as configuration or header tell.
-    """
-    from diffusers import ZImageTransformer2DModel
-
-    config = files.config_only(path_or_id, _PART, ZImageTransformer2DModel, _config)
-    with torch.device("meta"):
-        model = ZImageTransformer2DModel.from_config(config)
-    _refuse_other_inputs(model.config, path_or_id)
-    return cast(nn.Module, model).eval()
-
-
-def shipped_config() -> dict[str, Any]:
-    """Z-Image's configuration of the transformer."""
-    return json.loads((files.assets() / "zimage" / "transformer.json").read_text(encoding="utf-8"))
 
 
 def to_native_layout(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -67,7 +26,9 @@ def to_native_layout(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return native.to_native(state, zimage_names.NAMES.linears(blocks), zimage_names.others(blocks))
 
 
-def _native_state(weights: files.Weights, config: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
+def _state(weights: files.Weights, config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
+    if weights.layout != "native":
+        return weights.all(dtype, skip=_BESIDE)
     refiners = config["n_refiner_layers"]
     blocks = {"layers.": config["n_layers"], "noise_refiner.": refiners, "context_refiner.": refiners}
     names = zimage_names.NAMES.linears(blocks), zimage_names.others(blocks)
@@ -83,7 +44,7 @@ def _config(weights: files.Weights) -> dict[str, Any]:
     axes = [head // 4, head * 3 // 8, head * 3 // 8]
     if sum(axes) != head or any(axis % 2 for axis in axes):
         raise weights.error(f"heads of {head} channels are not Z-Image's (128) and the file does not say how positions split them")
-    return shipped_config() | {
+    return files.shipped_config("zimage/transformer") | {
         "axes_dims": axes,
         "cap_feat_dim": weights.shape("cap_embedder.1.weight")[1],
         "dim": dim,
@@ -98,3 +59,6 @@ def _config(weights: files.Weights) -> dict[str, Any]:
 def _refuse_other_inputs(config: Any, path_or_id: str | Path) -> None:
     if config.get("siglip_feat_dim") is not None:
         raise ValueError(f"{path_or_id}: siglip_feat_dim is set: looks like Z-Image Omni, whose input is not supplied here; use Z-Image")
+
+
+TRANSFORMER = Network(name="ZImageTransformer2DModel", part="zimage_transformer", config=_config, state=_state, check=_refuse_other_inputs)

@@ -28,7 +28,7 @@ from tests.support.tiny import make_trainer, model_folder, run_config, tiny_conf
 def by_hand(lora: Path | None, source: Path, instruction: str, *, steps: int, seed: int) -> torch.Tensor:
     """Edited pixels from the parts, without `EditPipeline` and without the host's LoRA code: diffusers' own loader."""
     family = FluxFamily(tiny_config(Path("unused"), model={"path": str(model_folder())}))
-    network = flux_files.load_flux_transformer(model_folder(), dtype=torch.float32)
+    network = flux_files.TRANSFORMER.load(model_folder(), dtype=torch.float32)
     if lora is not None:
         parts = dict.fromkeys(("scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
         FluxPipeline(**parts, transformer=network).load_lora_weights(str(lora))
@@ -60,7 +60,7 @@ def test_the_trainers_file_in_diffusers_reproduces_our_velocity(tmp_path: Path):
     trainer = make_trainer(run_config(tmp_path / "out", train={"steps": 1}, lora={"alpha": 2.0}))
     wake(trainer.host)
     path = trainer.run()
-    network = flux_files.load_flux_transformer(model_folder(), dtype=torch.float32)
+    network = flux_files.TRANSFORMER.load(model_folder(), dtype=torch.float32)
     parts = dict.fromkeys(("scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
     FluxPipeline(**parts, transformer=network).load_lora_weights(str(path))
     rng = torch.Generator().manual_seed(0)
@@ -68,7 +68,7 @@ def test_the_trainers_file_in_diffusers_reproduces_our_velocity(tmp_path: Path):
     call = (noisy, torch.tensor([0.3, 0.8]), tiny_texts(2, 1), source)
     with trainer.host.live() as velocity, torch.no_grad():
         torch.testing.assert_close(trainer.family.velocity(network, *call), velocity(*call), rtol=1e-4, atol=1e-5)
-        plain = flux_files.load_flux_transformer(model_folder(), dtype=torch.float32)
+        plain = flux_files.TRANSFORMER.load(model_folder(), dtype=torch.float32)
         assert not torch.allclose(trainer.family.velocity(plain, *call), velocity(*call), atol=1e-2)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from byg_plugin.hosts.diffusers import DiffusersHost, lora_shapes, matched_linears
 from byg_plugin.lora.files import write_lora
-from byg_plugin.models import flux_files
+from byg_plugin.models import files
 from byg_plugin.models.flux import DEFAULT_TARGETS, FluxFamily
 from tests.support.diffusers_host import batch_of, ema_of, host_config, live_of, without_lora
 from tests.support.tiny import TINY_FLUX, make_host, tiny_flux
@@ -22,7 +22,7 @@ def test_default_targets_match_418_linears_of_the_full_size_flux():
     with torch.device("meta"):
         from diffusers import FluxTransformer2DModel
 
-        network = FluxTransformer2DModel.from_config(flux_files.shipped_config("transformer"))
+        network = FluxTransformer2DModel.from_config(files.shipped_config("flux_dev/transformer"))
     names = matched_linears(network, DEFAULT_TARGETS)
     assert len(names) == 19 * 12 + 38 * 5 == 418
     assert not [n for n in names if "norm" in n or "embedder" in n]

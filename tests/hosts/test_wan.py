@@ -19,7 +19,8 @@ from byg_plugin.hosts.quantize import Fp8Linear
 from byg_plugin.hosts.residency import OneExpertOnDevice
 from byg_plugin.lora import files as lora_files
 from byg_plugin.lora import formats as lora_formats
-from byg_plugin.models import make_family, wan_files
+from byg_plugin.models import files, make_family
+from byg_plugin.models.networks import Network
 from byg_plugin.models.wan import HIGH, LOW, to_wan_timestep
 from byg_plugin.objectives import make_objective
 from byg_plugin.objectives.base import Batch
@@ -86,7 +87,7 @@ def test_lora_of_each_expert_or_shared(tmp_path: Path):
 def test_lora_of_a_full_size_expert(tmp_path: Path):
     config = wan_config(tmp_path, lora={"rank": 64})
     with torch.device("meta"):
-        network = WanTransformer3DModel.from_config(wan_files.shipped_config("transformer"))
+        network = WanTransformer3DModel.from_config(files.shipped_config("wan/transformer"))
     shapes = lora_shapes(network, config.lora, make_family(config))
     assert len(shapes) == 2 * 400 and sum(rows * columns for rows, columns in shapes) == 306_708_480
 
@@ -333,15 +334,15 @@ def test_quantised_experts_run_and_have_gradients(tmp_path: Path):
 
 
 def test_an_expert_is_quantised_before_the_other_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    networks: list[WanTransformer3DModel] = []
+    networks: list[torch.nn.Module] = []
     found: list[set[type]] = []
-    read = wan_files.load_wan_transformer
+    read = Network.load
 
-    def reading(*path: Any, **options: Any) -> WanTransformer3DModel:
+    def reading(*path: Any, **options: Any) -> torch.nn.Module:
         found.extend({type(m) for name, m in network.named_modules() if name.endswith(".base_layer")} for network in networks)
         networks.append(read(*path, **options))
         return networks[-1]
 
-    monkeypatch.setattr(wan_files, "load_wan_transformer", reading)
+    monkeypatch.setattr(Network, "load", reading)
     host_of(tmp_path, model={"quantization": "fp8"})
     assert len(networks) == 2 and found == [{Fp8Linear}]

@@ -13,7 +13,7 @@ from torch import Tensor
 from byg_plugin.lora import flux_names
 from byg_plugin.lora import formats as lora_formats
 from byg_plugin.lora.check import check
-from byg_plugin.models import flux_files
+from byg_plugin.models import files, flux_files
 from tests.support.comfyui import MARKS, comfyui, detected
 
 pytestmark = MARKS
@@ -24,7 +24,7 @@ DOUBLE, SINGLE, WIDTH = 19, 38, 3072
 def comfy() -> Iterator[SimpleNamespace]:
     """ComfyUI's full-size FLUX.1-dev on the meta device, as it detects it, and its key map."""
     with torch.device("meta"):
-        network = FluxTransformer2DModel.from_config(flux_files.shipped_config("transformer"))
+        network = FluxTransformer2DModel.from_config(files.shipped_config("flux_dev/transformer"))
     with comfyui() as modules:
         yield detected(modules, flux_files.to_native_layout(network.state_dict()))
 

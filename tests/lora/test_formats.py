@@ -65,7 +65,7 @@ def test_musubi_conversion_added_to_native_weights_gives_the_same_output(tmp_pat
     tensors, edited = peft_lora()
     converted = lora_formats.convert(tensors, "musubi")
     assert len(updates(converted)) == 8 * BLOCKS + 2 * SINGLES
-    merged = flux_files.load_flux_transformer(merged_into_native_file(converted, tmp_path / "f.safetensors"), dtype=torch.float32)
+    merged = flux_files.TRANSFORMER.load(merged_into_native_file(converted, tmp_path / "f.safetensors"), dtype=torch.float32)
     torch.testing.assert_close(output(merged), edited, rtol=0, atol=2e-5)
 
 
@@ -79,7 +79,7 @@ def test_layers_outside_the_blocks_convert_too_with_their_halves_swapped(tmp_pat
     for key, tensor in converted.items():
         suffix = next(s for s in (".lora_down.weight", ".lora_up.weight", ".alpha") if key.endswith(s))
         flat["lora_unet_" + key.removeprefix("diffusion_model.").removesuffix(suffix).replace(".", "_") + suffix] = tensor
-    merged = flux_files.load_flux_transformer(merged_into_native_file(flat, tmp_path / "f.safetensors"), dtype=torch.float32)
+    merged = flux_files.TRANSFORMER.load(merged_into_native_file(flat, tmp_path / "f.safetensors"), dtype=torch.float32)
     torch.testing.assert_close(output(merged), edited, rtol=0, atol=5e-5)
 
 

@@ -11,7 +11,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxKontextPipeline, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor, nn
 
-from byg_plugin.models import flux, flux_files
+from byg_plugin.models import files, flux, flux_files
 from byg_plugin.models.base import Family
 from byg_plugin.models.flux import FluxFamily
 from byg_plugin.models.tokens import pack, position_ids, unpack
@@ -43,7 +43,7 @@ class TestContract(FamilyContract):
 
     def pipeline(self, family: Family, network: nn.Module) -> FluxPipeline:
         encoders = family.load_text_encoders(CPU)
-        scheduler = FlowMatchEulerDiscreteScheduler.from_config(flux_files.shipped_config("scheduler"))
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(files.shipped_config("flux_dev/scheduler"))
         texts = (encoders.clip, encoders.clip_tokenizer, encoders.t5, encoders.t5_tokenizer)
         return FluxPipeline(scheduler, family.load_vae(CPU), *texts, network)
 
@@ -57,7 +57,7 @@ class TestContract(FamilyContract):
 
     def full_network(self) -> nn.Module:
         with torch.device("meta"):
-            return FluxTransformer2DModel.from_config(flux_files.shipped_config("transformer"))
+            return FluxTransformer2DModel.from_config(files.shipped_config("flux_dev/transformer"))
 
 
 # --- packing and positions ---
@@ -176,7 +176,7 @@ def test_times_and_guidance_are_exact_in_16_bit(monkeypatch: pytest.MonkeyPatch,
 
 @pytest.mark.parametrize("side", [64, 128])
 def test_shifted_nodes_are_the_schedulers(side: int):
-    scheduler = FlowMatchEulerDiscreteScheduler.from_config(flux_files.shipped_config("scheduler"))
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(files.shipped_config("flux_dev/scheduler"))
     nodes = torch.linspace(1, 0, 21)
     tokens = (side // 2) ** 2
     mu = 0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from byg_plugin import sampling
 from byg_plugin.data.buckets import to_tensor
-from byg_plugin.models import flux2_files
+from byg_plugin.models import files, flux2_files
 from byg_plugin.models.base import Family
 from byg_plugin.models.tokens import join_squares, split_squares
 from tests.models.contract import CPU, PROMPTS, FamilyContract, T
@@ -56,7 +56,7 @@ class TestContract(FamilyContract):
 
     def full_network(self) -> nn.Module:
         with torch.device("meta"):
-            return Flux2Transformer2DModel.from_config(flux2_files.shipped_config("transformer"))
+            return Flux2Transformer2DModel.from_config(files.shipped_config("flux2/transformer"))
 
     def test_texts_of_the_other_size_are_refused(self):
         texts = {"qwen": torch.cat([self.texts()["qwen"]] * 2, dim=-1)}
@@ -71,7 +71,7 @@ def test_the_published_size_of_the_9b():
 
         def full_network(self) -> nn.Module:
             with torch.device("meta"):
-                return Flux2Transformer2DModel.from_config(flux2_files.shipped_config("transformer") | NINE)
+                return Flux2Transformer2DModel.from_config(files.shipped_config("flux2/transformer") | NINE)
 
     Nine().test_the_published_size_and_what_a_lora_of_it_is_taken_for()
 

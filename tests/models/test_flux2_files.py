@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from byg_plugin.models import flux2_files, flux_files, zimage_files
+from byg_plugin.models import flux2_files, flux_files, networks, zimage_files
 from tests.support.tiny import tiny_flux
 from tests.support.tiny_flux2 import tiny_flux2, tiny_flux2_vae
 from tests.support.tiny_zimage import tiny_zimage
@@ -36,7 +36,7 @@ def test_a_transformer_from_one_file(tmp_path: Path, family: str, native: bool, 
     network = make()
     state = files.to_native_layout(network.state_dict()) if native else network.state_dict()
     path = saved(state | ({"norm_final.weight": torch.ones(4)} if family == "zimage" else {}), tmp_path / "model.safetensors", prefix)
-    loaded = files.load_transformer(path, dtype=F32)
+    loaded = files.TRANSFORMER.load(path, dtype=F32)
     same(loaded, network)
     told = {"axes_lens", "guidance_embeds"}  # not by shapes
     for name, value in network.config.items():
@@ -45,7 +45,7 @@ def test_a_transformer_from_one_file(tmp_path: Path, family: str, native: bool, 
             assert (list(found) if isinstance(found, (list, tuple)) else found) == (list(value) if isinstance(value, tuple) else value), (
                 name
             )
-    assert files.transformer_on_meta(path).state_dict().keys() == network.state_dict().keys()
+    assert files.TRANSFORMER.on_meta(path).state_dict().keys() == network.state_dict().keys()
 
 
 @pytest.mark.parametrize("family", MAKERS)
@@ -55,7 +55,7 @@ def test_scaled_fp8_is_multiplied_out(tmp_path: Path, family: str):
     state = files.to_native_layout(network.state_dict())
     name = "double_blocks.0.img_attn.qkv" if family == "flux2" else "layers.0.attention.qkv"
     state[f"{name}.weight"], scale = (state[f"{name}.weight"] * 100).to(torch.float8_e4m3fn), torch.tensor(0.01)
-    loaded = files.load_transformer(saved(state | {f"{name}.weight_scale": scale}, tmp_path / "f.safetensors"), dtype=F32).state_dict()
+    loaded = files.TRANSFORMER.load(saved(state | {f"{name}.weight_scale": scale}, tmp_path / "f.safetensors"), dtype=F32).state_dict()
     part = "transformer_blocks.0.attn.to_k.weight" if family == "flux2" else "layers.0.attention.to_k.weight"
     wanted = network.state_dict()[part]
     assert 0 < (loaded[part] - wanted).abs().max() <= 0.07 * wanted.abs().max()
@@ -65,9 +65,9 @@ def test_scaled_fp8_is_multiplied_out(tmp_path: Path, family: str):
 def test_the_autoencoder_from_one_file(tmp_path: Path, inside: bool):
     """Quantisation convolutions lie inside encoder and decoder, as its makers have them, or beside, as ComfyUI does."""
     vae = tiny_flux2_vae(norm_num_groups=32, block_out_channels=(32, 32, 32, 64))
-    loaded = flux2_files.load_vae(saved(native_vae(vae.state_dict(), inside), tmp_path / "flux2-vae.safetensors"), dtype=F32)
+    loaded = flux2_files.VAE.load(saved(native_vae(vae.state_dict(), inside), tmp_path / "flux2-vae.safetensors"), dtype=F32)
     same(loaded, vae)
-    assert loaded.bn.eps == 1e-4 and flux2_files.vae_downsampling(tmp_path / "flux2-vae.safetensors") == 8
+    assert loaded.bn.eps == 1e-4 and networks.vae_downsampling(flux2_files.VAE, tmp_path / "flux2-vae.safetensors") == 8
 
 
 def native_vae(state: dict[str, Tensor], inside: bool) -> dict[str, Tensor]:
@@ -112,23 +112,23 @@ def test_other_networks_are_named(tmp_path: Path, family: str):
     files, _ = MAKERS[family]
     flux = saved(flux_files.to_native_layout(tiny_flux().state_dict()), tmp_path / "flux.safetensors")
     with pytest.raises(ValueError, match=r"looks like a relative of FLUX .*not .*'s transformer; use "):
-        files.load_transformer(flux, dtype=F32)
+        files.TRANSFORMER.load(flux, dtype=F32)
     other = next(name for name in MAKERS if name != family)
     foreign = saved(MAKERS[other][0].to_native_layout(MAKERS[other][1]().state_dict()), tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match={"flux2": "looks like a FLUX.2", "zimage": "looks like a Z-Image"}[other]):
-        files.transformer_on_meta(foreign)
+        files.TRANSFORMER.on_meta(foreign)
 
 
 def test_flux2_dev_is_told_by_its_guidance(tmp_path: Path):
     tiny_flux2(guidance_embeds=True).save_pretrained(tmp_path / "transformer")
     with pytest.raises(ValueError, match="looks like FLUX.2 dev; use FLUX.2 klein base"):
-        flux2_files.load_transformer(tmp_path, dtype=F32)
+        flux2_files.TRANSFORMER.load(tmp_path, dtype=F32)
     state = tiny_flux2(guidance_embeds=True).state_dict()
     with pytest.raises(ValueError, match="looks like FLUX.2 dev, whose text encoder"):
-        flux2_files.transformer_on_meta(saved(state, tmp_path / "dev.safetensors"))
+        flux2_files.TRANSFORMER.on_meta(saved(state, tmp_path / "dev.safetensors"))
 
 
 def test_a_vae_without_statistics_is_refused(tmp_path: Path):
     state = {name: tensor for name, tensor in tiny_flux2_vae().state_dict().items() if not name.startswith("bn.")}
     with pytest.raises(ValueError, match="has no bn.running_mean"):
-        flux2_files.load_vae(saved(state, tmp_path / "ae.safetensors"), dtype=F32)
+        flux2_files.VAE.load(saved(state, tmp_path / "ae.safetensors"), dtype=F32)

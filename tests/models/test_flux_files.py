@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from byg_plugin.lora import flux_names
-from byg_plugin.models import files, flux_files
+from byg_plugin.models import files, flux_files, networks
 from tests.support.flux_files import BF16, F32, flux_output, native_file, tiny_clip, tiny_flux, tiny_t5, tiny_vae
 
 # --- names ---
@@ -22,7 +22,7 @@ from tests.support.flux_files import BF16, F32, flux_output, native_file, tiny_c
 
 def test_full_size_flux_on_the_meta_device():
     with torch.device("meta"):
-        model = FluxTransformer2DModel.from_config(flux_files.shipped_config("transformer"))
+        model = FluxTransformer2DModel.from_config(files.shipped_config("flux_dev/transformer"))
     assert len(model.transformer_blocks) == 19
     assert len(model.single_transformer_blocks) == 38
     assert sum(p.numel() for p in model.parameters()) == 11_901_408_320
@@ -56,7 +56,7 @@ def test_native_names_are_those_of_diffusers_converter():
 def test_transformer_from_a_native_file_gives_identical_outputs(tmp_path: Path, prefix: str, guidance: bool):
     model = tiny_flux(guidance)
     path = native_file(model, tmp_path / "flux.safetensors", prefix)
-    loaded = flux_files.load_flux_transformer(path, dtype=F32)
+    loaded = flux_files.TRANSFORMER.load(path, dtype=F32)
     assert loaded.config.guidance_embeds is guidance
     assert not loaded.training
     assert torch.equal(flux_output(loaded), flux_output(model))
@@ -69,28 +69,28 @@ def test_transformer_from_folders_and_a_diffusers_file(tmp_path: Path):
     loose = tmp_path / "loose.safetensors"
     save_file(model.state_dict(), loose)
     for path in (tmp_path / "root", part, part / "diffusion_pytorch_model.safetensors", loose):
-        assert torch.equal(flux_output(flux_files.load_flux_transformer(str(path), dtype=F32)), flux_output(model))
+        assert torch.equal(flux_output(flux_files.TRANSFORMER.load(str(path), dtype=F32)), flux_output(model))
 
 
 def test_meta_transformer_has_the_loaded_ones_shapes(tmp_path: Path):
     model = tiny_flux(guidance=False)
     model.save_pretrained(tmp_path / "transformer")
     for path in (tmp_path, native_file(model, tmp_path / "flux.safetensors")):
-        meta = flux_files.flux_transformer_on_meta(path)
+        meta = flux_files.TRANSFORMER.on_meta(path)
         assert {p.device.type for p in meta.parameters()} == {"meta"}
         assert {n: p.shape for n, p in meta.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
 
 
 def test_dtype_is_asked_for(tmp_path: Path):
     path = native_file(tiny_flux(), tmp_path / "flux.safetensors")
-    assert {p.dtype for p in flux_files.load_flux_transformer(path, dtype=BF16).parameters()} == {BF16}
+    assert {p.dtype for p in flux_files.TRANSFORMER.load(path, dtype=BF16).parameters()} == {BF16}
 
 
 def test_plain_fp8_is_upcast_exactly(tmp_path: Path):
     state = flux_files.to_native_layout(tiny_flux().state_dict())
     state = {n: t.to(torch.float8_e4m3fn) if n.endswith("weight") else t for n, t in state.items()}
     save_file(state, tmp_path / "fp8.safetensors")
-    loaded = flux_files.load_flux_transformer(tmp_path / "fp8.safetensors", dtype=BF16)
+    loaded = flux_files.TRANSFORMER.load(tmp_path / "fp8.safetensors", dtype=BF16)
     back = flux_files.to_native_layout(loaded.state_dict())
     assert torch.equal(back["double_blocks.1.img_attn.qkv.weight"], state["double_blocks.1.img_attn.qkv.weight"].to(BF16))
 
@@ -115,7 +115,7 @@ def test_scaled_fp8_is_multiplied_out(tmp_path: Path, suffix: str, per_row: bool
         del stored["scaled_fp8"]
     prefixed = {f"model.diffusion_model.{name}": tensor.contiguous() for name, tensor in stored.items()}
     save_file(prefixed, tmp_path / "scaled.safetensors")
-    loaded = flux_files.load_flux_transformer(tmp_path / "scaled.safetensors", dtype=F32)
+    loaded = flux_files.TRANSFORMER.load(tmp_path / "scaled.safetensors", dtype=F32)
     back = flux_files.to_native_layout(loaded.state_dict())
     assert all(torch.equal(back[name], expected[name]) for name in native)
     name = "single_blocks.0.linear1.weight"
@@ -134,7 +134,7 @@ def test_nothing_is_read_twice_into_memory(tmp_path: Path, monkeypatch: pytest.M
         return tensor
 
     monkeypatch.setattr(files.Weights, "read", spy)
-    model = flux_files.load_flux_transformer(path, dtype=F32)
+    model = flux_files.TRANSFORMER.load(path, dtype=F32)
     swapped = {"norm_out.linear.weight", "norm_out.linear.bias"}
     assert all(p.untyped_storage().data_ptr() in seen for n, p in model.named_parameters() if n not in swapped)
 
@@ -167,28 +167,28 @@ def test_vae_from_ae_file(tmp_path: Path, prefix: str):
     vae = tiny_vae()
     state = ldm_names(vae.state_dict(), blocks=2)
     save_file({prefix + name: tensor.contiguous() for name, tensor in state.items()}, tmp_path / "ae.safetensors")
-    loaded = flux_files.load_flux_vae(tmp_path / "ae.safetensors", dtype=F32)
+    loaded = flux_files.VAE.load(tmp_path / "ae.safetensors", dtype=F32)
     pixels = torch.randn(1, 3, 16, 16)
     with torch.no_grad():
         latent = vae.encode(pixels).latent_dist.mode()
         assert torch.equal(loaded.encode(pixels).latent_dist.mode(), latent)
         assert torch.equal(loaded.decode(latent).sample, vae.decode(latent).sample)
     assert (loaded.config.scaling_factor, loaded.config.shift_factor) == (0.3611, 0.1159)
-    assert flux_files.vae_downsampling(tmp_path / "ae.safetensors") == 2
+    assert networks.vae_downsampling(flux_files.VAE, tmp_path / "ae.safetensors") == 2
 
 
 def test_vae_from_folders(tmp_path: Path):
     vae = tiny_vae()
     vae.save_pretrained(tmp_path / "vae")
     for path in (tmp_path, tmp_path / "vae", tmp_path / "vae" / "diffusion_pytorch_model.safetensors"):
-        loaded = flux_files.load_flux_vae(str(path), dtype=F32)
+        loaded = flux_files.VAE.load(str(path), dtype=F32)
         assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), vae.parameters(), strict=True))
-        assert flux_files.vae_downsampling(str(path)) == 2
+        assert networks.vae_downsampling(flux_files.VAE, str(path)) == 2
 
 
 def test_shipped_vae_is_flux1s():
     with torch.device("meta"):
-        vae = AutoencoderKL.from_config(flux_files.shipped_config("vae"))
+        vae = AutoencoderKL.from_config(files.shipped_config("flux_dev/vae"))
     assert sum(p.numel() for p in vae.parameters()) == 83_819_683
 
 
@@ -274,8 +274,8 @@ def test_shipped_tokenizers_give_the_known_ids():
 
 def test_shipped_text_configs_are_flux1s():
     with torch.device("meta"):
-        t5 = T5EncoderModel(T5Config(**flux_files.shipped_config("t5_xxl")))
-        clip = CLIPTextModel(CLIPTextConfig(**flux_files.shipped_config("clip_l")))
+        t5 = T5EncoderModel(T5Config(**files.shipped_config("flux_dev/t5_xxl")))
+        clip = CLIPTextModel(CLIPTextConfig(**files.shipped_config("flux_dev/clip_l")))
     assert sum(p.numel() for p in t5.parameters()) == 4_762_310_656
     assert sum(p.numel() for p in clip.parameters()) == 123_060_480
 

@@ -30,7 +30,7 @@ def test_files_that_are_not_read(tmp_path: Path, name: str, message: str):
     path = tmp_path / name
     path.write_bytes(b"x")
     with pytest.raises(ValueError, match=message) as refusal:
-        flux_files.load_flux_transformer(path, dtype=F32)
+        flux_files.TRANSFORMER.load(path, dtype=F32)
     assert str(path) in str(refusal.value)
 
 
@@ -48,28 +48,28 @@ def test_files_that_are_not_read(tmp_path: Path, name: str, message: str):
 def test_layouts_that_are_not_flux(tmp_path: Path, tensor: str, message: str):
     save_file({tensor: torch.zeros(2, 2)}, tmp_path / "file.safetensors")
     with pytest.raises(ValueError, match=message) as refusal:
-        flux_files.load_flux_transformer(tmp_path / "file.safetensors", dtype=F32)
+        flux_files.TRANSFORMER.load(tmp_path / "file.safetensors", dtype=F32)
     assert "file.safetensors" in str(refusal.value)
     assert "flux1-dev.safetensors" in str(refusal.value)
 
 
 def test_missing_places(tmp_path: Path):
     with pytest.raises(ValueError, match="no such file or folder"):
-        flux_files.load_flux_vae(tmp_path / "no" / "such" / "ae.safetensors", dtype=F32)
+        flux_files.VAE.load(tmp_path / "no" / "such" / "ae.safetensors", dtype=F32)
     with pytest.raises(ValueError, match="has no vae/config.json"):
-        flux_files.load_flux_vae(tmp_path, dtype=F32)
+        flux_files.VAE.load(tmp_path, dtype=F32)
     (tmp_path / "broken.safetensors").write_bytes(b"\x01\x02")
     with pytest.raises(ValueError, match="not a readable .safetensors"):
-        flux_files.load_flux_vae(tmp_path / "broken.safetensors", dtype=F32)
+        flux_files.VAE.load(tmp_path / "broken.safetensors", dtype=F32)
 
 
 def test_a_folder_with_pickles_only(tmp_path: Path):
     tiny_vae().save_config(tmp_path)
     (tmp_path / "diffusion_pytorch_model.bin").write_bytes(b"x")
     with pytest.raises(ValueError, match="only diffusion_pytorch_model.bin, which are not read"):
-        flux_files.load_flux_vae(tmp_path, dtype=F32)
+        flux_files.VAE.load(tmp_path, dtype=F32)
     with pytest.raises(ValueError, match="holds a AutoencoderKL, not a FluxTransformer2DModel"):
-        flux_files.load_flux_transformer(tmp_path, dtype=F32)
+        flux_files.TRANSFORMER.load(tmp_path, dtype=F32)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_damaged_or_other_native_files(tmp_path: Path, change: dict[str, torch.T
     state = flux_files.to_native_layout(tiny_flux().state_dict()) | change
     save_file({name: tensor.contiguous() for name, tensor in state.items() if tensor is not None}, tmp_path / "f.safetensors")
     with pytest.raises(ValueError, match=message):
-        flux_files.load_flux_transformer(tmp_path / "f.safetensors", dtype=F32)
+        flux_files.TRANSFORMER.load(tmp_path / "f.safetensors", dtype=F32)
 
 
 def test_scaled_fp8_that_cannot_be_undone(tmp_path: Path):
@@ -94,16 +94,16 @@ def test_scaled_fp8_that_cannot_be_undone(tmp_path: Path):
     state["img_in.weight"] = state["img_in.weight"].to(torch.float8_e4m3fn)
     save_file(state | {"scaled_fp8": torch.zeros(0)}, tmp_path / "f.safetensors")
     with pytest.raises(ValueError, match="img_in.weight has no scale_weight"):
-        flux_files.load_flux_transformer(tmp_path / "f.safetensors", dtype=F32)
+        flux_files.TRANSFORMER.load(tmp_path / "f.safetensors", dtype=F32)
     save_file(state | {"img_in.weight_scale": torch.ones(4, 4)}, tmp_path / "f.safetensors")
     with pytest.raises(ValueError, match="scales blocks of a weight"):
-        flux_files.load_flux_transformer(tmp_path / "f.safetensors", dtype=F32)
+        flux_files.TRANSFORMER.load(tmp_path / "f.safetensors", dtype=F32)
 
 
 def test_heads_whose_positions_cannot_be_told(tmp_path: Path):
     model = tiny_flux(attention_head_dim=16, axes_dims_rope=(4, 6, 6))
     with pytest.raises(ValueError, match="heads of 16 channels"):
-        flux_files.load_flux_transformer(native_file(model, tmp_path / "f.safetensors"), dtype=F32)
+        flux_files.TRANSFORMER.load(native_file(model, tmp_path / "f.safetensors"), dtype=F32)
 
 
 def test_neighbours_of_the_text_encoders_are_named(tmp_path: Path):
@@ -130,16 +130,16 @@ def test_a_file_with_one_value_that_is_no_number(tmp_path: Path, name: str, valu
     save_file({f"model.diffusion_model.{n}": t.contiguous() for n, t in state.items()}, path)
     message = f"^{re.escape(str(path))}: tensor model.diffusion_model.{name} holds NaN or infinite values as torch.bfloat16; download it"
     with pytest.raises(ValueError, match=message):
-        flux_files.load_flux_transformer(path, dtype=BF16)
+        flux_files.TRANSFORMER.load(path, dtype=BF16)
 
 
 def test_values_that_the_asked_dtype_cannot_hold(tmp_path: Path):
     state = flux_files.to_native_layout(tiny_flux().state_dict())
     state["img_in.weight"][0, 0] = 1e5
     save_file({n: t.contiguous() for n, t in state.items()}, tmp_path / "flux.safetensors")
-    assert flux_files.load_flux_transformer(tmp_path / "flux.safetensors", dtype=BF16) is not None
+    assert flux_files.TRANSFORMER.load(tmp_path / "flux.safetensors", dtype=BF16) is not None
     with pytest.raises(ValueError, match=r"img_in.weight holds NaN or infinite values as torch.float16; .*set model.dtype"):
-        flux_files.load_flux_transformer(tmp_path / "flux.safetensors", dtype=torch.float16)
+        flux_files.TRANSFORMER.load(tmp_path / "flux.safetensors", dtype=torch.float16)
 
 
 def sharded(folder: Path, change: dict[str, float] | None = None) -> list[Path]:
@@ -160,7 +160,7 @@ def test_a_folder_with_one_value_that_is_no_number(tmp_path: Path):
     holder = next(shard for shard in shards if shard.name == index["weight_map"][name])
     for dtype in (F32, BF16):
         with pytest.raises(ValueError, match=f"^{re.escape(str(holder))}: tensor {name} holds NaN or infinite"):
-            flux_files.load_flux_transformer(tmp_path, dtype=dtype)
+            flux_files.TRANSFORMER.load(tmp_path, dtype=dtype)
 
 
 def test_text_encoders_of_a_folder_are_looked_at_too(tmp_path: Path):
@@ -224,8 +224,8 @@ def test_damaged_folders_are_seen_before_weights_are_read(tmp_path: Path, damage
     folder = tmp_path / "transformer"
     message = damage(folder, sharded(folder))
     looks: list[Callable[[], object]] = [
-        lambda: flux_files.flux_transformer_on_meta(tmp_path),
-        lambda: flux_files.load_flux_transformer(tmp_path, dtype=F32),
+        lambda: flux_files.TRANSFORMER.on_meta(tmp_path),
+        lambda: flux_files.TRANSFORMER.load(tmp_path, dtype=F32),
     ]
     for look in looks:
         with pytest.raises(ValueError, match=message):
@@ -240,7 +240,7 @@ def test_what_the_libraries_do_not_read_is_no_matter(tmp_path: Path):
     (tmp_path / "transformer" / "diffusion_pytorch_model.safetensors.index.fp16.json").write_text(stale)
     (tmp_path / "transformer" / "._diffusion_pytorch_model.safetensors").write_bytes(b"Mac OS X")
     (tmp_path / "text_encoder_2" / "model.safetensors.index.json").write_text(stale)
-    assert torch.equal(flux_output(flux_files.load_flux_transformer(tmp_path, dtype=F32)), flux_output(tiny_flux()))
+    assert torch.equal(flux_output(flux_files.TRANSFORMER.load(tmp_path, dtype=F32)), flux_output(tiny_flux()))
     assert flux_files.load_t5(tmp_path, dtype=F32)[0] is not None
 
 
@@ -248,7 +248,7 @@ def test_weights_of_a_variant_are_a_named_error(tmp_path: Path):
     folder = tmp_path / "transformer"
     tiny_flux().save_pretrained(folder, variant="fp16")
     with pytest.raises(ValueError, match=f"^{re.escape(str(folder))}: cannot be loaded"):
-        flux_files.load_flux_transformer(tmp_path, dtype=F32)
+        flux_files.TRANSFORMER.load(tmp_path, dtype=F32)
 
 
 @pytest.mark.parametrize(
@@ -271,10 +271,10 @@ def test_damaged_quantisation_headers(tmp_path: Path, metadata: dict[str, str], 
     path = tmp_path / "f.safetensors"
     save_file(state | ({} if tensor is None else {"img_in.comfy_quant": torch.tensor(tensor).byte()}), path, metadata=metadata)
     if metadata == {"_quantization_metadata": '{"layers": []}'}:
-        assert flux_files.load_flux_transformer(path, dtype=F32) is not None
+        assert flux_files.TRANSFORMER.load(path, dtype=F32) is not None
         return
     with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: .*(_quantization_metadata|img_in.comfy_quant)"):
-        flux_files.flux_transformer_on_meta(path)
+        flux_files.TRANSFORMER.on_meta(path)
 
 
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
@@ -295,7 +295,7 @@ def test_shapes_that_are_none_of_flux(tmp_path: Path, name: str, shape: tuple[in
     path = tmp_path / "f.safetensors"
     save_file(state if shape is None else state | {name: torch.ones(shape).to(dtype)}, path)
     with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: "):
-        flux_files.load_flux_transformer(path, dtype=F32)
+        flux_files.TRANSFORMER.load(path, dtype=F32)
 
 
 @pytest.mark.parametrize("name", ["decoder.conv_in.weight", "decoder.mid.attn_1.q.weight", "encoder.down.0.block.0.conv1.bias"])
@@ -309,4 +309,4 @@ def test_a_vae_without_one_tensor(tmp_path: Path, name: str):
     path = tmp_path / "ae.safetensors"
     save_file({n: torch.ones(8, 8, 3, 3) for n in names if n != name}, path)
     with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: "):
-        flux_files.load_flux_vae(path, dtype=F32)
+        flux_files.VAE.load(path, dtype=F32)

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from byg_plugin.lora import krea2_layout, qwen_layout
-from byg_plugin.models import qwen_files, qwen_texts
+from byg_plugin.models import networks, qwen_files, qwen_texts
 from tests.support.tiny_qwen import VOCABULARY, qwen_tokenizer, tiny_krea2, tiny_qwen
 from tests.support.tiny_wan import native_vae_state
 
@@ -37,10 +37,10 @@ def same(loaded: nn.Module, wanted: nn.Module) -> None:
 def test_qwen_image_from_one_file(tmp_path: Path, prefix: str):
     network = tiny_qwen(**QWEN)
     path = saved(network.state_dict(), tmp_path / "qwen_image.safetensors", prefix)
-    loaded = qwen_files.load_transformer(QwenImageTransformer2DModel, path, qwen_files.QWEN_IMAGE, dtype=F32)
+    loaded = qwen_files.QWEN_IMAGE.load(path, dtype=F32)
     same(loaded, network)
     assert loaded.config.axes_dims_rope == [4, 14, 14] and loaded.config.num_attention_heads == 2
-    meta = qwen_files.transformer_on_meta(QwenImageTransformer2DModel, path, qwen_files.QWEN_IMAGE)
+    meta = qwen_files.QWEN_IMAGE.on_meta(path)
     assert meta.state_dict().keys() == network.state_dict().keys()
 
 
@@ -49,12 +49,12 @@ def test_krea2_from_one_file(tmp_path: Path, native: bool, prefix: str):
     network = tiny_krea2(**KREA2)
     state = network.state_dict()
     path = saved(qwen_files.to_native_krea2(state) if native else state, tmp_path / "krea2.safetensors", prefix)
-    loaded = qwen_files.load_transformer(Krea2Transformer2DModel, path, qwen_files.KREA2, dtype=F32)
+    loaded = qwen_files.KREA2.load(path, dtype=F32)
     same(loaded, network)
     for name, value in network.config.items():
         if name in KREA2 or name.startswith(("text_", "num_", "timestep")):
             assert list(loaded.config[name]) == list(value) if isinstance(value, tuple) else loaded.config[name] == value, name
-    half = qwen_files.load_transformer(Krea2Transformer2DModel, path, qwen_files.KREA2, dtype=BF16)
+    half = qwen_files.KREA2.load(path, dtype=BF16)
     in_float32 = {name for name, tensor in half.state_dict().items() if tensor.dtype == F32}
     assert in_float32 == {name for name in state if "norm" in name}
 
@@ -84,7 +84,7 @@ def test_scaled_fp8_is_multiplied_out(tmp_path: Path):
     scale = state[name].abs().max() / 448
     stored = state | {name: (state[name] / scale).to(torch.float8_e4m3fn), name.removesuffix("weight") + "scale_weight": scale}
     path = saved(stored | {"scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn)}, tmp_path / "krea2_fp8_scaled.safetensors")
-    loaded = qwen_files.load_transformer(Krea2Transformer2DModel, path, qwen_files.KREA2, dtype=F32)
+    loaded = qwen_files.KREA2.load(path, dtype=F32)
     got, wanted = (net.get_parameter("transformer_blocks.0.attn.to_q.weight") for net in (loaded, network))
     assert 0 < (got - wanted).abs().max() <= 0.07 * wanted.abs().max()
 
@@ -93,11 +93,11 @@ def test_scaled_fp8_is_multiplied_out(tmp_path: Path):
 def test_vae_from_a_native_file(tmp_path: Path):
     vae = AutoencoderKLQwenImage(base_dim=4, z_dim=16).eval()
     path = saved(native_vae_state(vae), tmp_path / "qwen_image_vae.safetensors")
-    loaded = qwen_files.load_vae(path, dtype=F32)
+    loaded = qwen_files.VAE.load(path, dtype=F32)
     pixels = torch.rand(1, 3, 1, 32, 32) * 2 - 1
     assert torch.equal(loaded.encode(pixels).latent_dist.mode(), vae.encode(pixels).latent_dist.mode())
     assert loaded.config.latents_mean == AutoencoderKLQwenImage().config.latents_mean
-    assert qwen_files.vae_downsampling(path) == 8
+    assert networks.vae_downsampling(qwen_files.VAE, path) == 8
 
 
 LANGUAGES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
@@ -145,14 +145,14 @@ def test_other_files_are_named(tmp_path: Path):
     edit = tiny_qwen(**QWEN).state_dict() | {"__index_timestep_zero__": torch.zeros(1)}
     path = saved(edit, tmp_path / "edit.safetensors")
     with pytest.raises(ValueError, match="__index_timestep_zero__, so it looks like Qwen-Image-Edit-2511"):
-        qwen_files.load_transformer(QwenImageTransformer2DModel, path, qwen_files.QWEN_IMAGE, dtype=F32)
+        qwen_files.QWEN_IMAGE.load(path, dtype=F32)
     with pytest.raises(ValueError, match="looks like a Qwen-Image transformer, not Krea 2's transformer"):
-        qwen_files.load_transformer(Krea2Transformer2DModel, path, qwen_files.KREA2, dtype=F32)
+        qwen_files.KREA2.load(path, dtype=F32)
     path = saved(qwen_files.to_native_krea2(tiny_krea2(**KREA2).state_dict()), tmp_path / "krea2.safetensors")
     with pytest.raises(ValueError, match="looks like a Krea 2 transformer, not Qwen-Image's transformer"):
-        qwen_files.load_transformer(QwenImageTransformer2DModel, path, qwen_files.QWEN_IMAGE, dtype=F32)
+        qwen_files.QWEN_IMAGE.load(path, dtype=F32)
     cut = {
         name: tensor for name, tensor in qwen_files.to_native_krea2(tiny_krea2(**KREA2).state_dict()).items() if "blocks.1.mlp" not in name
     }
     with pytest.raises(ValueError, match="tensors are missing, left over or of another shape"):
-        qwen_files.load_transformer(Krea2Transformer2DModel, saved(cut, tmp_path / "cut.safetensors"), qwen_files.KREA2, dtype=F32)
+        qwen_files.KREA2.load(saved(cut, tmp_path / "cut.safetensors"), dtype=F32)

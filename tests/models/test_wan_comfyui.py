@@ -161,7 +161,7 @@ def test_the_5b_vae_is_the_same(comfy: SimpleNamespace, tmp_path: Path):
     for parameter in vae.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     save_file(vae.state_dict(), tmp_path / "wan2.2_vae.safetensors")
-    loaded = wan_files.load_wan_vae(tmp_path / "wan2.2_vae.safetensors", dtype=torch.float32)
+    loaded = wan_files.VAE.load(tmp_path / "wan2.2_vae.safetensors", dtype=torch.float32)
     pixels = torch.rand(1, 3, 5, 32, 64) * 2 - 1
     latents = vae.encode(pixels)
     torch.testing.assert_close(loaded.encode(pixels).latent_dist.mode(), latents, rtol=1e-4, atol=1e-5)

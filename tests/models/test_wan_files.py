@@ -47,7 +47,7 @@ def output(model: WanTransformer3DModel) -> torch.Tensor:
 )
 def test_full_size_names_are_both_diffusers_own_and_what_its_converter_makes(changes: dict, count: int, linears: int):
     with torch.device("meta"):
-        model = WanTransformer3DModel.from_config(wan_files.shipped_config("transformer") | changes)
+        model = WanTransformer3DModel.from_config(files.shipped_config("wan/transformer") | changes)
     assert sum(p.numel() for p in model.parameters()) == count
     blocks = model.config.num_layers
     names = dict(wan_names.tensors(blocks))
@@ -76,7 +76,7 @@ def test_looking_names_up_in_every_spelling():
 def test_native_file_gives_identical_outputs(tmp_path: Path, prefix: str):
     model = tiny_wan(**ONE_HEAD)
     path = native_file(model, tmp_path / "wan.safetensors", prefix)
-    loaded = wan_files.load_wan_transformer(path, dtype=F32, low_noise=True)
+    loaded = wan_files.LOW_NOISE.load(path, dtype=F32)
     for key in ("num_attention_heads", "ffn_dim", "num_layers", "text_dim", "freq_dim", "in_channels", "patch_size"):
         assert tuple(torch.atleast_1d(torch.tensor(loaded.config[key]))) == tuple(torch.atleast_1d(torch.tensor(model.config[key]))), key
     loaded.rope = model.rope  # the file's rope is as long as Wan's, the tiny one's is shorter
@@ -85,26 +85,27 @@ def test_native_file_gives_identical_outputs(tmp_path: Path, prefix: str):
 
 def test_rope_of_a_file_is_the_models_own(tmp_path: Path):
     model = tiny_wan(**ONE_HEAD, rope_max_seq_len=1024)
-    loaded = wan_files.load_wan_transformer(native_file(model, tmp_path / "wan.safetensors"), dtype=F32)
+    loaded = wan_files.TRANSFORMER.load(native_file(model, tmp_path / "wan.safetensors"), dtype=F32)
     assert torch.equal(loaded.rope.freqs_cos, model.rope.freqs_cos)
     assert torch.equal(output(loaded), output(model))
 
 
 def test_folder_and_its_second_expert():
     root = wan_folder()
-    high, low = (wan_files.load_wan_transformer(root, dtype=F32, low_noise=low) for low in (False, True))
+    experts = (wan_files.TRANSFORMER, wan_files.LOW_NOISE)
+    high, low = (expert.load(root, dtype=F32) for expert in experts)
     assert torch.equal(output(high), output(tiny_wan(0)))
     assert torch.equal(output(low), output(tiny_wan(7)))
-    for second, expected in ((False, high), (True, low)):
-        meta = wan_files.wan_transformer_on_meta(root, low_noise=second)
+    for expert, expected in zip(experts, (high, low), strict=True):
+        meta = expert.on_meta(root)
         assert {n: p.shape for n, p in meta.named_parameters()} == {n: p.shape for n, p in expected.named_parameters()}
 
 
 def test_16_bit_keeps_time_norms_and_modulation_in_float32_from_file_and_folder(tmp_path: Path):
     model = tiny_wan(**ONE_HEAD)
     model.save_pretrained(tmp_path / "folder" / "transformer")
-    from_file = wan_files.load_wan_transformer(native_file(model, tmp_path / "wan.safetensors"), dtype=BF16)
-    from_folder = wan_files.load_wan_transformer(tmp_path / "folder", dtype=BF16)
+    from_file = wan_files.TRANSFORMER.load(native_file(model, tmp_path / "wan.safetensors"), dtype=BF16)
+    from_folder = wan_files.TRANSFORMER.load(tmp_path / "folder", dtype=BF16)
     kinds = {name: p.dtype for name, p in from_file.named_parameters()}
     assert kinds == {name: p.dtype for name, p in from_folder.named_parameters()}
     assert kinds["condition_embedder.time_embedder.linear_1.weight"] == kinds["blocks.0.scale_shift_table"] == F32
@@ -122,7 +123,7 @@ def test_scaled_fp8(tmp_path: Path):
         else:
             stored[name] = tensor.contiguous()
     save_file(stored, tmp_path / "fp8.safetensors")
-    loaded = wan_files.to_native_layout(wan_files.load_wan_transformer(tmp_path / "fp8.safetensors", dtype=F32).state_dict())
+    loaded = wan_files.to_native_layout(wan_files.TRANSFORMER.load(tmp_path / "fp8.safetensors", dtype=F32).state_dict())
     for name in ("blocks.1.self_attn.q.weight", "blocks.0.ffn.0.weight"):
         assert not torch.equal(loaded[name], state[name])
         torch.testing.assert_close(loaded[name], state[name], rtol=0.07, atol=1e-3)
@@ -141,20 +142,20 @@ def test_relatives_are_refused_by_name(tmp_path: Path, extra: dict[str, torch.Te
     state = wan_files.to_native_layout(tiny_wan(**ONE_HEAD).state_dict())
     save_file({n: t.contiguous() for n, t in (state | extra).items()}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=message) as error:
-        wan_files.load_wan_transformer(tmp_path / "other.safetensors", dtype=F32)
+        wan_files.TRANSFORMER.load(tmp_path / "other.safetensors", dtype=F32)
     assert "other.safetensors" in str(error.value)
 
 
 def test_channels_of_image_to_video_are_refused(tmp_path: Path):
     path = native_file(tiny_wan(**ONE_HEAD, in_channels=36), tmp_path / "i2v.safetensors")
     with pytest.raises(ValueError, match="takes 36 channels and returns 16.*image-to-video"):
-        wan_files.wan_transformer_on_meta(path)
+        wan_files.TRANSFORMER.on_meta(path)
 
 
 def test_a_file_of_another_model_and_a_pickle(tmp_path: Path):
     save_file({"double_blocks.0.img_attn.qkv.weight": torch.zeros(2)}, tmp_path / "flux.safetensors")
     with pytest.raises(ValueError, match=r"relative of FLUX.*not a Wan text-to-video transformer"):
-        wan_files.load_wan_transformer(tmp_path / "flux.safetensors", dtype=F32)
+        wan_files.TRANSFORMER.load(tmp_path / "flux.safetensors", dtype=F32)
     (tmp_path / "models_t5_umt5-xxl-enc-bf16.pth").write_bytes(b"x")
     with pytest.raises(ValueError, match="pickle"):
         wan_files.load_umt5(tmp_path / "models_t5_umt5-xxl-enc-bf16.pth", dtype=F32)
@@ -166,15 +167,15 @@ def test_a_file_of_another_model_and_a_pickle(tmp_path: Path):
 def test_vae_from_a_native_file(tmp_path: Path):
     vae = tiny_vae(num_res_blocks=2)
     save_file(native_vae_state(vae), tmp_path / "wan_2.1_vae.safetensors")
-    loaded = wan_files.load_wan_vae(tmp_path / "wan_2.1_vae.safetensors", dtype=F32)
+    loaded = wan_files.VAE.load(tmp_path / "wan_2.1_vae.safetensors", dtype=F32)
     pixels = torch.rand(1, 3, 5, 16, 32) * 2 - 1
     with torch.no_grad():
         assert torch.equal(loaded.encode(pixels).latent_dist.mode(), vae.encode(pixels).latent_dist.mode())
-    assert wan_files.vae_config(tmp_path / "wan_2.1_vae.safetensors")["scale_factor_spatial"] == 8
+    assert wan_files.VAE.config_of(tmp_path / "wan_2.1_vae.safetensors")["scale_factor_spatial"] == 8
     assert torch.tensor(loaded.config.latents_mean).sum() != 0
 
 
-FIVE_B: dict[str, Any] = wan_files.shipped_config("vae_5b") | {"base_dim": 4, "decoder_base_dim": 8}
+FIVE_B: dict[str, Any] = files.shipped_config("wan/vae_5b") | {"base_dim": 4, "decoder_base_dim": 8}
 
 
 def native_5b_vae_state(vae: AutoencoderKLWan) -> dict[str, torch.Tensor]:
@@ -200,24 +201,24 @@ def test_the_5b_vae_from_a_native_file(tmp_path: Path):
         "decoder.upsamples.3.upsamples.2.residual.6.bias",
     } <= state.keys()
     save_file(state, tmp_path / "wan2.2_vae.safetensors")
-    loaded = wan_files.load_wan_vae(tmp_path / "wan2.2_vae.safetensors", dtype=F32)
+    loaded = wan_files.VAE.load(tmp_path / "wan2.2_vae.safetensors", dtype=F32)
     assert loaded.config.latents_std == FIVE_B["latents_std"] and len(loaded.config.latents_mean) == 48
     with torch.no_grad():
         latents = vae.encode(torch.rand(1, 3, 5, 32, 64) * 2 - 1).latent_dist.mode()
         assert torch.equal(loaded.decode(latents).sample, vae.decode(latents).sample)
-    assert wan_files.vae_config(tmp_path / "wan2.2_vae.safetensors")["scale_factor_spatial"] == 16
+    assert wan_files.VAE.config_of(tmp_path / "wan2.2_vae.safetensors")["scale_factor_spatial"] == 16
 
 
 def test_a_vae_of_other_channels_is_refused(tmp_path: Path):
     save_file(native_vae_state(tiny_vae(num_res_blocks=2, z_dim=8)), tmp_path / "vae.safetensors")
     with pytest.raises(ValueError, match=r"8 latent channels"):
-        wan_files.load_wan_vae(tmp_path / "vae.safetensors", dtype=F32)
+        wan_files.VAE.load(tmp_path / "vae.safetensors", dtype=F32)
 
 
 def test_full_size_vae_and_umt5_on_the_meta_device():
     with torch.device("meta"):
-        vae = AutoencoderKLWan.from_config(wan_files.shipped_config("vae"))
-        umt5 = wan_files.UMT5EncoderModel(wan_files.UMT5Config(**wan_files.shipped_config("umt5_xxl")))
+        vae = AutoencoderKLWan.from_config(files.shipped_config("wan/vae"))
+        umt5 = wan_files.UMT5EncoderModel(wan_files.UMT5Config(**files.shipped_config("wan/umt5_xxl")))
     assert sum(p.numel() for p in vae.parameters()) == 126_892_531
     assert sum(p.numel() for p in umt5.parameters()) == 5_680_910_336
 
@@ -248,7 +249,7 @@ def test_t5_in_umt5s_place_is_refused(tmp_path: Path):
 def test_missing_second_expert_is_named(tmp_path: Path):
     write_wan(tmp_path, experts=1)
     with pytest.raises(ValueError, match="transformer_2/config.json"):
-        wan_files.load_wan_transformer(tmp_path, dtype=F32, low_noise=True)
+        wan_files.LOW_NOISE.load(tmp_path, dtype=F32)
 
 
 def test_values_that_are_no_numbers(tmp_path: Path):
@@ -256,10 +257,10 @@ def test_values_that_are_no_numbers(tmp_path: Path):
     model.state_dict()["blocks.1.attn2.to_k.weight"][0, 0] = float("nan")
     path = native_file(model, tmp_path / "wan.safetensors")
     with pytest.raises(ValueError, match=r"wan.safetensors: tensor blocks.1.cross_attn.k.weight holds NaN or infinite"):
-        wan_files.load_wan_transformer(path, dtype=torch.bfloat16)
+        wan_files.TRANSFORMER.load(path, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "transformer_2")
     with pytest.raises(ValueError, match=r"transformer_2.*safetensors: tensor blocks.1.attn2.to_k.weight holds NaN or infinite"):
-        wan_files.load_wan_transformer(tmp_path, dtype=torch.bfloat16, low_noise=True)
+        wan_files.LOW_NOISE.load(tmp_path, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000, '{"boundary_ratio": "0.9"}', '{"boundary_ratio": NaN}'])

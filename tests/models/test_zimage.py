@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from byg_plugin.lora import formats as lora_formats
 from byg_plugin.lora.check import check
-from byg_plugin.models import zimage_files
+from byg_plugin.models import files, zimage_files
 from byg_plugin.models.base import Family
 from tests.models.contract import CPU, PROMPTS, FamilyContract, T
 from tests.support.tiny_flux2 import qwen3_tokenizer, tiny_qwen3
@@ -44,7 +44,7 @@ class TestContract(FamilyContract):
 
     def full_network(self) -> nn.Module:
         with torch.device("meta"):
-            return ZImageTransformer2DModel.from_config(zimage_files.shipped_config())
+            return ZImageTransformer2DModel.from_config(files.shipped_config("zimage/transformer"))
 
     def entering(self, t: Tensor) -> Tensor:
         return (1 - t) * 1000

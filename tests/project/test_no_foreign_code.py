@@ -116,14 +116,14 @@ def marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
 
 
 LOADERS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], object], str]] = {
-    "flux transformer": (write_model, lambda p: flux_files.load_flux_transformer(p, dtype=torch.float32), "transformer/config.json"),
-    "flux shapes": (write_model, flux_files.flux_transformer_on_meta, "transformer/config.json"),
-    "vae": (write_model, lambda p: flux_files.load_flux_vae(p, dtype=torch.float32), "vae/config.json"),
+    "flux transformer": (write_model, lambda p: flux_files.TRANSFORMER.load(p, dtype=torch.float32), "transformer/config.json"),
+    "flux shapes": (write_model, flux_files.TRANSFORMER.on_meta, "transformer/config.json"),
+    "vae": (write_model, lambda p: flux_files.VAE.load(p, dtype=torch.float32), "vae/config.json"),
     "clip": (write_model, lambda p: flux_files.load_clip_l(p, dtype=torch.float32), "text_encoder/config.json"),
     "t5": (write_model, lambda p: flux_files.load_t5(p, dtype=torch.float32), "text_encoder_2/config.json"),
     "wan transformer": (
         write_wan,
-        lambda p: wan_files.load_wan_transformer(p, dtype=torch.float32),
+        lambda p: wan_files.TRANSFORMER.load(p, dtype=torch.float32),
         "transformer/config.json",
     ),
     "umt5": (write_wan, lambda p: wan_files.load_umt5(p, dtype=torch.float32), "text_encoder/config.json"),

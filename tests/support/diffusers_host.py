@@ -40,7 +40,7 @@ def batch_of(size: int = 2, seed: int = 0) -> Batch:
 def without_lora(batch: Batch) -> Tensor:
     """The velocity of the very network that the host loads, made by code that knows no LoRA."""
     config = tiny_config(Path("unused"), model={"path": str(model_folder())})
-    network = flux_files.load_flux_transformer(model_folder(), dtype=torch.float32)
+    network = flux_files.TRANSFORMER.load(model_folder(), dtype=torch.float32)
     with torch.no_grad():
         return FluxFamily(config).velocity(network, batch.noise, batch.t, batch.src_caption, None)
 

@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL, FluxTransformer2DModel
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from byg_plugin.models import flux_files
+from byg_plugin.models import files, flux_files
 
 BF16, F32 = torch.bfloat16, torch.float32
 
@@ -55,7 +55,7 @@ def native_file(model: FluxTransformer2DModel, path: Path, prefix: str = "") -> 
 
 def tiny_vae() -> AutoencoderKL:
     torch.manual_seed(0)
-    config = flux_files.shipped_config("vae") | {
+    config = files.shipped_config("flux_dev/vae") | {
         "block_out_channels": [32, 64],
         "down_block_types": ["DownEncoderBlock2D"] * 2,
         "up_block_types": ["UpDecoderBlock2D"] * 2,
@@ -65,7 +65,7 @@ def tiny_vae() -> AutoencoderKL:
 
 def tiny_clip(vocabulary: int = 49408) -> CLIPTextModel:
     torch.manual_seed(0)
-    config = flux_files.shipped_config("clip_l") | {
+    config = files.shipped_config("flux_dev/clip_l") | {
         "vocab_size": vocabulary,
         "hidden_size": 64,
         "projection_dim": 64,
@@ -79,4 +79,4 @@ def tiny_clip(vocabulary: int = 49408) -> CLIPTextModel:
 def tiny_t5(vocabulary: int = 32128) -> T5EncoderModel:
     torch.manual_seed(0)
     sizes = {"vocab_size": vocabulary, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
-    return T5EncoderModel(T5Config(**(flux_files.shipped_config("t5_xxl") | sizes))).eval()
+    return T5EncoderModel(T5Config(**(files.shipped_config("flux_dev/t5_xxl") | sizes))).eval()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from byg_plugin import _cli, convert_lora
 from byg_plugin.lora import flux_names
-from byg_plugin.models import flux_files
+from byg_plugin.models import files
 
 DOUBLE_ONLY = (
     r"transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
@@ -92,7 +92,7 @@ def kohya(rank: int = 6, alpha: float | None = 2.0, dtype: torch.dtype = torch.f
 def full_size_peft(targets: set[str] | None = None) -> dict[str, Tensor]:
     """Every layer of a full FLUX.1-dev at rank 1; real numbers of rows, memory for none of them."""
     with torch.device("meta"):
-        model = FluxTransformer2DModel.from_config(flux_files.shipped_config("transformer"))
+        model = FluxTransformer2DModel.from_config(files.shipped_config("flux_dev/transformer"))
     out = {}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and (targets is None or name in targets):
