@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 
 from byg_plugin.config.sections import TrainConfig
 from byg_plugin.training.engines.plain import PlainEngine
-from tests.support.tiny import in_child
+from tests.support.engine_runs import in_processes
 
 CPU = torch.device("cpu")
 
@@ -70,8 +71,9 @@ def test_a_loaded_state_keeps_this_run_s_options():
     assert torch.equal(state["state"][0]["exp_avg"], one.state()["edit"]["state"][0]["exp_avg"])
 
 
-def _agree(rank: int, port: int) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def agree() -> None:
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
     it, weights = engine(max_grad_norm=0.0)
     weights["critic"].data.fill_(float(rank + 5))
     it.broadcast()
@@ -84,17 +86,5 @@ def _agree(rank: int, port: int) -> None:
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_agree():
-    import socket
-    from threading import Thread
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    codes: list[int] = []
-    threads = [Thread(target=lambda rank=rank: codes.append(in_child(lambda: _agree(rank, port)))) for rank in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert codes == [0, 0]
+def test_two_processes_agree(tmp_path: Path):
+    in_processes(2, agree, tmp_path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 
 from byg_plugin.training import watchdog
 from byg_plugin.training.watchdog import EXIT_CODE, Watchdog
+from tests.support.engine_runs import codes_of
 from tests.support.tiny import in_child, make_trainer, run_config, wake
 
 SHORT = 0.5 / 60
@@ -34,28 +34,20 @@ def test_what_is_waited_for_is_named_and_the_process_ends(tmp_path: Path, monkey
     assert ("saved" in said) == (rank == 0), "one process saves"
 
 
-def alone_in_a_collective(port: int) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=2)
-    dog = Watchdog(SHORT, 0, lambda: "saved")
+def alone_in_a_collective() -> None:
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    if rank:
+        time.sleep(10)
+    dog = Watchdog(SHORT, rank, lambda: "saved")
     with dog.running(), dog.waiting("the gradients of an optimizer step"):
         torch.distributed.all_reduce(torch.zeros(2))
 
 
-def silent_partner(port: int) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=1, world_size=2)
-    time.sleep(10)
-
-
 def test_the_collective_is_named(tmp_path: Path):
-    from tests.support.engine_runs import free_port
-
-    port, codes = free_port(), []
-    other = threading.Thread(target=lambda: in_child(lambda: silent_partner(port)))
-    other.start()
-    codes.append(in_child(lambda: alone_in_a_collective(port), tmp_path / "said"))
-    other.join()
-    assert codes == [EXIT_CODE]
-    assert "the gradients of an optimizer step, in all_reduce" in (tmp_path / "said").read_text(encoding="utf-8")
+    codes, outputs = codes_of(2, alone_in_a_collective, tmp_path)
+    assert codes[0] == EXIT_CODE
+    assert "the gradients of an optimizer step, in all_reduce" in outputs[0]
 
 
 def test_work_that_hears_from_the_others_in_time_goes_on(monkeypatch: pytest.MonkeyPatch):
