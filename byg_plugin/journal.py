@@ -20,6 +20,22 @@ from byg_plugin.documents import json_value, utf8
 _BLOCK = 1 << 16
 
 
+def only_process(path: Path, problem: str) -> Any:
+    """A lock of a file or folder, taken; it ends with `release` or with the process.
+
+    Raises:
+        ValueError: another process has it; `problem` says so.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(problem) from error
+    return lock
+
+
 class Journal:
     """An append-only JSONL file.
 

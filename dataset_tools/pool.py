@@ -11,7 +11,7 @@ from threading import Lock
 from typing import Any, Generic, TypeVar
 
 from byg_plugin.folders import make_writable
-from byg_plugin.journal import Done, Journal, mend_last_line, read_records, write_records
+from byg_plugin.journal import Done, Journal, mend_last_line, only_process, read_records, write_records
 from byg_plugin.progress import Progress
 
 T = TypeVar("T")
@@ -67,8 +67,6 @@ class Results:
     """
 
     def __init__(self, out: Path, *, name: str, label: Callable[[Mapping[str, Any]], str], retry: str = ""):
-        from filelock import FileLock, Timeout
-
         if out.is_dir():
             raise ValueError(f"out = {out}: is a folder; name the JSONL file to write")
         self.out, self.rejects = out, out.with_name(f"{out.stem}.rejects.jsonl")
@@ -76,11 +74,9 @@ class Results:
         self.tally = Tally()
         try:
             make_writable(out.parent)
-            self._lock = FileLock(out.with_name(f".{out.name}.lock"))
-            self._lock.acquire(timeout=0)
+            problem = f"out = {out}: another process is writing it; for several machines give each its --shard"
+            self._lock = only_process(out.with_name(f".{out.name}.lock"), problem)
             mend_last_line(self.rejects)
-        except Timeout as error:  # an OSError too
-            raise ValueError(f"out = {out}: another process is writing it; for several machines give each its --shard") from error
         except OSError as error:
             raise ValueError(f"out = {out}: cannot be written: {error.strerror or error}; choose another place") from error
         if retry and self.rejects.is_file():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib.metadata import version
 from importlib.util import find_spec
 
@@ -21,12 +22,17 @@ def require(package: str, why: str, extra: str, instead: str = "") -> None:
         raise ValueError(f"{why} needs {package}, which is not installed: in the folder of byg_plugin, {install}{otherwise}")
 
 
+def numbers_of(package: str) -> tuple[int, ...]:
+    """Of an installed package's version, three at most: of 0.19.8+cu12 (0, 19, 8)."""
+    return tuple(int(part) for part in re.findall(r"\d+", version(package))[:3])
+
+
 def require_model_extras(model: ModelConfig) -> None:
     """What loading and calling the configured model needs."""
     for package in ("diffusers", "transformers", "peft"):
         require(package, f'model.host = "{model.host}"', "diffusers")
     least = families.named(model.family).diffusers
-    if tuple(int(part) for part in version("diffusers").split(".")[:2]) < least:
+    if numbers_of("diffusers")[:2] < least:
         raise ValueError(
             f"model.family = {model.family!r} on the embedded host needs diffusers {least[0]}.{least[1]} or later, and this is "
             f"{version('diffusers')} (musubi-tuner pins an earlier one): use another environment"

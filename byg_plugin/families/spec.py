@@ -124,6 +124,10 @@ class FamilySpec:
         """Names of its networks, parts of `[model]`: one, or the high-noise and the low-noise expert."""
         return (HIGH,) if self.boundary is None else (HIGH, LOW)
 
+    def source_id(self, position: str) -> int:
+        """First position id of the source tokens of an image, at a value of `conditioning.position`."""
+        return 0 if position == "same" else self.reference_id
+
     @property
     def has_experts(self) -> bool:
         """Whether it is two networks, told apart by t."""

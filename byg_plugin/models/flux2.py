@@ -15,7 +15,7 @@ from byg_plugin.models import flux2_files, qwen_texts
 from byg_plugin.models.image_family import compute_dtype, first_arguments
 from byg_plugin.models.qwen3_texts import Qwen3TextFamily
 from byg_plugin.models.qwen_texts import TextEncoder
-from byg_plugin.models.tokens import join_squares, latent_ids, latent_tokens, split_squares, text_ids
+from byg_plugin.models.tokens import join_squares, latent_sequence, split_squares, text_ids, tokens_to_latents
 from byg_plugin.objectives.base import Text
 
 # Attention and MLP linears of all blocks: 5 x 12 + 20 x 2 = 100 modules in the 4B, 8 x 12 + 24 x 2 = 144 in the 9B. Attention and MLP of
@@ -79,10 +79,7 @@ class Flux2Family(Qwen3TextFamily):
                 f"encoded texts are {rows.shape[-1]} wide, the network takes {network.config.joint_attention_dim}: model.transformer and "
                 "model.qwen are of two sizes (the 4B goes with Qwen3 4B, the 9B with Qwen3 8B)"
             )
-        tokens, ids = latent_tokens(noisy), latent_ids(h, w, 0, noisy.device)
-        if source is not None:
-            tokens = torch.cat([tokens, latent_tokens(source)], dim=1)
-            ids = torch.cat([ids, latent_ids(h, w, self.source_id, noisy.device)])
+        tokens, ids = latent_sequence(noisy, source, self.source_id)
         # In the embedding's own unit, thousandths.
         with first_arguments(network.time_guidance_embed.time_proj, t.float() * 1000):
             prediction = network(
@@ -93,7 +90,7 @@ class Flux2Family(Qwen3TextFamily):
                 img_ids=ids,
                 return_dict=False,
             )[0]
-        return prediction[:, : h * w].float().transpose(1, 2).reshape(noisy.shape)
+        return tokens_to_latents(prediction[:, : h * w].float(), h, w)
 
 
 def _statistics(vae: nn.Module) -> tuple[Tensor, Tensor]:

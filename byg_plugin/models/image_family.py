@@ -32,7 +32,7 @@ class ImageFamily(SpecGeometry):
     def __init__(self, config: Config):
         super().__init__(families.named(config.model.family))
         self._config = config
-        self.source_id = 0 if config.conditioning.position == "same" else self.spec.reference_id
+        self.source_id = self.spec.source_id(config.conditioning.position)
 
     # --- frozen parts ---
 

@@ -80,6 +80,21 @@ def latent_ids(height: int, width: int, first: int, device: torch.device) -> Ten
     return torch.cartesian_prod(*axes).to(device)
 
 
+def latent_sequence(noisy: Tensor, source: Tensor | None, first: int) -> tuple[Tensor, Tensor]:
+    """`sequence` of tokens of one latent each: (B, HW or 2 HW, C) and as many ids (4)."""
+    h, w = noisy.shape[-2:]
+    tokens, ids = latent_tokens(noisy), latent_ids(h, w, 0, noisy.device)
+    if source is None:
+        return tokens, ids
+    return torch.cat([tokens, latent_tokens(source)], dim=1), torch.cat([ids, latent_ids(h, w, first, noisy.device)])
+
+
+def tokens_to_latents(tokens: Tensor, height: int, width: int) -> Tensor:
+    """(B, HW, C) -> (B, C, 1, H, W); the inverse of `latent_tokens`."""
+    b, _, c = tokens.shape
+    return tokens.transpose(1, 2).reshape(b, c, 1, height, width)
+
+
 def text_ids(length: int, device: torch.device) -> Tensor:
     """(L, 4) ids (0, 0, 0, number) of the tokens of a text."""
     ids = torch.zeros(length, 4, dtype=torch.long, device=device)

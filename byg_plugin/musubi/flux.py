@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from byg_plugin import families
 from byg_plugin.models import tokens as packing
 from byg_plugin.objectives.base import Text, Velocity
 
@@ -37,7 +38,7 @@ class FluxOnMusubi:
 
     def call(self, accelerator: Any, transformer: Any, conditioning: ConditioningConfig) -> Velocity:
         """See `flux_call`."""
-        return partial(flux_call, accelerator, transformer, conditioning.position, conditioning.guidance)
+        return partial(flux_call, accelerator, transformer, families.named("flux").source_id(conditioning.position), conditioning.guidance)
 
     def encode_pixels(self, vae: Any, pixels: Tensor) -> Tensor:
         """One frame."""
@@ -71,11 +72,11 @@ class FluxOnMusubi:
 
 
 def flux_call(
-    accelerator: Any, transformer: Any, position: str, guidance: float, noisy: Tensor, t: Tensor, text: Text, source: Tensor | None
+    accelerator: Any, transformer: Any, source_id: int, guidance: float, noisy: Tensor, t: Tensor, text: Text, source: Tensor | None
 ) -> Tensor:
     """Velocity of the host's FLUX: noisy (B, C, 1, H, W), t (B,), source like noisy or None -> like noisy, float32."""
     h, w = noisy.shape[-2:]
-    tokens, ids = packing.sequence(noisy, source, 0 if position == "same" else 1)
+    tokens, ids = packing.sequence(noisy, source, source_id)
     t5 = text["t5"].to(noisy.device).float()
     with accelerator.autocast():
         out = transformer(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from byg_plugin import families
 from byg_plugin.models import tokens as packing
 from byg_plugin.objectives.base import Text, Velocity
 
@@ -50,7 +51,7 @@ class Flux2OnMusubi:
 
     def call(self, accelerator: Any, transformer: Any, conditioning: ConditioningConfig) -> Velocity:
         """See `flux2_call`."""
-        return partial(flux2_call, accelerator, transformer, 0 if conditioning.position == "same" else 10)
+        return partial(flux2_call, accelerator, transformer, families.named(f"flux2-klein-{self.size}").source_id(conditioning.position))
 
     def encode_pixels(self, vae: Any, pixels: Tensor) -> Tensor:
         """One frame."""
@@ -92,10 +93,7 @@ class Klein9BOnMusubi(Flux2OnMusubi):
 def flux2_call(accelerator: Any, transformer: Any, source_id: int, noisy: Tensor, t: Tensor, text: Text, source: Tensor | None) -> Tensor:
     """Velocity of the host's FLUX.2: noisy (B, C, 1, H, W), t (B,), source like noisy or None -> like noisy, float32."""
     h, w = noisy.shape[-2:]
-    tokens, ids = packing.latent_tokens(noisy), packing.latent_ids(h, w, 0, noisy.device)
-    if source is not None:
-        tokens = torch.cat([tokens, packing.latent_tokens(source)], dim=1)
-        ids = torch.cat([ids, packing.latent_ids(h, w, source_id, noisy.device)])
+    tokens, ids = packing.latent_sequence(noisy, source, source_id)
     rows = text["qwen"].to(noisy.device).float()
     with accelerator.autocast():
         out = transformer(
@@ -106,4 +104,4 @@ def flux2_call(accelerator: Any, transformer: Any, source_id: int, noisy: Tensor
             ctx_ids=packing.text_ids(rows.shape[1], noisy.device).expand(len(noisy), -1, -1),
             guidance=torch.ones_like(t, dtype=torch.float32),  # not read: klein has no such input
         )
-    return out[:, : h * w].float().transpose(1, 2).reshape(noisy.shape)
+    return packing.tokens_to_latents(out[:, : h * w].float(), h, w)

@@ -6,7 +6,6 @@ What is not done here is refused, not ignored: on a CPU accelerate would accept 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from byg_plugin.config.extras import require
+from byg_plugin.config.extras import numbers_of, require
 from byg_plugin.hosts.sharding import Sharding
 from byg_plugin.training import deepspeed_settings, fsdp_settings
 
@@ -122,7 +121,7 @@ def require_deepspeed(launch: Launch, origin: str) -> None:
     """
     require("deepspeed", "accelerate launch asks for DeepSpeed and", "deepspeed", "launch plain multi-GPU")
     # Before it a gradient that is not finite has a norm of 1.
-    if _numbers(version("deepspeed")) < _DEEPSPEED:
+    if numbers_of("deepspeed") < _DEEPSPEED:
         raise ValueError(
             f"accelerate launch asks for DeepSpeed, and this is {version('deepspeed')}: pip install 'deepspeed>=0.19.8', or launch "
             "plain multi-GPU"
@@ -135,11 +134,6 @@ def require_deepspeed(launch: Launch, origin: str) -> None:
             f'{origin}: zero_optimization.offload_param.device = "nvme" needs what DeepSpeed compiles its async_io with, a C++ compiler, '
             'ninja and libaio\'s headers: apt install g++ ninja-build libaio-dev, or set device to "cpu"'
         )
-
-
-def _numbers(version_: str) -> tuple[int, ...]:
-    """Of 0.19.8+cu12: (0, 19, 8)."""
-    return tuple(int(part) for part in re.findall(r"\d+", version_)[:3])
 
 
 def check_sharding(config: Config, launch: Launch) -> None:

@@ -255,7 +255,7 @@ class Trainer:
 
     def _validate_if_due(self) -> None:
         if self._due(self.config.train.validate_every):
-            if self._takes_part(self.accelerator.is_main_process and self.step not in logs.steps_in(self._validation_path)):
+            if self._anyone(self.accelerator.is_main_process and self.step not in logs.steps_in(self._validation_path)):
                 with self._together(f"the validation at step {self.step}"):
                     self._validate()
             self.accelerator.wait_for_everyone()
@@ -265,14 +265,13 @@ class Trainer:
         if self._due(self.config.sample.every):
             data = self.validation or self.data
             first = self.accelerator.is_main_process
-            if self._takes_part(first and (again or not preview.is_whole(self.config, data, self.step))):
+            if self._anyone(first and (again or not preview.is_whole(self.config, data, self.step))):
                 with self._together(f"the preview at step {self.step}"):
-                    agree = self.engine.any if self.host.sharding else bool
-                    preview.write(self.config, self.family, self.host, data, self.step, self.accelerator, writes=first, agree=agree)
+                    preview.write(self.config, self.family, self.host, data, self.step, self.accelerator, writes=first, agree=self._anyone)
             self.accelerator.wait_for_everyone()
 
-    def _takes_part(self, asked: bool) -> bool:
-        """Whether this process computes what the first one asks for: weights in shards are gathered by all of them."""
+    def _anyone(self, asked: bool) -> bool:
+        """Whether a process says yes whose passes this one takes part in: weights in shards are gathered by all of them."""
         return self.engine.any(asked) if self.host.sharding else asked
 
     def _micro_index(self, step: int, micro: int) -> int:

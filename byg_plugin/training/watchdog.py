@@ -132,6 +132,6 @@ def watched(engine: Engine, watchdog: Watchdog, *, sharded: bool) -> Engine:
 
 
 def hear_in(blocks: Iterable[nn.Module], watchdog: Watchdog) -> None:
-    """A block in shards that is about to compute has been gathered from all processes."""
+    """A block in shards that has computed was gathered from all processes."""
     for block in blocks:
         block.register_forward_hook(lambda *_: watchdog.heard())

@@ -12,11 +12,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from byg_plugin.data.rules import ROLES
 from byg_plugin.data.tuples import is_unicode
 from byg_plugin.documents import json_value
+from byg_plugin.journal import only_process
 
 from .items import Item, original_texts, read_items
 
@@ -90,11 +89,8 @@ class Review:
         undecided = read_items(tuples)
         self.tuples = tuples
         self.journal = journal_path(tuples)
-        self._one_process = FileLock(f"{self.journal}.lock")
-        try:
-            self._one_process.acquire(timeout=0)
-        except Timeout as error:
-            raise ValueError(f"{tuples}: another process reviews this file; use its page, or end it first") from error
+        problem = f"{tuples}: another process reviews this file; use its page, or end it first"
+        self._one_process = only_process(Path(f"{self.journal}.lock"), problem)
         try:
             self.items, self._size, self.strangers = read_decisions(self.journal, undecided)
             self._file = os.open(self.journal, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o644)

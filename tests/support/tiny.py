@@ -147,12 +147,17 @@ def write_model(folder: Path, **changes: Any) -> Path:
     return folder
 
 
+def kept(name: str, write: Callable[[Path], Path]) -> Path:
+    """A folder that lives as long as the process, with what is written into it."""
+    root = Path(tempfile.mkdtemp(prefix=f"byg-{name}-"))
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    return write(root / name)
+
+
 @lru_cache(maxsize=1)
 def model_folder() -> Path:
     """One tiny model folder for the whole run; nobody may write into it."""
-    root = Path(tempfile.mkdtemp(prefix="byg-tiny-"))
-    atexit.register(shutil.rmtree, root, ignore_errors=True)
-    return write_model(root / "tiny-flux")
+    return kept("tiny-flux", write_model)
 
 
 def write_tuples(folder: Path, sizes: list[tuple[int, int]] | None = None) -> Path:

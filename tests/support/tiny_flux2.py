@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
 import json
-import shutil
-import tempfile
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2
 from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
 from byg_plugin.models import files
+from tests.support.tiny import kept
 from tests.support.tiny_qwen import randomised
 
 TINY_FLUX2: dict[str, Any] = {
@@ -95,6 +93,4 @@ def write_flux2(folder: Path, **changes: Any) -> Path:
 @lru_cache(maxsize=1)
 def flux2_folder() -> Path:
     """One folder for the whole run; nobody may write into it."""
-    root = Path(tempfile.mkdtemp(prefix="byg-tiny-flux2-"))
-    atexit.register(shutil.rmtree, root, ignore_errors=True)
-    return write_flux2(root / "tiny-flux2")
+    return kept("tiny-flux2", write_flux2)

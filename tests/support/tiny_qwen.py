@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
 import json
-import shutil
-import tempfile
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,7 @@ from transformers import (
 )
 
 from byg_plugin.models import files
+from tests.support.tiny import kept
 
 TINY_QWEN = {
     "num_layers": 2,
@@ -103,9 +101,7 @@ def write_qwen(folder: Path, **changes: Any) -> Path:
 @lru_cache(maxsize=1)
 def qwen_folder() -> Path:
     """One folder for the whole run; nobody may write into it."""
-    root = Path(tempfile.mkdtemp(prefix="byg-tiny-qwen-"))
-    atexit.register(shutil.rmtree, root, ignore_errors=True)
-    return write_qwen(root / "tiny-qwen")
+    return kept("tiny-qwen", write_qwen)
 
 
 def tiny_krea2(seed: int = 0, **changes: Any) -> Krea2Transformer2DModel:
@@ -141,6 +137,4 @@ def write_krea2(folder: Path, **changes: Any) -> Path:
 @lru_cache(maxsize=1)
 def krea2_folder() -> Path:
     """One folder for the whole run; nobody may write into it."""
-    root = Path(tempfile.mkdtemp(prefix="byg-tiny-krea2-"))
-    atexit.register(shutil.rmtree, root, ignore_errors=True)
-    return write_krea2(root / "tiny-krea2")
+    return kept("tiny-krea2", write_krea2)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import atexit
 import json
-import shutil
-import tempfile
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from diffusers import FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel
 
-from tests.support.tiny import tiny_flux_vae
+from tests.support.tiny import kept, tiny_flux_vae
 from tests.support.tiny_flux2 import write_qwen3
 from tests.support.tiny_qwen import randomised
 
@@ -47,6 +44,4 @@ def write_zimage(folder: Path, **changes: Any) -> Path:
 @lru_cache(maxsize=1)
 def zimage_folder() -> Path:
     """One folder for the whole run; nobody may write into it."""
-    root = Path(tempfile.mkdtemp(prefix="byg-tiny-zimage-"))
-    atexit.register(shutil.rmtree, root, ignore_errors=True)
-    return write_zimage(root / "tiny-zimage")
+    return kept("tiny-zimage", write_zimage)

@@ -136,6 +136,7 @@ def test_what_cannot_be_in_shards_is_refused_by_its_key(
 def pretend_deepspeed(monkeypatch: pytest.MonkeyPatch, version: str = "0.19.8+cu12") -> None:
     monkeypatch.setattr("byg_plugin.training.launch.require", lambda *names: None)
     monkeypatch.setattr("byg_plugin.training.launch.version", lambda name: version)
+    monkeypatch.setattr("byg_plugin.config.extras.version", lambda name: version)
     monkeypatch.setattr("byg_plugin.hosts.deepspeed.check_zero", lambda settings, origin: None)
 
 

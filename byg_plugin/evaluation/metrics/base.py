@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -71,24 +71,35 @@ def unit(pixels: np.ndarray) -> np.ndarray:
     return pixels.astype(np.float64)
 
 
-def compared(name: str, seen: Seen, distance: Callable[[np.ndarray, np.ndarray, np.ndarray | None], float | None]) -> Scores:
-    """A distance of the edit, frame by frame, to the source, to the source outside the mask and to the ground truth.
+class Compared:
+    """A metric that is a distance, or a likeness, of frames: of the edit to the source, to it outside the mask and to the ground truth.
 
-    Args:
-        name: of the distance; columns are `<name>_source`, `<name>_outside` and `<name>_truth`.
-        seen: the item.
-        distance: of two frames (H, W, 3) over the pixels of a (H, W) bool (None: all); None where it is not defined.
+    A subclass says its name and whether more is better; columns are `<name>_source`, `<name>_outside` and `<name>_truth`.
     """
-    outside = None if seen.outside is None or not seen.outside.any() else seen.outside
-    return {
-        f"{name}_source": _mean(distance(*pair, None) for pair in zip(seen.edit, seen.source, strict=True)),
-        f"{name}_outside": None
-        if outside is None
-        else _mean(distance(*pair, outside) for pair in zip(seen.edit, seen.source, strict=True)),
-        f"{name}_truth": None
-        if seen.reference is None
-        else _mean(distance(*pair, None) for pair in zip(seen.edit, seen.reference, strict=True)),
-    }
+
+    columns: ClassVar[Mapping[str, bool]]
+    texts: ClassVar[tuple[str, ...]] = ()
+    settings: Mapping[str, Any] = {}
+
+    def __init_subclass__(cls, *, name: str, more_is_better: bool):
+        cls.columns = dict.fromkeys((f"{name}_source", f"{name}_outside", f"{name}_truth"), more_is_better)
+
+    def __init__(self, options: Options):
+        """Needs nothing, unless the subclass says otherwise."""
+
+    def distance(self, one: np.ndarray, other: np.ndarray, where: np.ndarray | None) -> float | None:
+        """Of two frames (H, W, 3) over the pixels of a (H, W) bool (None: all); None where it is not defined."""
+        raise NotImplementedError
+
+    def __call__(self, seen: Seen) -> Scores:
+        """Three columns, means over the frames."""
+        outside = None if seen.outside is None or not seen.outside.any() else seen.outside
+        values = (
+            _mean(self.distance(*pair, None) for pair in zip(seen.edit, seen.source, strict=True)),
+            None if outside is None else _mean(self.distance(*pair, outside) for pair in zip(seen.edit, seen.source, strict=True)),
+            None if seen.reference is None else _mean(self.distance(*pair, None) for pair in zip(seen.edit, seen.reference, strict=True)),
+        )
+        return dict(zip(self.columns, values, strict=True))
 
 
 def _mean(values: Any) -> float | None:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import ClassVar
-
 import numpy as np
 
-from byg_plugin.evaluation.frames import Seen
-from byg_plugin.evaluation.metrics.base import Options, Scores, compared, unit
+from byg_plugin.evaluation.metrics.base import Compared, unit
 
 
 def mean_error(one: np.ndarray, other: np.ndarray, where: np.ndarray | None = None) -> float:
@@ -17,16 +13,9 @@ def mean_error(one: np.ndarray, other: np.ndarray, where: np.ndarray | None = No
     return float(difference.mean() if where is None else difference[where].mean())
 
 
-class Error:
+class Error(Compared, name="error", more_is_better=False):
     """See the module."""
 
-    columns: ClassVar[Mapping[str, bool]] = {"error_source": False, "error_outside": False, "error_truth": False}
-    texts: ClassVar[tuple[str, ...]] = ()
-    settings: Mapping[str, object] = {}
-
-    def __init__(self, options: Options):
-        pass
-
-    def __call__(self, seen: Seen) -> Scores:
-        """Three columns."""
-        return compared("error", seen, mean_error)
+    def distance(self, one: np.ndarray, other: np.ndarray, where: np.ndarray | None) -> float:
+        """See `mean_error`."""
+        return mean_error(one, other, where)

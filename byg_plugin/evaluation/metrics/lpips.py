@@ -5,32 +5,26 @@ Outside the mask: what may change is filled with the source's pixels first. Alex
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from byg_plugin.evaluation.frames import Seen
-from byg_plugin.evaluation.metrics.base import Options, Scores, compared, unit
+from byg_plugin.evaluation.metrics.base import Compared, Options, unit
 
 # What torchvision names the files of the networks' features.
 _FEATURES = {"alex": "alexnet-owt-7be5be79.pth", "vgg": "vgg16-397923af.pth", "squeeze": "squeezenet1_1-b8a52dc0.pth"}
 _BUILDERS = {"alex": "alexnet", "vgg": "vgg16", "squeeze": "squeezenet1_1"}
 
 
-class Lpips:
+class Lpips(Compared, name="lpips", more_is_better=False):
     """See the module.
 
     Raises:
         ValueError: lpips or torchvision is not installed, or the features are not on this machine.
     """
-
-    columns: ClassVar[Mapping[str, bool]] = {"lpips_source": False, "lpips_outside": False, "lpips_truth": False}
-    texts: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, options: Options):
         self.settings = {"net": options.lpips_net}
@@ -46,12 +40,9 @@ class Lpips:
 
         self._model = lpips.LPIPS(net=options.lpips_net, verbose=False).to(options.device).eval()
 
-    def __call__(self, seen: Seen) -> Scores:
-        """Three columns."""
-        return compared("lpips", seen, self._distance)
-
     @torch.no_grad()
-    def _distance(self, one: np.ndarray, other: np.ndarray, where: np.ndarray | None) -> float:
+    def distance(self, one: np.ndarray, other: np.ndarray, where: np.ndarray | None) -> float:
+        """See the module."""
         if where is not None:
             one = np.where(where[..., None], one, other)
         return float(self._model(self._input(one), self._input(other)))

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import ClassVar
-
 import numpy as np
 
-from byg_plugin.evaluation.frames import Seen
-from byg_plugin.evaluation.metrics.base import Options, Scores, compared, unit
+from byg_plugin.evaluation.metrics.base import Compared, unit
 
 MOST = 100.0  # dB; the formula's value of identical images is infinite, which no mean survives
 
@@ -20,16 +16,9 @@ def psnr(one: np.ndarray, other: np.ndarray, where: np.ndarray | None = None) ->
     return min(MOST, -10 * np.log10(error)) if error else MOST
 
 
-class Psnr:
+class Psnr(Compared, name="psnr", more_is_better=True):
     """See the module."""
 
-    columns: ClassVar[Mapping[str, bool]] = {"psnr_source": True, "psnr_outside": True, "psnr_truth": True}
-    texts: ClassVar[tuple[str, ...]] = ()
-    settings: Mapping[str, object] = {}
-
-    def __init__(self, options: Options):
-        pass
-
-    def __call__(self, seen: Seen) -> Scores:
-        """Three columns."""
-        return compared("psnr", seen, psnr)
+    def distance(self, one: np.ndarray, other: np.ndarray, where: np.ndarray | None) -> float:
+        """See `psnr`."""
+        return psnr(one, other, where)

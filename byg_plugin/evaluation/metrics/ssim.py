@@ -6,14 +6,10 @@ mask those that touch what may change do not either. No model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import ClassVar
-
 import numpy as np
 
 from byg_plugin.config.extras import require
-from byg_plugin.evaluation.frames import Seen
-from byg_plugin.evaluation.metrics.base import Options, Scores, compared, unit
+from byg_plugin.evaluation.metrics.base import Compared, Options, unit
 
 WINDOW = 11  # pixels; scikit-image's for sigma 1.5
 _REACH = WINDOW // 2
@@ -37,20 +33,16 @@ def ssim(one: np.ndarray, other: np.ndarray, where: np.ndarray | None = None) ->
     return float(inner[windows].mean()) if windows.any() else None
 
 
-class Ssim:
+class Ssim(Compared, name="ssim", more_is_better=True):
     """See the module.
 
     Raises:
         ValueError: scikit-image is not installed.
     """
 
-    columns: ClassVar[Mapping[str, bool]] = {"ssim_source": True, "ssim_outside": True, "ssim_truth": True}
-    texts: ClassVar[tuple[str, ...]] = ()
-    settings: Mapping[str, object] = {}
-
     def __init__(self, options: Options):
         require("skimage", "--metrics ssim", "eval")
 
-    def __call__(self, seen: Seen) -> Scores:
-        """Three columns."""
-        return compared("ssim", seen, ssim)
+    def distance(self, one: np.ndarray, other: np.ndarray, where: np.ndarray | None) -> float | None:
+        """See `ssim`."""
+        return ssim(one, other, where)

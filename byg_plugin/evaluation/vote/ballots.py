@@ -12,10 +12,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
 
-from filelock import FileLock, Timeout
-
 from byg_plugin.evaluation.items import Item, from_manifest, missing_files, refuse
-from byg_plugin.journal import Journal, mend_last_line, numbered_records
+from byg_plugin.journal import Journal, mend_last_line, numbered_records, only_process
+from byg_plugin.user_files import file_digest
 
 RUNS = ("a", "b")
 MOST_NAME = 64  # characters
@@ -60,7 +59,7 @@ def read_pairs(a: Path, b: Path) -> list[Pair]:
 def _key(name: str, *edits: Item) -> str:
     digest = hashlib.sha256(name.encode(errors="surrogatepass"))
     for edit in edits:
-        digest.update(hashlib.sha256(edit.edit.read_bytes()).digest())
+        digest.update(bytes.fromhex(file_digest(edit.edit)))
     return digest.hexdigest()[:16]
 
 
@@ -109,11 +108,8 @@ class Votes:
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path, self._change = path, threading.Lock()
-        self._one_process = FileLock(f"{path}.lock")
-        try:
-            self._one_process.acquire(timeout=0)
-        except Timeout as error:
-            raise ValueError(f"--votes {path}: another process writes it; use its page, end it, or name another file") from error
+        problem = f"--votes {path}: another process writes it; use its page, end it, or name another file"
+        self._one_process = only_process(Path(f"{path}.lock"), problem)
         try:
             mend_last_line(path)
             self.votes = read_votes(path)
