@@ -116,9 +116,7 @@ class NpEdit:
                 backward(loss, last=True)
         return {"loss": loss.detach(), "copy": loss.detach()}
 
-    def _judge(
-        self, fields: VelocityFields, batch: Batch, x_0: Tensor, *, identity: bool, differentiate: bool
-    ) -> tuple[Metrics, Tensor]:
+    def _judge(self, fields: VelocityFields, batch: Batch, x_0: Tensor, *, identity: bool, differentiate: bool) -> tuple[Metrics, Tensor]:
         """All terms of an edit, and d L / d x_0: term by term, each graph freed before the next one."""
         terms: list[tuple[float, Callable[[Tensor], tuple[Tensor, Metrics]]]] = []
         if self.config.dmd:

@@ -41,7 +41,8 @@ class NpEditConfig(ObjectiveConfig):
     guidance: Scale = Field(3.5, description="Classifier-free guidance of the frozen teacher, 1 = none.")  # [R]
     strong_guidance: Scale = Field(7.5, description="The same for the edit types of `strong_types`.")  # [R]
     strong_types: EditTypes = Field(  # [R]
-        ("remove", "shape_adjustment", "style_change", "action_change"), description="`edit_type`s with the stronger guidance."
+        ("remove", "shape_adjustment", "style_change", "action_change"),
+        description="Values of a tuple's `edit_type` with the stronger guidance.",
     )
     dmd_t_min: Probability = Field(0.02, description="Smallest t that distribution matching compares scores at.")  # [R] [D]
     dmd_t_max: Probability = Field(0.98, description="Largest t of that.")  # [R] [D]

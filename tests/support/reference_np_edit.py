@@ -68,7 +68,9 @@ def dmd(teacher: Field, fake: Field, s: Sample, x_0: torch.Tensor, p: dict, scal
     return 0.5 * ((x_0 - (x_0 - g).detach()) ** 2).mean()
 
 
-def editor_loss(editor: Field, teacher: Field, fake: Field, critic: Callable | None, s: Sample, t_k: float, w: Weights, identity: bool) -> dict:
+def editor_loss(
+    editor: Field, teacher: Field, fake: Field, critic: Callable | None, s: Sample, t_k: float, w: Weights, identity: bool
+) -> dict:
     """The terms of a step of the editor, and their sum."""
     x_0 = unroll(editor, s, s.nothing if identity else s.c, t_k)
     terms = {}
