@@ -50,6 +50,11 @@ class ObjectiveConfig(Section):
     """Whether musubi-tuner can be its host."""
 
     @property
+    def criticised(self) -> bool:
+        """Whether its steps ask a critic."""
+        return False
+
+    @property
     def rollout(self) -> tuple[int, str] | None:
         """(steps, schedule) of its rollouts; None: it has none."""
         return None

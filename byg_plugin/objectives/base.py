@@ -32,6 +32,24 @@ class Velocity(Protocol):
     def __call__(self, noisy: Tensor, t: Tensor, text: Text, source: Tensor | None) -> Tensor: ...
 
 
+class Critique(Protocol):
+    """How well x0 carries out its edit, in a graph of its own."""
+
+    def __call__(self, x0: Tensor, batch: Batch, *, identity_question: bool) -> tuple[Tensor, Metrics]:
+        """Loss and metrics of edited latents.
+
+        Args:
+            x0: (B, C, F, H, W), as the editor made it.
+            batch: whose sources; `batch.words` says what was asked for, `batch.updates` how far the editor has come.
+            identity_question: whether it is also asked if the rest is as it was.
+
+        Returns:
+            the loss, a mean over the batch, float32, differentiable with respect to x0 alone; metrics (yes probability by question), of
+            the same names for every batch: their means are taken over processes.
+        """
+        ...
+
+
 class VelocityFields(Protocol):
     """One network in three states. Each context restores the state it found, also after an exception.
 
@@ -56,6 +74,16 @@ class Backward(Protocol):
     def __call__(self, loss: Tensor, *, last: bool) -> float: ...
 
 
+class Words(NamedTuple):
+    """A tuple's texts as they were written, for who reads language."""
+
+    id: str
+    instruction: str
+    src_caption: str
+    tgt_caption: str
+    edit_type: str | None = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
     """One micro-batch with its randomness, drawn by the caller."""
@@ -78,6 +106,10 @@ class Batch:
     """Of the optimizer step, as the objective has planned it."""
     target: Tensor | None = None
     """y: the edited latents, where the objective requires them."""
+    words: tuple[Words, ...] = ()
+    """Of each sample; none on a host whose caches have no texts."""
+    updates: int = 0
+    """Optimizer steps that have trained the adapter `EDIT` before this one."""
 
     @property
     def identity_step(self) -> bool:
