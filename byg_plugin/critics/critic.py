@@ -41,6 +41,11 @@ class Critic:
     def __call__(self, x0: Tensor, batch: Batch, *, identity_question: bool) -> tuple[Tensor, Metrics]:
         """See `objectives.base.Critique`."""
         assert len(batch.words) == len(x0), "a critic reads the tuples' own words"
+        # Also around the backward passes, whose products autocast would round.
+        with torch.autocast(x0.device.type, enabled=False), torch.autocast(self.vlm.device.type, enabled=False):
+            return self._criticise(x0, batch, identity_question)
+
+    def _criticise(self, x0: Tensor, batch: Batch, identity_question: bool) -> tuple[Tensor, Metrics]:
         latents = x0.detach().to(self.vlm.device)
         asked = [questions(words.instruction, words.edit_type, identity=identity_question) for words in batch.words]
         sources = self._sources_of(batch.source)

@@ -88,8 +88,7 @@ class Decoder:
         return pulled
 
     def _decoded(self, latents: Tensor) -> Tensor:
-        with torch.autocast(latents.device.type, enabled=False):
-            return (self._family.decode_latents(self._vae, latents)[:, :, 0] + 1) / 2
+        return (self._family.decode_latents(self._vae, latents)[:, :, 0] + 1) / 2
 
     def _tiles(self, latents: Tensor) -> Iterator[Tile]:
         height, width = latents.shape[-2:]

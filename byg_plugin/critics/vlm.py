@@ -75,8 +75,7 @@ class Vlm:
     def features(self, picture: Tensor) -> Features:
         """One picture (3, H, W) in [0, 1], on any device, as the language model takes it."""
         seen = self.view.see(picture.to(self.device))
-        with torch.autocast(self.device.type, enabled=False):
-            found = self.model.model.get_image_features(**seen.inputs, return_dict=True)
+        found = self.model.model.get_image_features(**seen.inputs, return_dict=True)
         deep = tuple(layer[0] for layer in getattr(found, "deepstack_features", None) or ())
         assert len(found.pooler_output[0]) == seen.tokens, "the view counts as the model does"
         return Features(tokens=found.pooler_output[0], deep=deep, grid=seen.grid)
@@ -94,9 +93,8 @@ class Vlm:
         if pictures[0].grid is not None:
             inputs["image_grid_thw"] = torch.cat([picture.grid for picture in pictures])  # type: ignore[misc]
             inputs["mm_token_type_ids"] = (ids == self._config.image_token_id).int()
-        with torch.autocast(self.device.type, enabled=False):
-            given = {"image": self._joined(pictures)}
-            answer = self.model(**inputs, mm_encoder_outputs=given, logits_to_keep=1, use_cache=False)
+        given = {"image": self._joined(pictures)}
+        answer = self.model(**inputs, mm_encoder_outputs=given, logits_to_keep=1, use_cache=False)
         both = answer.logits[0, -1, [prompt.no, prompt.yes]]
         return at_least_float32(both)
 
