@@ -133,8 +133,12 @@ def _windows(length: int, side: int, factor: int, like: Tensor) -> list[tuple[in
     return [(start, weight / total[start * factor : (start + side) * factor]) for start, weight in zip(starts, weights, strict=True)]
 
 
+def recomputed_blocks(vae: nn.Module) -> list[nn.Module]:
+    """The blocks of a decoder that can be recomputed; none of those that count their calls."""
+    return [module for module in vae.decoder.modules() if type(module).__name__ in _RECOMPUTED]
+
+
 def recompute_(vae: nn.Module) -> None:
-    """A decoder's blocks are recomputed in backward, in place, where they have no memory. Without a graph nothing changes."""
-    for module in vae.decoder.modules():
-        if type(module).__name__ in _RECOMPUTED:
-            module.forward = partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)  # type: ignore[method-assign]
+    """A decoder's blocks are recomputed in backward, in place. Without a graph nothing changes."""
+    for block in recomputed_blocks(vae):
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)  # type: ignore[method-assign]

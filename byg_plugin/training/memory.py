@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from byg_plugin.config.sections import Config, LoraConfig
+from byg_plugin.critics.memory import CriticMemory
 from byg_plugin.hosts.blocks import blocks_of, depth_of, linears_in_blocks
 from byg_plugin.objectives import make_objective
 from byg_plugin.training.launch import Launch
@@ -107,6 +108,25 @@ def memory_sum(
     what = "saved block inputs + one block recomputed" if config.model.gradient_checkpointing else "activations of all blocks"
     lines.append(MemoryLine(name=f"{what}, {passes} pass{'es' if passes > 1 else ''} at once ({tokens} tokens)", bytes=kept, exact=False))
     return lines
+
+
+def with_critic(lines: Sequence[MemoryLine], critic: CriticMemory, *, elsewhere: bool) -> list[MemoryLine]:
+    """The parts of a step that also asks a critic.
+
+    Its graphs and the step's are never there at once: of the last line, the step's, and them the larger one counts.
+
+    Args:
+        lines: of `memory_sum`.
+        critic: what the critic keeps.
+        elsewhere: whether it has a device of its own, which then is not counted.
+    """
+    if elsewhere:
+        return list(lines)
+    *others, graph = lines
+    parts = (("critic's weights", critic.model), ("weights of the critic's VAE (float32)", critic.vae))
+    others += [MemoryLine(name=name, bytes=size, exact=True) for name, size in parts]
+    name = f"{graph.name}; or, if larger, the critic's graph ({critic.graph / GIB:.2f} GiB)"
+    return [*others, MemoryLine(name=name, bytes=max(graph.bytes, critic.graph), exact=False)]
 
 
 def _stored_bytes(block: nn.Module, stored: float, dtype_bytes: float) -> float:
