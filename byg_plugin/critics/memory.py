@@ -85,6 +85,7 @@ def decoder_graph(family: Family, vae: nn.Module, width: int, height: int, tile:
     With recomputing: the blocks' inputs, and all of that block which needs most.
     """
     sides = [side if tile is None else min(side, tile) for side in (height, width)]
+    vae.requires_grad_(False)  # weights to be trained would have their inputs saved too
     latents = family.encode_pixels(vae, torch.empty(1, 3, 1, *sides, device="meta"))
     saved, largest = _Counted(), 0.0
     entered: list[float] = []

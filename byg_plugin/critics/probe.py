@@ -44,9 +44,10 @@ def known_pairs(pictures: Sequence[Tensor]) -> list[Pair]:
     """`PAIRS` known questions, half of them with the answer Yes, about any pictures.
 
     Args:
-        pictures: (3, H, W) in [0, 1], two or more; they are taken in turn.
+        pictures: (3, H, W) in [0, 1], one or more, taken in turn; of one alone, the other one is what it looks like upside down in its
+            opposite colours.
     """
-    assert len(pictures) > 1, "another picture is one of the answers"
+    pictures = pictures if len(pictures) > 1 else [pictures[0], 1 - pictures[0].flip(1)]
     pairs = []
     for number in range(PAIRS // _KINDS):
         picture, other = (pictures[(number + more) % len(pictures)] for more in (0, 1))

@@ -37,13 +37,6 @@ def exact(judge: Vlm) -> Vlm:
     return judge
 
 
-@pytest.fixture
-def float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rotary embeddings go through float32 by this name."""
-    plain = Tensor.float
-    monkeypatch.setattr(Tensor, "float", lambda self: self if self.dtype == torch.float64 else plain(self))
-
-
 def _norm(module: Any) -> Callable[[Tensor], Tensor]:
     return lambda x: module.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + module.variance_epsilon)
 
