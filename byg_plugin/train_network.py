@@ -239,7 +239,25 @@ def _print_memory(config: Config, family: Family, size: tuple[int, ...]) -> None
     if processes > 1:
         print(f"engine: {launch.name}, {processes} processes; the memory is one process's")
     lines = memory.memory_sum(config, networks, shapes, tokens, width, blocks, launch, processes)
+    if config.objective.criticised:
+        lines = _with_critic(lines, config, family, size)
     print("device memory of a step:\n" + memory.report(lines))
+
+
+def _with_critic(lines: Any, config: Config, family: Family, size: tuple[int, ...]) -> Any:
+    """The memory sum with the critic's parts; says what it is and what it keeps at (width, height)."""
+    from byg_plugin.critics import check_critic
+    from byg_plugin.critics.memory import critic_memory
+    from byg_plugin.training import memory
+
+    described = check_critic(config)
+    kept = critic_memory(config.critic, described, family, size[0], size[1])
+    shown = described.view.size(size[1], size[0])
+    where = "the networks' device" if config.critic.device == "auto" else config.critic.device
+    print(f"critic: {described.config.model_type} on {where}, shown {shown[1]} x {shown[0]} pixels")
+    parts = {"its weights": kept.model, "its VAE": kept.vae, "the graph of a question": kept.answer, "of the decoder": kept.decoder}
+    print("  " + ", ".join(f"{name} {size / memory.GIB:.2f} GiB" for name, size in parts.items()) + " (the graphs one after the other)")
+    return memory.with_critic(lines, kept, elsewhere=config.critic.device != "auto")
 
 
 def _write_beside(config: Config, versions: dict[str, str], remedy: str) -> None:

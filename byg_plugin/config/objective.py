@@ -67,10 +67,19 @@ class ObjectiveConfig(Section):
         """Texts that no tuple has and that its steps need, by the names it finds their encodings by."""
         return {}
 
+    def doubts(self, spec: FamilySpec) -> tuple[str, ...]:
+        """What may be no good with a family, as warnings."""
+        return ()
+
     @property
     def few_steps(self) -> int | None:
         """Steps of the stochastic sampler that it trains for; None: any sampler of the family."""
         return None
+
+    @property
+    def asked_types(self) -> tuple[str, ...]:
+        """Edit types that a user has named, each of which some tuple must have."""
+        return ()
 
     @property
     def criticised(self) -> bool:

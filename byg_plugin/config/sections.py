@@ -13,6 +13,7 @@ from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
 from pydantic.fields import FieldInfo
 
 from byg_plugin import families
+from byg_plugin.config.critic import CriticConfig
 from byg_plugin.config.fields import (
     LEAST,
     MOST,
@@ -354,6 +355,7 @@ class Config(Section):
     dataset: DatasetConfig
     conditioning: ConditioningConfig = ConditioningConfig()
     objective: AnyObjective = Field(default_factory=lambda: SECTIONS_OF_OBJECTIVES[DEFAULT].model_validate({}))
+    critic: CriticConfig = CriticConfig()
     lora: LoraConfig = LoraConfig()
     train: TrainConfig
     sample: SampleConfig = SampleConfig()
@@ -477,6 +479,22 @@ class Config(Section):
         return self.model.spec.negative if self.sample.negative is None else self.sample.negative
 
     @model_validator(mode="after")
+    def _check_critic(self) -> Config:
+        for key in self.critic.model_fields_set:
+            if not self.objective.criticised and getattr(self.critic, key) != CriticConfig.model_fields[key].default:
+                raise ValueError(
+                    f"critic.{key} is for objectives that ask a critic, objective.name = {self.objective.name!r} asks none: leave it out"
+                )
+        if self.critic.quantization == "nf4" and self.critic.dtype == "float32":
+            raise ValueError("critic.quantization = 'nf4' computes in 16 bit: set critic.dtype = 'bfloat16'")
+        if self.objective.criticised and self.dataset.frames > 1:
+            raise ValueError(
+                f"dataset.frames = {self.dataset.frames}: a critic looks at single pictures; set dataset.frames = 1 (or another model.family), or ask none "
+                "(objective.vlm = false, or leave objective.critique_types out)"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_that_it_trains(self) -> Config:
         train = self.train
         # With [musubi] max_train_epochs the host alone knows the steps.
@@ -504,8 +522,8 @@ class Config(Section):
             self._check_merged_forward()
         if self.objective.repeats_passes and self.lora.dropout:
             raise ValueError(
-                f"lora.dropout = {self.lora.dropout}: objective.name = {self.objective.name!r} makes each pass twice, and dropout would make "
-                "two different ones: set lora.dropout = 0"
+                f"lora.dropout = {self.lora.dropout}: objective.name = {self.objective.name!r} makes each pass twice, and dropout "
+                "would make two different ones: set lora.dropout = 0"
             )
         if self.objective.merges_rollout and self.model.offload_inactive_expert:
             raise ValueError(

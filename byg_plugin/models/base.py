@@ -40,6 +40,10 @@ class Family(Geometry, Protocol):
 
     def load_vae(self, device: torch.device) -> nn.Module: ...
 
+    def meta_vae(self) -> nn.Module:
+        """The autoencoder's shapes, no weights."""
+        ...
+
     def load_text_encoders(self, device: torch.device) -> Any: ...
 
     def fingerprint(self, part: str) -> str:
@@ -56,7 +60,7 @@ class Family(Geometry, Protocol):
         ...
 
     def decode_latents(self, vae: nn.Module, latents: Tensor) -> Tensor:
-        """The inverse of `encode_pixels`: (B, 3, F, H, W) in [-1, 1], float32."""
+        """The inverse of `encode_pixels`: (B, 3, F, H, W) in [-1, 1], float32. Differentiable with respect to the latents."""
         ...
 
     def encode_texts(self, encoders: Any, texts: Sequence[str]) -> dict[str, Tensor]:
@@ -83,3 +87,8 @@ class Solver(Protocol):
     times: Tensor
 
     def step(self, index: int, v: Tensor, x: Tensor) -> Tensor: ...
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """In float32, float64 kept: derivatives are compared with differences there."""
+    return values if values.dtype == torch.float64 else values.float()

@@ -261,7 +261,7 @@ def from_folder(kind: Any, path_or_id: str | Path, part: str, **dtype: torch.dty
     if folder is None:
         inside = PARTS[part].folder
         model = _hub(lambda: kind.from_pretrained(str(path_or_id), subfolder=inside, use_safetensors=True, **dtype), path_or_id)
-        _refuse_not_finite(model, Path(path_or_id))
+        refuse_not_finite(model, Path(path_or_id))
         return model
     config = read_json(folder / "config.json")
     _refuse_other_class(config, kind, folder)
@@ -273,11 +273,11 @@ def from_folder(kind: Any, path_or_id: str | Path, part: str, **dtype: torch.dty
             model = kind.from_pretrained(str(folder), use_safetensors=True, local_files_only=True, **dtype)
     except OSError as error:
         raise ValueError(f"{folder}: cannot be loaded ({error}); download this part again") from error
-    _refuse_not_finite(model, folder)
+    refuse_not_finite(model, folder)
     return model
 
 
-def _refuse_not_finite(model: nn.Module, path: Path) -> None:
+def refuse_not_finite(model: nn.Module, path: Path) -> None:
     """Weights that a library has read, each looked at once where it lies."""
     name = first_not_finite(model.state_dict())
     if name is None:

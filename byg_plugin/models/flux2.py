@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from byg_plugin.models import flux2_files, qwen_texts
+from byg_plugin.models.base import at_least_float32
 from byg_plugin.models.image_family import compute_dtype, first_arguments
 from byg_plugin.models.qwen3_texts import Qwen3TextFamily
 from byg_plugin.models.qwen_texts import TextEncoder
@@ -47,12 +48,11 @@ class Flux2Family(Qwen3TextFamily):
         mean, std = _statistics(vae)
         return ((split_squares(mode) - mean) / std).unsqueeze(2)
 
-    @torch.no_grad()
     def decode_latents(self, vae: nn.Module, latents: Tensor) -> Tensor:
         """The inverse of `encode_pixels`, clamped to [-1, 1]."""
         mean, std = _statistics(vae)
-        raw = join_squares(latents[:, :, 0].float() * std + mean)
-        return vae.decode(raw.to(next(vae.parameters()))).sample.float().clamp(-1, 1).unsqueeze(2)
+        raw = join_squares(at_least_float32(latents[:, :, 0]) * std + mean)
+        return at_least_float32(vae.decode(raw.to(next(vae.parameters()))).sample).clamp(-1, 1).unsqueeze(2)
 
     def encode_texts(self, encoders: TextEncoder, texts: Sequence[str]) -> dict[str, Tensor]:
         """`qwen` (B, max_text_tokens, 7680; 12288 of the 9B): three layers side by side, of padding too; on the CPU.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from byg_plugin.models import flux_files
+from byg_plugin.models.base import at_least_float32
 from byg_plugin.models.image_family import ImageFamily
 
 
@@ -22,8 +23,7 @@ class FluxVaeFamily(ImageFamily):
         mode = vae.encode(pixels[:, :, 0].to(next(vae.parameters()))).latent_dist.mode().float()
         return ((mode - vae.config.shift_factor) * vae.config.scaling_factor).unsqueeze(2)
 
-    @torch.no_grad()
     def decode_latents(self, vae: Any, latents: Tensor) -> Tensor:
         """The inverse of `encode_pixels`, clamped to [-1, 1]."""
         raw = latents[:, :, 0].to(next(vae.parameters())) / vae.config.scaling_factor + vae.config.shift_factor
-        return vae.decode(raw).sample.float().clamp(-1, 1).unsqueeze(2)
+        return at_least_float32(vae.decode(raw).sample).clamp(-1, 1).unsqueeze(2)

@@ -52,6 +52,10 @@ class ImageFamily(SpecGeometry):
         """The autoencoder in float32: it is small beside the network, and its 16-bit decoder shows bands."""
         return self.vae.load(self._config.model.part("vae"), dtype=torch.float32).to(device).requires_grad_(False)
 
+    def meta_vae(self) -> nn.Module:
+        """See `models.base.Family`."""
+        return self.vae.on_meta(self._config.model.part("vae"))
+
     def fingerprint(self, part: str) -> str:
         """See `models.base.Family.fingerprint`; `part` is `vae` or `text`."""
         model = self._config.model

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from byg_plugin.models.base import at_least_float32
+
 
 @torch.no_grad()
 def encode(vae: Any, pixels: Tensor) -> Tensor:
@@ -16,12 +18,12 @@ def encode(vae: Any, pixels: Tensor) -> Tensor:
     return (mode - mean) / std
 
 
-@torch.no_grad()
 def decode(vae: Any, latents: Tensor) -> Tensor:
     """The inverse of `encode`, clamped to [-1, 1]."""
-    mean, std = _statistics(vae, latents.float())
-    raw = latents.float() * std + mean
-    return vae.decode(raw.to(next(vae.parameters()))).sample.float().clamp(-1, 1)
+    latents = at_least_float32(latents)
+    mean, std = _statistics(vae, latents)
+    raw = latents * std + mean
+    return at_least_float32(vae.decode(raw.to(next(vae.parameters()))).sample).clamp(-1, 1)
 
 
 def _statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -108,6 +108,10 @@ class WanFamily(SpecGeometry):
             vae.enable_tiling()
         return cast(nn.Module, vae).to(device).requires_grad_(False)
 
+    def meta_vae(self) -> nn.Module:
+        """See `models.base.Family`."""
+        return wan_files.VAE.on_meta(self._config.model.part("vae"))
+
     def load_text_encoders(self, device: torch.device) -> TextEncoder:
         """UMT5 in the model's dtype."""
         model, tokenizer = wan_files.load_umt5(self._config.model.part("t5"), dtype=getattr(torch, self._config.model.dtype))

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from byg_plugin.config.sections import Config, LoraConfig
+from byg_plugin.critics.memory import CriticMemory
 from byg_plugin.hosts.blocks import blocks_of, depth_of, linears_in_blocks
 from byg_plugin.objectives import make_objective
 from byg_plugin.training.launch import Launch
@@ -73,7 +74,8 @@ def memory_sum(
     inputs = config.train.batch_size * tokens * width * activation_bytes
     kept_by_block, at_peak = _block_tensors(next(iter(networks.values())), width)
     a_pass = inputs * blocks * (1 if config.model.gradient_checkpointing else kept_by_block)
-    graphs, rows, merged_weights = make_objective(config.objective).memory
+    objective = make_objective(config.objective)
+    graphs, rows, merged_weights = objective.memory
     passes = graphs * rows
     kept = passes * a_pass + (inputs * at_peak * rows if config.model.gradient_checkpointing else 0)
     storage = config.model.quantization if config.model.quantization != "none" else config.model.dtype
@@ -91,11 +93,15 @@ def memory_sum(
             lines.insert(0, MemoryLine(name=name, bytes=whole / processes, exact=exact))
     else:
         lines = [MemoryLine(name=f"frozen weights ({storage})", bytes=whole, exact=exact)]
+    sets = len(objective.adapters)
+    two = f" of {' and '.join(objective.adapters)}" if sets > 1 else ""
     lines += [
-        MemoryLine(name="LoRA weights (float32)", bytes=lora * held, exact=True),
-        # A step trains one side of the experts' boundary.
+        MemoryLine(name=f"LoRA weights{two} (float32)", bytes=lora * held * sets, exact=True),
+        # A step trains one side of the experts' boundary, and one set of weights.
         MemoryLine(name="LoRA gradients (float32)", bytes=lora, exact=True),
-        MemoryLine(name=f"optimizer moments ({config.train.optimizer})", bytes=moments, exact=config.train.optimizer != "adamw8bit"),
+        MemoryLine(
+            name=f"optimizer moments{two} ({config.train.optimizer})", bytes=moments * sets, exact=config.train.optimizer != "adamw8bit"
+        ),
     ]
     if launch.stage in (1, 2):
         lines.append(MemoryLine(name="DeepSpeed's copy of the LoRA (float32), in shards", bytes=lora * trained / ways, exact=True))
@@ -107,6 +113,25 @@ def memory_sum(
     what = "saved block inputs + one block recomputed" if config.model.gradient_checkpointing else "activations of all blocks"
     lines.append(MemoryLine(name=f"{what}, {passes} pass{'es' if passes > 1 else ''} at once ({tokens} tokens)", bytes=kept, exact=False))
     return lines
+
+
+def with_critic(lines: Sequence[MemoryLine], critic: CriticMemory, *, elsewhere: bool) -> list[MemoryLine]:
+    """The parts of a step that also asks a critic.
+
+    Its graphs and the step's are never there at once: of the last line, the step's, and them the larger one counts.
+
+    Args:
+        lines: of `memory_sum`.
+        critic: what the critic keeps.
+        elsewhere: whether it has a device of its own, which then is not counted.
+    """
+    if elsewhere:
+        return list(lines)
+    *others, graph = lines
+    parts = (("critic's weights", critic.model), ("weights of the critic's VAE (float32)", critic.vae))
+    others += [MemoryLine(name=name, bytes=size, exact=True) for name, size in parts]
+    name = f"{graph.name}; or, if larger, the critic's graph ({critic.graph / GIB:.2f} GiB)"
+    return [*others, MemoryLine(name=name, bytes=max(graph.bytes, critic.graph), exact=False)]
 
 
 def _stored_bytes(block: nn.Module, stored: float, dtype_bytes: float) -> float:

@@ -1,0 +1,87 @@
+"""Frozen judges of an edit whose answer is differentiable with respect to the edited picture."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from byg_plugin.config.critic import CriticConfig
+    from byg_plugin.config.sections import Config
+    from byg_plugin.critics.critic import Critic
+    from byg_plugin.critics.vlm import Described
+    from byg_plugin.models.base import Family
+
+logger = logging.getLogger(__name__)
+
+
+def check_critic(config: Config) -> Described:
+    """That the configured critic can be one; reads no weights.
+
+    Raises:
+        ValueError: critic.path is not set or holds no model that can answer, a package is missing, or the device.
+    """
+    from byg_plugin.config.extras import require
+    from byg_plugin.critics.vlm import describe
+
+    critic = config.critic
+    if critic.path is None:
+        raise ValueError(
+            f'objective.name = "{config.objective.name}" asks a critic: set critic.path to a vision-language model, e.g. '
+            '"Qwen/Qwen3-VL-2B-Instruct"'
+        )
+    require("transformers", "critic.path", "diffusers")
+    if critic.quantization == "nf4":
+        require("bitsandbytes", 'critic.quantization = "nf4"', "bnb", 'set critic.quantization = "none"')
+    return describe(critic)
+
+
+def make_critic(config: Config, family: Family, device: torch.device, sources: Sequence[Tensor]) -> Critic:
+    """The configured critic, which has shown that it can tell Yes from No.
+
+    Args:
+        config: the whole configuration.
+        family: whose latents are judged.
+        device: of the networks; `critic.device` may name another one.
+        sources: latents (C, 1, h, w) of pictures to try it with, one or more.
+
+    Raises:
+        ValueError: see `check_critic`; its weights cannot be read; it answers too few known questions rightly.
+    """
+    from byg_plugin.critics import probe, vlm
+    from byg_plugin.critics.critic import Critic
+    from byg_plugin.critics.decode import Decoder
+    from byg_plugin.critics.questions import VERSION
+
+    critic, described = config.critic, check_critic(config)
+    where = critic_device(critic, device)
+    judge = vlm.load(critic, described, where)
+    decoder = Decoder(family, family.load_vae(where), critic.tile, recompute=critic.gradient_checkpointing)
+    made = Critic(judge, decoder, critic)
+    logger.info("critic: %s on %s, questions of version %d", described.path, where, VERSION)
+    if critic.least_accuracy:
+        pictures = [decoder.pixels(latents[None].to(where))[0] for latents in sources]
+        found = probe.refuse_a_blind_one(made, pictures, critic.least_accuracy, described.path)
+        logger.info("critic: %.0f %% of %d known questions answered rightly", 100 * found.right, probe.PAIRS)
+    return made
+
+
+def critic_device(critic: CriticConfig, device: torch.device) -> torch.device:
+    """Where the critic lives.
+
+    Raises:
+        ValueError: critic.device is none of this machine's.
+    """
+    import torch
+
+    name = critic.device
+    if name == "auto":
+        return device
+    where = torch.device(name)
+    if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f'critic.device = "{name}": this machine has {torch.cuda.device_count()} CUDA devices; set critic.device = "auto"')
+    return where
