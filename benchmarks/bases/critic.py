@@ -1,4 +1,4 @@
-"""Train the tiny world's critic: a Qwen3-VL of a million weights that answers the questions of `critics/questions.py` about rendered edits.
+"""Train the tiny world's critic: a Qwen3-VL of half a million weights that answers `critics/questions.py` about rendered edits.
 
 python -m benchmarks.bases.critic --out FOLDER --work FOLDER [--steps 20000] [--threads 2]
 
@@ -56,21 +56,41 @@ class Asked:
     kind: str
 
 
-def _other_edit(rng: np.random.Generator, edit: world.Edit) -> world.Edit:
-    """Another edit of the same scene, with another result."""
+def _other_edit(rng: np.random.Generator, edit: world.Edit) -> world.Scene:
+    """The scene after another edit, which does not make this one too."""
     possible = [name for name in TYPES if len(edit.before.things) in world._OBJECTS_BEFORE.get(name, (1, 2))]
     while True:
-        after, instruction, reverse = world.EDIT_TYPES[world.pick(rng, possible)](rng, edit.before)
-        if instruction != edit.instruction and after != edit.after:
-            return replace(edit, instruction=instruction, reverse_instruction=reverse, after=after)
+        after, instruction, _ = world.EDIT_TYPES[world.pick(rng, possible)](rng, edit.before)
+        # A circle that is replaced by a red square was turned into a square too.
+        if instruction != edit.instruction and (edit.edit_type != "change_shape" or _shapes(after) != _shapes(edit.after)):
+            return after
 
 
-def _spoilt_scene(rng: np.random.Generator, scene: world.Scene) -> world.Scene:
-    """The scene with something else about it changed."""
-    possible = [name for name in TYPES if len(scene.things) in world._OBJECTS_BEFORE.get(name, (1, 2))]
-    if rng.random() < 0.3:
-        return replace(scene, things=tuple(replace(thing, radius=thing.radius * 0.6) for thing in scene.things), period=scene.period / 2)
-    return world.EDIT_TYPES[world.pick(rng, possible)](rng, scene)[0]
+def _shapes(scene: world.Scene) -> list[str]:
+    return sorted(thing.shape for thing in scene.things)
+
+
+def _spoilt(rng: np.random.Generator, edit: world.Edit) -> world.Scene:
+    """The scene after the edit with something changed that the instruction does not ask for."""
+    after = edit.after
+    ways = ["pebble", "scene"]
+    bystanders = [thing for thing in edit.before.things if thing in after.things]
+    colours = [after.background, *(thing.colour for thing in after.things)]
+    if edit.edit_type != "recolour_background":
+        ways += ["background", "background"]
+    if bystanders:
+        ways += ["colour", "gone"]
+    way = world.pick(rng, ways)
+    if way == "pebble":
+        return replace(after, pebble=world.pick(rng, world.PEBBLES, [after.pebble]))
+    if way == "scene":
+        return world.sample_scene(rng, len(after.things))
+    if way == "background":
+        return replace(after, background=world.pick(rng, world.COLOURS, colours))
+    others = tuple(thing for thing in after.things if thing != bystanders[0])
+    if way == "gone":
+        return replace(after, things=others)
+    return replace(after, things=(*others, replace(bystanders[0], colour=world.pick(rng, world.COLOURS, colours))))
 
 
 def asked(rng: np.random.Generator) -> Asked:
@@ -85,15 +105,12 @@ def asked(rng: np.random.Generator) -> Asked:
         if right:
             shown = after
         else:
-            shown = before if rng.random() < 0.5 else world.render(_other_edit(rng, edit).after)
+            shown = before if rng.random() < 0.5 else world.render(_other_edit(rng, edit))
             if edit.edit_type == "remove":
                 shown = before  # another edit may have taken it away too
         return Asked(question=_answered(is_made, right), source=before, edited=shown, kind=edit.edit_type)
-    if right:
-        shown = after if rng.random() < 0.7 else before
-    else:
-        spoilt = _spoilt_scene(rng, edit.after if rng.random() < 0.6 and edit.after.things else world.sample_scene(rng, 2))
-        shown = world.render(spoilt)
+    unspoilt = after if rng.random() < 0.7 else before
+    shown = unspoilt if right else world.render(_spoilt(rng, edit))
     return Asked(question=_answered(is_kept, right), source=before, edited=shown, kind=edit.edit_type)
 
 
@@ -232,7 +249,9 @@ def _rate(step: int, steps: int, peak: float) -> float:
     return peak * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
 
 
-def train(out: Path, work: Path, *, seed: int, steps: int, batch: int, rate: float) -> Iterator[tuple[int, dict[str, float]]]:
+def train(
+    out: Path, work: Path, *, seed: int, steps: int, batch: int, rate: float, held_out: int
+) -> Iterator[tuple[int, dict[str, float]]]:
     """Train in `out`; yields what is measured on the way."""
     if not (out / "config.json").is_file():
         write_untrained(out, seed)
@@ -257,7 +276,7 @@ def train(out: Path, work: Path, *, seed: int, steps: int, batch: int, rate: flo
         losses.append(loss.item())
         last = step + 1 == steps
         if (step + 1) % 100 == 0 or last:
-            found = accuracy(model.eval(), batches, 2048 if last else 256, batch)
+            found = accuracy(model.eval(), batches, held_out if last else 256, batch)
             yield step + 1, {"loss": sum(losses[-100:]) / len(losses[-100:]), **found, "cpu_seconds": state.cpu_seconds()}
             model.train()
         state.save(step + 1, model, [optimizer], None, now=last)
@@ -275,14 +294,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=20_000)
     parser.add_argument("--batch", type=int, default=64, help="questions a step")
     parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate")
+    parser.add_argument("--held-out", type=int, default=2048, help="questions of the last figures")
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
     log = curve_log(args.work / "curve.jsonl")
     found: dict[str, float] = {}
-    for step, found in train(args.out, args.work, seed=args.seed, steps=args.steps, batch=args.batch, rate=args.rate):
+    settings = {name: getattr(args, name) for name in ("seed", "steps", "batch", "rate", "held_out")}
+    for step, found in train(args.out, args.work, **settings):
         log("critic", step, found)
-    figures = {**found, "target": TARGET, "seed": args.seed, "steps": args.steps, "batch": args.batch, "rate": args.rate}
+    figures = {**found, "target": TARGET, **settings}
     (args.out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 

@@ -1,0 +1,91 @@
+"""The builder of the tiny world's critic: its questions have the answers they say, and what it writes is a critic."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.bases import critic as builder
+from byg_plugin.critics import vlm
+from byg_plugin.critics.questions import EDITED, KEPT, MADE, SOURCE
+from byg_plugin.demo import world
+from tests.support.tiny_critics import critic_config
+
+
+def edits(count: int) -> list[tuple[np.random.Generator, world.Edit]]:
+    made = []
+    for index in range(count):
+        rng = np.random.default_rng([3, index])
+        made.append((rng, world.sample_edit(rng, "x", builder.TYPES)))
+    return made
+
+
+def test_yes_and_no_are_right_as_often_for_each_question():
+    asked = [builder.asked(np.random.default_rng(index)) for index in range(400)]
+    for name in (MADE, KEPT):
+        answers = [one.question.answer for one in asked if one.question.name == name]
+        assert 0.4 < sum(answers) / len(answers) < 0.6
+    assert {one.kind for one in asked} == {*world.EDIT_TYPES, "whole"}
+
+
+def test_of_a_removal_the_edited_picture_alone_is_shown_and_it_decides():
+    asked = [builder.asked(np.random.default_rng(index)) for index in range(400)]
+    removals = [one for one in asked if one.kind == "remove" and one.question.name == MADE]
+    assert removals and all(one.question.pictures == (EDITED,) for one in removals)
+    assert all(one.question.answer == np.array_equal(one.source, one.edited) for one in removals), "the object is still there"
+
+
+def test_identical_pictures_are_no_edit_and_keep_the_rest():
+    asked = [builder.asked(np.random.default_rng(index)) for index in range(600)]
+    same = [one for one in asked if np.array_equal(one.source, one.edited) and one.question.pictures == (SOURCE, EDITED)]
+    assert {one.question.name for one in same} == {MADE, KEPT}
+    assert all(one.question.answer == (one.question.name == KEPT) for one in same)
+
+
+def test_what_is_spoilt_is_not_what_the_instruction_names():
+    for rng, edit in edits(120):
+        spoilt = builder._spoilt(rng, edit)
+        assert spoilt != edit.after
+        if edit.edit_type == "recolour_background":
+            assert (spoilt.pebble, spoilt.things) != (edit.before.pebble, edit.before.things) or spoilt.angle != edit.before.angle
+
+
+def test_another_edit_does_not_make_this_one_too():
+    for rng, edit in edits(120):
+        after = builder._other_edit(rng, edit)
+        assert after != edit.after
+        if edit.edit_type == "change_shape":
+            assert builder._shapes(after) != builder._shapes(edit.after)
+
+
+def test_what_it_writes_is_a_critic_and_answers_as_it_did_in_training(tmp_path: Path):
+    arguments = ["--out", tmp_path / "critic", "--work", tmp_path / "work", "--steps", "2", "--batch", "4", "--held-out", "8"]
+    builder.main([str(argument) for argument in arguments])
+    figures = json.loads((tmp_path / "critic" / "figures.json").read_text(encoding="utf-8"))
+    assert 0 <= figures["accuracy"] <= 1 and figures["steps"] == 2 and figures["held_out"] == 8
+    config = critic_config(tmp_path / "critic", image_size=world.SIZE)
+    described = vlm.describe(config)
+    judge = vlm.load(config, described, torch.device("cpu"))
+    several = [builder.asked(np.random.default_rng(index)) for index in range(5)]
+    inputs, answers, _ = builder.Batches(described)(several, None)
+    assert len({int(row.sum()) for row in inputs["attention_mask"]}) > 1, "texts of several lengths"
+    with torch.no_grad():
+        together = builder._logits(judge.model, inputs, answers)
+        for one, logits in zip(several, together, strict=True):
+            shown = {SOURCE: one.source, EDITED: one.edited}
+            pictures = [torch.from_numpy(shown[name]).permute(2, 0, 1) / 255 for name in one.question.pictures]
+            alone = judge.logits(one.question, [judge.features(picture) for picture in pictures])
+            assert alone.tolist() == pytest.approx(logits.tolist(), abs=1e-4)
+
+
+def test_every_word_of_a_question_is_known(tmp_path: Path):
+    builder.write_untrained(tmp_path, 0)
+    described = vlm.describe(critic_config(tmp_path, image_size=world.SIZE))
+    unknown = builder.SPECIALS.index("<|unknown|>")
+    for index in range(200):
+        question = builder.asked(np.random.default_rng(index)).question
+        assert unknown not in described.dialogue.prompt(question, [1] * len(question.pictures)).ids
