@@ -55,6 +55,8 @@ class ObjectiveConfig(Section):
     """Whether it trains a family of two experts."""
     repeats_passes: ClassVar[bool] = False
     """Whether a step makes a pass twice and counts on one value of both."""
+    may_ask_none: ClassVar[bool] = False
+    """Whether `[critic]` may stand where no critic is asked: an ablation by one key leaves the rest of a recipe as it is."""
     fresh_noises: ClassVar[int] = 0
     """Noises of a sample beyond the first."""
 

@@ -24,6 +24,7 @@ class NpEditConfig(ObjectiveConfig):
     implementation: ClassVar[str] = "byg_plugin.objectives.np_edit:NpEdit"
     takes_experts: ClassVar[bool] = False
     repeats_passes: ClassVar[bool] = True
+    may_ask_none: ClassVar[bool] = True
     fresh_noises: ClassVar[int] = 2
 
     name: Literal["np_edit"] = Field("np_edit", description="NP-Edit; no pairs, a few-step editor.")
