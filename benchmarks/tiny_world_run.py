@@ -294,7 +294,7 @@ class Evaluator:
             noise = torch.cat([sampling.seeded_noise(shape, first_seed + i, CPU) for i in batch])
             text = {name: torch.cat([self._texts[texts[i]][name] for i in batch]) for name in self._texts[texts[start]]}
             source = self._sources[batch.start : batch.stop] if with_source else None
-            options = {"steps": sample.steps, "schedule": sample.schedule}
+            options = {"steps": sample.steps, "schedule": sample.schedule, "seeds": [first_seed + i for i in batch]}
             latents = sampling.sample_as_configured(self._config, self._family, velocity, noise, text, source, **options)
             for i, pixels in zip(batch, self._family.decode_latents(self._vae, latents), strict=True):
                 made = np.stack([np.asarray(frame) for frame in frames_of(pixels)])

@@ -25,3 +25,8 @@ def generator(seed: int, purpose: str, index: int) -> torch.Generator:
 def coin(seed: int, step: int, probability: float, purpose: str = "identity") -> bool:
     """The coin of one optimizer step (identity step or not, which expert): one toss, the same on every rank."""
     return torch.rand((), generator=generator(seed, purpose, step)).item() < probability
+
+
+def pick(seed: int, step: int, count: int, purpose: str) -> int:
+    """A number from 1 to `count` for one optimizer step, all alike often, the same on every rank."""
+    return int(torch.randint(1, count + 1, (), generator=generator(seed, purpose, step)).item())

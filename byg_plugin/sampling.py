@@ -1,8 +1,8 @@
-"""Sampling of an edit, by Euler or the family's own solver, with or without guidance: for previews and `edit.py`."""
+"""Sampling of an edit, by Euler, in few stochastic steps, or by the family's own solver, with or without guidance."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +13,7 @@ from byg_plugin.families.geometry import Geometry
 from byg_plugin.finite import is_finite
 from byg_plugin.models.base import Family
 from byg_plugin.objectives.base import Text, Velocity
+from byg_plugin.randomness import generator
 
 if TYPE_CHECKING:
     from byg_plugin.config.sections import Config
@@ -53,6 +54,34 @@ def sample(
 
 
 @torch.no_grad()
+def sample_stochastic(
+    velocity: Velocity,
+    noise: Tensor,
+    text: Text,
+    source: Tensor | None,
+    nodes: Tensor,
+    seeds: Sequence[int],
+    on_step: Callable[[], None] | None = None,
+) -> Tensor:
+    """Few steps of a model that was trained for them: each predicts the data, which go to the next node with fresh noise.
+
+    Args:
+        velocity, noise, text, source, nodes, on_step: as of `sample`.
+        seeds: of each sample; its noises are functions of its seed and the step, whatever the batch.
+    """
+    x = noise
+    for step, (s, s_next) in enumerate(zip(nodes[:-1].tolist(), nodes[1:].tolist(), strict=True)):
+        t, t_next = (torch.full((len(x),), value, device=x.device) for value in (s, s_next))
+        x = flow.predict_data(x, velocity(x, t, text, source), t)
+        if s_next:
+            fresh = [torch.randn(x.shape[1:], generator=generator(seed, "fresh noise", step)) for seed in seeds]
+            x = flow.interpolate(x, torch.stack(fresh).to(x), t_next)
+        if on_step is not None:
+            on_step()
+    return x
+
+
+@torch.no_grad()
 def sample_as_configured(
     config: Config,
     family: Family,
@@ -63,6 +92,7 @@ def sample_as_configured(
     *,
     steps: int,
     schedule: str,
+    seeds: Sequence[int] = (),
     negative: Text | None = None,
     on_step: Callable[[], None] | None = None,
 ) -> Tensor:
@@ -77,12 +107,17 @@ def sample_as_configured(
         source: source latents like noise, or None for the base model.
         steps: of the sampler.
         schedule: `uniform` or `shifted`.
+        seeds: of each sample, for the stochastic sampler.
         negative: the encoded negative text (one or B); None: no guidance.
         on_step: called after every step.
     """
     if negative is not None:
         boundary = family.boundary
         velocity = guided(velocity, negative, lambda t: config.cfg_at(boundary is None or bool(timesteps.is_high(t, boundary))), family)
+    if config.sample.solver == "stochastic":
+        assert len(seeds) == len(noise), "a seed a sample"
+        nodes = sampling_nodes(family, steps, schedule, tuple(noise.shape))
+        return sample_stochastic(velocity, noise, text, source, nodes, seeds, on_step)
     solver = None if config.sample.solver == "euler" else family.solver(steps, schedule, config.sample.solver)
     if solver is None:
         return sample(velocity, noise, text, source, sampling_nodes(family, steps, schedule, tuple(noise.shape)), on_step)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from byg_plugin.config.fields import Probability, Section, Shift
+from byg_plugin.families.spec import FamilySpec
 
 # objective.name -> its section, `module:Class`; that class names the objective. A new objective is one line here and its file.
 OBJECTIVES = {
     "unpaired_cycle": "byg_plugin.objectives.unpaired_cycle_config:UnpairedCycleConfig",
     "paired": "byg_plugin.objectives.paired_config:PairedConfig",
+    "np_edit": "byg_plugin.objectives.np_edit_config:NpEditConfig",
 }
 DEFAULT = "unpaired_cycle"
 
@@ -48,6 +51,31 @@ class ObjectiveConfig(Section):
     """What a tuple must have beyond its source and its four texts: "target"."""
     on_musubi: ClassVar[bool] = False
     """Whether musubi-tuner can be its host."""
+    takes_experts: ClassVar[bool] = True
+    """Whether it trains a family of two experts."""
+    repeats_passes: ClassVar[bool] = False
+    """Whether a step makes a pass twice and counts on one value of both."""
+    fresh_noises: ClassVar[int] = 0
+    """Noises of a sample beyond the first."""
+
+    @classmethod
+    def sampled(cls, section: Mapping[str, Any], spec: FamilySpec) -> dict[str, Any]:
+        """Defaults of `[sample]` for what it trains, from its own raw section; none: the family's."""
+        return {}
+
+    def texts_beside(self, spec: FamilySpec) -> dict[str, str]:
+        """Texts that no tuple has and that its steps need, by the names it finds their encodings by."""
+        return {}
+
+    @property
+    def few_steps(self) -> int | None:
+        """Steps of the stochastic sampler that it trains for; None: any sampler of the family."""
+        return None
+
+    @property
+    def criticised_from(self) -> int:
+        """Updates of the editor before the first one that asks a critic."""
+        return 0
 
     @property
     def criticised(self) -> bool:

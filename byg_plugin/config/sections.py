@@ -258,6 +258,11 @@ class TrainConfig(Section):
     lr_schedule: Literal["constant", "cosine"] = Field("constant", description="Shape after the warm-up; cosine ends at 0.")
     lr_warmup_steps: Steps = Field(0, description="Steps of linear warm-up of the learning rate.")
     max_grad_norm: Weight = Field(1.0, description="Gradients are clipped to this global norm; 0 = not clipped.")
+    skip_grad_norm: Weight = Field(
+        0.0,
+        description="An update whose gradient has a larger norm before clipping is left out: the weights stay, the moments decay, the step "
+        "counts; 0 = none is. One that is not finite ends the run.",
+    )
     mixed_precision: Literal["no", "bf16"] = Field("bf16", description="Autocast of the network's forward passes.")
     seed: Seed = Field(0, description="Seed of data order, t, noise and LoRA initialisation.")
     log_every: Annotated[int, Field(ge=1, le=10**8)] = Field(1, description="Steps between log lines.")
@@ -284,6 +289,11 @@ class TrainConfig(Section):
     def _check(self) -> TrainConfig:
         if self.sharding_offload and self.sharding == "none":
             raise ValueError("train.sharding_offload = true is for train.sharding = 'fsdp2', it is 'none': leave it out")
+        if 0 < self.skip_grad_norm <= self.max_grad_norm:
+            raise ValueError(
+                f"train.skip_grad_norm = {self.skip_grad_norm} leaves out what train.max_grad_norm = {self.max_grad_norm} would clip: set "
+                "it higher, or to 0"
+            )
         if self.optimizer == "muon" and self.betas is not None:
             raise ValueError(f"train.betas = {list(self.betas)} are AdamW's moment decays, train.optimizer = 'muon' has none: leave it out")
         return self
@@ -303,10 +313,11 @@ class SampleConfig(Section):
     )
     steps: SampleSteps = Field(20, description="Euler steps of an edit; at most 1,000, the network tells no more times apart.")
     schedule: Literal["uniform", "shifted"] = Field("shifted", description="Nodes of the sampler (family's own shift).")
-    solver: Literal["auto", "euler", "unipc", "unipc_diffusers"] = Field(
+    solver: Literal["auto", "euler", "unipc", "unipc_diffusers", "stochastic"] = Field(
         "auto",
         description="auto = what the family is published with: FLUX Euler, Wan unipc, which is UniPC at the times of Wan's own code; "
-        "unipc_diffusers takes those of diffusers' pipelines.",
+        "unipc_diffusers takes those of diffusers' pipelines; stochastic = each step predicts the edit and adds fresh noise (default of "
+        "objective.name = 'np_edit', with its steps and schedule and without guidance).",
     )
     cfg_high_noise: Scale | None = Field(
         None,
@@ -372,6 +383,21 @@ class Config(Section):
 
     @model_validator(mode="before")
     @classmethod
+    def _sampled_as_trained(cls, raw: Any) -> Any:
+        """An objective that trains for a sampler of its own. Runs before the family's defaults, which it stands above."""
+        objective, sample, model = (
+            (raw.get(name, {}) for name in ("objective", "sample", "model")) if isinstance(raw, dict) else (None,) * 3
+        )
+        chosen = SECTIONS_OF_OBJECTIVES.get(str(_objective_of(objective)))
+        family = model.get("family", ModelConfig.model_fields["family"].default) if isinstance(model, dict) else None
+        known = isinstance(family, str) and family in families.SPECS
+        if chosen is None or not known or not isinstance(sample, dict) or not isinstance(objective, dict):
+            return raw
+        defaults = chosen.sampled(objective, families.named(str(family)))
+        return {**raw, "sample": defaults | sample} if defaults else raw
+
+    @model_validator(mode="before")
+    @classmethod
     def _from_the_host(cls, raw: Any) -> Any:
         """Of the validators before, the one defined last runs first."""
         model = raw.get("model") if isinstance(raw, dict) else None
@@ -394,7 +420,11 @@ class Config(Section):
             raise ValueError(
                 f"conditioning.position = {self.conditioning.position!r} is not for {family}: one of {', '.join(map(repr, spec.positions))}"
             )
-        if self.sample.solver not in ("auto", "euler", *spec.solvers):
+        if not self.objective.takes_experts and spec.has_experts:
+            raise ValueError(
+                f"objective.name = {self.objective.name!r} unrolls one network, {family} has two experts: choose another model.family"
+            )
+        if self.sample.solver not in ("auto", "euler", "stochastic", *spec.solvers):
             raise ValueError(f"sample.solver = {self.sample.solver!r} is not {family}'s, leave it out")
         if spec.guidance != "classifier_free":
             for key in ("cfg_high_noise", "cfg_low_noise", "negative"):
@@ -487,6 +517,11 @@ class Config(Section):
             raise ValueError(f"model.quantization = {self.model.quantization!r} computes in 16 bit: set model.dtype = 'bfloat16'")
         if self.lora.forward == "merged":
             self._check_merged_forward()
+        if self.objective.repeats_passes and self.lora.dropout:
+            raise ValueError(
+                f"lora.dropout = {self.lora.dropout}: objective.name = {self.objective.name!r} makes each pass twice, and dropout would make "
+                "two different ones: set lora.dropout = 0"
+            )
         if self.objective.merges_rollout and self.model.offload_inactive_expert:
             raise ValueError(
                 "objective.rollout_weights = 'merged' is a second copy of both experts' linears on the device, which "

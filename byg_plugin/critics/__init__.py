@@ -61,7 +61,7 @@ def make_critic(config: Config, family: Family, device: torch.device, sources: S
     where = critic_device(critic, device)
     judge = vlm.load(critic, described, where)
     decoder = Decoder(family, family.load_vae(where), critic.tile, recompute=critic.gradient_checkpointing)
-    made = Critic(judge, decoder, critic)
+    made = Critic(judge, decoder, critic, config.objective.criticised_from)
     logger.info("critic: %s on %s, questions of version %d", described.path, where, VERSION)
     if critic.least_accuracy:
         pictures = [decoder.pixels(latents[None].to(where))[0] for latents in sources]

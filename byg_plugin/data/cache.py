@@ -427,8 +427,9 @@ def texts_of(tuples: Sequence[EditTuple]) -> list[str]:
 
 
 def texts_beside(config: Config) -> list[str]:
-    """Texts that no tuple has and that previews need: the branch that guidance leads away from."""
-    return [config.negative] if config.sample.every and config.negative is not None else []
+    """Texts that no tuple has: of the branch that guidance of previews leads away from, and those that the objective asks for."""
+    previews = [config.negative] if config.sample.every and config.negative is not None else []
+    return [*previews, *config.objective.texts_beside(config.model.spec).values()]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from byg_plugin.data.cache import Keys, Picture, Spec, Store, latent_store, lost
 from byg_plugin.data.rules import ROLES
 from byg_plugin.data.tuples import EditTuple, read_tuples
 from byg_plugin.models.base import Family
+from byg_plugin.objectives.base import Words
 from byg_plugin.randomness import generator
 from byg_plugin.texts import MASK, stack_texts
 
@@ -113,10 +114,14 @@ class CachedTuples(Dataset[dict[str, Any]]):
         return source.bucket if source.frames == 1 else (*source.bucket, source.frames)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """`source` (C, F, H, W), each text role as named tensors, `index`; `target` where the objective requires it."""
+        """`source` (C, F, H, W), each text role as named tensors, `words`, `index`; `target` where the objective requires it."""
         source, target = self._pictures[index]
         this = self.tuples[index].id
-        item: dict[str, Any] = {"index": index, "source": self._latent(source, f"{source.file}, source of tuple {this}")}
+        item: dict[str, Any] = {
+            "index": index,
+            "words": words_of(self.tuples[index]),
+            "source": self._latent(source, f"{source.file}, source of tuple {this}"),
+        }
         for role in ROLES:
             item[role] = self.encoding(text := getattr(self.tuples[index], role), f"{text!r}, {role} of tuple {this}")
         if target is not None:
@@ -183,6 +188,11 @@ def _alike(facts: Mapping[str, Hashable], groups: Mapping[str, Hashable]) -> set
     return {key for key, fact in facts.items() if fact == right[groups.get(key)]}
 
 
+def words_of(item: EditTuple) -> Words:
+    """A tuple's texts, for a batch."""
+    return Words(item.id, item.instruction, item.src_caption, item.tgt_caption, item.edit_type)
+
+
 def split_tuples(tuples: Sequence[EditTuple], validation_items: int) -> tuple[list[EditTuple], list[EditTuple]]:
     """(training, validation): whole sources in a stable random order go to validation until it has enough tuples.
 
@@ -233,7 +243,8 @@ def _held_out_rank(source: str) -> tuple[str, str, str]:
 
 def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Stack items of one bucket; text encodings stay named tensors."""
-    batch: dict[str, Any] = {"index": [item["index"] for item in items], "source": torch.stack([item["source"] for item in items])}
+    batch: dict[str, Any] = {name: [item[name] for item in items] for name in ("index", "words")}
+    batch["source"] = torch.stack([item["source"] for item in items])
     for role in ROLES:
         batch[role] = stack_texts([item[role] for item in items])
     if "target" in items[0]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from torch import Tensor, device, nn
 
 from byg_plugin.models.base import Family
-from byg_plugin.objectives.base import EDIT, Velocity, VelocityFields
+from byg_plugin.objectives.base import EDIT, FAKE, Velocity, VelocityFields
 
 if TYPE_CHECKING:
     from byg_plugin.config.sections import Config
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 
 class Host(VelocityFields, Protocol):
-    """What loop, previews and editing ask of a host beyond the three fields."""
+    """What loop, previews and editing ask of a host beyond its fields."""
 
     device: device
     networks: dict[str, nn.Module]
 
     @property
     def adapters(self) -> dict[str, Adapter]:
-        """All that is trained, `EDIT` first: the three fields, previews and LoRA files are of that one."""
+        """All that is trained, `EDIT` first: previews and LoRA files are of that one."""
         ...
 
     def live(self) -> AbstractContextManager[Velocity]:
@@ -88,7 +88,7 @@ def make_host(
     _check_adapters(config, adapters)
     from byg_plugin.hosts.diffusers import DiffusersHost
 
-    return DiffusersHost(config, family, where, fresh=fresh, sharding=sharding)
+    return DiffusersHost(config, family, where, fresh=fresh, adapters=adapters, sharding=sharding)
 
 
 def adapter_shapes(config: Config, family: Family, adapters: Sequence[str]) -> dict[str, dict[str, tuple[int, int]]]:
@@ -100,12 +100,12 @@ def adapter_shapes(config: Config, family: Family, adapters: Sequence[str]) -> d
     _check_adapters(config, adapters)
     from byg_plugin.hosts.diffusers import lora_layout
 
-    return {EDIT: lora_layout(config.lora, family)}
+    return dict.fromkeys(adapters, lora_layout(config.lora, family))
 
 
 def _check_adapters(config: Config, adapters: Sequence[str]) -> None:
-    if more := [name for name in adapters if name != EDIT]:
+    if more := [name for name in adapters if name not in (EDIT, FAKE)]:
         raise ValueError(
             f'objective.name = "{config.objective.name}" trains the weights {", ".join(more)} too, and model.host = "{config.model.host}" '
-            f"has {EDIT} alone: choose another objective or host"
+            f"has {EDIT} and {FAKE} alone: choose another objective or host"
         )

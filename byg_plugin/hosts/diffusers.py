@@ -1,4 +1,4 @@
-"""The embedded host: a diffusers network, a PEFT LoRA, and the three velocity fields over them."""
+"""The embedded host: a diffusers network, a PEFT LoRA or two, and the velocity fields over them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from byg_plugin.hosts.shards import make_shards
 from byg_plugin.lora import start as start_lora
 from byg_plugin.lora.formats import written_files
 from byg_plugin.models.base import Family
-from byg_plugin.objectives.base import EDIT, Text, Velocity
+from byg_plugin.objectives.base import EDIT, FAKE, Critique, Text, Velocity
+from byg_plugin.randomness import derived_seed
 
 if TYPE_CHECKING:
     from byg_plugin.config.sections import Config, LoraConfig
@@ -34,20 +35,32 @@ _ADAPTER = "byg"
 
 
 class DiffusersHost:
-    """Frozen experts with one trainable LoRA each, on a device. Implements `objectives.base.VelocityFields`.
+    """Frozen experts with one trainable LoRA each, or two by turns, on a device. Implements `objectives.base.VelocityFields`.
 
     Args:
         config: the whole configuration.
         family: the model family that loads the experts and calls them.
         device: where the networks live.
         fresh: start from `lora.init_from`, where it is set.
+        adapters: what is trained, `EDIT` first; `FAKE` is a second LoRA over the same frozen linears, which starts as the base.
         sharding: of the frozen weights; None: whole.
 
     Raises:
         ValueError: `lora.targets` matches nothing or something that is no linear, or an option cannot be honoured here.
     """
 
-    def __init__(self, config: Config, family: Family, device: torch.device, *, fresh: bool = True, sharding: Sharding | None = None):
+    critique: Critique | None = None
+
+    def __init__(
+        self,
+        config: Config,
+        family: Family,
+        device: torch.device,
+        *,
+        fresh: bool = True,
+        adapters: Sequence[str] = (EDIT,),
+        sharding: Sharding | None = None,
+    ):
         self.config, self.family, self.device = config, family, device
         dtype = getattr(torch, config.model.dtype)
         require_model_extras(config.model)
@@ -75,7 +88,7 @@ class DiffusersHost:
         self._lora_layers = [layer for network in self.networks.values() for layer in _lora_layers_of(network)]
         self._lora_slots = [slot for n in self.networks.values() for slot in _slots_of_lora_layers(n)]
         self.merged = MergedRollout(self._lora_layers, _ADAPTER)
-        self._edited = [MergedLinear(layer, _ADAPTER) for layer in self._lora_layers] if config.lora.forward == "merged" else None
+        self._edited = _one_product_each(self._lora_layers) if config.lora.forward == "merged" else None
         self._dropouts: list[nn.Module] = [d for layer in self._lora_layers for d in layer.lora_dropout.values()]
         self._every_lora = self._named_lora_parameters()
         self._residency: OneExpertOnDevice | None = None
@@ -90,12 +103,16 @@ class DiffusersHost:
             with start_lora.fitting(config.lora, "init_from"):
                 self.load_lora({n: v for n, v in started.items() if n in self.parameters or not config.lora.other_expert})
         self.ema_weights = EmaWeights(self.parameters, config.objective.ema_decay)
+        self._fake: _SecondLora | None = None
+        if FAKE in adapters:
+            assert len(self.networks) == 1, "the configuration refuses a second LoRA on two experts"
+            self._fake = _SecondLora(config, self._lora_layers, self._every_lora, device)
 
     def _networks(self, dtype: torch.dtype) -> Iterator[tuple[str, nn.Module]]:
         read = self.family.load_transformers(dtype)
         return read_on_first(read, self.family.meta_transformers()) if self.sharding else read
 
-    # --- the three velocity fields ---
+    # --- the velocity fields ---
 
     @contextmanager
     def edit(self) -> Iterator[Velocity]:
@@ -140,6 +157,13 @@ class DiffusersHost:
         What is made inside may be inference tensors, as in `ema`.
         """
         with self._placed([layer.base_layer for layer in self._lora_layers]), self._without_gradient():
+            yield self._base_velocity
+
+    @contextmanager
+    def fake(self) -> Iterator[Velocity]:
+        """The second LoRA in the first one's place, over the same frozen linears, trainable. Backward runs inside."""
+        assert self._fake is not None, "the objective has asked for the adapter"
+        with self._placed(self._fake.linears):
             yield self._base_velocity
 
     def _without_gradient(self) -> AbstractContextManager[Any]:
@@ -219,8 +243,9 @@ class DiffusersHost:
 
     @property
     def adapters(self) -> dict[str, Adapter]:
-        """The one LoRA that is trained here."""
-        return {EDIT: Adapter(self.parameters, self.ema_weights)}
+        """The LoRA that edits, and the second one where there is one."""
+        second = {} if self._fake is None else {FAKE: Adapter(self._fake.parameters, EmaWeights(self._fake.parameters, 0.0))}
+        return {EDIT: Adapter(self.parameters, self.ema_weights), **second}
 
     def set_strength(self, strength: float) -> None:
         """Scale of the LoRA's contribution; 1 = as trained."""
@@ -293,6 +318,33 @@ class DiffusersHost:
             if name.endswith(".lora_B.weight"):
                 value = value.float() / scale
             parameter.data.copy_(value)
+
+
+class _SecondLora:
+    """Another LoRA over the frozen linears of a first one. It stands outside the network until its layers are placed there.
+
+    Args:
+        config: the whole configuration.
+        layers: PEFT's layers of the first LoRA.
+        named: the first one's parameters, A before B of each layer, whose names the second one has too.
+        device: of the weights.
+    """
+
+    def __init__(self, config: Config, layers: Sequence[Any], named: Mapping[str, nn.Parameter], device: torch.device):
+        # PEFT wraps whatever stands in a module: here the very linears that the first LoRA's layers hold.
+        holder = nn.ModuleList([layer.base_layer for layer in layers])
+        rng = torch.Generator().manual_seed(derived_seed(config.train.seed, FAKE, 0))
+        _inject_lora(holder, config, r"\d+", device, rng)
+        own = _lora_layers_of(holder)
+        assert all(one.base_layer is other.base_layer for one, other in zip(own, layers, strict=True))
+        self.linears: list[Any] = _one_product_each(own) if config.lora.forward == "merged" else own
+        weights = [getattr(layer, side)[_ADAPTER].weight for layer in own for side in ("lora_A", "lora_B")]
+        self.parameters: dict[str, nn.Parameter] = dict(zip(named, weights, strict=True))
+        assert all(weight.shape == named[name].shape for name, weight in self.parameters.items())
+
+
+def _one_product_each(layers: Sequence[Any]) -> list[MergedLinear]:
+    return [MergedLinear(layer, _ADAPTER) for layer in layers]
 
 
 def _share_lora(first: nn.Module, *others: nn.Module) -> None:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from byg_plugin.families.geometry import Geometry
 
 _PREFIX = "byg."
+STOCHASTIC = "stochastic"
 _EXPERTS = {suffix: expert for expert, suffix in EXPERT_SUFFIXES.items()}
 
 
@@ -37,6 +38,8 @@ class LoraCard:
         weights: `live` or `ema`.
         step: optimizer steps that were made.
         host: where it is not the embedded one.
+        sampler: `stochastic` of a few-step editor: each step adds fresh noise, and nothing is guided.
+        steps: of that sampler, as it was trained.
     """
 
     boundary: float | None = None
@@ -58,6 +61,8 @@ class LoraCard:
     weights: str | None = None
     step: int | None = None
     host: str | None = None
+    sampler: str | None = None
+    steps: int | None = None
 
     @classmethod
     def of(
@@ -73,6 +78,10 @@ class LoraCard:
             video = {"boundary": family.boundary, "expert": suffix.removeprefix("_") or "both"}
         if family is not None and config.dataset.frames > 1:
             video |= {"frames": family.clip_frames(config.dataset.frames), "fps": config.fps}
+        few_steps: dict[str, Any] = {}
+        if config.objective.few_steps is not None:
+            assert config.objective.rollout is not None
+            few_steps = {"sampler": STOCHASTIC, "steps": config.objective.few_steps, "schedule": config.objective.rollout[1]}
         return cls(
             **video,
             version=__version__,
@@ -84,7 +93,7 @@ class LoraCard:
             alpha=config.lora.rank,  # the scale is folded into B
             base=base_name(base or config.model.part(_EXPERTS.get(suffix, "transformer"))),
             resolution=config.dataset.resolution,
-            schedule=config.sample.schedule,
+            **({"schedule": config.sample.schedule} | few_steps),
             targets=config.lora.targets or "",
             objective=config.objective.model_dump_json(),
             weights=weights,

@@ -15,7 +15,7 @@ import contextlib
 import inspect
 import io
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -25,7 +25,7 @@ from byg_plugin.hosts.ema import EmaWeights
 from byg_plugin.hosts.experts import by_expert
 from byg_plugin.hosts.lockstep import in_lockstep
 from byg_plugin.hosts.sharding import Shards
-from byg_plugin.objectives.base import Text, Velocity
+from byg_plugin.objectives.base import Critique, Text, Velocity
 
 
 class BlockSwap:
@@ -86,7 +86,7 @@ class Experts(Protocol):
 
 
 class MusubiFields:
-    """Implements `objectives.base.VelocityFields`.
+    """Implements `objectives.base.VelocityFields`, without a critic or a second LoRA.
 
     Args:
         network: the host's LoRA network, applied to the transformer.
@@ -100,6 +100,8 @@ class MusubiFields:
     Raises:
         ValueError: the network's modules cannot be taken off.
     """
+
+    critique: Critique | None = None
 
     def __init__(
         self,
@@ -159,6 +161,10 @@ class MusubiFields:
         finally:
             for module, forward in found:
                 module.forward = forward  # type: ignore[method-assign]
+
+    def fake(self) -> AbstractContextManager[Velocity]:
+        """Refused by the configuration: `ObjectiveConfig.on_musubi`."""
+        raise AssertionError("no second LoRA here")
 
     @contextmanager
     def _training(self, on: bool) -> Iterator[None]:

@@ -96,6 +96,8 @@ def check(config: Config) -> None:
     if not objective.on_musubi:
         able = ", ".join(repr(name) for name, section in SECTIONS_OF_OBJECTIVES.items() if section.on_musubi)
         raise ValueError(f"objective.name = {objective.name!r}: with model.host = 'musubi' only {able}; set model.host = 'diffusers'")
+    if objective.criticised:
+        raise ValueError("objective.critique_types asks a critic, which model.host = 'musubi' has not: leave it out")
     if objective.merges_rollout:
         raise ValueError("objective.rollout_weights = 'merged' is not for model.host = 'musubi': set it to 'swap'")
     if objective.joins_passes and config.musubi.get("blocks_to_swap"):

@@ -1,4 +1,4 @@
-"""What an objective sees: three velocity fields over one set of weights, a batch, and a way to differentiate.
+"""What an objective sees: velocity fields over one frozen network, a batch, a critic where it asks one, and a way to differentiate.
 
 Nothing here knows a host, a model family or a loop. A host supplies the fields; a loop draws noise and t, supplies
 `backward`, and steps the optimizer.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -21,6 +21,9 @@ Metrics = dict[str, Tensor]
 
 EDIT = "edit"
 """The adapter that edits: the first of every objective, the one of rollouts, previews and LoRA files."""
+
+FAKE = "fake"
+"""The adapter of a score network: what the editor's own results are distributed like. It never sees a source."""
 
 FULL, IDENTITY = "full", "identity"
 """Kinds of steps: all terms, the identity term alone."""
@@ -51,18 +54,24 @@ class Critique(Protocol):
 
 
 class VelocityFields(Protocol):
-    """One network in three states. Each context restores the state it found, also after an exception.
+    """One network in several states. Each context restores the state it found, also after an exception.
 
     `edit`: LoRA on, trainable; a backward of what it returned runs inside the context.
     `ema`: the rollout's weights (EMA, or the current ones with decay 0); no gradient.
     `base`: LoRA off, to the last bit the model without LoRA; never called with a source; no gradient.
+    `fake`: the LoRA `FAKE` in the other one's stead, trainable; never called with a source. Only where the objective trains it.
     """
+
+    critique: Critique | None
+    """The critic, where the objective asks one."""
 
     def edit(self) -> AbstractContextManager[Velocity]: ...
 
     def ema(self) -> AbstractContextManager[Velocity]: ...
 
     def base(self) -> AbstractContextManager[Velocity]: ...
+
+    def fake(self) -> AbstractContextManager[Velocity]: ...
 
 
 class Backward(Protocol):
@@ -106,6 +115,10 @@ class Batch:
     """Of the optimizer step, as the objective has planned it."""
     target: Tensor | None = None
     """y: the edited latents, where the objective requires them."""
+    fresh: tuple[Tensor, ...] = ()
+    """More noise like `noise`, as many tensors as `ObjectiveConfig.fresh_noises` says."""
+    beside: Mapping[str, Text] = field(default_factory=dict)
+    """Encodings of B of the texts that no tuple has, by the names of `ObjectiveConfig.texts_beside`."""
     words: tuple[Words, ...] = ()
     """Of each sample; none on a host whose caches have no texts."""
     updates: int = 0
@@ -142,7 +155,12 @@ class Objective(Protocol):
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """Names of the trainable sets of weights, `EDIT` first; each has an optimizer and an average of its own."""
+        """Names of the trainable sets of weights, `EDIT` first; each has an optimizer of its own."""
+        ...
+
+    @property
+    def averaged(self) -> tuple[str, ...]:
+        """Those of the adapters that have a moving average."""
         ...
 
     @property

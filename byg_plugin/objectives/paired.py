@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class Paired:
     """L_edit = ||(noise - y) - edit(y_t, t, c, x)||^2 with the true edited latents y. Knows no identity steps."""
 
-    adapters = (EDIT,)
+    adapters = averaged = (EDIT,)
     memory = StepMemory()
 
     def __init__(self, config: PairedConfig):

@@ -86,7 +86,7 @@ class Weights(NamedTuple):
 class UnpairedCycle:
     """See the module. `config` is the `[objective]` section."""
 
-    adapters = (EDIT,)
+    adapters = averaged = (EDIT,)
 
     def __init__(self, config: UnpairedCycleConfig):
         self.config = config

@@ -170,6 +170,8 @@ class AdapterLayout:
     """By the LoRA's names, the optimizer's state of that parameter once it has been trained."""
     trained: Callable[[int], int]
     """How many of the run's first steps train it."""
+    averaged: bool = True
+    """Whether it has a moving average, where the run's configuration has one."""
 
 
 Layout = Mapping[str, AdapterLayout]
@@ -305,7 +307,7 @@ def _difference(state: TrainingState, layout: Layout) -> str | None:
 
 def _adapter_difference(state: TrainingState, name: str, layout: AdapterLayout) -> str | None:
     adapter, prefix = state.adapters[name], "" if state.unnamed else f"{name}/"
-    averaged = layout.lora if state.config["objective"]["ema_decay"] else {}
+    averaged = layout.lora if layout.averaged and state.config["objective"]["ema_decay"] else {}
     found = [f"{TENSORS}: {prefix}lora/{text}" for text in _compared(adapter.lora, layout.lora)]
     found += [f"{TENSORS}: {prefix}ema/{text}" for text in _compared(adapter.ema, averaged)]
     return next(iter(found), None) or _optimizer_difference(adapter.optimizer, layout, layout.trained(state.step), f"{prefix}optimizer")

@@ -30,8 +30,8 @@ from byg_plugin.hosts.sharding import bytes_held
 from byg_plugin.lora.card import LoraCard
 from byg_plugin.lora.start import check_start
 from byg_plugin.models.base import Family
-from byg_plugin.objectives import make_objective
-from byg_plugin.objectives.base import EDIT, FULL, IDENTITY, Batch, Metrics
+from byg_plugin.objectives import make_objective, no_critic
+from byg_plugin.objectives.base import EDIT, FULL, IDENTITY, Batch, Critique, Metrics
 from byg_plugin.objectives.draws import share_of_high_noise, side_of
 from byg_plugin.progress import Progress
 from byg_plugin.randomness import derived_seed, generator
@@ -65,6 +65,7 @@ class Trainer:
         discard_later: go on from a checkpoint of `output.dir` that has later ones; they and their previews are renamed
             `discarded-step-...`, and lines of logs after it are dropped.
         launch: what the launcher asks for; None: plain processes.
+        critique: for an objective that asks one.
         on_step: called with the trainer after every optimizer step, on every rank, when all that belongs to the step is saved.
 
     Raises:
@@ -81,6 +82,7 @@ class Trainer:
         *,
         discard_later: bool = False,
         launch: Launch | None = None,
+        critique: Critique | None = None,
     ):
         self.config, self.family, self.accelerator = config, family, accelerator
         self.on_step = on_step
@@ -90,8 +92,12 @@ class Trainer:
         # Cheap checks first: nothing is loaded for a run that cannot start.
         self.resume_from = find_start(self.folder, resume, discard_later)
         self.objective = make_objective(config.objective)
+        if config.objective.criticised and critique is None:
+            raise ValueError(no_critic(config.objective.name))
         self.data = CachedTuples(config, family, "train")
         self.validation = CachedTuples(config, family, "validation") if config.dataset.validation_items else None
+        beside = config.objective.texts_beside(config.model.spec)
+        self.beside = {name: self.data.encoding(text) for name, text in beside.items()}
         self.batches = BucketBatches(self.data, config.train.batch_size, config.train.seed)
         state = None
         if self.resume_from:
@@ -103,6 +109,7 @@ class Trainer:
         self.host = make_host(
             config, family, accelerator.device, fresh=state is None, adapters=self.objective.adapters, sharding=launch.sharding
         )
+        self.host.critique = critique
         trained = {name: adapter.parameters for name, adapter in self.host.adapters.items()}
         self.watchdog = Watchdog(config.train.collective_timeout, accelerator.process_index, self._rescue)
         engine = make_engine(launch, config.train, trained, self.accumulation, accelerator.device)
@@ -148,7 +155,7 @@ class Trainer:
             found = state.adapters[name]
             for key, parameter in adapter.parameters.items():
                 parameter.data.copy_(found.lora[key])
-            if self.config.objective.ema_decay:
+            if adapter.ema.decay:
                 # A run that had no EMA goes on with one that starts at its weights.
                 adapter.ema.load(found.ema or found.lora)
         self.engine.load_state({name: adapter.optimizer for name, adapter in state.adapters.items()})
@@ -319,7 +326,7 @@ class Trainer:
         norms = self.engine.step(learning_rate(config.train, self.step), check)
         self.diagnosis.after_step(self.step + 1)
         self._update_ema()
-        kinds = {"identity_step": plan.kind == IDENTITY, **({} if high is None else {"high_noise_step": high})}
+        kinds = {"identity_step": plan.kind.partition("-")[0] == IDENTITY, **({} if high is None else {"high_noise_step": high})}
         flags = {name: torch.tensor(float(value), device=self.accelerator.device) for name, value in kinds.items()}
         return sums | _by_adapter("grad_norm", norms) | flags
 
@@ -365,6 +372,9 @@ class Trainer:
             high=high,
             t=t,
             target=examples.get("target"),
+            words=examples["words"],
+            beside=self.beside,
+            updates=sum(count for (adapter, _), count in self._steps_of.items() if adapter == EDIT),
         )
 
     # --- what is written ---
@@ -393,13 +403,12 @@ class Trainer:
     def _state(self) -> checkpoint.TrainingState:
         """What a checkpoint holds, whole on every process."""
         optimizers = self.engine.state()
-        averaged = bool(self.config.objective.ema_decay)
         return checkpoint.TrainingState(
             step=self.step,
             adapters={
                 name: checkpoint.AdapterState(
                     lora=self.engine.gathered(adapter.ema.live()),
-                    ema=self.engine.gathered(adapter.ema.state()) if averaged else {},
+                    ema=self.engine.gathered(adapter.ema.state()) if adapter.ema.decay else {},
                     optimizer=optimizers[name],
                 )
                 for name, adapter in self.host.adapters.items()

@@ -143,9 +143,10 @@ def _edits(config: Config, family: Family, host: Host, inputs: list[Inputs]) -> 
     latents = []
     weights = host.ema if sample.weights == "ema" else host.live
     for index, (source, text, negatives) in enumerate(inputs):
-        noise = sampling.seeded_noise(tuple(source.shape), sample.seed + index, host.device)
+        seed = sample.seed + index
+        noise = sampling.seeded_noise(tuple(source.shape), seed, host.device)
         with weights() as velocity:
-            edit = partial(sampling.sample_as_configured, config, family, velocity, noise, text, source)
+            edit = partial(sampling.sample_as_configured, config, family, velocity, noise, text, source, seeds=[seed])
             latents.append([source, *(edit(steps=sample.steps, schedule=sample.schedule, negative=each) for each in negatives)])
     return latents
 

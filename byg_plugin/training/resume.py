@@ -132,6 +132,7 @@ def _layout(config: Config, family: Family, objective: Objective, device: torch.
             lora={name: checkpoint.kind(torch.empty(shape, device="meta")) for name, shape in shapes.items()},
             optimizer=_optimizer_layout(config.train, shapes, device),
             trained=partial(_steps_of, adapter, objective, config.train.seed),
+            averaged=adapter in objective.averaged,
         )
         for adapter, shapes in adapter_shapes(config, family, objective.adapters).items()
     }

@@ -50,6 +50,8 @@ class Choice:
         raw["train"] |= {"save_every": 1, "validate_every": 2, "tracker": "none"}
         if self.objective == "unpaired_cycle":
             raw["objective"] |= {"rollout_steps": 2, "identity_warmup_steps": 1}
+        if self.objective == "np_edit":
+            raw["objective"] |= {"fake_updates": 1, "identity_warmup_steps": 0, "vlm": False}  # a critic has tests of its own
         return raw
 
 
@@ -62,7 +64,7 @@ CHOICES = [
 CHOICES += [Choice("flux", name) for name in OBJECTIVES if name not in {choice.objective for choice in CHOICES}]
 
 
-CANDIDATES = (True, False, 3, 2, 64, 0.5, 0.25, 1.5, 7.0, "other", [0.5, 0.5])
+CANDIDATES = (True, False, 3, 2, 64, 0.5, 0.25, 1.5, 7.0, "other", [0.5, 0.5], ["replace"])
 
 
 def others(section: str, key: str, raw: dict[str, dict[str, Any]]) -> list[Any]:

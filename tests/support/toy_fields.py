@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from byg_plugin.objectives.base import FULL, IDENTITY, Batch, Text
+from byg_plugin.objectives.base import FULL, IDENTITY, Batch, Critique, Text, Words
 
 CHANNELS, FRAMES, HEIGHT, WIDTH = 3, 1, 2, 2
 TOKENS = FRAMES * HEIGHT * WIDTH
@@ -85,10 +85,18 @@ class Call:
 
 
 class RecordedFields:
-    """`edit`, `ema` and `base` from three plain functions; records every call and enforces the contract of use."""
+    """`edit`, `ema`, `base` and `fake` from plain functions; records every call and enforces the contract of use."""
 
-    def __init__(self, edit: Callable[..., Tensor], ema: Callable[..., Tensor], base: Callable[..., Tensor]):
-        self.functions = {"edit": edit, "ema": ema, "base": base}
+    critique: Critique | None = None
+
+    def __init__(
+        self,
+        edit: Callable[..., Tensor],
+        ema: Callable[..., Tensor],
+        base: Callable[..., Tensor],
+        fake: Callable[..., Tensor] | None = None,
+    ):
+        self.functions = {"edit": edit, "ema": ema, "base": base} | ({"fake": fake} if fake else {})
         self.calls: list[Call] = []
         self.opened: list[str] = []
         self.active: str | None = None
@@ -102,7 +110,7 @@ class RecordedFields:
 
         def velocity(noisy: Tensor, t: Tensor, text: Text, source: Tensor | None) -> Tensor:
             assert self.active == state, f"{state} was called while {self.active} was active"
-            assert (source is None) == (state == "base"), f"{state} with source {type(source)}"
+            assert (source is None) == (state in ("base", "fake")), f"{state} with source {type(source)}"
             assert t.shape == noisy.shape[:1] and all(len(value) == len(noisy) for value in text.values())
             self.before_call(state)
             value = self.functions[state](noisy, t, text, source)
@@ -123,12 +131,15 @@ class RecordedFields:
     def base(self) -> Any:
         return self._context("base")
 
+    def fake(self) -> Any:
+        return self._context("fake")
+
     def of(self, state: str) -> list[Call]:
         return [call for call in self.calls if call.state == state]
 
 
 class ToyFields(RecordedFields):
-    """The toy network's three states.
+    """The toy network's states.
 
     EMA LoRA and base weights require gradient here, although nothing may give them one: a leak shows as a `.grad`.
     Args:
@@ -140,15 +151,17 @@ class ToyFields(RecordedFields):
         self.base_weights = {name: value.clone().requires_grad_() for name, value in self.weights.items()}
         self.lora = {name: value.requires_grad_() for name, value in toy_lora("live").items()}
         self.ema_lora = self.lora if current else {name: value.requires_grad_() for name, value in toy_lora("ema").items()}
+        self.fake_lora = {name: value.requires_grad_() for name, value in toy_lora("fake").items()}
         super().__init__(
             lambda *inputs: toy_network(self.weights, self.lora, *inputs),
             lambda *inputs: toy_network(self.weights, self.ema_lora, *inputs),
             lambda *inputs: toy_network(self.base_weights, None, *inputs),
+            lambda *inputs: toy_network(self.weights, self.fake_lora, *inputs),
         )
 
-    def gradients(self) -> dict[str, Tensor]:
-        """The LoRA's gradients; one that is missing is an error."""
-        gradients = {name: value.grad for name, value in self.lora.items()}
+    def gradients(self, lora: Lora | None = None) -> dict[str, Tensor]:
+        """A LoRA's gradients, by default the editor's; one that is missing is an error."""
+        gradients = {name: value.grad for name, value in (self.lora if lora is None else lora).items()}
         missing = [name for name, value in gradients.items() if value is None]
         assert not missing, f"no gradient for {missing}"
         return {name: value.clone() for name, value in gradients.items() if value is not None}
@@ -161,8 +174,10 @@ def toy_text(count: int, seed: str) -> Text:
     }
 
 
-def toy_batch(t: tuple[float, ...] = (0.13, 0.52, 0.87), seed: str = "batch", steps: int = 5, identity_step: bool = False) -> Batch:
-    """One sample for each t."""
+def toy_batch(
+    t: tuple[float, ...] = (0.13, 0.52, 0.87), seed: str = "batch", steps: int = 5, identity_step: bool = False, kind: str = ""
+) -> Batch:
+    """One sample for each t; every other one is a removal."""
     count = len(t)
     shape = (count, CHANNELS, FRAMES, HEIGHT, WIDTH)
     return Batch(
@@ -174,8 +189,11 @@ def toy_batch(t: tuple[float, ...] = (0.13, 0.52, 0.87), seed: str = "batch", st
         reverse_instruction=toy_text(count, f"{seed}/reverse_instruction"),
         t=torch.tensor(t, dtype=torch.float64),
         nodes=torch.linspace(1, 0, steps + 1, dtype=torch.float64),
-        kind=IDENTITY if identity_step else FULL,
+        kind=kind or (IDENTITY if identity_step else FULL),
         target=numbers(*shape, seed=f"{seed}/target"),
+        fresh=tuple(numbers(*shape, seed=f"{seed}/fresh {i}") for i in range(2)),
+        beside={name: toy_text(count, f"{seed}/{name}") for name in ("do_nothing", "negative")},
+        words=tuple(Words(f"{i}", "do it", "before", "after", ("remove", "add", None)[i % 3]) for i in range(count)),
     )
 
 

@@ -88,7 +88,7 @@ def test_adapters_that_are_none(tmp_path: Path, whole: Path, optimizers: Any, me
 class Alternating:
     """Trains the editor, and every third step a critic that learns the mean of what it would be shown."""
 
-    adapters = (EDIT, "critic")
+    adapters = averaged = (EDIT, "critic")
     memory = StepMemory()
 
     def __init__(self, config: Any):
@@ -191,5 +191,5 @@ def test_damage_of_the_second_adapter_is_named(tmp_path: Path, change: Any, mess
 def test_a_host_without_the_second_adapter_says_so_before_it_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(UnpairedCycleConfig, "implementation", f"{__name__}:Alternating")
     monkeypatch.setattr(DiffusersHost, "__init__", lambda *a, **k: pytest.fail("a model was loaded"))
-    with pytest.raises(ValueError, match='trains the weights critic too, and model.host = "diffusers" has edit alone'):
+    with pytest.raises(ValueError, match='trains the weights critic too, and model.host = "diffusers" has edit and fake alone'):
         make_trainer(run_config(tmp_path / "out"))

@@ -8,11 +8,11 @@ backward of an optimizer step. The frozen base may lie in shards: it has no grad
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from byg_plugin.config.sections import TrainConfig
 from byg_plugin.training.engine import Adapters, Trained
@@ -37,6 +37,7 @@ class PlainEngine(Replicas):
         self.accumulation = accumulation
         self.optimizers = {name: make_optimizer(train, parameters) for name, parameters in self.adapters.items()}
         self._max_norm = train.max_grad_norm or math.inf
+        self._most_norm = train.skip_grad_norm or math.inf
 
     def begin(self, trained: Collection[Trained]) -> None:
         """See `Engine`. What has gradients is what is trained."""
@@ -55,9 +56,12 @@ class PlainEngine(Replicas):
             norms[name] = torch.nn.utils.clip_grad_norm_(parameters, self._max_norm).to(self.device)
         try:
             check(norms)
-            for optimizer in self.optimizers.values():
+            for name, optimizer in self.optimizers.items():
+                left_out = bool(norms[name] > self._most_norm)
+                if left_out:
+                    _forget(self.adapters[name])
                 for group in optimizer.param_groups:
-                    group["lr"] = lr
+                    group["lr"] = 0.0 if left_out else lr
                 optimizer.step()
         finally:
             for optimizer in self.optimizers.values():
@@ -73,3 +77,10 @@ class PlainEngine(Replicas):
         for name, optimizer in self.optimizers.items():
             options = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": states[name]["state"], "param_groups": options})
+
+
+def _forget(parameters: Iterable[nn.Parameter]) -> None:
+    """Gradients of zeros: the optimizer counts its step, as a resumed run expects, and its moments learn nothing."""
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad.zero_()

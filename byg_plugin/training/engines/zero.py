@@ -43,6 +43,11 @@ class ZeroEngine(Replicas):
                 f"DeepSpeed ZeRO-{settings['zero_optimization']['stage']} trains one set of weights, here are {', '.join(adapters)}: "
                 "launch with stage 3, FSDP2 or plain multi-GPU"
             )
+        if train.skip_grad_norm:
+            raise ValueError(
+                f"train.skip_grad_norm = {train.skip_grad_norm}: DeepSpeed ZeRO-{settings['zero_optimization']['stage']} leaves out no "
+                "update; set it to 0, or launch with stage 3, FSDP2 or plain multi-GPU"
+            )
         (self._adapter,) = adapters
         named = adapters[self._adapter]
         self._parameters = list(named.values())

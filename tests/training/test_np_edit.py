@@ -1,0 +1,269 @@
+"""Runs of NP-Edit: two adapters by turns, killed and resumed, on two processes; what is saved and what is refused."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from byg_plugin.hosts.diffusers import DiffusersHost
+from byg_plugin.lora.card import LoraCard
+from byg_plugin.lora.files import read_lora
+from byg_plugin.objectives.base import EDIT, FAKE
+from byg_plugin.training import checkpoint
+from byg_plugin.training.loop import Trainer
+from tests.support.engine_runs import in_processes, sgd, use_optimizer, wake_up
+from tests.support.np_edit_training import NP_EDIT, LatentCritic, np_config, np_trainer, np_workspace
+from tests.support.tiny import curve, in_child, run_config
+from tests.support.training_runs import assert_same_run, kill
+
+pytestmark = pytest.mark.timeout(600)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The uninterrupted run."""
+    out = tmp_path_factory.mktemp("np-edit") / "out"
+    np_trainer(np_config(out)).run()
+    return out
+
+
+def kinds(config: Any) -> list[str]:
+    plan = np_trainer(config).objective.plan
+    return [plan(step, config.train.seed).kind for step in range(config.train.steps)]
+
+
+def weights(trainer: Trainer) -> dict[str, dict[str, Tensor]]:
+    found = {}
+    for name, adapter in trainer.host.adapters.items():
+        found[name] = {key: value.detach().clone() for key, value in adapter.parameters.items()}
+        if adapter.ema.decay:
+            found[name] |= {f"ema/{key}": value.clone() for key, value in adapter.ema.state().items()}
+    return found
+
+
+def test_each_step_moves_its_adapter_alone_and_the_base_never(tmp_path: Path):
+    critic = LatentCritic()
+    trainer = np_trainer(np_config(tmp_path / "out"), critic=critic)
+    wake_up(trainer, {"resume": None})
+    base = {name: p.clone() for name, p in trainer.host.networks["transformer"].named_parameters() if ".lora_" not in name}
+    seen = [weights(trainer)]
+    trainer.on_step = lambda it: seen.append(weights(it))
+    trainer.run()
+    plans = [trainer.objective.plan(step, 0) for step in range(10)]
+    assert {plan.kind.partition("-")[0] for plan in plans} == {"copy", "fake", "full", "identity"}, "every kind is in this run"
+    for step, (one, other) in enumerate(zip(seen, seen[1:], strict=False)):
+        moved = {name for name in one if any(not torch.equal(one[name][key], other[name][key]) for key in one[name])}
+        assert moved == set(plans[step].adapters), f"step {step}, {plans[step].kind}"
+        if moved == {EDIT}:
+            assert all(not torch.equal(one[EDIT][key], other[EDIT][key]) for key in one[EDIT]), "the average follows"
+    found = dict(trainer.host.networks["transformer"].named_parameters())
+    assert all(torch.equal(value, found[name]) for name, value in base.items())
+    lines = curve(tmp_path / "out")
+    assert [bool(line["grad_norm/fake"]) for line in lines] == [FAKE in plan.adapters for plan in plans]
+    assert [bool(line["grad_norm"]) for line in lines] == [EDIT in plan.adapters for plan in plans]
+    assert [bool(line["identity_step"]) for line in lines] == [plan.kind.startswith("identity") for plan in plans]
+    judged = [line for line, plan in zip(lines, plans, strict=True) if plan.kind.startswith("full")]
+    assert judged and all({"vlm", "dmd", "yes"} <= line.keys() for line in judged)
+
+
+def test_the_critic_hears_the_words_and_how_far_the_editor_is(tmp_path: Path):
+    critic = LatentCritic()
+    config = np_config(tmp_path / "out", objective={"identity_probability": 0.0}, train={"batch_size": 1, "global_batch_size": 2})
+    np_trainer(config, critic=critic).run()
+    # The copying step was the first update; two micro-steps each.
+    assert critic.updates == [1, 1, 2, 2, 3, 3]
+    assert all(words.startswith("add the ") for words in critic.words)
+
+
+def test_the_student_alone_is_the_product(whole: Path):
+    tensors, metadata = read_lora(whole / "byg_lora-ema.safetensors")
+    assert not [name for name in tensors if FAKE in name]
+    saved = load_file(whole / "checkpoints/step-000010" / checkpoint.TENSORS)
+    groups = {"/".join(name.split("/")[:2]) for name in saved}
+    assert groups == {"edit/lora", "edit/ema", "edit/optimizer", "fake/lora", "fake/optimizer"}
+    assert saved["edit/optimizer/0/step"] == 4 and saved["fake/optimizer/0/step"] == 6
+    card = LoraCard.from_metadata(metadata)
+    assert (card.sampler, card.steps, card.schedule) == ("stochastic", 4, "shifted")
+
+
+# --- kill -9 and resume ---
+
+
+def killed_in_step(trainer: Trainer, step: int) -> None:
+    original = trainer.diagnosis.before_step
+
+    def hook(*args: Any) -> None:
+        if trainer.step == step:
+            kill()
+        original(*args)
+
+    trainer.diagnosis.before_step = hook  # type: ignore[method-assign]
+
+
+def killed_after_backward(trainer: Trainer, step: int) -> None:
+    """Between the two calls of an unroll, or before the only one's optimizer."""
+    original = trainer.engine.backward
+
+    def hook(loss: Tensor, *, last: bool) -> float:
+        scale = original(loss, last=last)
+        if trainer.step == step:
+            kill()
+        return scale
+
+    trainer.engine.backward = hook  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    ("moment", "step"), [(killed_in_step, 4), (killed_in_step, 6), (killed_after_backward, 3), (killed_after_backward, 9)]
+)
+def test_killed_and_resumed_is_the_uninterrupted_run(tmp_path: Path, whole: Path, moment: Any, step: int):
+    config = np_config(tmp_path / "out")
+
+    def work() -> None:
+        trainer = np_trainer(config)
+        moment(trainer, step)
+        trainer.run()
+
+    assert in_child(work) == -signal.SIGKILL
+    np_trainer(config, "latest").run()
+    assert_same_run(tmp_path / "out", whole)
+    new, reference = (load_file(out / "checkpoints/step-000010" / checkpoint.TENSORS) for out in (tmp_path / "out", whole))
+    assert new.keys() == reference.keys() and all(torch.equal(value, reference[name]) for name, value in new.items())
+
+
+def test_a_resumed_run_depends_on_the_fake_score(tmp_path: Path, whole: Path):
+    """The comparison above would see a fake score that is lost."""
+    out = Path(shutil.copytree(whole, tmp_path / "out"))
+    for step in (8, 10):
+        shutil.rmtree(out / f"checkpoints/step-{step:06d}")
+    path = out / "checkpoints/step-000006" / checkpoint.TENSORS
+    tensors = load_file(path)
+    save_file({name: torch.zeros_like(v) if name.startswith("fake/lora") else v for name, v in tensors.items()}, path)
+    np_trainer(np_config(out), "latest").run()
+    new, reference = (load_file(each / "checkpoints/step-000010" / checkpoint.TENSORS) for each in (out, whole))
+    assert not all(torch.equal(new[name], reference[name]) for name in new if name.startswith("edit/lora"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: [t.pop(name) for name in list(t) if name.startswith("fake/lora")], r"fake/lora/.* is missing"),
+        (lambda t: t["fake/optimizer/0/step"].fill_(4), "has counted other steps than the run's 6"),
+        (lambda t: t.update({"fake/ema/x": torch.zeros(1)}), "fake/ema/x is not part of this run"),
+    ],
+)
+def test_damage_of_the_fake_score_is_named(tmp_path: Path, whole: Path, change: Any, message: str):
+    out = Path(shutil.copytree(whole, tmp_path / "out"))
+    path = out / "checkpoints/step-000010" / checkpoint.TENSORS
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=message):
+        np_trainer(np_config(out), "latest")
+
+
+def test_a_run_that_had_a_fake_score_goes_on_without_one_by_no_accident(tmp_path: Path, whole: Path):
+    out = Path(shutil.copytree(whole, tmp_path / "out"))
+    with pytest.raises(ValueError, match="adapter fake is not part of this run"):
+        np_trainer(np_config(out, objective={"dmd": False}), "latest")
+
+
+# --- processes ---
+
+
+def run_here(folder: str, cases: dict[str, dict[str, Any]]) -> None:
+    """In one of the processes: each case by SGD, which hides no factor."""
+    from accelerate import Accelerator
+
+    from byg_plugin.config.loading import parse_config
+    from byg_plugin.hosts.sharding import Sharding
+    from byg_plugin.models import make_family
+    from byg_plugin.training.launch import Launch
+
+    accelerator = Accelerator(cpu=True)
+    use_optimizer(sgd)
+    for engine, raw in cases.items():
+        config = parse_config(raw)
+        launch = Launch(sharding=Sharding(kind="fsdp2")) if engine == "fsdp2" else None
+        trainer = Trainer(config, make_family(config), accelerator, launch=launch, critique=LatentCritic())
+        wake_up(trainer, {"resume": None})
+        trainer.run()
+
+
+def test_two_processes_train_the_weights_of_one_also_over_shards(tmp_path: Path):
+    def made(name: str, **model: Any) -> dict[str, Any]:
+        train = {"steps": 7, "global_batch_size": 4, "batch_size": 1, "save_every": 0, "lr": 0.1, "weight_decay": 0.0}
+        objective = {"identity_warmup_steps": 1, "fake_updates": 1}
+        return np_config(tmp_path / name, train=train, objective=objective, model={"gradient_checkpointing": True}).model_dump(mode="json")
+
+    np_workspace()
+    in_processes(1, partial(run_here, str(tmp_path), {"plain": made("one")}), tmp_path / "logs")
+    in_processes(2, partial(run_here, str(tmp_path), {"plain": made("two"), "fsdp2": made("shards")}), tmp_path / "logs")
+    one, *others = (load_file(tmp_path / name / "checkpoints/step-000007" / checkpoint.TENSORS) for name in ("one", "two", "shards"))
+    for other in others:
+        assert one.keys() == other.keys()
+        assert max(float((one[name].float() - other[name].float()).abs().max()) for name in one) < 5e-6
+    losses = [[line["loss"] for line in curve(tmp_path / name)] for name in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+# --- starts, options, refusals ---
+
+
+def test_it_starts_from_a_lora_of_the_unpaired_cycle(tmp_path: Path, reference: Path):
+    start = reference / "byg_lora.safetensors"
+    trainer = np_trainer(np_config(tmp_path / "out", lora={"init_from": str(start)}))
+    saved, _ = read_lora(start)
+    assert all(
+        torch.equal(saved[name], value.detach()) for name, value in trainer.host.adapters[EDIT].parameters.items() if "lora_A" in name
+    )
+    assert not any(value.any() for name, value in trainer.host.adapters[FAKE].parameters.items() if "lora_B" in name), (
+        "the fake is the base"
+    )
+
+
+def test_without_a_critic_it_does_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from accelerate import Accelerator
+
+    from byg_plugin.models import make_family
+
+    monkeypatch.setattr(DiffusersHost, "__init__", lambda *a, **k: pytest.fail("a model was loaded"))
+    config = np_config(tmp_path / "out")
+    with pytest.raises(ValueError, match=r"asks a critic, .*objective\.vlm = false"):
+        Trainer(config, make_family(config), Accelerator(cpu=True))
+
+
+def test_the_texts_that_no_tuple_has_are_asked_of_the_cache(tmp_path: Path):
+    config = run_config(tmp_path / "out", objective=NP_EDIT)
+    with pytest.raises(ValueError, match=r"2 of \d+ texts are not cached .*do nothing\."):
+        np_trainer(config)
+
+
+def test_validation_and_previews_by_the_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    config = np_config(
+        tmp_path / "out", train={"steps": 4, "validate_every": 4}, dataset={"validation_items": 1}, sample={"every": 4, "items": 1}
+    )
+    assert (config.sample.solver, config.sample.steps) == ("stochastic", 4)
+    np_trainer(config).run()
+    (line,) = curve(tmp_path / "out", "validation.jsonl")
+    assert {"validation/loss", "validation/dmd", "validation/vlm", "validation/yes"} <= line.keys()
+    assert (tmp_path / "out/previews/step-000004/000.png").is_file()
+
+
+def test_a_gradient_beyond_the_limit_is_left_out_and_counted(tmp_path: Path):
+    train = {"steps": 4, "skip_grad_norm": 1e-6, "max_grad_norm": 0.0}
+    trainer = np_trainer(np_config(tmp_path / "out", train=train))
+    before = weights(trainer)
+    trainer.run()
+    after = weights(trainer)
+    assert all(torch.equal(before[a][key], after[a][key]) for a in before for key in before[a] if not key.startswith("ema/"))
+    np_trainer(np_config(tmp_path / "out", train=train | {"steps": 6}), "latest").run()
+    assert all(line["grad_norm"] + line["grad_norm/fake"] > 1e-6 for line in curve(tmp_path / "out"))
