@@ -91,10 +91,6 @@ def main() -> None:
 
     device = resolve_device(config.model.device)
     require_model_extras(config.model)
-    if config.objective.criticised:
-        from byg_plugin.critics import check_critic
-
-        check_critic(config)
     family = make_family(config)
     if args.dry_run:
         if os.environ.get("RANK", "0") == "0":  # under a launcher once
@@ -145,8 +141,7 @@ def train(config: Config, family: Family, device: Any, resume: str | None, *, di
     check_processes(accelerator)
     folder = Path(config.output.dir)
     with alone_in(folder, "output.dir") if accelerator.is_main_process else nullcontext():
-        critique = _critic(config, family, accelerator.device) if config.objective.criticised else None
-        trainer = Trainer(config, family, accelerator, resume, discard_later=discard_later, launch=launch, critique=critique)
+        trainer = Trainer(config, family, accelerator, resume, discard_later=discard_later, launch=launch)
         if accelerator.is_main_process:
             _write_beside(config, versions(), make_room(trainer.checkpoints))
         if tracker:
@@ -160,19 +155,6 @@ def train(config: Config, family: Family, device: Any, resume: str | None, *, di
             _end_tracker(accelerator)
     _cli.say(f"LoRA: {lora}", accelerator.is_main_process)
     return lora
-
-
-def _critic(config: Config, family: Family, device: Any) -> Any:
-    """The critic, tried with the first few pictures that are trained on."""
-    from byg_plugin.critics import make_critic
-    from byg_plugin.data.dataset import CachedTuples
-
-    data = CachedTuples(config, family, "train")
-    first = {item.source: index for index, item in reversed(list(enumerate(data.tuples)))}
-    return make_critic(config, family, device, [data[index]["source"] for index in sorted(first.values())[:_TRIED]])
-
-
-_TRIED = 8  # pictures
 
 
 def _leave() -> None:

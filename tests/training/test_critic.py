@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from accelerate import Accelerator
 
 from byg_plugin import train_network
 from byg_plugin.config.sections import Config
 from byg_plugin.models import make_family
+from byg_plugin.training import loop
 from byg_plugin.training.loop import Trainer
 from tests.support.np_edit_training import np_config
 from tests.support.tiny import curve
@@ -29,8 +29,7 @@ def config(out: Path, **critic: Any) -> Config:
 
 
 def trainer(one: Config, resume: str | None = None) -> Trainer:
-    family = make_family(one)
-    return Trainer(one, family, Accelerator(cpu=True), resume, critique=train_network._critic(one, family, torch.device("cpu")))
+    return Trainer(one, make_family(one), Accelerator(cpu=True), resume)
 
 
 def test_a_run_asks_it_and_a_resumed_one_goes_on_the_same(tmp_path: Path):
@@ -83,6 +82,6 @@ def test_a_blind_critic_ends_the_run_before_the_base_is_read(tmp_path: Path, mon
 
 def test_no_critic_ends_the_run_before_anything_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     one = config(tmp_path / "out", path=None)
-    monkeypatch.setattr(train_network, "train", None)
+    monkeypatch.setattr(loop, "CachedTuples", None)
     with pytest.raises(ValueError, match='objective.name = "np_edit" asks a critic: set critic.path'):
         command(one, tmp_path, monkeypatch)
