@@ -60,7 +60,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--steps",
         type=whole_number(1, 1000),
-        help="steps of the sampler, at most 1000 (default: sample.steps of --config, or 20; Wan: the published 40 or 50)",
+        help="steps of the sampler, at most 1000 (default: the LoRA's, if it is trained for few; else sample.steps of --config, or 20; "
+        "Wan: the published 40 or 50)",
     )
     parser.add_argument(
         "--schedule",
@@ -78,8 +79,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--solver",
-        choices=["auto", "euler", "unipc", "unipc_diffusers"],
-        help="default: the configuration's, or auto (Wan: unipc, at Wan's own times)",
+        choices=["auto", "euler", "unipc", "unipc_diffusers", "stochastic"],
+        help="default: the LoRA's, the configuration's, or auto (Wan: unipc, at Wan's own times)",
     )
     parser.add_argument(
         "--cfg-high", type=number(1, 100), help="Wan: guidance scale of the (high-noise) expert, 1 = none (default: published)"

@@ -55,6 +55,8 @@ class ObjectiveConfig(Section):
     """Whether it trains a family of two experts."""
     repeats_passes: ClassVar[bool] = False
     """Whether a step makes a pass twice and counts on one value of both."""
+    may_ask_none: ClassVar[bool] = False
+    """Whether `[critic]` may stand where no critic is asked: an ablation by one key leaves the rest of a recipe as it is."""
     fresh_noises: ClassVar[int] = 0
     """Noises of a sample beyond the first."""
 
@@ -67,6 +69,10 @@ class ObjectiveConfig(Section):
         """Texts that no tuple has and that its steps need, by the names it finds their encodings by."""
         return {}
 
+    def doubts(self, spec: FamilySpec) -> tuple[str, ...]:
+        """What may be no good with a family, as warnings."""
+        return ()
+
     @property
     def few_steps(self) -> int | None:
         """Steps of the stochastic sampler that it trains for; None: any sampler of the family."""
@@ -76,6 +82,11 @@ class ObjectiveConfig(Section):
     def criticised_from(self) -> int:
         """Updates of the editor before the first one that asks a critic."""
         return 0
+
+    @property
+    def asked_types(self) -> tuple[str, ...]:
+        """Edit types that a user has named, each of which some tuple must have."""
+        return ()
 
     @property
     def criticised(self) -> bool:

@@ -481,14 +481,20 @@ class Config(Section):
     @model_validator(mode="after")
     def _check_critic(self) -> Config:
         for key in self.critic.model_fields_set:
-            if not self.objective.criticised and getattr(self.critic, key) != CriticConfig.model_fields[key].default:
+            if (
+                not (self.objective.criticised or self.objective.may_ask_none)
+                and getattr(self.critic, key) != CriticConfig.model_fields[key].default
+            ):
                 raise ValueError(
                     f"critic.{key} is for objectives that ask a critic, objective.name = {self.objective.name!r} asks none: leave it out"
                 )
         if self.critic.quantization == "nf4" and self.critic.dtype == "float32":
             raise ValueError("critic.quantization = 'nf4' computes in 16 bit: set critic.dtype = 'bfloat16'")
         if self.objective.criticised and self.dataset.frames > 1:
-            raise ValueError(f"dataset.frames = {self.dataset.frames}: a critic looks at single pictures; set dataset.frames = 1")
+            raise ValueError(
+                f"dataset.frames = {self.dataset.frames}: a critic looks at single pictures; set dataset.frames = 1 (or another "
+                "model.family), or ask none (objective.vlm = false, or leave objective.critique_types out)"
+            )
         return self
 
     @model_validator(mode="after")
@@ -519,8 +525,8 @@ class Config(Section):
             self._check_merged_forward()
         if self.objective.repeats_passes and self.lora.dropout:
             raise ValueError(
-                f"lora.dropout = {self.lora.dropout}: objective.name = {self.objective.name!r} makes each pass twice, and dropout would make "
-                "two different ones: set lora.dropout = 0"
+                f"lora.dropout = {self.lora.dropout}: objective.name = {self.objective.name!r} makes each pass twice, and dropout "
+                "would make two different ones: set lora.dropout = 0"
             )
         if self.objective.merges_rollout and self.model.offload_inactive_expert:
             raise ValueError(

@@ -111,6 +111,7 @@ class EditPipeline:
             tensors, _ = read_named(lora, family)
             raw["lora"] = request.lora_section(tensors, family)
         request.refuse_unused(family, {"guidance": guidance, **sampler})
+        request.refuse_guided(card, sampler)
         if guidance is not None:
             raw["conditioning"]["guidance"] = guidance
         if resolution is not None:
@@ -239,6 +240,7 @@ class EditPipeline:
                 latents,
                 steps=steps or self.config.sample.steps,
                 schedule=schedule or self.config.sample.schedule,
+                seeds=seeds,
                 negative=None if negative is None else self._text_batch([negative]),
                 on_step=on_step,
             )

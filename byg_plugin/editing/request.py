@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from byg_plugin import families
-from byg_plugin.lora.card import KEYS, LoraCard
+from byg_plugin.lora.card import KEYS, STOCHASTIC, LoraCard
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,6 +53,7 @@ def sections_of(card: LoraCard, config: Config | None, model: Mapping[str, Any])
             section |= {"host": "diffusers", "host_path": None}
     if card.schedule is not None:
         raw["sample"]["schedule"] = card.schedule
+    raw["sample"] |= _few_steps_of(card)
     if family != expected:
         raise ValueError(f"the LoRA was trained for {family!r}, the base model is {expected!r}")
     if "path" in model:
@@ -99,7 +100,7 @@ def refuse_unused(family: str, given: Mapping[str, Any]) -> None:
     else:
         foreign = ["cfg_high_noise", "cfg_low_noise", "negative"]
         remedy = "its guidance is the embedding, guidance (--guidance)"
-    if given.get("solver") not in (None, "auto", "euler", *spec.solvers):
+    if given.get("solver") not in (None, "auto", "euler", STOCHASTIC, *spec.solvers):
         foreign.append("solver")
     if unused := [f"{name} ({_OPTIONS[name]}) = {given[name]!r}" for name in foreign if given.get(name) is not None]:
         raise ValueError(f"{', '.join(unused)}: not for {family}, leave it out; {remedy}")
@@ -115,6 +116,38 @@ def guidance_scales(config: Config) -> dict[str, float]:
 def _guidance_of(card: LoraCard) -> dict[str, Any]:
     """Without the embedding, what stood in the configuration was not used."""
     return {"guidance": card.guidance} if families.named(str(card.family)).guidance == "embedding" else {}
+
+
+def _few_steps_of(card: LoraCard) -> dict[str, Any]:
+    """`[sample]` of a LoRA that was trained for few steps of its own sampler.
+
+    Raises:
+        ValueError: the sampler is unknown here.
+    """
+    if card.sampler is None:
+        return {}
+    if card.sampler != STOCHASTIC or card.steps is None:
+        raise ValueError(
+            f"its metadata say {KEYS['sampler']} = {card.sampler!r} and {KEYS['steps']} = {card.steps}: this version samples "
+            f'"{STOCHASTIC}" in a number of steps; update byg_plugin'
+        )
+    spec = families.named(str(card.family))
+    guided = {"cfg_high_noise": spec.unguided, "negative": None} if spec.guidance == "classifier_free" else {}
+    return {"solver": card.sampler, "steps": card.steps, **guided}
+
+
+def refuse_guided(card: LoraCard, given: Mapping[str, Any]) -> None:
+    """Few-step LoRAs are trained without guidance.
+
+    Raises:
+        ValueError: names the keyword and the command's option.
+    """
+    keys = ("cfg_high_noise", "cfg_low_noise", "negative")
+    if card.sampler is not None and (guided := [key for key in keys if given.get(key) is not None]):
+        raise ValueError(
+            f"{guided[0]} ({_OPTIONS[guided[0]]}) = {given[guided[0]]!r}: this LoRA edits in {card.steps} steps without guidance, leave it "
+            "out"
+        )
 
 
 def _native_size(family: str) -> dict[str, Any]:

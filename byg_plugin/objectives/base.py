@@ -6,9 +6,9 @@ Nothing here knows a host, a model family or a loop. A host supplies the fields;
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -123,6 +123,23 @@ class Batch:
     """Of each sample; none on a host whose caches have no texts."""
     updates: int = 0
     """Optimizer steps that have trained the adapter `EDIT` before this one."""
+
+    def rows(self, which: Sequence[int]) -> Batch:
+        """Some of its samples."""
+
+        def some(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: value[list(which)] for name, value in tensors.items()}
+
+        texts = {name: some(getattr(self, name)) for name in ("src_caption", "tgt_caption", "instruction", "reverse_instruction")}
+        return replace(
+            self,
+            **some({"source": self.source, "noise": self.noise, "t": self.t}),
+            **texts,
+            target=None if self.target is None else self.target[list(which)],
+            fresh=tuple(noise[list(which)] for noise in self.fresh),
+            beside={name: some(text) for name, text in self.beside.items()},
+            words=tuple(self.words[i] for i in which),
+        )
 
     @property
     def identity_step(self) -> bool:

@@ -24,6 +24,7 @@ class NpEditConfig(ObjectiveConfig):
     implementation: ClassVar[str] = "byg_plugin.objectives.np_edit:NpEdit"
     takes_experts: ClassVar[bool] = False
     repeats_passes: ClassVar[bool] = True
+    may_ask_none: ClassVar[bool] = True
     fresh_noises: ClassVar[int] = 2
 
     name: Literal["np_edit"] = Field("np_edit", description="NP-Edit; no pairs, a few-step editor.")
@@ -70,6 +71,15 @@ class NpEditConfig(ObjectiveConfig):
         texts = {DO_NOTHING: "do nothing."} if self.identity_probability else {}  # [R]
         return texts | ({NEGATIVE: spec.negative} if self.guided else {})
 
+    def doubts(self, spec: FamilySpec) -> tuple[str, ...]:
+        """See `ObjectiveConfig.doubts`."""
+        if not self.guided or spec.guidance != "embedding":
+            return ()
+        return (
+            f"{spec.name} is distilled from a guided model: objective.guidance = {self.guidance} and objective.strong_guidance = "
+            f"{self.strong_guidance} guide its teacher a second time, beyond conditioning.guidance; 1 and 1 leave it as it is",
+        )
+
     @property
     def guided(self) -> bool:
         """Whether the teacher has a second branch."""
@@ -101,8 +111,8 @@ class NpEditConfig(ObjectiveConfig):
         if steps > first or self.identity_warmup_steps:
             return None
         return (
-            f"train.steps = {steps} are all steps of the fake score, objective.fake_updates = {self.fake_updates} of which come before each "
-            f"one of the editor: nothing would be edited; set train.steps to {first + 1} or more"
+            f"train.steps = {steps} are all steps of the fake score, objective.fake_updates = {self.fake_updates} of which come before "
+            f"each one of the editor: nothing would be edited; set train.steps to {first + 1} or more"
         )
 
     @model_validator(mode="after")

@@ -23,6 +23,9 @@ Two options compute less, neither is the paper's. `rollout_solver = "ab2"` makes
 `reverse_rate` below 1 a coin of the optimizer step leaves a term out, and where it stays it counts 1 / rate: the mean over the coins is
 the whole gradient. A step without the reverse pass needs no y_0 and no frozen velocities at x_t.
 
+With `critique_types` a critic judges y_hyb of the samples of those edit types: its gradient with respect to y_hyb, taken in a graph of its
+own, is added to g. Not the paper's.
+
 Everything without gradient comes first, then forward-backward pairs: the one order in which swapped blocks, swapped
 experts and recomputed activations see the weights they were made with.
 """
@@ -212,6 +215,16 @@ class UnpairedCycle:
             loss, metrics = loss + self.lambda_prior * prior, metrics | more
         return weight * loss, metrics
 
+    def _critique(self, fields: VelocityFields, batch: Batch, y: Tensor) -> tuple[Tensor, Metrics]:
+        """The critic's loss of the samples that it is asked about, as a mean over the batch: 0 where there is none."""
+        asked = [row for row, words in enumerate(batch.words) if words.edit_type in self.config.critique_types]
+        if not asked:
+            return y.new_zeros(()), {"critique": y.new_zeros(())}
+        assert fields.critique is not None, "the loop gives a critic to who asks one"
+        judged, _ = fields.critique(y[asked], batch.rows(asked), identity_question=True)
+        loss = judged * (len(asked) / len(y))
+        return self.config.critique_weight * loss, {"critique": loss.detach()}
+
     def _identity_loss(self, v_id: Tensor, batch: Batch, weight: float) -> tuple[Tensor, Metrics]:
         identity = self._reconstruction(v_id, batch)
         return weight * self.config.lambda_id * identity, {"identity": identity.detach()}
@@ -253,6 +266,14 @@ class UnpairedCycle:
                 assert leaf is not None
                 leaf = leaf.detach().clone().requires_grad_(backward is not None)
 
+            judged = None
+            if leaf is not None and self.config.criticised:
+                loss, metrics = self._critique(fields, batch, leaf)
+                terms.add(weights.reverse * loss, metrics)
+                if loss.requires_grad:
+                    (judged,) = torch.autograd.grad(weights.reverse * loss, leaf)
+                del loss
+
             if weights.identity and not (leaf is not None and self.config.merge_identity):
                 loss = terms.add(*self._identity_loss(velocity(x_t, t, c_bar, x), batch, weights.identity))
                 differentiate(loss, last=not self._reverse_pass)
@@ -279,6 +300,8 @@ class UnpairedCycle:
                 assert leaf.grad is not None, "the network cut the gradient at its source tokens: the cycle would train nothing"
                 # dL/dy_hyb of the unscaled loss: the loop's factor is in leaf.grad and would enter a second time here.
                 g = leaf.grad / scale
+                if judged is not None:
+                    g = g + judged
                 loss = loss + (g * flow.predict_data(y_t, v_fwd, t)).sum()
             differentiate(loss, last=True)
         return terms.metrics()
@@ -305,6 +328,9 @@ class UnpairedCycle:
                     assert y_0 is not None
                     y_hyb = y_0.detach() + (y_hat - y_hat.detach())  # Eq. 4: value of y_0, gradient of y_hat
                 loss = loss + terms.add(*self._reverse_loss(velocity(x_t, t, c_bar, y_hyb), batch, reverse, weights.reverse))
+                if self.config.criticised:
+                    judged, metrics = self._critique(fields, batch, y_hyb)
+                    loss = loss + terms.add(weights.reverse * judged, metrics)
             if weights.identity:
                 loss = loss + terms.add(*self._identity_loss(velocity(x_t, t, c_bar, x), batch, weights.identity))
             if backward is not None:

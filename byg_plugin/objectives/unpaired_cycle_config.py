@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from byg_plugin.config.fields import Probability, Rate, Steps, Weight
+from byg_plugin.config.fields import EditTypes, Probability, Rate, Steps, Weight
 from byg_plugin.config.objective import EmaDecay, LawOfT, LeastT, MostT, ObjectiveConfig, ShiftOfT
 
 
@@ -50,6 +50,10 @@ class UnpairedCycleConfig(ObjectiveConfig):
         "more memory; equal up to the rounding of model.dtype.",
     )
     merge_identity: bool = Field(False, description="Batch the identity pass with the reverse pass (small inputs; more memory).")
+    critique_types: EditTypes = Field(
+        (), description='Values of a tuple\'s `edit_type` whose edits a critic ([critic]) judges too, e.g. ["remove"]; none = no critic.'
+    )
+    critique_weight: Weight = Field(0.02, description="Weight of the critic's loss.")
     routing: bool = Field(True, description="Ablation: false conditions the reverse pass on the one-step prediction.")
     bootstrap: bool = Field(True, description="Ablation: false feeds x_t instead of the rollout's y_t.")
     cycle: bool = Field(True, description="Ablation: false drops the cycle loss (the reverse prior stays).")
@@ -65,6 +69,16 @@ class UnpairedCycleConfig(ObjectiveConfig):
     def merges_rollout(self) -> bool:
         """See `ObjectiveConfig.merges_rollout`."""
         return self.rollout_weights == "merged"
+
+    @property
+    def asked_types(self) -> tuple[str, ...]:
+        """See `ObjectiveConfig.asked_types`."""
+        return self.critique_types
+
+    @property
+    def criticised(self) -> bool:
+        """See `ObjectiveConfig.criticised`."""
+        return bool(self.critique_types)
 
     @property
     def joins_passes(self) -> bool:
@@ -104,6 +118,18 @@ class UnpairedCycleConfig(ObjectiveConfig):
             raise ValueError(
                 f"objective.identity_rate = {self.identity_rate} leaves steps without the identity term, and nothing else is "
                 "trained: set it to 1"
+            )
+        if self.critique_types and not prior and not (self.lambda_cycle and self.cycle):
+            raise ValueError(
+                f"objective.critique_types = {list(self.critique_types)}: the critic judges the edit that the reverse pass is conditioned "
+                "on, and without cycle and prior there is none: leave it out"
+            )
+        if self.critique_types and not self.critique_weight:
+            raise ValueError("objective.critique_weight = 0 would ask a critic for nothing: leave objective.critique_types out")
+        if not self.critique_types and self.critique_weight != UnpairedCycleConfig.model_fields["critique_weight"].default:
+            raise ValueError(
+                f"objective.critique_weight = {self.critique_weight} weighs a critic that objective.critique_types does not ask: leave it "
+                "out"
             )
         if self.merge_identity and self.graph == "joint":
             raise ValueError("objective.merge_identity batches passes of graph = 'sequential'; set one of the two")

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from byg_plugin.config.sections import Config
+from byg_plugin.critics import check_critic, make_critic
 from byg_plugin.data.dataset import BucketBatches, CachedTuples, collate
 from byg_plugin.families import EXPERT_SUFFIXES
 from byg_plugin.folders import set_aside
@@ -30,7 +31,7 @@ from byg_plugin.hosts.sharding import bytes_held
 from byg_plugin.lora.card import LoraCard
 from byg_plugin.lora.start import check_start
 from byg_plugin.models.base import Family
-from byg_plugin.objectives import make_objective, no_critic
+from byg_plugin.objectives import make_objective
 from byg_plugin.objectives.base import EDIT, FULL, IDENTITY, Batch, Critique, Metrics
 from byg_plugin.objectives.draws import share_of_high_noise, side_of
 from byg_plugin.progress import Progress
@@ -47,6 +48,7 @@ from byg_plugin.version import versions
 
 logger = get_logger(__name__)
 
+PROBED_SOURCES = 16  # pictures that a critic is tried with
 VALIDATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
@@ -65,7 +67,7 @@ class Trainer:
         discard_later: go on from a checkpoint of `output.dir` that has later ones; they and their previews are renamed
             `discarded-step-...`, and lines of logs after it are dropped.
         launch: what the launcher asks for; None: plain processes.
-        critique: for an objective that asks one.
+        critique: for an objective that asks one; None: that of `[critic]`.
         on_step: called with the trainer after every optimizer step, on every rank, when all that belongs to the step is saved.
 
     Raises:
@@ -93,9 +95,14 @@ class Trainer:
         self.resume_from = find_start(self.folder, resume, discard_later)
         self.objective = make_objective(config.objective)
         if config.objective.criticised and critique is None:
-            raise ValueError(no_critic(config.objective.name))
+            check_critic(config)
         self.data = CachedTuples(config, family, "train")
         self.validation = CachedTuples(config, family, "validation") if config.dataset.validation_items else None
+        if missing := set(config.objective.asked_types) - {item.edit_type for item in self.data.tuples}:
+            raise ValueError(
+                f"objective.critique_types: no tuple has edit_type = {', '.join(map(repr, sorted(missing)))}, so the critic would never be "
+                "asked; name types of dataset.tuples"
+            )
         beside = config.objective.texts_beside(config.model.spec)
         self.beside = {name: self.data.encoding(text) for name, text in beside.items()}
         self.batches = BucketBatches(self.data, config.train.batch_size, config.train.seed)
@@ -103,6 +110,11 @@ class Trainer:
         if self.resume_from:
             state, layout = load_start(self.resume_from, config, family, self.objective, self.data.digest(), accelerator.device)
         check_start(config, fresh=state is None)
+        for doubt in config.objective.doubts(config.model.spec):
+            logger.warning(doubt)
+        if config.objective.criticised and critique is None:
+            shown = [self.data[index]["source"] for index in range(min(PROBED_SOURCES, len(self.data)))]
+            critique = make_critic(config, family, accelerator.device, shown)
 
         # A resumed run has its weights: it needs no file that it started from.
         launch = launch or Launch()

@@ -74,7 +74,8 @@ def memory_sum(
     inputs = config.train.batch_size * tokens * width * activation_bytes
     kept_by_block, at_peak = _block_tensors(next(iter(networks.values())), width)
     a_pass = inputs * blocks * (1 if config.model.gradient_checkpointing else kept_by_block)
-    graphs, rows, merged_weights = make_objective(config.objective).memory
+    objective = make_objective(config.objective)
+    graphs, rows, merged_weights = objective.memory
     passes = graphs * rows
     kept = passes * a_pass + (inputs * at_peak * rows if config.model.gradient_checkpointing else 0)
     storage = config.model.quantization if config.model.quantization != "none" else config.model.dtype
@@ -92,11 +93,15 @@ def memory_sum(
             lines.insert(0, MemoryLine(name=name, bytes=whole / processes, exact=exact))
     else:
         lines = [MemoryLine(name=f"frozen weights ({storage})", bytes=whole, exact=exact)]
+    sets = len(objective.adapters)
+    two = f" of {' and '.join(objective.adapters)}" if sets > 1 else ""
     lines += [
-        MemoryLine(name="LoRA weights (float32)", bytes=lora * held, exact=True),
-        # A step trains one side of the experts' boundary.
+        MemoryLine(name=f"LoRA weights{two} (float32)", bytes=lora * held * sets, exact=True),
+        # A step trains one side of the experts' boundary, and one set of weights.
         MemoryLine(name="LoRA gradients (float32)", bytes=lora, exact=True),
-        MemoryLine(name=f"optimizer moments ({config.train.optimizer})", bytes=moments, exact=config.train.optimizer != "adamw8bit"),
+        MemoryLine(
+            name=f"optimizer moments{two} ({config.train.optimizer})", bytes=moments * sets, exact=config.train.optimizer != "adamw8bit"
+        ),
     ]
     if launch.stage in (1, 2):
         lines.append(MemoryLine(name="DeepSpeed's copy of the LoRA (float32), in shards", bytes=lora * trained / ways, exact=True))

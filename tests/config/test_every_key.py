@@ -19,6 +19,7 @@ from byg_plugin.config.loading import parse_config
 from byg_plugin.config.objective import OBJECTIVES
 from byg_plugin.config.sections import Config, keys_of, models_of
 from tests.support.tiny import model_folder, write_tuples
+from tests.support.tiny_critics import critic_folder
 from tests.support.tiny_wan import TEXT_TOKENS, wan_folder
 
 
@@ -51,7 +52,9 @@ class Choice:
         if self.objective == "unpaired_cycle":
             raw["objective"] |= {"rollout_steps": 2, "identity_warmup_steps": 1}
         if self.objective == "np_edit":
-            raw["objective"] |= {"fake_updates": 1, "identity_warmup_steps": 0, "vlm": False}  # a critic has tests of its own
+            raw["objective"] |= {"fake_updates": 1, "identity_warmup_steps": 0}
+            # A random one knows no answers.
+            raw["critic"] = {"path": str(critic_folder("qwen3_vl")), "dtype": "float32", "image_size": 32, "least_accuracy": 0.01}
         return raw
 
 
@@ -64,7 +67,7 @@ CHOICES = [
 CHOICES += [Choice("flux", name) for name in OBJECTIVES if name not in {choice.objective for choice in CHOICES}]
 
 
-CANDIDATES = (True, False, 3, 2, 64, 0.5, 0.25, 1.5, 7.0, "other", [0.5, 0.5], ["replace"])
+CANDIDATES = (True, False, 3, 2, 64, 0.5, 0.25, 1.5, 7.0, "other", "cpu", [0.5, 0.5], ["replace"])
 
 
 def others(section: str, key: str, raw: dict[str, dict[str, Any]]) -> list[Any]:

@@ -54,7 +54,9 @@ def test_one_that_cannot_tell_yes_from_no_is_refused(count: int, tmp_path: Path)
 
 def test_a_picture_of_two_tuples_is_one_picture():
     first, second = sources()
-    assert [one is other for one, other in zip(critics._different([first, first.clone(), second]), (first, second), strict=True)] == [True] * 2
+    assert [one is other for one, other in zip(critics._different([first, first.clone(), second]), (first, second), strict=True)] == [
+        True
+    ] * 2
 
 
 def test_none_is_named(tmp_path: Path):
