@@ -1,4 +1,4 @@
-"""Hosts by name: a network with a LoRA on a device, seen as three velocity fields."""
+"""Hosts by name: a network with a LoRA on a device, seen as velocity fields."""
 
 from __future__ import annotations
 
