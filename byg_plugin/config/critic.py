@@ -35,9 +35,9 @@ class CriticConfig(Section):
         0.75, description="Share of 32 known answers at the start, below which the critic is refused; chance is 0.5, 0 = not asked."
     )
     scale_from: Annotated[float, Field(ge=0.001, le=1.0)] = Field(
-        0.1, description="Factor of its logits in the loss at the first update; it rises to 1."
+        0.1, description="Factor of its logits in the loss at the first update that asks it; it rises to 1."
     )
-    scale_steps: Steps = Field(2000, description="Updates of the editor until that factor is 1.")
+    scale_steps: Steps = Field(2000, description="Updates of the editor from there until that factor is 1.")
     kept_sources: NonNegative = Field(
         256, description="Sources whose features are kept in main memory, about 1 MiB each of a model of 2B; 0 = none."
     )

@@ -79,6 +79,11 @@ class ObjectiveConfig(Section):
         return None
 
     @property
+    def criticised_from(self) -> int:
+        """Updates of the editor before the first one that asks a critic."""
+        return 0
+
+    @property
     def asked_types(self) -> tuple[str, ...]:
         """Edit types that a user has named, each of which some tuple must have."""
         return ()

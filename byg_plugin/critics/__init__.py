@@ -47,7 +47,7 @@ def make_critic(config: Config, family: Family, device: torch.device, sources: S
         config: the whole configuration.
         family: whose latents are judged.
         device: of the networks; `critic.device` may name another one.
-        sources: latents (C, 1, h, w) of pictures to try it with, one or more.
+        sources: latents (C, 1, h, w) of pictures to try it with, one or more, some perhaps twice.
 
     Raises:
         ValueError: see `check_critic`; its weights cannot be read; it answers too few known questions rightly.
@@ -61,13 +61,24 @@ def make_critic(config: Config, family: Family, device: torch.device, sources: S
     where = critic_device(critic, device)
     judge = vlm.load(critic, described, where)
     decoder = Decoder(family, family.load_vae(where), critic.tile, recompute=critic.gradient_checkpointing)
-    made = Critic(judge, decoder, critic)
+    made = Critic(judge, decoder, critic, config.objective.criticised_from)
     logger.info("critic: %s on %s, questions of version %d", described.path, where, VERSION)
     if critic.least_accuracy:
-        pictures = [decoder.pixels(latents[None].to(where))[0] for latents in sources]
+        pictures = [decoder.pixels(latents[None].to(where))[0] for latents in _different(sources)]
         found = probe.refuse_a_blind_one(made, pictures, critic.least_accuracy, described.path)
         logger.info("critic: %.0f %% of %d known questions answered rightly", 100 * found.right, probe.PAIRS)
     return made
+
+
+def _different(sources: Sequence[Tensor]) -> list[Tensor]:
+    """Each picture once: several tuples may have one source, and another picture must be another one."""
+    import torch
+
+    found: list[Tensor] = []
+    for latents in sources:
+        if not any(latents.shape == seen.shape and torch.equal(latents, seen) for seen in found):
+            found.append(latents)
+    return found
 
 
 def critic_device(critic: CriticConfig, device: torch.device) -> torch.device:

@@ -32,10 +32,11 @@ class Critic:
         vlm: that answers.
         decoder: of the latents that are judged, on the same device.
         config: the section `[critic]`.
+        first: updates of the editor before the first one that is judged.
     """
 
-    def __init__(self, vlm: Vlm, decoder: Decoder, config: CriticConfig):
-        self.vlm, self.decoder, self._config = vlm, decoder, config
+    def __init__(self, vlm: Vlm, decoder: Decoder, config: CriticConfig, first: int = 0):
+        self.vlm, self.decoder, self._config, self._first = vlm, decoder, config, first
         self._sources = _Kept(config.kept_sources)
 
     def __call__(self, x0: Tensor, batch: Batch, *, identity_question: bool) -> tuple[Tensor, Metrics]:
@@ -64,8 +65,9 @@ class Critic:
         return value.float(), _metrics(asked, answers, x0.device)
 
     def scale(self, updates: int) -> float:
-        """The factor of the logits after so many updates: from `scale_from` to 1 in `scale_steps`."""
+        """The factor of the logits after so many updates: from `scale_from` at the first judged one to 1 in `scale_steps`."""
         start, steps = self._config.scale_from, self._config.scale_steps
+        updates = max(0, updates - self._first)
         return 1.0 if updates >= steps else start + (1 - start) * updates / steps
 
     def judge(

@@ -100,6 +100,11 @@ class NpEditConfig(ObjectiveConfig):
         """See `ObjectiveConfig.criticised`."""
         return self.vlm and self.lambda_vlm > 0
 
+    @property
+    def criticised_from(self) -> int:
+        """See `ObjectiveConfig.criticised_from`."""
+        return self.identity_warmup_steps
+
     def trains_nothing(self, steps: int) -> str | None:
         """The first steps may all be the fake score's."""
         first = self.identity_warmup_steps + (self.fake_updates if self.dmd else 0)

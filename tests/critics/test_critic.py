@@ -187,6 +187,12 @@ def test_the_logits_are_scaled_up_while_the_editor_learns(updates: int, scale: f
     assert metrics == metrics_later and (scale == 1) == (loss == later)
 
 
+def test_the_scale_rises_from_the_first_update_that_is_judged():
+    judged = critic()
+    later = Critic(judged.vlm, judged.decoder, judged._config, first=500)
+    assert [later.scale(updates) for updates in (0, 500, 1500, 2500)] == pytest.approx([0.1, 0.1, 0.55, 1.0])
+
+
 def test_autocast_around_it_changes_nothing():
     judged, of = critic(), batch()
     plain, _ = judged(leaf := edited(of).requires_grad_(), of, identity_question=True)

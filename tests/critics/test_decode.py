@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from byg_plugin.critics.decode import Decoder, recompute_
+from byg_plugin.critics.decode import Decoder, _windows, recompute_
 from byg_plugin.models import make_family
 from tests.support.memory import most_saved
 from tests.support.tiny import model_folder, tiny_config, tiny_flux_vae
@@ -121,3 +121,13 @@ def test_blocks_that_count_their_calls_are_left_alone():
     before = [type(module).forward for module in made.decoder.modules()]
     recompute_(made)
     assert all("forward" not in vars(module) for module in made.decoder.modules()) and before
+
+
+def test_neighbours_fade_into_each_other():
+    """At the middle of what two tiles share each counts for half, at its end one of them alone."""
+    windows = _windows(12, 8, 4, torch.zeros((), dtype=torch.float64))
+    assert [start for start, _ in windows] == [0, 4] and all(len(weight) == 32 for _, weight in windows)
+    first, second = (weight for _, weight in windows)
+    assert torch.allclose(first[16:] + second[:16], torch.ones(16, dtype=torch.float64))
+    assert first[:16].eq(1).all() and second[16:].eq(1).all()
+    assert first[16:24].diff().le(0).all() and first[31] < 0.1 and second[0] < 0.1

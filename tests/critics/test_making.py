@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from byg_plugin import critics
 from byg_plugin.config import extras
 from byg_plugin.config.sections import Config
 from byg_plugin.critics import check_critic, critic_device, make_critic, vlm
@@ -49,6 +50,13 @@ def test_one_that_cannot_tell_yes_from_no_is_refused(count: int, tmp_path: Path)
     one = config(tmp_path, least_accuracy=0.75)
     with pytest.raises(ValueError, match=r"of 32 known questions rightly .* critic\.least_accuracy = 0\.75"):
         make_critic(one, make_family(one), CPU, sources(count))
+
+
+def test_a_picture_of_two_tuples_is_one_picture():
+    first, second = sources()
+    assert [one is other for one, other in zip(critics._different([first, first.clone(), second]), (first, second), strict=True)] == [
+        True
+    ] * 2
 
 
 def test_none_is_named(tmp_path: Path):
