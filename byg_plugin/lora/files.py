@@ -75,6 +75,19 @@ class StoredLora:
     outside: OutsideAlpha
 
 
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The metadata in the header of a .safetensors file.
+
+    Raises:
+        ValueError: it is not readable.
+    """
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a readable .safetensors file ({error}); {_AGAIN}") from error
+
+
 def read_stored(path: str | Path) -> StoredLora:
     """A LoRA file as it is, checked.
 
