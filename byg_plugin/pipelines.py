@@ -495,7 +495,7 @@ def _flat(images: Any, argument: str) -> list[Image.Image]:
     if isinstance(images, Tensor):
         images = images.detach().float().cpu().movedim(-3, -1).numpy() if images.ndim in (3, 4) else images
     if not isinstance(images, np.ndarray) or images.ndim not in (3, 4) or images.shape[-1] != 3 or not images.size:
-        said = "missing" if images is None else f"a {type(images).__name__}{list(getattr(images, 'shape', []) or [])}"
+        said = "missing" if images is None else f"a {type(images).__name__}{list(getattr(images, 'shape', ())) or ''}"
         raise ValueError(f"{argument} is {said}: give a PIL image, an array (H, W, 3) or a tensor (3, H, W), or a list of them")
     if not (images.min() >= 0 and images.max() <= 1):
         raise ValueError(f"{argument} has values from {images.min():g} to {images.max():g}: they lie in [0, 1]")

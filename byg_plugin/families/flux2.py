@@ -23,6 +23,7 @@ def _klein(size: str, most_swapped: int) -> FamilySpec:
         ),
         distilled=r"(?i)klein(?!.*base)|distill|turbo",
         diffusers=(0, 37),
+        modelspec=(f"Flux.2-klein-{size}", "https://github.com/black-forest-labs/flux2"),
         defaults={"sample": {"steps": 50}},
         musubi=MusubiSpec(
             adapter=f"byg_plugin.musubi.flux2:Klein{size.upper()}OnMusubi",
