@@ -46,7 +46,7 @@ def test_edits_are_those_of_edit_py(name: str, position: str, tmp_path: Path):
         ours = pipe(**call, generator=generators(4, 5), output_type="pt").images
         assert (ours - wanted[:, :, 0]).abs().max() <= 1e-5
         found.append(ours)
-    assert (found[0] - found[1]).abs().max() > 1e-2, "the LoRA changes nothing"
+    assert (found[0] - found[1]).abs().max() > 1e-3, "the LoRA changes nothing"
 
 
 # --- Wan ---
@@ -77,7 +77,7 @@ def test_wan_edits_are_those_of_edit_py(family: str, position: str, frames: int,
         ours = pipe(**source, prompt=PROMPTS[0], num_inference_steps=4, generator=generators(4)[0], output_type="pt").frames[0]
         assert (ours.transpose(0, 1) - wanted).abs().max() <= 1e-5
         found.append(ours)
-    assert (found[0] - found[1]).abs().max() > 1e-2, "the LoRA changes nothing"
+    assert (found[0] - found[1]).abs().max() > 1e-3, "the LoRA changes nothing"
 
 
 def test_a_time_for_every_token_is_one_time():
