@@ -109,6 +109,8 @@ class BygPipeline:
             self.register_to_config(boundary_ratio=card.boundary)
 
     def _fitting(self, card: LoraCard) -> FamilySpec:
+        if card.sampler is not None:
+            raise ValueError(f"the LoRA edits in {card.steps} {card.sampler} steps, which this pipeline does not make: use EditPipeline")
         if card.family not in self.families:
             raise ValueError(f"the LoRA was trained for {card.family!r}, {type(self).__name__} is for {', '.join(self.families)}")
         spec = families.named(card.family)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,9 +13,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from byg_plugin import sampling
+from byg_plugin import pipelines, sampling
 from byg_plugin.editing import request
 from byg_plugin.lora.card import LoraCard
+from byg_plugin.lora.check import runtime
 from byg_plugin.lora.files import read_lora, write_lora
 from byg_plugin.randomness import generator
 from tests.support.editing import command, difference, photo, pipeline
@@ -94,6 +97,14 @@ def test_a_batch_of_two_is_two_of_one(few: Path):
     both = pipe.batch([photo(), photo(1)], ["add the snow", "add the dog"], seeds=[7, 8])
     alone = [pipe(photo(), "add the snow", seed=7), pipe(photo(1), "add the dog", seed=8)]
     assert all(difference(edit, one) <= 1 for (_, edit), one in zip(both, alone, strict=True))
+
+
+def test_other_tools_are_told_to_be_none_for_it():
+    card = LoraCard(family="flux", position="kontext", sampler="stochastic", steps=4)
+    assert runtime("comfyui", card) == "no: it edits in 4 stochastic steps, which byg_plugin's edit.py makes"
+    assert not runtime("comfyui", replace(card, sampler=None)).startswith("no:")
+    with pytest.raises(ValueError, match="4 stochastic steps, which this pipeline does not make"):
+        pipelines.BygPipeline._fitting(SimpleNamespace(families=("flux",)), card)
 
 
 def test_a_sampler_of_a_later_version_is_refused(few: Path, tmp_path: Path):
