@@ -1,6 +1,6 @@
 """Z-Image, the model before distillation."""
 
-from byg_plugin.families.spec import FamilySpec
+from byg_plugin.families.spec import FamilySpec, MusubiSpec
 
 SPECS = (
     FamilySpec(
@@ -17,5 +17,12 @@ SPECS = (
         distilled=r"(?i)turbo|distill",
         diffusers=(0, 37),
         defaults={"sample": {"steps": 50}},
+        musubi=MusubiSpec(
+            adapter="byg_plugin.musubi.zimage:ZImageOnMusubi",
+            network_module="networks.lora_zimage",
+            text_encoders=("text_encoder",),
+            most_swapped=28,
+            unguided=0.0,
+        ),
     ),
 )
