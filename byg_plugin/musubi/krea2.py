@@ -64,11 +64,18 @@ class Krea2OnMusubi(QwenVaeOnMusubi):
         """12 hidden states of Qwen3-VL; a text that is too long is cut before the template's end."""
         utils = module("krea2.krea2_utils")
         encoder = utils.load_krea2_text_encoder(options["text_encoder"], dtype=torch.bfloat16, device=device, max_length=tokens)
+        encoder.qwen.register_forward_pre_hook(_count_text_alone, with_kwargs=True)
         found: dict[str, Encoded] = {}
         for text in texts:
             rows, mask = utils.get_krea2_prompt_embeds(encoder, [text])
             found[text] = {"qwen": rows[0][mask[0]].to(torch.bfloat16).cpu()}
         return found
+
+
+def _count_text_alone(module: Any, args: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Positions of the template's end follow the text: the host pads between the two, and transformers 5 would count that."""
+    counted = (inputs["attention_mask"].long().cumsum(-1) - 1).clamp(min=0)
+    return args, {**inputs, "position_ids": counted.expand(3, -1, -1)}
 
 
 def krea2_call(accelerator: Any, transformer: Any, source_id: int, noisy: Tensor, t: Tensor, text: Text, source: Tensor | None) -> Tensor:

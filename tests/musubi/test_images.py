@@ -13,11 +13,10 @@ from byg_plugin.models import make_family
 from byg_plugin.objectives.base import Text
 from byg_plugin.texts import MASK
 from tests.support.musubi_host import Rig, embedded_config, needs_host
-from tests.support.musubi_images import IMAGES, KREA2, QWEN, ZIMAGE
+from tests.support.musubi_images import IMAGES, KREA2, MASKED, QWEN, ZIMAGE
 from tests.support.musubi_runs import rig
 
 pytestmark = needs_host
-MASKED = [name for name, tiny in IMAGES.items() if tiny.masked]
 
 
 def text(family: str, *lengths: int) -> Text:

@@ -20,7 +20,7 @@ from byg_plugin.models import flux_files
 from byg_plugin.musubi import host as musubi
 from byg_plugin.musubi.checkout import Checkout
 from tests.support import GOLDEN
-from tests.support.musubi_images import IMAGES, TEXT_TOKENS
+from tests.support.musubi_images import IMAGES, MASKED, TEXT_TOKENS
 from tests.support.tiny import tiny_config, tiny_flux, tiny_texts
 
 CHECKOUT = os.environ.get("MUSUBI_TUNER", "")
@@ -239,8 +239,24 @@ def record_surfaces(path: Path) -> None:
 
     from byg_plugin.musubi import options as musubi_options
 
-    found = {family: musubi_options.surface_to_json(musubi_options.surface_of(open_tiny(family).parser())) for family in (T2V, "flux")}
-    path.write_text(json.dumps({"wan": found[T2V], "flux": found["flux"]}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    families = {"wan": T2V, "flux": "flux", **{family: family for family in MASKED}}
+    found = {
+        name: musubi_options.surface_to_json(musubi_options.surface_of(open_tiny(family).parser())) for name, family in families.items()
+    }
+    first, *others = found.values()
+    shared = {name: option for name, option in first.items() if all(other.get(name) == option for other in others)}
+    own = {family: {name: option for name, option in every.items() if name not in shared} for family, every in found.items()}
+    path.write_text(json.dumps({"shared": shared, **own}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def recorded_surface(family: str) -> Any:
+    """What `record_surfaces` wrote of a family."""
+    import json
+
+    from byg_plugin.musubi import options as musubi_options
+
+    recorded = json.loads((GOLDEN / "musubi_surfaces.json").read_text(encoding="utf-8"))
+    return musubi_options.surface_from_json(recorded["shared"] | recorded[family if family in recorded else "wan"])
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ class TinyImage:
         masked: whether texts keep their own lengths.
         channels, height, width: of the latents.
         stored: shape of the latents in the host's cache, without channels.
+        blocks: list of blocks of the host's network.
         head: module of the host's network whose output holds the tokens, noisy ones first.
         options: of the host, without which the tiny network is not loaded.
     """
@@ -41,6 +42,7 @@ class TinyImage:
     height: int = 4
     width: int = 6
     stored: tuple[int, ...] = (1, 4, 6)
+    blocks: str
     head: str
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -124,6 +126,7 @@ IMAGES = {
         height=2,
         width=3,
         stored=(2, 3),
+        blocks="double_blocks",
         head="final_layer",
     ),
     QWEN: TinyImage(
@@ -131,11 +134,20 @@ IMAGES = {
         build=_qwen,
         native=lambda state: state,
         text=(24,),
+        blocks="transformer_blocks",
         head="proj_out",
         options={"num_layers": 2},
     ),
-    KREA2: TinyImage(kind="Krea2Transformer2DModel", build=_krea2, native=_krea2_file, text=(12, 24), head="last"),
+    KREA2: TinyImage(kind="Krea2Transformer2DModel", build=_krea2, native=_krea2_file, text=(12, 24), blocks="blocks", head="last"),
     ZIMAGE: TinyImage(
-        kind="ZImageTransformer2DModel", build=_zimage, native=_zimage_file, text=(16,), stored=(4, 6), head="all_final_layer.2-1"
+        kind="ZImageTransformer2DModel",
+        build=_zimage,
+        native=_zimage_file,
+        text=(16,),
+        stored=(4, 6),
+        blocks="layers",
+        head="all_final_layer.2-1",
     ),
 }
+MASKED = [name for name, tiny in IMAGES.items() if tiny.masked]
+"""Those whose texts keep their own lengths."""
