@@ -12,7 +12,7 @@ import torch
 from byg_plugin.musubi import host as musubi
 from byg_plugin.musubi import options as musubi_options
 from tests.support.musubi_host import T2V, host_config, needs_host, open_tiny, recorded_surface
-from tests.support.musubi_images import MASKED
+from tests.support.musubi_images import KREA2, MASKED
 from tests.support.musubi_runs import child_env
 
 pytestmark = needs_host
@@ -65,3 +65,10 @@ def test_an_incompatible_host_is_one_error(monkeypatch: pytest.MonkeyPatch):
     starts = ["the seam WanNetworkTrainer.process_batch", "the seam WanNetworkTrainer.on_post_save"]
     starts += ["WanModel.switch_block_swap_for_training", "WanModel.forward(f_indices"]
     assert len(lacking) == 4 and all(line.startswith(start) for line, start in zip(lacking, starts, strict=True))
+
+
+def test_a_host_without_the_model_is_one_error(monkeypatch: pytest.MonkeyPatch):
+    open_tiny(T2V)
+    monkeypatch.setitem(sys.modules, "musubi_tuner.krea2_train_network", None)
+    with pytest.raises(ValueError, match=r"krea2_train_network\.Krea2NetworkTrainer: its version has no such model"):
+        musubi.open_checkout(host_config(Path("."), KREA2).model)
