@@ -93,7 +93,7 @@ def test_times_are_not_rounded_before_they_are_embedded(family: str, embedder: s
     seen: list[Tensor] = []
     network.get_submodule(embedder).register_forward_pre_hook(lambda module, args: seen.append(args[0].float()))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        it.call(network)(picture(2, 4, 6), torch.tensor([0.9701, 0.9709]), text(family, 5, 7), None)
+        it.call(network)(picture(2, 4, 6), torch.tensor([0.9702, 0.9706]), text(family, 5, 7), None)
     assert (seen[0][0] != seen[0][1]).any()
 
 
