@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -99,18 +99,17 @@ class TrainingScores:
         if not writes or not latents:
             return
         with preview.logged(what):
-            columns = preview.decoded(config.model.dtype, trainer.family, trainer.host, latents)
-            items = self._write(trainer, columns)
+            items = self._write(trainer, preview.decoded(config.model.dtype, trainer.family, trainer.host, latents))
             with trainer.host.off_device() if self._options.device == "cuda" else nullcontext():
                 rows = self._score(items, _folder(trainer, trainer.step))
             self._report(trainer, items, rows)
 
-    def _write(self, trainer: Trainer, columns: Sequence[Sequence[Sequence[Image.Image]]]) -> list[Item]:
+    def _write(self, trainer: Trainer, columns: Iterable[Sequence[Sequence[Image.Image]]]) -> list[Item]:
         """Images as they are, clips losslessly and with the frames that were edited, which another rate may have chosen."""
         assert trainer.validation is not None
         final, items = _folder(trainer, trainer.step), []
         with folders.written_whole(final, replace=True) as folder:
-            for index, (one, (source, edit)) in enumerate(zip(trainer.validation.tuples, columns, strict=False)):
+            for index, ((source, edit), one) in enumerate(zip(columns, trainer.validation.tuples, strict=False)):
                 fps = self._config.fps or 1.0
                 if len(edit) > 1:
                     names = [f"{index:03d}_source.mkv", f"{index:03d}.mkv"]

@@ -182,8 +182,8 @@ def _edits(config: Config, family: Family, host: Host, inputs: list[Inputs]) -> 
 
 
 @torch.no_grad()
-def decoded(dtype: str, family: Family, host: Host, latents: list[Latents]) -> list[list[list[Image.Image]]]:
-    """Of each tuple the frames of each column. The VAE comes only now: by turns with the activations of the network."""
+def decoded(dtype: str, family: Family, host: Host, latents: list[Latents]) -> Iterator[list[list[Image.Image]]]:
+    """Of each tuple, one at a time, the frames of each column. The VAE comes only now: by turns with the activations of the network."""
     for x in (x for columns in latents for x in columns):
         sampling.finite(dtype, x, "the latents of the edit")
     vae = family.load_vae(host.device)
@@ -191,7 +191,8 @@ def decoded(dtype: str, family: Family, host: Host, latents: list[Latents]) -> l
     def frames(x: Tensor) -> list[Image.Image]:
         return frames_of(sampling.finite(dtype, family.decode_latents(vae, x), "the decoded pixels")[0])
 
-    return [[frames(x) for x in columns] for columns in latents]
+    for columns in latents:
+        yield [frames(x) for x in columns]
 
 
 def _on(host: Host, text: Text) -> dict[str, Tensor]:

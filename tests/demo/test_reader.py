@@ -7,12 +7,15 @@ import pytest
 from PIL import Image
 
 from byg_plugin.demo import world
+from byg_plugin.demo.__main__ import write_report
 from byg_plugin.demo.reader import Reader, read_caption, read_picture
+from byg_plugin.editing import manifest
 from byg_plugin.evaluation import scores
 from byg_plugin.evaluation.items import Item
 from byg_plugin.evaluation.metrics import Options, classes
 from byg_plugin.evaluation.metrics.clip import Clip
 from byg_plugin.evaluation.statistics import by_type
+from byg_plugin.lora.card import LoraCard
 
 EDITS = world.sample_split(40, 3, "eval", tuple(world.EDIT_TYPES))
 
@@ -105,3 +108,24 @@ def test_outside_the_edit_truth_and_copy_are_alike_and_of_the_truth_the_truth_is
 def test_the_metric_is_clips_own(tables: dict[str, dict[str, float]]):
     for row in tables.values():
         assert row["read_directional"] == pytest.approx(row["clip_directional"]) and row["read_text"] == pytest.approx(row["clip_text"])
+
+
+def test_the_demos_page_shows_every_edit_with_its_scores_the_worst_first(tmp_path: Path):
+    world.write_dataset(tmp_path / "eval", 3, seed=4, split="eval")
+    edits = world.load_scenes(tmp_path / "eval")
+    (tmp_path / "edits").mkdir()
+    shown = [edits[0].after, edits[1].before, edits[2].after]
+    for index, (edit, scene) in enumerate(zip(edits, shown, strict=True)):
+        path = tmp_path / "edits" / f"{index:05d}_{edit.id}.png"
+        Image.fromarray(world.render(scene)).save(path)
+        texts = {name: getattr(edit, name) for name in ("instruction", "src_caption", "tgt_caption", "edit_type", "id")}
+        files = {"source": tmp_path / "eval" / "images" / f"{edit.id}.png", "edit": path, "side_by_side": path.with_suffix(".jpg")}
+        line = manifest.Edit(**files, **texts, seed=0, size=(world.SIZE, world.SIZE), settings={}, card=LoraCard())
+        manifest.append(tmp_path / "edits", line)
+    page = write_report(tmp_path, tmp_path / "edits").read_text(encoding="utf-8")
+    assert page.count("data:image/jpeg;base64,") == 3
+    assert re.findall(r'<td class="words">([^<]*)</td><td>', page)[0] == edits[1].id
+    known = {row.id: row.scores for row in scores.read(tmp_path / "scores")}
+    assert [known[edit.id]["read_directional"] for edit in edits] == pytest.approx([1.0, 0.0, 1.0])
+    assert [known[edit.id]["error_truth"] == 0 for edit in edits] == [True, False, True]
+    assert all(known[edit.id]["error_outside"] is not None for edit in edits)
