@@ -49,6 +49,7 @@ from byg_plugin.editing.kontext import Kontext
 from byg_plugin.editing.methods import Base, FlowEdit
 from byg_plugin.editing.pipeline import MAX_SEED, MOST_STRENGTH, EditPipeline
 from byg_plugin.editing.results import Results
+from byg_plugin.families import FamilySpec
 from byg_plugin.places import ENCODERS, NETWORKS, check_model, check_path
 from byg_plugin.progress import Progress
 
@@ -222,16 +223,16 @@ def editor_of(args: argparse.Namespace, config: Config | None) -> Editor:
         pipe = EditPipeline.from_lora(args.lora, config=config, strength=strength, **options)
     else:
         assert config is not None, "checked with the arguments"
-        pipe = EditPipeline.from_base(config, _flowedit(args, config) if args.method == "flowedit" else Base(), **options)
+        pipe = EditPipeline.from_base(config, _flowedit(args, config.model.spec) if args.method == "flowedit" else Base(), **options)
     check_overrides(args, config, pipe.config)
     if args.show_unguided and pipe.config.negative is None:
         raise ValueError("--show-unguided: nothing is guided here (FLUX.1 takes guidance as an input; else drop --cfg-high, --cfg-low)")
     return Copies(pipe.sources) if args.method == "copy" else pipe
 
 
-def _flowedit(args: argparse.Namespace, config: Config) -> FlowEdit:
+def _flowedit(args: argparse.Namespace, spec: FamilySpec) -> FlowEdit:
     scales = {"source_guidance": args.source_guidance, "target_guidance": args.target_guidance}
-    return FlowEdit.of(config.model.spec, steps=args.steps, n_max=args.n_max, n_min=args.n_min, n_avg=args.n_avg, **scales)
+    return FlowEdit.of(spec, steps=args.steps, n_max=args.n_max, n_min=args.n_min, n_avg=args.n_avg, **scales)
 
 
 def _edit_clips(

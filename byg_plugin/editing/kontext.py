@@ -140,9 +140,13 @@ class Kontext:
             from byg_plugin.progress import quiet_loading
 
             where = str(Path(self._model).expanduser()) if Path(self._model).expanduser().is_dir() else self._model
+            options = {"torch_dtype": getattr(torch, self._dtype)}
+
+            def load() -> Any:
+                return FluxKontextPipeline.from_pretrained(where, trust_remote_code=False, use_safetensors=True, **options)
+
             with quiet_loading():
-                dtype = getattr(torch, self._dtype)
-                pipe: Any = from_hub(lambda: FluxKontextPipeline.from_pretrained(where, torch_dtype=dtype, use_safetensors=True), where)
+                pipe = from_hub(load, where)
             pipe.set_progress_bar_config(disable=True)
             if self._device.type == "cuda":
                 pipe.enable_model_cpu_offload(device=self._device)

@@ -6,12 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from byg_plugin.editing import request
-
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from byg_plugin.config.sections import Config
+    from byg_plugin.config.sections import Config, SampleConfig
     from byg_plugin.families import FamilySpec
     from byg_plugin.hosts import Host
     from byg_plugin.models.base import Family
@@ -54,15 +52,16 @@ class Method(Protocol):
     name: str
     reads: tuple[str, ...]
 
-    def steps(self, config: Config) -> int:
+    def steps(self, sample: SampleConfig) -> int:
         """Unless asked for otherwise."""
         ...
 
-    def negative(self, config: Config) -> str | None:
+    @property
+    def negative(self) -> Callable[[Config], str | None]:
         """The text that guidance leads away from; None where there is no guidance."""
         ...
 
-    def settings(self, config: Config) -> Mapping[str, Any]:
+    def settings(self) -> Mapping[str, Any]:
         """What it has beside the settings that all share; under keys of theirs it stands above them."""
         ...
 
@@ -74,15 +73,15 @@ class Method(Protocol):
 class _Sampled:
     """By the configured sampler."""
 
-    def steps(self, config: Config) -> int:
-        """`sample.steps`."""
-        return config.sample.steps
+    def steps(self, sample: SampleConfig) -> int:
+        """The configured ones."""
+        return sample.steps
 
     def negative(self, config: Config) -> str | None:
         """The configured one."""
         return config.negative
 
-    def settings(self, config: Config) -> Mapping[str, Any]:
+    def settings(self) -> Mapping[str, Any]:
         """The shared ones."""
         return {}
 
@@ -180,7 +179,7 @@ class FlowEdit:
                     raise ValueError(f"{option} {scale:g} is below {spec.unguided:g}, which is no guidance for {spec.name}; raise it")
         return cls(n_max=most, n_min=least, n_avg=n_avg or 1, schedule_steps=steps, **scales)
 
-    def steps(self, config: Config) -> int:
+    def steps(self, sample: SampleConfig) -> int:
         """See `of`."""
         return self.schedule_steps
 
@@ -191,10 +190,10 @@ class FlowEdit:
             return None
         return spec.negative if config.sample.negative is None else config.sample.negative
 
-    def settings(self, config: Config) -> Mapping[str, Any]:
+    def settings(self) -> Mapping[str, Any]:
         """Its own, and none of the sampler's."""
         own = {name: value for name, value in asdict(self).items() if name != "schedule_steps"}
-        return own | {"solver": "euler", "guidance": None, **dict.fromkeys(request.guidance_scales(config))}
+        return own | {"solver": "euler", **dict.fromkeys(("guidance", "cfg_high_noise", "cfg_low_noise"))}
 
     def sample(self, batch: Batch) -> Tensor:
         """See `Method`."""

@@ -161,7 +161,7 @@ class EditPipeline:
     @property
     def steps(self) -> int:
         """Of the sampler, unless asked for otherwise."""
-        return self._method.steps(self.config)
+        return self._method.steps(self.config.sample)
 
     def settings(self, steps: int, schedule: str | None) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
         """What an edit is made with, for the file itself and for the manifest."""
@@ -171,7 +171,7 @@ class EditPipeline:
         shared: dict[str, Any] = {"method": self._method.name, "lora": lora, "steps": steps, "schedule": schedule or config.sample.schedule}
         # A LoRA's card has a value of the embedding also where the family has none.
         shared |= {"guidance": None if scales and lora is None else embedded, "strength": self.strength}
-        own = self._method.settings(config)
+        own = self._method.settings()
         in_file = shared | scales | own
         if self._lora is None:
             in_file = {name: value for name, value in in_file.items() if value is not None}

@@ -42,8 +42,8 @@ def plot_differences(found: Mapping[str, Mapping[str, Difference]], path: Path) 
     for panel, column in zip(figure.subplots(len(columns), 1, squeeze=False).flat, columns, strict=True):
         panel.axvline(0, color="grey", linewidth=0.8)
         known = {name: each[column] for name, each in found.items() if column in each}
-        for place, one in enumerate(known.values()):
-            panel.errorbar([one.mean], [place], xerr=[[one.mean - one.low], [one.high - one.mean]], fmt="o", capsize=3)
+        for row, one in enumerate(known.values()):
+            panel.errorbar([one.mean], [row], xerr=[[one.mean - one.low], [one.high - one.mean]], fmt="o", capsize=3)
         panel.set_yticks(range(len(known)), list(known))
         panel.set_title(column)
     figure.suptitle("this run - the other, 95 % intervals")

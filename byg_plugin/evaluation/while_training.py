@@ -59,8 +59,11 @@ class TrainingScores:
         if section.device == "cuda" and not torch.cuda.is_available():
             raise ValueError('evaluate.device = "cuda": torch finds no CUDA device; set evaluate.device = "cpu"')
         if os.environ.get("RANK", "0") == "0":
-            for made in self._made.values():
-                made(_options(section, device="cpu"))  # what it lacks is told now, and it is dropped
+            for name, made in self._made.items():
+                try:
+                    made(_options(section, device="cpu"))  # what it lacks is told now, and it is dropped
+                except ValueError as error:
+                    raise ValueError(f"evaluate.metrics: {name}: {error}; what is an option there is a key of [evaluate]") from error
 
     def start(self, trainer: Trainer) -> None:
         """What lies after the step that the run goes on from is set aside."""
@@ -151,8 +154,8 @@ class TrainingScores:
     def _choose(self, trainer: Trainer) -> None:
         """The best of the checkpoints that there are; of equals the earliest."""
         key = f"evaluate/{_name(self._config.evaluate.select)}"
-        there = {path.name for path in checkpoint.checkpoints(trainer.checkpoints)}
-        lines = [line for line in _lines(self._log(trainer)) if key in line and checkpoint.name_of(line["step"]) in there]
+        saved = {path.name for path in checkpoint.checkpoints(trainer.checkpoints)}
+        lines = [line for line in _lines(self._log(trainer)) if key in line and checkpoint.name_of(line["step"]) in saved]
         if not lines:
             best.write(trainer.folder, None)
             return

@@ -225,7 +225,7 @@ def test_what_it_writes_is_what_the_command_says_of_it(whole: Path, tmp_path: Pa
         ({"select": ["error_source", "error_truth"]}, "of error_source less is better, it goes into no geometric mean"),
         (
             {"metrics": ["dino"], "select": ["dino"], "dino": "nowhere/none"},
-            "nowhere/none: is not on this machine; fetch it with: hf download",
+            "evaluate.metrics: dino: --dino nowhere/none: is not on this machine; fetch it with: hf download",
         ),
         ({"device": "cuda"}, 'evaluate.device = "cuda": torch finds no CUDA device'),
     ],
