@@ -22,7 +22,6 @@ from byg_plugin import folders
 from byg_plugin.config.sections import Config, EvaluateConfig
 from byg_plugin.data.clips import write_clip
 from byg_plugin.data.tuples import EditTuple
-from byg_plugin.documents import json_value
 from byg_plugin.evaluation import page, scores
 from byg_plugin.evaluation.items import Item
 from byg_plugin.evaluation.metrics import METRICS, Options, classes
@@ -155,7 +154,7 @@ class TrainingScores:
         """The best of the checkpoints that there are; of equals the earliest."""
         key = f"evaluate/{_name(self._config.evaluate.select)}"
         saved = {path.name for path in checkpoint.checkpoints(trainer.checkpoints)}
-        lines = [line for line in _lines(self._log(trainer)) if key in line and checkpoint.name_of(line["step"]) in saved]
+        lines = [line for line in logs.records(self._log(trainer)) if key in line and checkpoint.name_of(line["step"]) in saved]
         if not lines:
             best.write(trainer.folder, None)
             return
@@ -207,17 +206,6 @@ def _name(select: Sequence[str]) -> str:
 def _line(means: Mapping[str, Mean]) -> dict[str, float]:
     values = {f"evaluate/{column}": mean.mean for column, mean in means.items()}
     return values | {f"evaluate/{column}/sem": mean.sem for column, mean in means.items() if mean.sem is not None}
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """Whole lines of ours."""
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    found = []
-    for line in text.split("\n")[:-1]:
-        record = json_value(line)
-        if isinstance(record, dict) and type(record.get("step")) is int:
-            found.append(record)
-    return found
 
 
 def _folder(trainer: Trainer, step: int) -> Path:

@@ -19,7 +19,7 @@ from byg_plugin.evaluation.metrics.error import Error
 from byg_plugin.evaluation.scores import Row
 from byg_plugin.evaluation.while_training import TrainingScores, joint
 from byg_plugin.models.flux import FluxFamily
-from byg_plugin.training import checkpoint, preview
+from byg_plugin.training import checkpoint, logs, preview
 from tests.support.evaluation import tiny_clip, tiny_dino
 from tests.support.tiny import curve, in_child, run_config
 from tests.support.training_runs import assert_same_run, kill, train
@@ -39,7 +39,7 @@ def config(out: Path, *, train: dict[str, Any] | None = None, **evaluated: Any) 
 
 
 def scored(out: Path) -> dict[int, float]:
-    return {line["step"]: line["evaluate/error_source"] for line in curve(out, "evaluation.jsonl")}
+    return {line["step"]: line["evaluate/error_source"] for line in logs.records(out / "evaluation.jsonl")}
 
 
 def best(out: Path) -> dict[str, Any]:
@@ -143,6 +143,8 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(whole: Path, tmp_path: Path
 def test_going_back_forgets_what_came_later(whole: Path, tmp_path: Path):
     out = tmp_path / "out"
     shutil.copytree(whole, out)
+    with (out / "evaluation.jsonl").open("a", encoding="utf-8") as file:
+        file.write("someone else's line\n")
     made = config(out)
     start = str(out / "checkpoints" / "step-000002")
     seen = []
