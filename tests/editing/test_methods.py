@@ -15,8 +15,11 @@ from byg_plugin import edit, sampling
 from byg_plugin.config.loading import parse_config
 from byg_plugin.config.sections import Config
 from byg_plugin.data.buckets import to_tensor
+from byg_plugin.data.tuples import EditTuple
+from byg_plugin.editing.copies import Copies
+from byg_plugin.editing.jobs import Job
 from byg_plugin.editing.manifest import read_manifest
-from byg_plugin.editing.methods import Base, FlowEdit
+from byg_plugin.editing.methods import Base, FlowEdit, Lora
 from byg_plugin.editing.pipeline import EditPipeline
 from byg_plugin.families import named
 from byg_plugin.images import to_pil
@@ -236,3 +239,11 @@ def test_a_scale_below_the_familys_least_is_told():
     with pytest.raises(ValueError, match="--source-guidance 0.5 is below 1, which is no guidance for wan2.1-t2v-1.3b"):
         FlowEdit.of(named(T2V), source_guidance=0.5)
     assert FlowEdit.of(named("flux"), source_guidance=0.5).source_guidance == 0.5
+
+
+def test_each_method_reads_its_own_texts_in_its_order():
+    texts = {"src_caption": "before", "tgt_caption": "after", "reverse_instruction": "back"}
+    item = EditTuple(id="1", source=photo(), instruction="change", **texts)
+    job = Job(source=photo(), instruction="change", name="a", item=item)
+    found = [job.words(method.reads) for method in (Lora, Base, FlowEdit, Copies)]
+    assert found == ["change", "after", ("before", "after"), ()]
