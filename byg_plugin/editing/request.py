@@ -76,7 +76,7 @@ def _of_an_edit(raw: dict[str, Any], config: Config | None, model: Mapping[str, 
     if "path" in model:
         section |= dict.fromkeys((*families.EXPERT_SUFFIXES, "vae", *families.TEXT_ENCODERS))
     raw["model"] = section | model | {"gradient_checkpointing": False} | more
-    raw["dataset"] |= _native_size(section["family"])
+    raw["dataset"] |= native_size(section["family"])
     raw["objective"] = {"ema_decay": 0.0}
     in_float32 = raw["model"].get("dtype") == "float32"
     raw["train"] = {"steps": 1, "mixed_precision": config.train.mixed_precision if config else "no" if in_float32 else "bf16"}
@@ -132,7 +132,7 @@ def _guidance_of(card: LoraCard) -> dict[str, Any]:
     return {"guidance": card.guidance} if families.named(str(card.family)).guidance == "embedding" else {}
 
 
-def _native_size(family: str) -> dict[str, Any]:
+def native_size(family: str) -> dict[str, Any]:
     """A family with a native size edits at it, instead of the resolution that was trained."""
     native = families.named(family).native
     return {} if native is None else {"resolution": native, "bucket_step": 32}

@@ -17,6 +17,19 @@ MOST_FRAMES = 81  # of Wan's own training; longer clips are edited where `frames
 Source = str | Path | Image.Image
 
 
+def as_seen(source: Source, dataset: DatasetConfig, multiple: int, size: Size | None = None) -> Image.Image:
+    """A source as the model sees it: upright RGB, cropped to `size` (width, height), or to its bucket.
+
+    Args:
+        source: a file, or an image.
+        dataset: whose buckets.
+        multiple: of pixels, which the model's sides are.
+        size: instead of the bucket's; at most the source's own.
+    """
+    image = to_rgb(ImageOps.exif_transpose(source)) if isinstance(source, Image.Image) else load_image(Path(source))
+    return crop_to_bucket(image, size or bucket_for(image.size, dataset, multiple))
+
+
 class SizeRules(Protocol):
     """What a model takes: `models.base.Family` knows it."""
 
@@ -40,8 +53,7 @@ class Sources:
 
     def image(self, source: Source) -> Image.Image:
         """The picture at its edit's size."""
-        image = to_rgb(ImageOps.exif_transpose(source)) if isinstance(source, Image.Image) else load_image(Path(source))
-        return crop_to_bucket(image, self._bucket(image.size))
+        return as_seen(source, self.dataset, self._rules.pixel_multiple())
 
     def clip(self, source: Path, frames: int | None) -> tuple[list[Image.Image], float]:
         """A clip's frames at its edit's size and length, and the frames a second; see `clip_length`."""
