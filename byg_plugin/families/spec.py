@@ -67,6 +67,22 @@ class MusubiSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FlowEditSpec:
+    """FlowEdit's settings (fallenshock/FlowEdit at 457f402); guidance scales are in the family's own formula.
+
+    Attributes:
+        steps: of the schedule.
+        n_max: of these the last ones that are made.
+        source_guidance, target_guidance: of the two captions' velocities.
+    """
+
+    steps: int
+    n_max: int
+    source_guidance: float
+    target_guidance: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class FamilySpec:
     """One checkpoint that can be trained and edited with, as its authors publish it.
 
@@ -126,6 +142,14 @@ class FamilySpec:
     diffusers: tuple[int, int] = (0, 32)
     musubi: MusubiSpec | None = None
     modelspec: tuple[str, str] | None = None
+
+    @property
+    def flowedit(self) -> FlowEditSpec:
+        """Published for FLUX.1-dev. Of a family with classifier-free guidance nothing is: those of Stable Diffusion 3, which has it too."""
+        if self.guidance == "embedding":
+            return FlowEditSpec(steps=28, n_max=24, source_guidance=1.5, target_guidance=5.5)
+        less = 1.0 - self.unguided
+        return FlowEditSpec(steps=50, n_max=33, source_guidance=3.5 - less, target_guidance=13.5 - less)
 
     @property
     def experts(self) -> tuple[str, ...]:
