@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from byg_plugin import families
 from byg_plugin.config.sections import ConditioningConfig, DatasetConfig, SampleConfig
 from byg_plugin.data.buckets import bucket_for, to_tensor
-from byg_plugin.editing.pipeline import as_seen
 from byg_plugin.editing.request import native_size
+from byg_plugin.editing.sources import as_seen
 from byg_plugin.families import HIGH, LOW, FamilySpec
 from byg_plugin.lora import formats as lora_formats
 from byg_plugin.lora.card import LoraCard, has_card

@@ -335,6 +335,30 @@ class SampleConfig(Section):
     weights: Literal["ema", "live"] = Field("ema", description="Which LoRA weights the previews use.")
 
 
+Names = Annotated[tuple[Annotated[str, Field(min_length=1, max_length=64)], ...], Field(min_length=1, max_length=20)]
+
+
+class EvaluateConfig(Section):
+    """Scores of held-out edits during training; `best.json` names the best checkpoint. docs/evaluation.md says what each metric needs."""
+
+    every: Steps = Field(0, description="Steps between evaluations, a multiple of `train.save_every`; 0 = never.")
+    items: Annotated[int, Field(ge=1, le=1000)] = Field(
+        16,
+        description="Validation items that are edited and scored each time, the previews' first; at most 1,000, training waits for them.",
+    )
+    metrics: Names = Field(("clip", "dino"), description="Metrics of evaluate.py by name.", strict=False)
+    select: Names = Field(
+        ("clip_directional", "dino"),
+        description="Column by which a checkpoint is the best; of several the mean over items of their geometric mean, as far as they are "
+        "positive: a copy of the source has no edit, a picture without it nothing preserved.",
+        strict=False,
+    )
+    device: Literal["cpu", "cuda"] = Field("cpu", description="Where metrics' models run; on cuda the network makes way meanwhile.")
+    clip: PathText | None = Field(None, description="Folder or hub id of CLIP; default: that of evaluate.py.")
+    dino: PathText | None = Field(None, description="Folder or hub id of DINO; default: that of evaluate.py.")
+    lpips_net: Literal["alex", "vgg", "squeeze"] = Field("alex", description="Network of LPIPS.")
+
+
 class OutputConfig(Section):
     """Where results go."""
 
@@ -366,6 +390,7 @@ class Config(Section):
     lora: LoraConfig = LoraConfig()
     train: TrainConfig
     sample: SampleConfig = SampleConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
     output: OutputConfig
     musubi: dict[str, Any] = Field(
         default_factory=dict, description="musubi-tuner's own options under its own names (without the dashes), for model.host = 'musubi'."
@@ -528,6 +553,7 @@ class Config(Section):
             raise ValueError("output.thumbnail needs previews: set sample.every, e.g. 500")
         if self.train.validate_every and not self.dataset.validation_items:
             raise ValueError("train.validate_every needs held-out tuples: set dataset.validation_items, e.g. 8")
+        self._check_evaluation()
         if self.model.quantization in ("int8", "nf4") and self.model.dtype == "float32":
             raise ValueError(f"model.quantization = {self.model.quantization!r} computes in 16 bit: set model.dtype = 'bfloat16'")
         if self.lora.forward == "merged":
@@ -548,6 +574,16 @@ class Config(Section):
                 f"{self.model.quantization!r} would round most of it away: set objective.rollout_weights = 'swap'"
             )
         return self
+
+    def _check_evaluation(self) -> None:
+        every, save_every = self.evaluate.every, self.train.save_every
+        if every and not self.dataset.validation_items:
+            raise ValueError("evaluate.every needs held-out tuples: set dataset.validation_items, e.g. 16")
+        if every and (not save_every or every % save_every):
+            raise ValueError(
+                f"evaluate.every = {every} is not a multiple of train.save_every = {save_every}: what is scored must be a checkpoint; set "
+                f"train.save_every = {every}"
+            )
 
     def _check_merged_forward(self) -> None:
         for key, value, needed in (

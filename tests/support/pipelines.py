@@ -18,7 +18,7 @@ from torch import Tensor
 from byg_plugin import EditPipeline, pipelines
 from byg_plugin.config.sections import Config
 from byg_plugin.data.buckets import to_tensor
-from byg_plugin.editing.pipeline import as_seen
+from byg_plugin.editing.sources import as_seen
 from byg_plugin.lora.card import LoraCard
 from byg_plugin.lora.files import write_lora
 from byg_plugin.models import files, make_family
