@@ -345,6 +345,10 @@ class OutputConfig(Section):
         description="File stem of the LoRA: letters, digits, `.`, `_`, `-`, at most 128 (suffixes follow); not `training`, which is "
         "the checkpoint's own file.",
     )
+    thumbnail: bool = Field(
+        False,
+        description="The last preview, source beside edit, goes into the LoRA's header in 512 pixels, for model browsers to show.",
+    )
 
 
 class Config(Section):
@@ -520,6 +524,8 @@ class Config(Section):
                 f"train.global_batch_size = {self.train.global_batch_size} is not a multiple of train.batch_size = "
                 f"{self.train.batch_size}: change one of them"
             )
+        if self.output.thumbnail and not self.sample.every:
+            raise ValueError("output.thumbnail needs previews: set sample.every, e.g. 500")
         if self.train.validate_every and not self.dataset.validation_items:
             raise ValueError("train.validate_every needs held-out tuples: set dataset.validation_items, e.g. 8")
         if self.model.quantization in ("int8", "nf4") and self.model.dtype == "float32":

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from byg_plugin.config.device import resolve_device
 from byg_plugin.config.extras import require_model_extras
 from byg_plugin.config.loading import parse_config
-from byg_plugin.config.sections import Config
+from byg_plugin.config.sections import Config, DatasetConfig
 from byg_plugin.data.buckets import bucket_for, crop_to_bucket, to_tensor
 from byg_plugin.data.clips import Clip, clip_info, is_clip, read_clip
 from byg_plugin.data.media import load_image, to_rgb
@@ -42,6 +42,19 @@ def _without_gradient(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args, **kwargs)
 
     return run
+
+
+def as_seen(source: str | Path | Image.Image, dataset: DatasetConfig, multiple: int, size: tuple[int, int] | None = None) -> Image.Image:
+    """A source as the model sees it: upright RGB, cropped to `size` (width, height), or to its bucket.
+
+    Args:
+        source: a file, or an image.
+        dataset: whose buckets.
+        multiple: of pixels, which the model's sides are.
+        size: instead of the bucket's; at most the source's own.
+    """
+    image = to_rgb(ImageOps.exif_transpose(source)) if isinstance(source, Image.Image) else load_image(Path(source))
+    return crop_to_bucket(image, size or bucket_for(image.size, dataset, multiple))
 
 
 class EditPipeline:
@@ -300,8 +313,7 @@ class EditPipeline:
         return [crop_to_bucket(frame, bucket) for frame in read_clip(source, count)], clip.fps
 
     def _prepare(self, source: str | Path | Image.Image) -> Image.Image:
-        image = to_rgb(ImageOps.exif_transpose(source)) if isinstance(source, Image.Image) else load_image(Path(source))
-        return crop_to_bucket(image, bucket_for(image.size, self.config.dataset, self.family.pixel_multiple()))
+        return as_seen(source, self.config.dataset, self.family.pixel_multiple())
 
     def _load(self) -> None:
         if self._host is None:

@@ -62,7 +62,7 @@ def sections_of(card: LoraCard, config: Config | None, model: Mapping[str, Any])
     if card.boundary is not None:
         raw["model"]["boundary"] = card.boundary
     raw["conditioning"] = {"position": card.position, **_guidance_of(card), "max_text_tokens": card.max_text_tokens}
-    raw["dataset"] |= {"resolution": card.resolution, **_native_size(family)}
+    raw["dataset"] |= {"resolution": card.resolution, **native_size(family)}
     raw["objective"] = {"ema_decay": 0.0}
     in_float32 = raw["model"].get("dtype") == "float32"
     raw["train"] = {"steps": 1, "mixed_precision": config.train.mixed_precision if config else "no" if in_float32 else "bf16"}
@@ -150,7 +150,7 @@ def refuse_guided(card: LoraCard, given: Mapping[str, Any]) -> None:
         )
 
 
-def _native_size(family: str) -> dict[str, Any]:
+def native_size(family: str) -> dict[str, Any]:
     """A family with a native size edits at it, instead of the resolution that was trained."""
     native = families.named(family).native
     return {} if native is None else {"resolution": native, "bucket_step": 32}

@@ -16,6 +16,7 @@ SPECS = (
         shift=ShiftByTokens(tokens=(256, 8192), mu=(0.5, 0.9), terminal=0.02),
         distilled=r"(?i)lightning|(?<!un)distill|(?<!de[-_])turbo",
         diffusers=(0, 37),  # the first that masks padded texts
+        modelspec=("Qwen-Image", "https://github.com/QwenLM/Qwen-Image"),
         defaults={"sample": {"steps": 50}},
     ),
     FamilySpec(
@@ -31,6 +32,7 @@ SPECS = (
         shift=ShiftByTokens(tokens=(256, 6400), mu=(0.5, 1.15)),
         distilled=r"(?i)(?<!de[-_])turbo|(?<!un)distill|tdm",
         diffusers=(0, 39),
+        modelspec=("Krea-2", "https://github.com/krea-ai/krea-2"),
         defaults={"sample": {"steps": 52}},
     ),
 )

@@ -94,6 +94,7 @@ class FamilySpec:
         distilled: found in the name of a file or folder, it tells distilled weights, which cannot be trained on; None: their names do not.
         diffusers: the first version that has its classes as they are called here.
         musubi: how musubi-tuner trains it; None: not at all.
+        modelspec: `modelspec.architecture` (before `/lora`) and `modelspec.implementation` of its LoRAs, as musubi-tuner writes them.
     """
 
     name: str
@@ -120,6 +121,7 @@ class FamilySpec:
     distilled: str | None = None
     diffusers: tuple[int, int] = (0, 32)
     musubi: MusubiSpec | None = None
+    modelspec: tuple[str, str] | None = None
 
     @property
     def experts(self) -> tuple[str, ...]:

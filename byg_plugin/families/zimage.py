@@ -16,6 +16,7 @@ SPECS = (
         shift=6.0,
         distilled=r"(?i)(?<!de[-_])turbo|(?<!un)distill",
         diffusers=(0, 37),
+        modelspec=("Z-Image", "https://github.com/Tongyi-MAI/Z-Image"),
         defaults={"sample": {"steps": 50}},
     ),
 )

@@ -45,8 +45,7 @@ class Flux2Family(Qwen3TextFamily):
     def encode_pixels(self, vae: nn.Module, pixels: Tensor) -> Tensor:
         """(B, 3, 1, H, W) in [-1, 1] -> (B, 128, 1, H/16, W/16), the posterior's mode in squares, then to the statistics of its norm."""
         mode = vae.encode(pixels[:, :, 0].to(next(vae.parameters()))).latent_dist.mode().float()
-        mean, std = _statistics(vae)
-        return ((split_squares(mode) - mean) / std).unsqueeze(2)
+        return normalise(vae, mode).unsqueeze(2)
 
     def decode_latents(self, vae: nn.Module, latents: Tensor) -> Tensor:
         """The inverse of `encode_pixels`, clamped to [-1, 1]."""
@@ -86,6 +85,12 @@ class Flux2Family(Qwen3TextFamily):
                 return_dict=False,
             )[0]
         return tokens_to_latents(prediction[:, : h * w].float(), h, w)
+
+
+def normalise(vae: nn.Module, mode: Tensor) -> Tensor:
+    """The posterior's mode (B, 32, 2H, 2W) -> latents (B, 128, H, W): in squares, then to the statistics of the VAE's norm."""
+    mean, std = _statistics(vae)
+    return (split_squares(mode) - mean) / std
 
 
 def _statistics(vae: nn.Module) -> tuple[Tensor, Tensor]:

@@ -99,7 +99,7 @@ class QwenImageFamily(QwenVaeFamily):
         same = source is not None and self.source_id == 0
         # An image's number in its list is its frame.
         images = [grid] if source is None or same else [grid] * (self.source_id + 1)
-        with first_arguments(network.time_text_embed, t.float()), _positions(network, doubled=same):
+        with first_arguments(network.time_text_embed, t.float()), image_positions(network, doubled=same):
             prediction = network(
                 hidden_states=tokens.to(dtype),
                 timestep=t,
@@ -118,7 +118,7 @@ class QwenImageFamily(QwenVaeFamily):
 
 
 @contextmanager
-def _positions(network: nn.Module, *, doubled: bool) -> Iterator[None]:
+def image_positions(network: nn.Module, *, doubled: bool) -> Iterator[None]:
     """For one call, the image's positions, twice where source tokens have the noisy tokens' own.
 
     The network keeps its tables: those that were made in inference mode must not be saved for a backward pass.

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -126,20 +126,17 @@ class Batch:
 
     def rows(self, which: Sequence[int]) -> Batch:
         """Some of its samples."""
+        index = list(which)
 
-        def some(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            return {name: value[list(which)] for name, value in tensors.items()}
+        def some(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value[index]
+            if isinstance(value, Mapping):
+                return {name: some(each) for name, each in value.items()}
+            return tuple(some(each) for each in value) if isinstance(value, tuple) else value
 
-        texts = {name: some(getattr(self, name)) for name in ("src_caption", "tgt_caption", "instruction", "reverse_instruction")}
-        return replace(
-            self,
-            **some({"source": self.source, "noise": self.noise, "t": self.t}),
-            **texts,
-            target=None if self.target is None else self.target[list(which)],
-            fresh=tuple(noise[list(which)] for noise in self.fresh),
-            beside={name: some(text) for name, text in self.beside.items()},
-            words=tuple(self.words[i] for i in which),
-        )
+        of_all = {"nodes": self.nodes, "words": tuple(self.words[i] for i in index)}
+        return replace(self, **{each.name: some(getattr(self, each.name)) for each in fields(self)} | of_all)
 
     @property
     def identity_step(self) -> bool:

@@ -28,7 +28,6 @@ from byg_plugin.hosts import make_host
 from byg_plugin.hosts.batch import draw_batch
 from byg_plugin.hosts.blocks import blocks_of
 from byg_plugin.hosts.sharding import bytes_held
-from byg_plugin.lora.card import LoraCard
 from byg_plugin.lora.start import check_start
 from byg_plugin.models.base import Family
 from byg_plugin.objectives import make_objective
@@ -40,6 +39,7 @@ from byg_plugin.training import checkpoint, logs, preview
 from byg_plugin.training.checkpoint import naming_a_full_disk
 from byg_plugin.training.diagnosis import Diagnosis
 from byg_plugin.training.engines import make_engine
+from byg_plugin.training.headers import header
 from byg_plugin.training.launch import Launch
 from byg_plugin.training.optimizers import learning_rate
 from byg_plugin.training.resume import find_start, is_in, load_start
@@ -445,12 +445,12 @@ class Trainer:
     def _lora_files(self, adapter: checkpoint.AdapterState) -> dict[str, tuple[dict[str, Tensor], dict[str, str]]]:
         name = self.config.output.name
         saved = {"": ("live", adapter.lora), "-ema": ("ema", adapter.ema)}
-        return {
-            f"{name}{kind}{suffix}.safetensors": (tensors, LoraCard.of(self.config, self.step, which, self.family, suffix).to_metadata())
-            for kind, (which, weights) in saved.items()
-            if weights
-            for suffix, tensors in self.host.lora_files(weights).items()
-        }
+        files = {}
+        for kind, (which, weights) in saved.items():
+            for suffix, tensors in self.host.lora_files(weights).items() if weights else ():
+                said = {"step": self.step, "weights": which, "title": f"{name}{kind}{suffix}", "suffix": suffix}
+                files[f"{name}{kind}{suffix}.safetensors"] = tensors, header(self.config, self.family, tensors, **said)
+        return files
 
     def _lora_names(self) -> list[str]:
         """Files of the live weights, the high-noise expert's first."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from base64 import b64encode
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from byg_plugin.hosts import Host
 
 logger = get_logger(__name__)
+THUMBNAIL = 512  # pixels
 _NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -55,6 +58,19 @@ def set_aside_later(output: OutputConfig, step: int) -> list[Path]:
     """
     numbered = [(path, _NAME.fullmatch(path.name)) for path in sorted(folder(output, 0).parent.glob("step-*"))]
     return [folders.set_aside(path) for path, match in numbered if match and int(match[1]) > step]
+
+
+def thumbnail(output: OutputConfig) -> str | None:
+    """The first picture of the last previews as `data:image/jpeg;base64,...`, at most 512 pixels a side; None: there are none yet."""
+    written = sorted(folder(output, 0).parent.glob("step-*/000.png"), key=lambda path: int(path.parent.name.removeprefix("step-")))
+    if not written:
+        return None
+    with Image.open(written[-1]) as image:
+        small = image.convert("RGB")
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    jpeg = BytesIO()
+    small.save(jpeg, format="JPEG", quality=85)
+    return f"data:image/jpeg;base64,{b64encode(jpeg.getvalue()).decode('ascii')}"
 
 
 def write(
