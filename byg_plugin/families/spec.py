@@ -54,14 +54,16 @@ class MusubiSpec:
         text_encoders: the host's options of the text encoders.
         most_swapped: the largest `blocks_to_swap` that it takes.
         previews_with_fp8_t5: whether its previews can encode texts with `fp8_t5`.
+        unguided: the scale of its previews (`--l`) without guidance, 1 or 0; see `FamilySpec.unguided`.
     """
 
     adapter: str
-    decided: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    decided: Mapping[str, str | bool] = field(default_factory=lambda: MappingProxyType({}))
     network_module: str
     text_encoders: tuple[str, ...]
     most_swapped: int
     previews_with_fp8_t5: bool = True
+    unguided: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +82,7 @@ class FamilySpec:
             `sample.cfg_high_noise` and `sample.cfg_low_noise`.
         guidance_scales: the published scales at high and at low noise.
         unguided: the scale without classifier-free guidance. 1: v_negative + scale (v - v_negative); 0: v + scale (v - v_negative).
+        guidance_keeps_length: whether each token of a guided velocity is scaled back to the length that it has without guidance.
         negative: the text that guidance leads away from, unless `sample.negative` names one.
         text_encoders: the parts of `[model]` that encode texts.
         text_limit: tokens of the longest text.
@@ -107,6 +110,7 @@ class FamilySpec:
     guidance: GuidanceKind
     guidance_scales: tuple[float, float] = (1.0, 1.0)
     unguided: float = 1.0
+    guidance_keeps_length: bool = False
     negative: str = ""
     text_encoders: tuple[str, ...]
     text_limit: int = 512

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from byg_plugin.models import flux_files
 from byg_plugin.models.flux_vae import FluxVaeFamily
-from byg_plugin.models.image_family import compute_dtype, first_arguments
+from byg_plugin.models.image_family import compute_dtype
+from byg_plugin.models.one_call import first_arguments
 from byg_plugin.models.tokens import pack_length, sequence, unpack
 from byg_plugin.objectives.base import Text
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from byg_plugin.models import flux2_files, qwen_texts
 from byg_plugin.models.base import at_least_float32
-from byg_plugin.models.image_family import compute_dtype, first_arguments
+from byg_plugin.models.image_family import compute_dtype
+from byg_plugin.models.one_call import first_arguments
 from byg_plugin.models.qwen3_texts import Qwen3TextFamily
 from byg_plugin.models.qwen_texts import TextEncoder
 from byg_plugin.models.tokens import join_squares, latent_sequence, split_squares, text_ids, tokens_to_latents
