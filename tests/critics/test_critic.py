@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -13,38 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from byg_plugin.critics.critic import Critic
-from byg_plugin.critics.decode import Decoder
 from byg_plugin.critics.questions import EDITED, SOURCE, questions
-from byg_plugin.critics.vlm import Vlm
 from byg_plugin.objectives.base import Batch, Words
-from tests.critics.test_decode import flux, vae
+from tests.support.critic_runs import critic
 from tests.support.memory import most_saved
 from tests.support.tiny import tiny_texts
-from tests.support.tiny_critics import critic_config, critic_folder, tiny_critic_vlm
 
 WORDS = (
     Words("a", "make it blue", "a red dog", "a blue dog", "attribute"),
     Words("b", "remove the dog", "a dog on grass", "grass", "remove"),
 )
-
-
-def exact(judge: Vlm) -> Vlm:
-    """In float64, also where the model would go through float32."""
-    judge.model.double()
-    for module in judge.model.modules():
-        if type(module).__name__.endswith("RMSNorm"):
-            module.forward = _norm(module)
-    return judge
-
-
-def _norm(module: Any) -> Callable[[Tensor], Tensor]:
-    return lambda x: module.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + module.variance_epsilon)
-
-
-def critic(kind: str = "qwen3_vl", *, double: bool = False, tile: int | None = None, **values: Any) -> Critic:
-    judge = tiny_critic_vlm(kind, **values)
-    decoder = vae(torch.float64 if double else torch.float32)
-    return Critic(exact(judge) if double else judge, Decoder(flux(), decoder, tile), critic_config(critic_folder(kind), **values))
 
 
 def batch(size: int = 2, updates: int = 10**6, words: tuple[Words, ...] = WORDS, dtype: torch.dtype = torch.float32) -> Batch:

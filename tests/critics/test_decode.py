@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,22 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from byg_plugin.critics.decode import Decoder, _windows, recompute_
-from byg_plugin.models import make_family
+from tests.support.critic_runs import flux, latents, vae
 from tests.support.memory import most_saved
-from tests.support.tiny import model_folder, tiny_config, tiny_flux_vae
-
-
-def flux() -> Any:
-    return make_family(tiny_config(Path("unused"), model={"path": str(model_folder())}))
-
-
-def vae(dtype: torch.dtype = torch.float64) -> nn.Module:
-    return tiny_flux_vae().to(dtype).eval().requires_grad_(False)
-
-
-def latents(height: int = 6, width: int = 8, batch: int = 2, dtype: torch.dtype = torch.float64) -> Tensor:
-    rng = torch.Generator().manual_seed(3)
-    return torch.randn(batch, 16, 1, height, width, generator=rng, dtype=torch.float64).to(dtype) * 0.5
 
 
 def along(pixels: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from byg_plugin.critics import check_critic, critic_device, make_critic, vlm
 from byg_plugin.critics.questions import made
 from byg_plugin.models import make_family
 from byg_plugin.objectives.paired_config import PairedConfig
-from tests.critics.test_decode import latents
+from tests.support.critic_runs import latents
 from tests.support.tiny import model_folder, tiny_config
 from tests.support.tiny_critics import critic_config, critic_folder
 from tests.support.tiny_wan import wan_config

@@ -9,7 +9,7 @@ from byg_plugin.critics.decode import Decoder
 from byg_plugin.critics.memory import CriticMemory, critic_memory, decoder_graph
 from byg_plugin.critics.vlm import describe
 from byg_plugin.training.memory import MemoryLine, with_critic
-from tests.critics.test_decode import flux, latents, vae
+from tests.support.critic_runs import flux, latents, vae
 from tests.support.memory import most_saved
 from tests.support.tiny_critics import critic_config, critic_folder, tiny_critic_vlm
 

@@ -11,22 +11,12 @@ from transformers import AutoImageProcessor
 
 from byg_plugin.critics.pixels import PatchView, resized
 from byg_plugin.critics.vlm import describe
+from tests.support.critic_runs import NATIVE, picture, tensor
 from tests.support.tiny_critics import KINDS, critic_config, critic_folder
 
-NATIVE = {"qwen3_vl": (40, 48), "qwen2_5_vl": (48, 40), "internvl": (32, 32), "llava_onevision": (32, 32)}
 STRANGE = [(37, 53), (90, 41), (21, 20), (64, 64)]
 TOLERANCE = 1e-5
 LEAST_STD = 0.26  # of the processors' standard deviations: CLIP's
-
-
-def picture(height: int, width: int) -> Image.Image:
-    """Smooth and 8-bit, no channel or side like another."""
-    coarse = np.random.default_rng(height + width).integers(0, 255, (5, 4, 3), dtype=np.uint8)
-    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
-
-
-def tensor(image: Image.Image) -> Tensor:
-    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 255
 
 
 def own(kind: str, image: Image.Image) -> dict[str, Tensor]:

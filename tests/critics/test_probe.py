@@ -12,7 +12,7 @@ from byg_plugin.critics import probe
 from byg_plugin.critics.critic import Critic
 from byg_plugin.critics.questions import KEPT, MADE, Question
 from byg_plugin.critics.vlm import Features
-from tests.critics.test_critic import critic
+from tests.support.critic_runs import critic
 from tests.support.tiny_critics import critic_config
 
 

@@ -14,7 +14,7 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText, Qwen2C
 from byg_plugin.critics import vlm
 from byg_plugin.critics.questions import Question, questions
 from dataset_tools.backend_transformers import load_processor
-from tests.critics.test_pixels import NATIVE, picture, tensor
+from tests.support.critic_runs import NATIVE, picture, tensor
 from tests.support.tiny_critics import KINDS, critic_config, critic_folder, template, tiny_critic_vlm, tokenizer
 
 EDIT, REST = questions("make it blue")
