@@ -1,0 +1,110 @@
+"""Random networks at the width that ComfyUI knows the families by, one block of each kind, and LoRAs of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FluxTransformer2DModel, WanTransformer3DModel
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from byg_plugin import sampling
+from byg_plugin.config.loading import parse_config
+from byg_plugin.config.sections import Config
+from byg_plugin.lora.card import LoraCard
+from byg_plugin.models import files, flux_files, make_family, wan_files
+
+TEXT, TEXT_TOKENS = 64, 8  # width and length of encoded texts, which are free
+
+
+def filled(network: nn.Module, seed: int) -> Any:
+    """Outputs of about 1 whatever the width, and nothing that is zero."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            columns = parameter[0].numel() if parameter.ndim > 1 else 100
+            parameter.normal_(generator=g).mul_(columns**-0.5)
+            if parameter.ndim == 1 and parameter.numel() == 128:
+                parameter.add_(1)  # scales of norms
+    return network.eval().requires_grad_(False)
+
+
+def flux(seed: int = 0) -> FluxTransformer2DModel:
+    """FLUX.1-dev, 1 + 1 blocks of 57."""
+    config = files.shipped_config("flux_dev/transformer")
+    small = {"num_layers": 1, "num_single_layers": 1, "joint_attention_dim": TEXT, "pooled_projection_dim": TEXT}
+    return filled(FluxTransformer2DModel.from_config({**config, **small}), seed)
+
+
+def wan(seed: int = 0, **changes: Any) -> WanTransformer3DModel:
+    """Wan2.1 1.3B, 1 block of 30."""
+    small = {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 1, "text_dim": TEXT}
+    return filled(WanTransformer3DModel(**{**small, **changes}), seed)
+
+
+NATIVE = {"flux": flux_files.to_native_layout, "wan": wan_files.to_native_layout}
+
+
+def save_base(network: nn.Module, kind: str, path: Path) -> None:
+    """In the layout that ComfyUI reads."""
+    state = NATIVE[kind](network.state_dict())
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
+
+
+def config_of(family: str, folder: Path, **sections: dict[str, Any]) -> Config:
+    """In float32 on the CPU."""
+    raw: dict[str, dict[str, Any]] = {
+        "model": {"family": family, "path": str(folder), "dtype": "float32", "device": "cpu"},
+        "dataset": {"tuples": ".", "cache_dir": "."},
+        "output": {"dir": "."},
+        "train": {"steps": 1, "mixed_precision": "no"},
+        "sample": {"solver": "euler"} if family.startswith("wan") else {},
+        "conditioning": {},
+    }
+    for name, values in sections.items():
+        raw[name] |= values
+    return parse_config(raw)
+
+
+def lora_of(network: nn.Module, names: list[str], seed: int, rank: int = 4) -> dict[str, Tensor]:
+    """PEFT tensors of these linears with a visible effect."""
+    g = torch.Generator().manual_seed(seed)
+    out = {}
+    for name in names:
+        rows, columns = network.get_submodule(name).weight.shape
+        out[f"transformer.{name}.lora_A.weight"] = torch.randn(rank, columns, generator=g) * columns**-0.5
+        out[f"transformer.{name}.lora_B.weight"] = torch.randn(rows, rank, generator=g) * 0.5
+    return out
+
+
+def card_metadata(config: Config, **changes: Any) -> dict[str, str]:
+    """The header of a LoRA that this configuration would train."""
+    card = LoraCard.of(config, 7, "ema").to_metadata()
+    return card | {f"byg.{key}": str(value) for key, value in changes.items()}
+
+
+@torch.no_grad()
+def merged(network: nn.Module, lora: Mapping[str, Tensor], strength: float = 1.0) -> nn.Module:
+    """The network itself with the LoRA added to its weights; call it again with -strength to undo."""
+    for key in [key for key in lora if ".lora_A" in key]:
+        name = key.removeprefix("transformer.").removesuffix(".lora_A.weight")
+        network.get_submodule(name).weight += strength * lora[key.replace("lora_A", "lora_B")] @ lora[key]
+    return network
+
+
+def edited(
+    config: Config, networks: Mapping[str, nn.Module], noise: Tensor, text: Any, source: Tensor | None, steps: int, negative: Any = None
+) -> Tensor:
+    """Latents of `edit.py`'s own sampler; `networks` by the experts' names."""
+    family = make_family(config)
+
+    def velocity(noisy: Tensor, t: Tensor, texts: Any, given: Tensor | None) -> Tensor:
+        return partial(family.velocity, networks[family.expert_of(t)])(noisy, t, texts, given)
+
+    return sampling.sample_as_configured(
+        config, family, velocity, noise, text, source, steps=steps, schedule="shifted", negative=negative
+    )
