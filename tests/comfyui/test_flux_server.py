@@ -71,6 +71,94 @@ def theirs(server: Server, **graph: object) -> Tensor:
 
 @pytest.mark.parametrize("position", ["same", "kontext"])
 def test_an_edit_without_lora_is_ours(world: SimpleNamespace, position: str) -> None:
-    edit, wanted = theirs(world.server, source="source.safetensors", position=position), ours(world, position, 0.0)
-    print(position, "largest difference", (edit - wanted).abs().max(), "of", wanted.abs().max())
+    edit = theirs(world.server, source="source.safetensors", position=position)
+    torch.testing.assert_close(edit, ours(world, position, 0.0), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("position", ["same", "kontext"])
+def test_an_edit_with_lora_is_ours(world: SimpleNamespace, position: str) -> None:
+    """The position comes from the card in the file."""
+    lora = {"lora": f"{position}.safetensors"}
+    edit, wanted = theirs(world.server, source="source.safetensors", position="as trained", lora=lora), ours(world, position, 1.0)
+    assert (wanted - ours(world, position, 0.0)).abs().max() > 0.1, "the LoRA has no effect"
     torch.testing.assert_close(edit, wanted, rtol=0, atol=1e-3)
+
+
+def test_the_position_can_be_plugged_in(world: SimpleNamespace) -> None:
+    graph = edit_graph("base.safetensors", "source.safetensors", "text.safetensors", steps=STEPS, lora={"lora": "kontext.safetensors"})
+    graph["source"]["inputs"]["position"] = ["lora", 2]
+    world.server.run(graph)
+    torch.testing.assert_close(world.server.result("edit.safetensors")["scaled"], ours(world, "kontext", 1.0), rtol=0, atol=1e-3)
+
+
+def test_strength_0_of_the_lora_is_the_base(world: SimpleNamespace) -> None:
+    plain = theirs(world.server, source="source.safetensors", position="same")
+    off = theirs(world.server, source="source.safetensors", position="as trained", lora={"lora": "same.safetensors", "strength": 0.0})
+    assert torch.equal(off, plain)
+
+
+def test_strength_0_of_the_source_is_the_model_without_it(world: SimpleNamespace) -> None:
+    """Also after edits: a patch of a clone leaves the model as it was."""
+    text_to_image = theirs(world.server, source=None)
+    torch.testing.assert_close(text_to_image, ours(world, "same", 0.0, with_source=False), rtol=0, atol=1e-3)
+    assert torch.equal(theirs(world.server, source="source.safetensors", strength=0.0), text_to_image)
+    assert (theirs(world.server, source="source.safetensors") - text_to_image).abs().max() > 0.1
+
+
+def test_a_strength_between_mixes_velocities(world: SimpleNamespace) -> None:
+    """One step is linear in the velocity."""
+    graphs = [edit_graph("base.safetensors", "source.safetensors", "text.safetensors", steps=1, strength=s) for s in (0.0, 0.25, 1.0)]
+    edits = []
+    for graph in graphs:
+        world.server.run(graph)
+        edits.append(world.server.result("edit.safetensors")["scaled"])
+    torch.testing.assert_close(edits[1], 0.75 * edits[0] + 0.25 * edits[2], rtol=0, atol=1e-4)
+    assert (edits[2] - edits[0]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"source.source": None}, "Required input is missing"),
+        ({"source.source": "large.safetensors"}, "sample ByG Source's own `latent`"),
+        ({"source.source": "two.safetensors"}, "2 sources and 1 pictures"),
+        ({"source.source": "empty.safetensors"}, "the source latent is empty"),
+        ({"source.position": "bernini"}, "not one of this model's: same, kontext"),
+        ({"source.position": "as trained"}, "choose the position"),
+    ],
+)
+def test_bad_input_is_told_in_a_node(world: SimpleNamespace, changes: dict[str, str | None], says: str) -> None:
+    graph = edit_graph("base.safetensors", "source.safetensors", "text.safetensors", steps=1)
+    graph["empty"] = {"class_type": "TestLatent", "inputs": {"file": "empty.safetensors"}}
+    graph["sample"]["inputs"]["latent_image"] = graph["times"]["inputs"]["latent"] = ["empty", 0]
+    for key, value in changes.items():
+        node, name = key.split(".")
+        if value is None:
+            del graph[node]["inputs"][name]
+        elif name == "source":
+            graph["encoded"]["inputs"]["file"] = value
+        else:
+            graph[node]["inputs"][name] = value
+    with pytest.raises(Refused) as refused:
+        world.server.run(graph)
+    assert says in str(refused.value)
+
+
+def test_a_lora_that_does_not_fit_is_told_in_its_node(world: SimpleNamespace) -> None:
+    loras = world.folder / "models/loras"
+    config = bases.config_of("flux", world.folder)
+    names = {"narrow": {key: tensor[:, :-1] if "lora_A" in key else tensor for key, tensor in world.lora.items()}}
+    names["unknown"] = {key.replace("transformer_blocks.0", "transformer_blocks.30"): tensor for key, tensor in world.lora.items()}
+    for name, tensors in names.items():
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, loras / f"{name}.safetensors", bases.card_metadata(config))
+    save_file(world.lora, loras / "foreign.safetensors", bases.card_metadata(config, family="krea2", position="same"))
+    save_file(world.lora, loras / "bare.safetensors", {"format": "pt"})
+    for name, says in (
+        ("narrow", "5 of its 5 layers do not fit"),
+        ("unknown", "5 of its 5 layers are not in the connected model"),
+        ("foreign", "was trained for krea2"),
+        ("bare", "has no ByG card"),
+    ):
+        with pytest.raises(Refused) as refused:
+            theirs(world.server, source="source.safetensors", lora={"lora": f"{name}.safetensors"})
+        assert "BygLoraLoader" in str(refused.value) and says in str(refused.value)

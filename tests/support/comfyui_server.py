@@ -1,13 +1,14 @@
 """ComfyUI's own server, headless on the CPU, with our nodes and those of the tests; graphs go in over its HTTP API.
 
 `COMFYUI_PYTHON` names the Python that has ComfyUI's requirements, else it is this one. Where that Python has no torchvision and
-torchaudio, names that ComfyUI imports at its start come from `comfyui_site`.
+torchaudio, names that ComfyUI imports at its start come from stand-ins.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.support import ROOT
-from tests.support.comfyui import CHECKOUT
+from tests.support.comfyui import CHECKOUT, STAND_INS
 
 PYTHON = os.environ.get("COMFYUI_PYTHON", sys.executable)
 _SUPPORT = ROOT / "tests" / "support"
@@ -82,7 +83,7 @@ class Server:
 def _environment() -> dict[str, str]:
     probe = "import importlib.util as u; print(u.find_spec('torchvision') is None or u.find_spec('torchaudio') is None)"
     missing = subprocess.run([PYTHON, "-c", probe], capture_output=True, text=True, check=True).stdout.strip() == "True"
-    return {**os.environ, "PYTHONPATH": str(_SUPPORT / "comfyui_site") if missing else ""}
+    return {**os.environ, "PYTHONPATH": str(STAND_INS) if missing else ""}
 
 
 def _free_port() -> int:
@@ -112,6 +113,7 @@ def serve(base: Path) -> Iterator[Server]:
         finally:
             process.terminate()
             process.wait(timeout=30)
+            shutil.rmtree(base / "models")  # gigabytes
 
 
 def _wait(process: subprocess.Popen[bytes], server: Server) -> None:
