@@ -71,8 +71,8 @@ def check_fit(fit: Fit, card: Card, file: str) -> None:
     if fit.missing:
         named = ", ".join(fit.missing[:_NAMED]) + (", ..." if len(fit.missing) > _NAMED else "")
         raise ValueError(
-            f"{file}: {len(fit.missing)} of its {total} layers are not in the connected model and would be left out: {named}. Load the base "
-            "that it was trained on, or convert the file with byg_plugin's convert_lora.py --to comfyui"
+            f"{file}: {len(fit.missing)} of its {total} layers are not in the connected model and would be left out: {named}. Load the "
+            "base that it was trained on, or convert the file with byg_plugin's convert_lora.py --to comfyui"
         )
 
 
@@ -84,9 +84,13 @@ def check_family(card: Card, architecture: str, file: str) -> Family:
     """
     family = family_named(card.family)
     if family.architecture != architecture:
-        raise ValueError(f"{file} was trained for {card.family}, and the connected model is of another kind ({architecture}): connect its base")
+        raise ValueError(
+            f"{file} was trained for {card.family}, and the connected model is of another kind ({architecture}): connect its base"
+        )
     if card.position not in family.positions:
-        raise ValueError(f"{file}: its card names position {card.position!r}, {card.family} has {', '.join(family.positions)}: update the nodes")
+        raise ValueError(
+            f"{file}: its card names position {card.position!r}, {card.family} has {', '.join(family.positions)}: update the nodes"
+        )
     return family
 
 

@@ -12,7 +12,7 @@ from . import card as cards
 from . import loader, schedule, sizes
 from .families import POSITIONS, Family, architecture_of, check_position, families, family_named, members
 from .guidance import qwen_guidance
-from .source import KEY, Source
+from .source import KEY, Source, check_source
 
 CARD = "byg_card"  # of the attachments of a MODEL
 AS_TRAINED = "as trained"
@@ -131,8 +131,8 @@ class BygLoraLoader:
         name = cards.partner_of(lora)
         if name is None or folder_paths.get_full_path("loras", name) is None:
             raise ValueError(
-                f"{lora}: the low-noise half of the pair is not beside it{f' ({name})' if name else ''}: put it there, name it in lora_low, or "
-                f"choose {NONE!r}"
+                f"{lora}: the low-noise half of the pair is not beside it{f' ({name})' if name else ''}: put it there, name it in "
+                f"lora_low, or choose {NONE!r}"
             )
         return name
 
@@ -172,7 +172,11 @@ class BygSource:
     DESCRIPTION = "The picture or clip to edit, as the LoRA was trained to see it. Sample the latent that comes out, at full noise."
     RETURN_TYPES = ("MODEL", "LATENT", "MODEL")
     RETURN_NAMES = ("model", "latent", "model_low")
-    OUTPUT_TOOLTIPS = ("the model with the source", "an empty latent of the source's size, to sample", "the low-noise network with the source")
+    OUTPUT_TOOLTIPS = (
+        "the model with the source",
+        "an empty latent of the source's size, to sample",
+        "the low-noise network with the source",
+    )
     FUNCTION = "connect"
 
     @classmethod
@@ -215,7 +219,7 @@ def with_source(model: Any, samples: Tensor, position: str, strength: float) -> 
     """A clone of a model that sees the source.
 
     Raises:
-        ValueError: the position is none of the model's, it is not known, or the model has a source already.
+        ValueError: the position is none of the model's or not known, the model has a source already, or the latent is not its VAE's.
     """
     from comfy.patcher_extension import WrappersMP
 
@@ -223,13 +227,15 @@ def with_source(model: Any, samples: Tensor, position: str, strength: float) -> 
     card = _card(model)
     if position == AS_TRAINED:
         if card is None:
-            raise ValueError("ByG Source: no ByG LoRA Loader tells how the LoRA was trained: choose the position, or load it with that node")
+            raise ValueError(
+                "ByG Source: no ByG LoRA Loader tells how the LoRA was trained: choose the position, or load it with that node"
+            )
         position = card.position
     check_position(position, architecture)
     if model.get_wrappers(WrappersMP.DIFFUSION_MODEL, KEY):
         raise ValueError("ByG Source: this model has a source already: connect one source")
-    if not getattr(samples, "is_nested", False) and samples.count_nonzero() == 0:
-        raise ValueError("ByG Source: the source latent is empty: connect VAE Encode, not an empty latent")
+    latents = model.model.latent_format
+    check_source(samples, latents.latent_channels, latents.latent_dimensions, architecture)
     if card is not None and position != card.position:
         logger.warning("ByG Source: the LoRA was trained with position %r, not %r: expect worse edits", card.position, position)
     patched = model.clone()

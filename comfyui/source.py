@@ -40,7 +40,7 @@ class Source:
                 return executor(x, *args, **kwargs)
             bound = inspect.signature(executor.original).bind(x, *args, **kwargs)
             options = _argument(bound, "transformer_options") or {}
-            source = for_batch(latents, x, len(options.get("cond_or_uncond") or [0]), self.architecture)
+            source = for_batch(latents, x, len(options.get("cond_or_uncond") or [0]))
             refuse_other_sources(bound)
             with_source = call(executor, x, source, args, kwargs, options)
             if self.strength == 1:
@@ -134,41 +134,54 @@ def embedding(original: Callable[..., Any]) -> Callable[..., Any]:
 # --- what does not fit ---
 
 
-def for_batch(source: Tensor, x: Tensor, chunks: int, architecture: str) -> Tensor:
+def check_source(samples: Tensor, channels: int, dimensions: int, architecture: str) -> None:
+    """Refuse what is no encoded source of this model.
+
+    Args:
+        samples: as the VAE node gives them.
+        channels: of the model's latents.
+        dimensions: of them, beside batch and channels: 2 of pictures, 3 of clips and of pictures that are clips of one frame.
+        architecture: of the network.
+
+    Raises:
+        ValueError: another VAE's latent, an empty one, a clip for a model of pictures, or a size that is no whole number of tokens.
+    """
+    if samples.ndim != dimensions + 2 or samples.shape[1] != channels:
+        raise ValueError(
+            f"ByG Source: the source latent has {samples.shape[1]} channels and {samples.ndim - 2} dimensions, this model's have "
+            f"{channels} and {dimensions}: encode the source with the VAE of this model"
+        )
+    if samples.count_nonzero() == 0:
+        raise ValueError("ByG Source: the source latent is empty: connect VAE Encode, not an empty latent")
+    if dimensions == 3 and architecture != "wan" and samples.shape[2] != 1:
+        raise ValueError(f"ByG Source: this model edits single pictures, the source has {samples.shape[2]} frames: give one picture")
+    if architecture != "flux2" and any(side % PATCH for side in samples.shape[-2:]):
+        raise ValueError(
+            f"ByG Source: {samples.shape[-1]} x {samples.shape[-2]} latents cannot be cut into tokens of {PATCH} x {PATCH}: bring the "
+            "source to size with ByG Size"
+        )
+
+
+def for_batch(source: Tensor, x: Tensor, chunks: int) -> Tensor:
     """The source beside each sample of a call, on its device and in its dtype.
 
     Args:
         source: (B, C, ...), or one for all.
         x: (chunks x B, C, ...): the conditions one after the other, each with the whole batch.
         chunks: how many conditions are in the call.
-        architecture: of the network.
 
     Raises:
         ValueError: sizes, lengths or batches differ; says which and the remedy.
     """
-    if source.ndim < x.ndim:
-        source = source.unsqueeze(2)
-    if source.ndim > x.ndim and source.shape[2] == 1:
-        source = source[:, :, 0]
-    if source.ndim != x.ndim or source.shape[1] != x.shape[1]:
-        raise ValueError(
-            f"ByG Source: the source latent has {source.shape[1]} channels, the model's have {x.shape[1]}: encode the source with the VAE of "
-            "this model"
-        )
     if x.ndim == 5 and source.shape[2] != x.shape[2]:
         raise ValueError(
-            f"ByG Source: the source clip has {source.shape[2]} latent frames, the clip being sampled {x.shape[2]}: sample ByG Source's own "
-            "`latent`, and use neither context windows nor another length"
+            f"ByG Source: the source clip has {source.shape[2]} latent frames, the clip being sampled {x.shape[2]}: sample ByG Source's "
+            "own `latent`, and use neither context windows nor another length"
         )
-    if source.shape[2:] != x.shape[2:]:
+    if source.shape[1:] != x.shape[1:]:
         raise ValueError(
             f"ByG Source: the source is {source.shape[-1]} x {source.shape[-2]} latents, the picture being sampled {x.shape[-1]} x "
             f"{x.shape[-2]}: sample ByG Source's own `latent`; conditions for a part of the picture are not possible"
-        )
-    if any(side % PATCH for side in x.shape[-2:]) and architecture != "flux2":
-        raise ValueError(
-            f"ByG Source: {x.shape[-1]} x {x.shape[-2]} latents cannot be cut into tokens of {PATCH} x {PATCH}: bring the source to size with "
-            "ByG Size"
         )
     batch = x.shape[0] // chunks
     if source.shape[0] not in (1, batch):
@@ -188,7 +201,9 @@ def refuse_other_sources(bound: inspect.BoundArguments) -> None:
     for name in ("ref_latents", "context_latents", "time_dim_concat"):
         given = _argument(bound, name)
         if given is not None and len(given):
-            raise ValueError("ByG Source: the conditioning has reference latents of another node: remove ReferenceLatent or BerniniConditioning")
+            raise ValueError(
+                "ByG Source: the conditioning has reference latents of another node: remove ReferenceLatent or BerniniConditioning"
+            )
 
 
 def _argument(bound: inspect.BoundArguments, name: str) -> Any:

@@ -22,7 +22,14 @@ def saved(folder: Path, metadata: dict[str, str] | None = None, name: str = "a.s
 
 def test_the_card_is_what_the_trainer_wrote(tmp_path: Path) -> None:
     written = LoraCard(
-        family="wan2.2-t2v-a14b", position="bernini", guidance=3.5, schedule="uniform", resolution=320, boundary=0.9, expert="low_noise", step=70
+        family="wan2.2-t2v-a14b",
+        position="bernini",
+        guidance=3.5,
+        schedule="uniform",
+        resolution=320,
+        boundary=0.9,
+        expert="low_noise",
+        step=70,
     )
     metadata, shapes = cards.read_header(saved(tmp_path, {**written.to_metadata(), "byg.base": "w.safetensors", "other": "x"}))
     card = cards.card_of(metadata, "a.safetensors")
@@ -51,7 +58,7 @@ def test_a_damaged_number_is_named() -> None:
         cards.card_of({"byg.family": "flux", "byg.position": "same", "byg.resolution": "x"}, "a")
 
 
-@pytest.mark.parametrize("content", [b"", b"\x00" * 4, b"\xff" * 64, b"\x05\x00\x00\x00\x00\x00\x00\x00{\"a\"", b"<html>not found</html>"])
+@pytest.mark.parametrize("content", [b"", b"\x00" * 4, b"\xff" * 64, b'\x05\x00\x00\x00\x00\x00\x00\x00{"a"', b"<html>not found</html>"])
 def test_other_files_are_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "b.safetensors").write_bytes(content)
     with pytest.raises(ValueError, match="b.safetensors is no safetensors file"):
@@ -103,7 +110,9 @@ def test_layers_that_the_model_has_not_are_named() -> None:
 
 def test_layers_of_another_size_are_named() -> None:
     fit = loader.fit_of(SHAPES, {"a": "k.weight", "b": "k.weight"}, {"k.weight": (16, 6)})
-    with pytest.raises(ValueError, match=r"2 of its 2 layers do not fit, e.g. a is 8 x 6 and the model's 16 x 6.*\(flux1-dev.safetensors\)"):
+    with pytest.raises(
+        ValueError, match=r"2 of its 2 layers do not fit, e.g. a is 8 x 6 and the model's 16 x 6.*\(flux1-dev.safetensors\)"
+    ):
         loader.check_fit(fit, CARD, "f")
 
 

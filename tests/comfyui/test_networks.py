@@ -64,6 +64,8 @@ def family_of(architecture: str, position: str, folder: Path) -> Any:
 
 def found(architecture: str, source: Source, x: Tensor, text: SimpleNamespace, network: Any, **options: Any) -> Tensor:
     model = networks.theirs(architecture, network)
+    if architecture in networks.PLANE:
+        source.samples = source.samples[:, :, 0]
     with networks.patched(model, source) as patches:
         return networks.call(architecture, model, x, torch.full((len(x),), T), text, {**patches, **options})
 

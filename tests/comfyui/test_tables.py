@@ -55,7 +55,11 @@ def test_guidance_of_qwen_image_is_the_trainers(frames: tuple[int, ...]) -> None
     family.spec = SPECS["qwen-image"]
     wanted = family.guide(v, negative, 4.0)
     sigma = 0.7
-    args = {"cond": (sigma * v).reshape(2, 16, *frames, 4, 6), "uncond": (sigma * negative).reshape(2, 16, *frames, 4, 6), "cond_scale": 4.0}
+    args = {
+        "cond": (sigma * v).reshape(2, 16, *frames, 4, 6),
+        "uncond": (sigma * negative).reshape(2, 16, *frames, 4, 6),
+        "cond_scale": 4.0,
+    }
     got = guidance.qwen_guidance(args).reshape(2, 16, 1, 4, 6) / sigma
     torch.testing.assert_close(got, wanted)
     assert (wanted - SpecGeometry.guide(family, v, negative, 4.0)).abs().max() > 0.1, "the rule has no effect"
@@ -77,7 +81,8 @@ def test_architectures_are_recognised(config: dict[str, object], name: str) -> N
 
 
 @pytest.mark.parametrize(
-    "config", [{}, {"image_model": "flux", "guidance_embed": False}, {"image_model": "wan2.1", "model_type": "i2v"}, {"image_model": "lumina2"}]
+    "config",
+    [{}, {"image_model": "flux", "guidance_embed": False}, {"image_model": "wan2.1", "model_type": "i2v"}, {"image_model": "lumina2"}],
 )
 def test_other_networks_are_refused(config: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="the connected model is another one"):

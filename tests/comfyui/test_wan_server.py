@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from byg_plugin.lora import formats
-from byg_plugin.sampling import sampling_nodes, seeded_noise
 from byg_plugin.models import make_family
+from byg_plugin.sampling import sampling_nodes, seeded_noise
 from tests.support import comfyui_bases as bases
 from tests.support.comfyui import MARKS
 from tests.support.comfyui_server import Refused, edit_graph, sample_node, serve
@@ -40,10 +40,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]
     """A server with a Wan2.1 of real width and a narrow pair of experts, LoRAs of both positions, and inputs."""
     folder = tmp_path_factory.mktemp("comfyui")
     wide, high, low = bases.wan(0), bases.wan(1, **NARROW), bases.wan(2, **NARROW)
-    text = {"umt5": random(1, 1, bases.TEXT_TOKENS, bases.TEXT)}
-    negative = {"umt5": random(2, 1, bases.TEXT_TOKENS, bases.TEXT)}
+    text = {"umt5": random(1, 1, bases.TEXT_TOKENS, bases.WAN_TEXT)}
+    negative = {"umt5": random(2, 1, bases.TEXT_TOKENS, bases.WAN_TEXT)}
     source = random(3, *SHAPE)
-    loras = {name: bases.lora_of(network, LAYERS, seed) for seed, (name, network) in enumerate([("one", wide), ("high", high), ("low", low)], 4)}
+    named = {"one": wide, "high": high, "low": low}
+    loras = {name: bases.lora_of(network, LAYERS, seed) for seed, (name, network) in enumerate(named.items(), start=4)}
     with serve(folder) as server:
         for name, network in (("wide", wide), ("high", high), ("low", low)):
             bases.save_base(network, "wan", folder / f"models/diffusion_models/{name}.safetensors")

@@ -19,17 +19,18 @@ from byg_plugin.lora.card import LoraCard
 from byg_plugin.models import files, flux_files, make_family, wan_files
 
 TEXT, TEXT_TOKENS = 64, 8  # width and length of encoded texts, which are free
+WAN_TEXT = 4096  # Wan's width is not
 
 
 def filled(network: nn.Module, seed: int) -> Any:
     """Outputs of about 1 whatever the width, and nothing that is zero."""
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in network.parameters():
+        for name, parameter in network.named_parameters():
             columns = parameter[0].numel() if parameter.ndim > 1 else 100
             parameter.normal_(generator=g).mul_(columns**-0.5)
-            if parameter.ndim == 1 and parameter.numel() == 128:
-                parameter.add_(1)  # scales of norms
+            if "norm" in name and name.endswith(".weight") and parameter.ndim == 1:
+                parameter.add_(1)  # else queries and keys are so small that positions are without effect
     return network.eval().requires_grad_(False)
 
 
@@ -42,7 +43,7 @@ def flux(seed: int = 0) -> FluxTransformer2DModel:
 
 def wan(seed: int = 0, **changes: Any) -> WanTransformer3DModel:
     """Wan2.1 1.3B, 1 block of 30."""
-    small = {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 1, "text_dim": TEXT}
+    small = {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 1, "text_dim": WAN_TEXT}
     return filled(WanTransformer3DModel(**{**small, **changes}), seed)
 
 
@@ -105,6 +106,4 @@ def edited(
     def velocity(noisy: Tensor, t: Tensor, texts: Any, given: Tensor | None) -> Tensor:
         return partial(family.velocity, networks[family.expert_of(t)])(noisy, t, texts, given)
 
-    return sampling.sample_as_configured(
-        config, family, velocity, noise, text, source, steps=steps, schedule="shifted", negative=negative
-    )
+    return sampling.sample_as_configured(config, family, velocity, noise, text, source, steps=steps, schedule="shifted", negative=negative)

@@ -22,6 +22,7 @@ from tests.support.tiny_zimage import tiny_zimage
 ZIMAGE = {"dim": 1536, "n_heads": 12, "n_kv_heads": 12, "n_layers": 1, "n_refiner_layers": 2, "axes_dims": (32, 48, 48)}
 KREA2 = {"attention_head_dim": 32, "num_attention_heads": 3, "num_key_value_heads": 1, "axes_dims_rope": (8, 12, 12), "num_layers": 1}
 KREA2_REST = {"intermediate_size": 256, "timestep_embed_dim": 256, "text_hidden_dim": 96, "text_intermediate_size": 256}
+PLANE = ("flux", "flux2", "zimage")  # latents of theirs have no frames
 OPTIONS: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 
 
@@ -178,7 +179,7 @@ def patched(model: nn.Module, source: Source) -> Any:
 def call(architecture: str, model: nn.Module, x: Tensor, t: Tensor, text: SimpleNamespace, options: dict[str, Any]) -> Tensor:
     """One call as ComfyUI's base model makes it: times in its unit, each family's arguments."""
     arguments = dict(text.arguments)
-    if architecture in ("flux", "flux2", "zimage"):
+    if architecture in PLANE:
         x = x[:, :, 0]
     t = t * 1000 if architecture == "wan" else t
     out = model(x, t, context=text.rows, control=None, transformer_options=options, **arguments)

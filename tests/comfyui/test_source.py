@@ -1,0 +1,126 @@
+"""What ByG Source refuses, without ComfyUI."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from comfyui import source as sources
+from comfyui.source import Source, check_source, for_batch
+
+
+@pytest.mark.parametrize(
+    ("shape", "architecture", "says"),
+    [
+        ((1, 4, 8, 8), "flux", "4 channels and 2 dimensions, this model's have 16 and 2"),
+        ((1, 16, 1, 8, 8), "flux", "16 channels and 3 dimensions, this model's have 16 and 2"),
+        ((1, 16, 8, 8), "qwen", "2 dimensions, this model's have 16 and 3"),
+        ((1, 16, 3, 8, 8), "krea2", "the source has 3 frames"),
+        ((1, 16, 8, 7), "zimage", "7 x 8 latents cannot be cut into tokens"),
+        ((1, 16, 3, 7, 8), "wan", "8 x 7 latents cannot be cut into tokens"),
+    ],
+)
+def test_what_is_no_source_is_refused(shape: tuple[int, ...], architecture: str, says: str) -> None:
+    dimensions = 2 if architecture in ("flux", "zimage") else 3
+    with pytest.raises(ValueError, match=says):
+        check_source(torch.ones(shape), 16, dimensions, architecture)
+
+
+def test_an_empty_latent_is_refused() -> None:
+    with pytest.raises(ValueError, match="the source latent is empty"):
+        check_source(torch.zeros(1, 16, 8, 8), 16, 2, "flux")
+
+
+def test_sources_are_taken() -> None:
+    check_source(torch.ones(2, 16, 8, 6), 16, 2, "flux")
+    check_source(torch.ones(1, 128, 7, 5), 128, 2, "flux2")
+    check_source(torch.ones(1, 16, 3, 8, 6), 16, 3, "wan")
+
+
+def test_one_source_serves_all_and_several_their_own() -> None:
+    one, two = torch.ones(1, 2, 4, 4), torch.stack([torch.ones(2, 4, 4), 2 * torch.ones(2, 4, 4)])
+    x = torch.zeros(4, 2, 4, 4, dtype=torch.float64)
+    assert for_batch(one, x, 2).shape == x.shape and for_batch(one, x, 2).dtype == torch.float64
+    assert for_batch(two, x, 2)[:, 0, 0, 0].tolist() == [1, 2, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("source", "x", "says"),
+    [
+        ((1, 2, 4, 4), (1, 2, 4, 6), "the source is 4 x 4 latents, the picture being sampled 6 x 4"),
+        ((2, 2, 4, 4), (3, 2, 4, 4), "2 sources and 3 pictures"),
+        ((3, 2, 4, 4), (1, 2, 4, 4), "3 sources and 1 pictures"),
+        ((1, 2, 5, 4, 4), (1, 2, 3, 4, 4), "5 latent frames, the clip being sampled 3"),
+    ],
+)
+def test_what_differs_from_the_sampled_is_refused(source: tuple[int, ...], x: tuple[int, ...], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        for_batch(torch.ones(source), torch.zeros(x), 1)
+
+
+class Executor:
+    """ComfyUI's, for a network of one line."""
+
+    def __init__(self) -> None:
+        self.calls: list[dict[str, Any]] = []
+
+    def original(self, x: Tensor, timestep: Tensor, context: Tensor, transformer_options: Any = None, **kwargs: Any) -> Tensor:
+        self.calls.append({"options": transformer_options, **kwargs})
+        sources = kwargs.get("context_latents")
+        return x + (0 if sources is None else sources[0])
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.original(*args, **kwargs)
+
+
+X = torch.zeros(1, 16, 3, 4, 4)
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.5, 1.0, 2.0])
+def test_strength_mixes_with_and_without(strength: float) -> None:
+    executor = Executor()
+    source = Source(torch.ones(1, 16, 3, 4, 4), "bernini", "wan", strength)
+    out = source.wrapper(lambda latents: 3 * latents)(executor, X, torch.ones(1), torch.ones(1), {"cond_or_uncond": [0]})
+    assert torch.equal(out, X + 3 * strength)
+    assert len(executor.calls) == (1 if strength in (0.0, 1.0) else 2)
+
+
+def test_arguments_are_changed_wherever_they_stand() -> None:
+    executor = Executor()
+    options = {"cond_or_uncond": [1], "patches": {"post_input": ["other"]}}
+    source = Source(torch.ones(1, 16, 4, 4), "same", "flux", 1.0).wrapper(lambda latents: latents)
+    for call in ({"args": (options,)}, {"kwargs": {"transformer_options": options}}):
+        source(executor, X[:, :, 0], torch.ones(1), torch.ones(1), *call.get("args", ()), **call.get("kwargs", {}))
+        seen = executor.calls[-1]
+        assert seen["ref_latents_method"] == "index" and len(seen["ref_latents"]) == 1
+        assert seen["options"]["patches"]["post_input"][0] == "other" and len(seen["options"]["patches"]["post_input"]) == 2
+    assert options["patches"]["post_input"] == ["other"], "the caller's options are changed"
+
+
+def test_a_position_of_its_own_needs_no_patch() -> None:
+    assert Source(X, "kontext", "flux", 1.0)._ids_patch(X[:, :, 0]) is None
+    assert Source(X, "bernini", "wan", 1.0).object_patches(lambda name: rope_encode) == {}
+
+
+def rope_encode(t: int, source_id: int = 0) -> int:
+    return 100 * source_id + t
+
+
+def test_same_takes_the_turn_of_wan_away() -> None:
+    patches = Source(X, "same", "wan", 1.0).object_patches(lambda name: rope_encode)
+    assert patches["diffusion_model.rope_encode"](3, source_id=1) == 3
+
+
+def test_an_old_comfyui_is_named() -> None:
+    with pytest.raises(ValueError, match="update it"):
+        Source(X, "bernini", "wan", 1.0).object_patches(lambda name: lambda t: t)
+
+
+def test_a_second_source_is_refused() -> None:
+    bound = inspect.signature(Executor().original).bind(X, X, X, context_latents=[X])
+    with pytest.raises(ValueError, match="remove ReferenceLatent"):
+        sources.refuse_other_sources(bound)
