@@ -119,7 +119,7 @@ def test_an_edit_of_one_network_is_ours(world: SimpleNamespace, position: str, l
     world.server.run(graph)
     wanted = ours(world, ONE, position, lora=lora, cfg=(6.0, 6.0))
     other = ours(world, ONE, {"same": "bernini", "bernini": "same"}[position], lora=lora, cfg=(6.0, 6.0))
-    assert (wanted - other).abs().max() > 0.1, "the two positions are one"
+    assert (wanted - other).abs().max() > 0.02, "the two positions are one"
     close(world.server.result("edit.safetensors")["scaled"], wanted)
 
 
