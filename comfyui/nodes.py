@@ -87,6 +87,17 @@ class BygLoraLoader:
             },
         }
 
+    @classmethod
+    def IS_CHANGED(cls, lora: str, lora_low: str = NONE, **others: Any) -> str:
+        """A file that is written anew, by training on, is read anew."""
+        import os
+
+        import folder_paths
+
+        names = [lora, lora_low, cards.partner_of(lora) or lora]
+        paths = [path for path in (folder_paths.get_full_path("loras", name) for name in names) if path]
+        return ", ".join(f"{status.st_mtime_ns}:{status.st_size}" for status in map(os.stat, paths))
+
     def load(
         self, model: Any, lora: str, strength: float, model_low: Any = None, lora_low: str = PARTNER, strength_low: float = 1.0
     ) -> dict[str, Any]:

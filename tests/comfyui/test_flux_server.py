@@ -161,3 +161,14 @@ def test_a_lora_that_does_not_fit_is_told_in_its_node(world: SimpleNamespace) ->
         with pytest.raises(Refused) as refused:
             theirs(world.server, source="source.safetensors", lora={"lora": f"{name}.safetensors"})
         assert "BygLoraLoader" in str(refused.value) and says in str(refused.value)
+
+
+def test_a_lora_that_was_trained_on_is_read_anew(world: SimpleNamespace) -> None:
+    """ComfyUI keeps what a node gave as long as its inputs are the same."""
+    path = world.folder / "models/loras/again.safetensors"
+    metadata = bases.card_metadata(bases.config_of("flux", world.folder))
+    save_file({key: torch.zeros_like(tensor) for key, tensor in world.lora.items()}, path, metadata)
+    before = theirs(world.server, source="source.safetensors", position="as trained", lora={"lora": "again.safetensors"})
+    save_file(world.lora, path, metadata)
+    after = theirs(world.server, source="source.safetensors", position="as trained", lora={"lora": "again.safetensors"})
+    assert (after - before).abs().max() > 0.1

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel, WanTransformer3DModel
+from diffusers import (
+    Flux2Transformer2DModel,
+    FluxTransformer2DModel,
+    Krea2Transformer2DModel,
+    QwenImageTransformer2DModel,
+    WanTransformer3DModel,
+)
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -16,7 +22,7 @@ from byg_plugin import sampling
 from byg_plugin.config.loading import parse_config
 from byg_plugin.config.sections import Config
 from byg_plugin.lora.card import LoraCard
-from byg_plugin.models import files, flux_files, make_family, wan_files
+from byg_plugin.models import files, flux2_files, flux_files, make_family, qwen_files, wan_files
 
 TEXT, TEXT_TOKENS = 64, 8  # width and length of encoded texts, which are free
 WAN_TEXT = 4096  # Wan's width is not
@@ -30,7 +36,7 @@ def filled(network: nn.Module, seed: int) -> Any:
             columns = parameter[0].numel() if parameter.ndim > 1 else 100
             parameter.normal_(generator=g).mul_(columns**-0.5)
             if "norm" in name and name.endswith(".weight") and parameter.ndim == 1:
-                parameter.add_(1)  # else queries and keys are so small that positions are without effect
+                parameter.add_(2)  # else attention is so flat that positions are without effect
     return network.eval().requires_grad_(False)
 
 
@@ -47,7 +53,32 @@ def wan(seed: int = 0, **changes: Any) -> WanTransformer3DModel:
     return filled(WanTransformer3DModel(**{**small, **changes}), seed)
 
 
-NATIVE = {"flux": flux_files.to_native_layout, "wan": wan_files.to_native_layout}
+def klein(seed: int = 0) -> Flux2Transformer2DModel:
+    """FLUX.2 klein, narrow, 1 + 1 blocks."""
+    heads = {"attention_head_dim": 128, "num_attention_heads": 2, "axes_dims_rope": (32, 32, 32, 32)}
+    small = {"num_layers": 1, "num_single_layers": 1, "joint_attention_dim": TEXT, "guidance_embeds": False}
+    return filled(Flux2Transformer2DModel(**heads, **small), seed)
+
+
+def qwen(seed: int = 0) -> QwenImageTransformer2DModel:
+    """Qwen-Image of real width, which ComfyUI takes for granted, 1 block of 60."""
+    return filled(QwenImageTransformer2DModel(num_layers=1), seed)
+
+
+def krea2(seed: int = 0) -> Krea2Transformer2DModel:
+    """Krea 2, narrow, 1 block of 28; ComfyUI derives the widths of its MLPs."""
+    heads = {"attention_head_dim": 128, "num_attention_heads": 3, "num_key_value_heads": 1}
+    text = {"text_hidden_dim": 160, "text_num_attention_heads": 20, "text_num_key_value_heads": 20, "text_intermediate_size": 512}
+    return filled(Krea2Transformer2DModel(num_layers=1, intermediate_size=1024, **heads, **text), seed)
+
+
+NATIVE: dict[str, Callable[[Any], Mapping[str, Tensor]]] = {
+    "flux": flux_files.to_native_layout,
+    "flux2": flux2_files.to_native_layout,
+    "krea2": qwen_files.to_native_krea2,
+    "qwen": dict,
+    "wan": wan_files.to_native_layout,
+}
 
 
 def save_base(network: nn.Module, kind: str, path: Path) -> None:
