@@ -94,8 +94,8 @@ class BygLoraLoader:
 
         import folder_paths
 
-        names = [lora, lora_low, cards.partner_of(lora) or lora]
-        paths = [path for path in (folder_paths.get_full_path("loras", name) for name in names) if path]
+        names = filter(None, (lora, lora_low, cards.partner_of(lora)))
+        paths = filter(None, (folder_paths.get_full_path("loras", name) for name in names))
         return ", ".join(f"{status.st_mtime_ns}:{status.st_size}" for status in map(os.stat, paths))
 
     def load(

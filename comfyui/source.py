@@ -54,7 +54,7 @@ class Source:
 
     def _references(self, executor: Any, x: Tensor, source: Tensor, args: Any, kwargs: Any, options: dict[str, Any]) -> Tensor:
         """FLUX.1, FLUX.2, Qwen-Image and Krea 2: ComfyUI's reference latents with the method `index`; `same` moves them back."""
-        changes = {"ref_latents": [source], "ref_latents_method": "index"}
+        changes: dict[str, Any] = {"ref_latents": [source], "ref_latents_method": "index"}
         patch = self._ids_patch(x)
         if patch is not None:
             changes["transformer_options"] = _with_patch(options, "post_input", patch)

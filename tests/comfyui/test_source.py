@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from comfyui import source as sources
+from comfyui.nodes import with_memory_of_source
 from comfyui.source import Source, check_source, for_batch
 
 
@@ -124,3 +125,44 @@ def test_a_second_source_is_refused() -> None:
     bound = inspect.signature(Executor().original).bind(X, X, X, context_latents=[X])
     with pytest.raises(ValueError, match="remove ReferenceLatent"):
         sources.refuse_other_sources(bound)
+
+
+def ids_of(height: int, width: int, source_id: int) -> Tensor:
+    """Position ids of a noisy picture and its source, in tokens."""
+    grid = torch.cartesian_prod(torch.arange(height), torch.arange(width)).float()
+    halves = [torch.cat([torch.full((len(grid), 1), float(first)), grid], dim=1) for first in (0, source_id)]
+    return torch.cat(halves)[None]
+
+
+def test_same_moves_the_source_onto_the_noisy_tokens() -> None:
+    ids = ids_of(2, 3, 10)
+    patch = Source(X, "same", "flux2", 1.0)._ids_patch(torch.zeros(1, 16, 4, 6))
+    assert patch is not None
+    moved = patch({"img_ids": ids, "txt": "text"})
+    assert torch.equal(moved["img_ids"], ids_of(2, 3, 0)) and moved["txt"] == "text"
+    assert torch.equal(ids, ids_of(2, 3, 10)), "ComfyUI's own ids are changed"
+
+
+@pytest.mark.parametrize(("size", "moved"), [((4, 8), (0, 0)), ((6, 8), (1, 0)), ((4, 10), (0, 1)), ((6, 10), (1, 1))])
+def test_odd_grids_of_qwen_image_begin_one_earlier(size: tuple[int, int], moved: tuple[int, int]) -> None:
+    patch = Source(X, "reference", "qwen", 1.0)._ids_patch(torch.zeros(1, 16, 1, *size))
+    ids = ids_of(size[0] // 2, size[1] // 2, 1)
+    found = patch({"img_ids": ids})["img_ids"] if patch else ids
+    assert torch.equal(ids - found, torch.tensor([0.0, *moved]).expand_as(ids))
+
+
+def embed_all(x: Tensor, transformer_options: Any = None) -> tuple[Any, ...]:
+    """As Z-Image's: rotations of captions, then of the image's tokens and of those that fill it up."""
+    return (x,), (torch.zeros(1, 2), torch.arange(8.0)[None]), 7
+
+
+def test_a_stacked_source_has_the_rotations_of_the_noisy_tokens() -> None:
+    patched = sources.embedding(embed_all)
+    _, rotations, end = patched(X, transformer_options={sources._STACKED: 3})
+    assert rotations[1].tolist() == [[0, 1, 2, 0, 1, 2, 6, 7]] and rotations[0].shape == (1, 2) and end == 7
+    assert torch.equal(patched(X)[1][1], torch.arange(8.0)[None]), "a call without a source is changed"
+
+
+def test_memory_is_asked_for_both_halves() -> None:
+    asked = with_memory_of_source(lambda model, shape, conds: (shape, conds), "model", torch.Size((1, 16, 3, 4, 6)), "conditions")
+    assert asked == ([1, 16, 3, 4, 12], "conditions")
