@@ -14,6 +14,7 @@ from diffusers import (
     Krea2Transformer2DModel,
     QwenImageTransformer2DModel,
     WanTransformer3DModel,
+    ZImageTransformer2DModel,
 )
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from byg_plugin import sampling
 from byg_plugin.config.loading import parse_config
 from byg_plugin.config.sections import Config
 from byg_plugin.lora.card import LoraCard
-from byg_plugin.models import files, flux2_files, flux_files, make_family, qwen_files, wan_files
+from byg_plugin.models import files, flux2_files, flux_files, make_family, qwen_files, wan_files, zimage_files
 
 TEXT, TEXT_TOKENS = 64, 8  # width and length of encoded texts, which are free
 WAN_TEXT = 4096  # Wan's width is not
@@ -72,19 +73,28 @@ def krea2(seed: int = 0) -> Krea2Transformer2DModel:
     return filled(Krea2Transformer2DModel(num_layers=1, intermediate_size=1024, **heads, **text), seed)
 
 
+def zimage(seed: int = 0) -> ZImageTransformer2DModel:
+    """Z-Image of real width, which ComfyUI knows it by, 1 layer of 30 and all refiners; weights that bfloat16 can hold."""
+    network = filled(ZImageTransformer2DModel(n_layers=1, cap_feat_dim=TEXT), seed)
+    for parameter in network.parameters():
+        parameter.copy_(parameter.bfloat16())
+    return network
+
+
 NATIVE: dict[str, Callable[[Any], Mapping[str, Tensor]]] = {
     "flux": flux_files.to_native_layout,
     "flux2": flux2_files.to_native_layout,
     "krea2": qwen_files.to_native_krea2,
     "qwen": dict,
     "wan": wan_files.to_native_layout,
+    "zimage": zimage_files.to_native_layout,
 }
 
 
-def save_base(network: nn.Module, kind: str, path: Path) -> None:
+def save_base(network: nn.Module, kind: str, path: Path, dtype: torch.dtype = torch.float32) -> None:
     """In the layout that ComfyUI reads."""
     state = NATIVE[kind](network.state_dict())
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
+    save_file({name: tensor.to(dtype).contiguous() for name, tensor in state.items()}, path)
 
 
 def config_of(family: str, folder: Path, **sections: dict[str, Any]) -> Config:
