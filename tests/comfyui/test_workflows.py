@@ -68,7 +68,7 @@ def test_both_forms_are_one_graph(name: str) -> None:
 @each
 def test_sources_and_schedules_reach_the_samplers(name: str) -> None:
     """Nobody samples a model without the source."""
-    server = read(f"{name}.api.json")
+    server = workflows.graph_of(TASKS[name]).for_server()
     guiders = [node for node in server.values() if node["class_type"].endswith("Guider")]
     assert len(guiders) == (2 if TASKS[name].model_low else 1)
     for guider in guiders:
