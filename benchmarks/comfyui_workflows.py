@@ -37,6 +37,12 @@ class Task:
     note: str
     model_low: str | None = None
 
+    @property
+    def weights(self) -> dict[str, tuple[str, ...]]:
+        """Names of its files by the folder of ComfyUI's `models`."""
+        models = (self.model,) if self.model_low is None else (self.model, self.model_low)
+        return {"diffusion_models": models, "text_encoders": self.clip, "vae": (self.vae,), "loras": (self.lora,)}
+
 
 _IMAGE = "change the background to a snowy forest"
 _CLIP = "make it winter, with snow on the ground"

@@ -15,7 +15,7 @@ from benchmarks.comfyui_graphs import KINDS, NOTE
 from comfyui import sizes
 from tests.support import comfyui_bases as bases
 from tests.support.comfyui import MARKS
-from tests.support.comfyui_server import Server, serve
+from tests.support.comfyui_server import Server, serve, touch_weights
 
 pytestmark = [*MARKS, pytest.mark.timeout(600)]
 
@@ -24,11 +24,7 @@ pytestmark = [*MARKS, pytest.mark.timeout(600)]
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("comfyui")
     for task in workflows.TASKS:
-        names = {"diffusion_models": [task.model, task.model_low], "text_encoders": task.clip, "vae": [task.vae]}
-        for kind, files in {**names, "loras": [task.lora]}.items():
-            for name in filter(None, files):
-                (folder / "models" / kind).mkdir(parents=True, exist_ok=True)
-                (folder / "models" / kind / name).touch()
+        touch_weights(folder, task.weights)
     with serve(folder) as started:
         grains = np.random.default_rng(0).integers(0, 255, (90, 160, 3), dtype=np.uint8)
         Image.fromarray(grains).resize((640, 359), Image.Resampling.BICUBIC).save(folder / "input" / "example.png")

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,21 @@ class Server:
         raise TimeoutError(f"no result within {_RUNS_WITHIN} s")
 
 
+def page_folder() -> Path | None:
+    """The real page's files, where that Python has them."""
+    probe = "import importlib.util as u; found = u.find_spec('comfyui_frontend_package'); print(found.origin if found else '')"
+    found = subprocess.run([PYTHON, "-c", probe], capture_output=True, text=True, check=True).stdout.strip()
+    return Path(found).parent / "static" if found else None
+
+
+def touch_weights(base: Path, files: Mapping[str, Iterable[str]]) -> None:
+    """Empty files, so that their names can be chosen; by the folder of `models`."""
+    for folder, names in files.items():
+        (base / "models" / folder).mkdir(parents=True, exist_ok=True)
+        for name in names:
+            (base / "models" / folder / name).touch()
+
+
 def _environment() -> dict[str, str]:
     probe = "import importlib.util as u; print(u.find_spec('torchvision') is None or u.find_spec('torchaudio') is None)"
     missing = subprocess.run([PYTHON, "-c", probe], capture_output=True, text=True, check=True).stdout.strip() == "True"
@@ -93,16 +108,17 @@ def _free_port() -> int:
 
 
 @contextmanager
-def serve(base: Path) -> Iterator[Server]:
-    """A server on an empty base folder, until the block ends."""
+def serve(base: Path, page: Path | None = None) -> Iterator[Server]:
+    """A server on a base folder, until the block ends; with the real page from its folder, or an empty one."""
     for folder in _FOLDERS:
         (base / folder).mkdir(parents=True, exist_ok=True)
     (base / "front" / "index.html").write_text("<html></html>", encoding="utf-8")
+    page = page or base / "front"
     (base / "custom_nodes" / "byg").symlink_to(ROOT / "comfyui", target_is_directory=True)
     (base / "custom_nodes" / "tests").symlink_to(_SUPPORT / "comfyui_nodes", target_is_directory=True)
     port = _free_port()
     command = [PYTHON, str(Path(str(CHECKOUT)).expanduser() / "main.py"), "--cpu", "--disable-auto-launch", "--disable-api-nodes"]
-    command += ["--base-directory", str(base), "--front-end-root", str(base / "front"), "--port", str(port)]
+    command += ["--base-directory", str(base), "--front-end-root", str(page), "--port", str(port)]
     command += ["--database-url", "sqlite:///:memory:", "--force-fp32"]
     with (base / "server.log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=_environment(), cwd=base)
