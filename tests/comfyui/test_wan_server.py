@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKLWan
 from safetensors.torch import save_file
 from torch import Tensor
 
 from byg_plugin.lora import formats
-from byg_plugin.models import make_family
+from byg_plugin.models import files, make_family
 from byg_plugin.sampling import sampling_nodes, seeded_noise
 from tests.support import comfyui_bases as bases
 from tests.support.comfyui import MARKS
@@ -56,7 +57,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]
             for name in ("high", "low"):
                 metadata = bases.card_metadata(config, expert=f"{name}_noise", boundary=0.875)
                 save_lora(loras[name], TWO, where / f"two_{position}_{name}_noise.safetensors", metadata)
-        scale = scale_of(server)
+        scale = scale_of("vae")
         server.put("text.safetensors", cross=text["umt5"])
         server.put("negative.safetensors", cross=negative["umt5"])
         server.put("source.safetensors", samples=source * scale.std + scale.mean)
@@ -66,12 +67,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]
         yield SimpleNamespace(server=server, networks=networks, text=text, negative=negative, source=source, loras=loras, folder=folder)
 
 
-def scale_of(server: Any) -> SimpleNamespace:
-    """Mean and standard deviation of the latents by channel, as diffusers has them."""
-    from diffusers import AutoencoderKLWan
-
-    config = AutoencoderKLWan().config
-    mean, std = (torch.tensor(config[key]).view(1, 16, 1, 1, 1) for key in ("latents_mean", "latents_std"))
+def scale_of(vae: str) -> SimpleNamespace:
+    """Mean and standard deviation of the latents by channel."""
+    with torch.device("meta"):
+        config = AutoencoderKLWan.from_config(files.shipped_config(f"wan/{vae}")).config
+    mean, std = (torch.tensor(config[key]).view(1, -1, 1, 1, 1) for key in ("latents_mean", "latents_std"))
     return SimpleNamespace(mean=mean, std=std)
 
 
@@ -120,6 +120,33 @@ def test_an_edit_of_one_network_is_ours(world: SimpleNamespace, position: str, l
     wanted = ours(world, ONE, position, lora=lora, cfg=(6.0, 6.0))
     other = ours(world, ONE, {"same": "bernini", "bernini": "same"}[position], lora=lora, cfg=(6.0, 6.0))
     assert (wanted - other).abs().max() > 0.02, "the two positions are one"
+    close(world.server.result("edit.safetensors")["scaled"], wanted)
+
+
+@pytest.mark.parametrize("position", ["same", "bernini"])
+def test_an_edit_of_the_5b_is_ours(world: SimpleNamespace, position: str) -> None:
+    """Its latents have 48 channels of its own VAE, and ComfyUI has a class of its own for it."""
+    family, network = "wan2.2-ti2v-5b", bases.wan(3, **NARROW, in_channels=48, out_channels=48)
+    source, scale = random(7, 1, 48, 3, 4, 8), scale_of("vae_5b")
+    bases.save_base(network, "wan", world.folder / "models/diffusion_models/five.safetensors")
+    lora = bases.lora_of(network, LAYERS, 8)
+    config = bases.config_of(family, world.folder, conditioning={"position": position})
+    save_lora(lora, family, world.folder / f"models/loras/five_{position}.safetensors", bases.card_metadata(config))
+    world.server.put("five_source.safetensors", samples=source * scale.std + scale.mean)
+    graph = edit_graph(
+        "five.safetensors",
+        "five_source.safetensors",
+        "text.safetensors",
+        steps=STEPS,
+        position="as trained",
+        lora={"lora": f"five_{position}.safetensors"},
+        negative="negative.safetensors",
+        seed=SEED,
+    )
+    graph["guider"]["inputs"]["cfg"] = ["lora", 4]
+    world.server.run(graph)
+    noise = seeded_noise((1, 48, 3, 4, 8), SEED, CPU)
+    wanted = bases.edited(config, {"transformer": bases.merged(network, lora)}, noise, world.text, source, STEPS, world.negative)
     close(world.server.result("edit.safetensors")["scaled"], wanted)
 
 
