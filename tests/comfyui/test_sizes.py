@@ -70,7 +70,7 @@ def test_the_measure_of_offsets_sees_a_tenth_of_a_pixel() -> None:
     for across in (0.1, 1.0):
         box = (across, 0, 128, 96)
         pil = Image.fromarray((image * 255).round().to(torch.uint8).numpy())
-        moved = torch.from_numpy(np.asarray(pil.resize((128, 96), Image.Resampling.LANCZOS, box=box))).float() / 255
+        moved = torch.from_numpy(np.array(pil.resize((128, 96), Image.Resampling.LANCZOS, box=box))).float() / 255
         assert offsets(image, moved)[0] < -across / 4
 
 
