@@ -81,10 +81,12 @@ class Source:
 
     def _wan(self, executor: Any, x: Tensor, source: Tensor, args: Any, kwargs: Any, options: dict[str, Any]) -> Tensor:
         """Wan: ComfyUI's in-context latents; `bernini` is what they are, for `same` see `rotation`."""
+        _check_patched(executor, "rope_encode", self.position == "same")
         return _call(executor, (x, *args), kwargs, {"context_latents": [source]})
 
     def _stacked(self, executor: Any, x: Tensor, source: Tensor, args: Any, kwargs: Any, options: dict[str, Any]) -> Tensor:
         """Z-Image: the source under the noisy image, so that its tokens follow; see `embedding`."""
+        _check_patched(executor, "embed_all", True)
         tokens = (x.shape[-2] // PATCH) * (x.shape[-1] // PATCH)
         changes = {"transformer_options": {**options, _STACKED: tokens}}
         out = _call(executor, (torch.cat([x, source], dim=-2), *args), kwargs, changes)
@@ -112,6 +114,7 @@ def rotation(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def rope_encode(*args: Any, source_id: int = 0, **kwargs: Any) -> Tensor:
         return original(*args, **kwargs)
 
+    setattr(rope_encode, KEY, True)
     return rope_encode
 
 
@@ -128,7 +131,21 @@ def embedding(original: Callable[..., Any]) -> Callable[..., Any]:
         image = torch.cat([image[:, :tokens], image[:, :tokens], image[:, 2 * tokens :]], dim=1)
         return embeds, (*rotations[:-1], image), end
 
+    setattr(embed_all, KEY, True)
     return embed_all
+
+
+def _check_patched(executor: Any, name: str, wanted: bool) -> None:
+    """Clones share a network, which has the object patches of one of them; guiders of two models call both with the first one's wrappers.
+
+    Raises:
+        ValueError: the network has not what this wrapper needs.
+    """
+    if hasattr(getattr(executor.class_obj, name), KEY) != wanted:
+        raise ValueError(
+            "ByG Source: the network that is sampled is not patched as its source needs, because another version of this model, or a "
+            "guider's second model, is sampled beside it: use a guider of one model"
+        )
 
 
 # --- what does not fit ---

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -65,6 +66,8 @@ def test_what_differs_from_the_sampled_is_refused(source: tuple[int, ...], x: tu
 
 class Executor:
     """ComfyUI's, for a network of one line."""
+
+    class_obj = SimpleNamespace(rope_encode=lambda t, source_id=0: t)
 
     def __init__(self) -> None:
         self.calls: list[dict[str, Any]] = []
@@ -166,3 +169,14 @@ def test_a_stacked_source_has_the_rotations_of_the_noisy_tokens() -> None:
 def test_memory_is_asked_for_both_halves() -> None:
     asked = with_memory_of_source(lambda model, shape, conds: (shape, conds), "model", torch.Size((1, 16, 3, 4, 6)), "conditions")
     assert asked == ([1, 16, 3, 4, 12], "conditions")
+
+
+@pytest.mark.parametrize(("position", "loaded"), [("same", "bernini"), ("bernini", "same")])
+def test_the_patch_of_another_clone_is_noticed(position: str, loaded: str) -> None:
+    """Clones share one network."""
+    executor = Executor()
+    if loaded == "same":
+        executor.class_obj = SimpleNamespace(rope_encode=sources.rotation(rope_encode))
+    source = Source(torch.ones(1, 16, 3, 4, 4), position, "wan", 1.0).wrapper(lambda latents: latents)
+    with pytest.raises(ValueError, match="use a guider of one model"):
+        source(executor, X, torch.ones(1), torch.ones(1), {})

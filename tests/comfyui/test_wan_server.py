@@ -245,3 +245,13 @@ def test_models_without_source_are_left_as_they_were(world: SimpleNamespace) -> 
     plain["noise"]["inputs"]["noise_seed"] = 1
     world.server.run(plain)
     assert torch.equal(world.server.result("edit.safetensors")["scaled"], before)
+
+
+def test_a_second_model_of_a_guider_is_not_sampled_at_another_position(world: SimpleNamespace) -> None:
+    """ComfyUI calls it with the first one's wrappers, and its network has not the first one's patches."""
+    graph = edit_graph("wide.safetensors", "source.safetensors", "text.safetensors", steps=1, family=ONE)
+    graph["other"] = {"class_type": "UNETLoader", "inputs": {"unet_name": "low.safetensors", "weight_dtype": "default"}}
+    graph["negative"] = {"class_type": "TestConditioning", "inputs": {"file": "negative.safetensors"}}
+    inputs = {"model": ["source", 0], "positive": ["text", 0], "cfg": 2.0, "model_negative": ["other", 0], "negative": ["negative", 0]}
+    graph["guider"] = {"class_type": "DualModelGuider", "inputs": inputs}
+    assert "use a guider of one model" in refusal(world, graph)
