@@ -95,13 +95,13 @@ TASKS = (
     Task(
         name="krea2_image_edit",
         family="krea2",
-        model="krea2_fp8_scaled.safetensors",
+        model="krea2_raw_fp8_scaled.safetensors",
         lora="byg_krea2-ema.safetensors",
         clip=("qwen3vl_4b_fp8_scaled.safetensors",),
         clip_type="krea2",
         vae="qwen_image_vae.safetensors",
         instruction=_IMAGE,
-        note="Krea 2 before distillation: ComfyUI's templates have the Turbo alone. cfg is 5.5: Krea's own scale 4.5 counts from 0.",
+        note="Krea 2 Raw, the base before distillation; ComfyUI's templates have the Turbo alone. cfg is 4.5: Krea's scale 3.5 counts from 0.",
     ),
     Task(
         name="wan21_video_edit",
