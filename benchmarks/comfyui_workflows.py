@@ -101,7 +101,7 @@ TASKS = (
         clip_type="krea2",
         vae="qwen_image_vae.safetensors",
         instruction=_IMAGE,
-        note="Krea 2 Raw, the base before distillation; ComfyUI's templates have the Turbo alone. cfg is 4.5: Krea's scale 3.5 counts from 0.",
+        note="Krea 2 Raw, before distillation; ComfyUI's templates have the Turbo alone. cfg is 4.5: Krea's scale 3.5 counts from 0.",
     ),
     Task(
         name="wan21_video_edit",
