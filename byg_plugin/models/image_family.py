@@ -96,7 +96,8 @@ class ImageFamily(SpecGeometry):
 
     def _text_rows(self, network: nn.Module, rows: Tensor) -> Tensor:
         assert self.network.text_width is not None
-        wanted = network.config[self.network.text_width]
+        config: Any = network.config
+        wanted = config[self.network.text_width]
         if rows.shape[-1] != wanted:
             raise ValueError(
                 f"encoded texts are {rows.shape[-1]} wide, the network takes {wanted}: model.transformer and model.qwen do not fit"
