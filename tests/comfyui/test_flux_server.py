@@ -71,7 +71,7 @@ def theirs(server: Server, **graph: object) -> Tensor:
 @pytest.mark.parametrize("position", ["same", "kontext"])
 def test_an_edit_without_lora_is_ours(world: SimpleNamespace, position: str) -> None:
     edit = theirs(world.server, source="source.safetensors", position=position)
-    torch.testing.assert_close(edit, ours(world, position, 0.0), rtol=0, atol=1e-3)
+    bases.close(edit, ours(world, position, 0.0))
 
 
 @pytest.mark.parametrize("position", ["same", "kontext"])
@@ -80,14 +80,14 @@ def test_an_edit_with_lora_is_ours(world: SimpleNamespace, position: str) -> Non
     lora = {"lora": f"{position}.safetensors"}
     edit, wanted = theirs(world.server, source="source.safetensors", position="as trained", lora=lora), ours(world, position, 1.0)
     assert (wanted - ours(world, position, 0.0)).abs().max() > 0.1, "the LoRA has no effect"
-    torch.testing.assert_close(edit, wanted, rtol=0, atol=1e-3)
+    bases.close(edit, wanted)
 
 
 def test_the_position_can_be_plugged_in(world: SimpleNamespace) -> None:
     graph = edit_graph("base.safetensors", "source.safetensors", "text.safetensors", steps=STEPS, lora={"lora": "kontext.safetensors"})
     graph["source"]["inputs"]["position"] = ["lora", 2]
     world.server.run(graph)
-    torch.testing.assert_close(world.server.result("edit.safetensors")["scaled"], ours(world, "kontext", 1.0), rtol=0, atol=1e-3)
+    bases.close(world.server.result("edit.safetensors")["scaled"], ours(world, "kontext", 1.0))
 
 
 def test_strength_0_of_the_lora_is_the_base(world: SimpleNamespace) -> None:
@@ -99,7 +99,7 @@ def test_strength_0_of_the_lora_is_the_base(world: SimpleNamespace) -> None:
 def test_strength_0_of_the_source_is_the_model_without_it(world: SimpleNamespace) -> None:
     """Also after edits: a patch of a clone leaves the model as it was."""
     text_to_image = theirs(world.server, source=None)
-    torch.testing.assert_close(text_to_image, ours(world, "same", 0.0, with_source=False), rtol=0, atol=1e-3)
+    bases.close(text_to_image, ours(world, "same", 0.0, with_source=False))
     assert torch.equal(theirs(world.server, source="source.safetensors", strength=0.0), text_to_image)
     assert (theirs(world.server, source="source.safetensors") - text_to_image).abs().max() > 0.1
 

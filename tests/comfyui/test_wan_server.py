@@ -93,11 +93,6 @@ def ours(world: SimpleNamespace, family: str, position: str, *, lora: bool, cfg:
             bases.merged(networks[expert], world.loras[name], -float(lora))
 
 
-def close(edit: Tensor, wanted: Tensor) -> None:
-    print("largest difference", float((edit - wanted).abs().max()), "of", float(wanted.abs().max()))
-    torch.testing.assert_close(edit, wanted, rtol=0, atol=1e-3)
-
-
 @pytest.mark.parametrize("position", ["same", "bernini"])
 @pytest.mark.parametrize("lora", [False, True])
 def test_an_edit_of_one_network_is_ours(world: SimpleNamespace, position: str, lora: bool) -> None:
@@ -120,7 +115,7 @@ def test_an_edit_of_one_network_is_ours(world: SimpleNamespace, position: str, l
     wanted = ours(world, ONE, position, lora=lora, cfg=(6.0, 6.0))
     other = ours(world, ONE, {"same": "bernini", "bernini": "same"}[position], lora=lora, cfg=(6.0, 6.0))
     assert (wanted - other).abs().max() > 0.02, "the two positions are one"
-    close(world.server.result("edit.safetensors")["scaled"], wanted)
+    bases.close(world.server.result("edit.safetensors")["scaled"], wanted)
 
 
 @pytest.mark.parametrize("position", ["same", "bernini"])
@@ -147,7 +142,7 @@ def test_an_edit_of_the_5b_is_ours(world: SimpleNamespace, position: str) -> Non
     world.server.run(graph)
     noise = seeded_noise((1, 48, 3, 4, 8), SEED, CPU)
     wanted = bases.edited(config, {"transformer": bases.merged(network, lora)}, noise, world.text, source, STEPS, world.negative)
-    close(world.server.result("edit.safetensors")["scaled"], wanted)
+    bases.close(world.server.result("edit.safetensors")["scaled"], wanted)
 
 
 def two_stages(position: str, *, low: bool = True) -> dict[str, dict[str, Any]]:
@@ -181,7 +176,7 @@ def two_stages(position: str, *, low: bool = True) -> dict[str, dict[str, Any]]:
 def test_an_edit_of_two_networks_is_ours(world: SimpleNamespace, position: str) -> None:
     """Both halves of the LoRA, each network's guidance, its steps on its side of the boundary."""
     world.server.run(two_stages(position))
-    close(world.server.result("edit.safetensors")["scaled"], ours(world, TWO, position, lora=True, cfg=(4.0, 3.0)))
+    bases.close(world.server.result("edit.safetensors")["scaled"], ours(world, TWO, position, lora=True, cfg=(4.0, 3.0)))
     nodes = sampling_nodes(make_family(bases.config_of(TWO, world.folder)), STEPS, "shifted", SHAPE)
     assert torch.equal(world.server.result("sigmas.safetensors")["sigmas"], nodes)
     assert 0 < int((nodes >= 0.875).sum()) < STEPS, "one network makes all steps"

@@ -148,3 +148,9 @@ def edited(
         return partial(family.velocity, networks[family.expert_of(t)])(noisy, t, texts, given)
 
     return sampling.sample_as_configured(config, family, velocity, noise, text, source, steps=steps, schedule="shifted", negative=negative)
+
+
+def close(edit: Tensor, wanted: Tensor) -> None:
+    """The latents of ComfyUI are those of `edit.py`; pytest -s prints how near."""
+    print("largest difference", float((edit - wanted).abs().max()), "of", float(wanted.abs().max()))
+    torch.testing.assert_close(edit, wanted, rtol=0, atol=1e-3)
