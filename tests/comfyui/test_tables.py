@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from benchmarks import comfyui_nodes
 from byg_plugin.families import SPECS
 from byg_plugin.models.geometry import SpecGeometry
-from byg_plugin.models.qwen_image import QwenImageFamily
 from byg_plugin.sampling import sampling_nodes
 from comfyui import families, guidance, schedule
 
@@ -38,22 +39,30 @@ def test_the_two_networks_share_the_steps_at_the_boundary() -> None:
     assert high.tolist() == [1.0, 0.0] and low.tolist() == [0.0]
 
 
+def plain_guidance(name: str) -> SpecGeometry:
+    """A family without the rule that only Qwen-Image has."""
+    return SpecGeometry(replace(SPECS[name], guidance_keeps_length=False))
+
+
+def test_qwen_image_alone_has_a_rule_of_its_own() -> None:
+    """`with_source` sets it by the architecture."""
+    assert {spec.lora_layout for spec in SPECS.values() if spec.guidance_keeps_length} == {"qwen"}
+
+
 @pytest.mark.parametrize("name", list(SPECS))
 def test_cfg_is_the_published_guidance(name: str) -> None:
     """ComfyUI's formula with `cfg` is the family's with its scale."""
-    family, geometry = families.family_named(name), SpecGeometry(SPECS[name])
+    family, geometry = families.family_named(name), plain_guidance(name)
     v, negative = torch.tensor([1.0, -3.0]), torch.tensor([0.5, 2.0])
     for cfg, scale in zip(family.cfg, SPECS[name].guidance_scales, strict=True):
-        torch.testing.assert_close(negative + cfg * (v - negative), SpecGeometry.guide(geometry, v, negative, scale))
+        torch.testing.assert_close(negative + cfg * (v - negative), geometry.guide(v, negative, scale))
 
 
 @pytest.mark.parametrize("frames", [(), (1,)])
 def test_guidance_of_qwen_image_is_the_trainers(frames: tuple[int, ...]) -> None:
     g = torch.Generator().manual_seed(0)
     v, negative = (torch.randn(2, 16, 1, 4, 6, generator=g) for _ in range(2))
-    family = object.__new__(QwenImageFamily)
-    family.spec = SPECS["qwen-image"]
-    wanted = family.guide(v, negative, 4.0)
+    wanted = SpecGeometry(SPECS["qwen-image"]).guide(v, negative, 4.0)
     sigma = 0.7
     args = {
         "cond": (sigma * v).reshape(2, 16, *frames, 4, 6),
@@ -62,7 +71,7 @@ def test_guidance_of_qwen_image_is_the_trainers(frames: tuple[int, ...]) -> None
     }
     got = guidance.qwen_guidance(args).reshape(2, 16, 1, 4, 6) / sigma
     torch.testing.assert_close(got, wanted)
-    assert (wanted - SpecGeometry.guide(family, v, negative, 4.0)).abs().max() > 0.1, "the rule has no effect"
+    assert (wanted - plain_guidance("qwen-image").guide(v, negative, 4.0)).abs().max() > 0.1, "the rule has no effect"
 
 
 @pytest.mark.parametrize(
