@@ -102,7 +102,7 @@ def test_no_whole_number_is_without_bounds(section: str, key: str, value: int):
         ("dataset", "validation_items", 10**10, "less than or equal to 1000000000"),
         ("lora", "rank", 4097, "above a linear's width it adds nothing"),
         ("objective", "rollout_steps", 1001, "each is a pass through the network"),
-        ("sample", "steps", 1001, "tells no more times apart"),
+        ("sample", "steps", 1001, "tell no more times apart"),
     ],
 )
 def test_a_bound_comes_with_its_reason(section: str, key: str, value: int, why: str):
@@ -136,6 +136,7 @@ def test_a_range_of_t_that_float32_cannot_tell_from_a_point_is_empty():
 NO_PATHS = {
     ("output", "name"),
     ("objective", "name"),
+    ("critic", "device"),
     ("objective", "strong_types"),
     ("objective", "critique_types"),
     ("lora", "targets"),

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 CHECKOUT = os.environ.get("COMFYUI")
+STAND_INS = Path(__file__).parent / "comfyui_site"
+"""torchvision and torchaudio, as far as ComfyUI imports names of them at its start: there is no build of them for every torch."""
 MARKS = [
     pytest.mark.comfyui,
     pytest.mark.skipif(not CHECKOUT, reason="COMFYUI does not name a ComfyUI checkout (folder with comfy/lora.py)"),
@@ -33,6 +35,7 @@ def comfyui() -> Iterator[SimpleNamespace]:
     root = Path(str(CHECKOUT)).expanduser()
     assert (root / "comfy" / "lora.py").is_file(), f"COMFYUI={root} has no comfy/lora.py"
     sys.path.insert(0, str(root))
+    sys.path.append(str(STAND_INS))  # behind the real ones
     try:
         import comfy.cli_args
 
@@ -44,6 +47,7 @@ def comfyui() -> Iterator[SimpleNamespace]:
         yield SimpleNamespace(lora=comfy.lora, detection=comfy.model_detection, ops=comfy.ops)
     finally:
         sys.path.remove(str(root))
+        sys.path.remove(str(STAND_INS))
 
 
 def detected(comfy: SimpleNamespace, state: Mapping[str, Tensor]) -> SimpleNamespace:

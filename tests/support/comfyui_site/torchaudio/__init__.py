@@ -1,0 +1,1 @@
+"""Stands in for torchaudio; see torchvision beside it."""

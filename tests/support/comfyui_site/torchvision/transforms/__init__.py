@@ -1,0 +1,3 @@
+"""See the package above."""
+
+from . import functional  # noqa: F401
