@@ -21,12 +21,12 @@ if __package__ in (None, ""):
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 from byg_plugin import _cli
 from byg_plugin.config.extras import require
 from byg_plugin.evaluation import frames
-from byg_plugin.evaluation.items import Item, from_folders, from_manifest, from_tuples, missing_files, refuse, with_files
+from byg_plugin.evaluation.items import Item, items_of, missing_files, refuse
 from byg_plugin.evaluation.metrics import METRICS, Options, classes
 from byg_plugin.evaluation.metrics.base import missing_texts
 from byg_plugin.folders import make_writable, write_text
@@ -50,36 +50,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--clip", type=_cli.not_empty, default=Options.clip, help=f"folder or hub id (default: {Options.clip})")
     parser.add_argument("--dino", type=_cli.not_empty, default=Options.dino, help=f"folder or hub id (default: {Options.dino})")
     parser.add_argument("--lpips-net", choices=["alex", "vgg", "squeeze"], default=Options.lpips_net, help="default: alex")
+    parser.add_argument("--judged", **path, nargs="+", default=[], metavar="FILE", help="of viescore, imgedit: judge.py's files")
+    parser.add_argument("--vie-reading", choices=["official", "paper"], default=Options.vie_reading, help="of viescore (default: official)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of the models (default: cpu)")
     return parser
-
-
-def items_of(args: argparse.Namespace) -> list[Item]:
-    """What the command line asks to judge.
-
-    Raises:
-        ValueError: nothing, too much, or something missing.
-    """
-    ways = {
-        ("edits",): lambda: from_manifest(args.edits),
-        ("edits", "tuples"): lambda: from_manifest(args.edits, args.tuples),
-        ("tuples", "results"): lambda: from_tuples(args.tuples, args.results),
-        ("sources", "results"): lambda: from_folders(args.sources, args.results),
-    }
-    given = tuple(name for name in ("edits", "tuples", "sources", "results") if getattr(args, name) is not None)
-    if given not in ways:
-        raise ValueError("give --edits DIR, or --tuples FILE --results DIR, or --sources DIR --results DIR")
-    items = ways[given]()
-    for option, role in (("references", "reference"), ("masks", "mask")):
-        if getattr(args, option) is not None:
-            items = with_files(items, getattr(args, option), role)
-    return items
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command; see the module."""
     args = _parser().parse_args(arguments)
-    items = items_of(args)
+    items = items_of(vars(args))
     refuse(missing_files(items), "files")
     require("matplotlib", "the plots", "eval")
     if args.compare is not None:
@@ -103,15 +83,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _evaluate(args: argparse.Namespace, items: Sequence[Item], columns: dict[str, bool]) -> None:
     from byg_plugin.evaluation import page, plots, scores, statistics
+    from byg_plugin.evaluation.metrics.answers import JudgedMetric
 
     metrics = {name: one(_options(args)) for name, one in classes(args.metrics).items()}
+    judged = {name: metric for name, metric in metrics.items() if isinstance(metric, JudgedMetric)}
+    refuse([problem for metric in judged.values() for problem in metric.judged.lacking(items)], "--judged")
     with Progress(total=len(items), desc="score", unit="edit") as bar:
         rows, looked_at = scores.score(items, metrics, args.out, lambda: bar.update(1))
     table = statistics.by_type(rows)
     if not table[statistics.ALL]:
         raise ValueError("no metric is defined for any of these edits: give --masks, --references or other --metrics")
     summary = {kind: {column: asdict(mean) for column, mean in means.items()} for kind, means in table.items()}
-    said = statistics.markdown(table)
+    said = statistics.markdown(table) + "".join(f"\nwarning: {one}\n" for metric in judged.values() for one in metric.sameness(items))
     _json(args.out / "summary.json", summary)
     plots.plot_table(table, args.out / "scores.png")
     if args.compare is not None:
@@ -126,7 +109,7 @@ def _evaluate(args: argparse.Namespace, items: Sequence[Item], columns: dict[str
 
 
 def _options(args: argparse.Namespace) -> Options:
-    return Options(clip=args.clip, dino=args.dino, lpips_net=args.lpips_net, device=args.device)
+    return Options(**{field.name: getattr(args, field.name) for field in fields(Options)} | {"judged": tuple(args.judged)})
 
 
 def _json(path: Path, value: object) -> None:

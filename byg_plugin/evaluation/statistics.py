@@ -12,6 +12,8 @@ from byg_plugin.evaluation.scores import Row
 ALL = "all"
 UNTYPED = "(no type)"
 _RESAMPLES = 9999
+ROOTS = {"vie_root_of_means": ("vie_semantic", "vie_quality")}
+"""Columns of tables alone: the square root of the product of two columns' means, which is no mean of the items' roots."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +53,16 @@ def by_type(rows: Sequence[Row]) -> Table:
     for kind in [*(kinds if kinds != [UNTYPED] else []), ALL]:
         members = rows if kind == ALL else [row for row in rows if (row.edit_type or UNTYPED) == kind]
         values = {column: _values(members, column) for column in columns}
-        table[kind] = {column: mean_of(known) for column, known in values.items() if known}
+        table[kind] = _with_roots({column: mean_of(known) for column, known in values.items() if known})
     return table
+
+
+def _with_roots(means: dict[str, Mean]) -> dict[str, Mean]:
+    for column, (one, other) in ROOTS.items():
+        if one in means and other in means:
+            root = (means[one].mean * means[other].mean) ** 0.5
+            means[column] = Mean(n=min(means[one].n, means[other].n), mean=root, sem=None)
+    return means
 
 
 def differences(rows: Sequence[Row], others: Sequence[Row], seed: int = 0) -> dict[str, Difference]:

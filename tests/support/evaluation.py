@@ -49,7 +49,7 @@ def write_edits(folder: Path, count: int = 3, *, suffix: str = ".png", level: in
     out.mkdir(parents=True, exist_ok=True)
     for number in range(count):
         shown = noise(number, frames={".mkv": 3, ".mp4": 9}.get(suffix, 1)) // 2
-        source, made = save(folder / "sources" / f"s{number}{suffix}", shown), shown + np.uint8(level + number)
+        source, made = save(folder / "sources" / f"s{number}{suffix}", shown), shown + np.uint8((level + number) % 128)
         edit = save(out / f"{number:05d}_s{number}{suffix}", made)
         texts = {**{role: f"{role} {number}" for role in ROLES}, "edit_type": ("add", "remove")[number % 2], "id": f"t{number}"}
         manifest.append(

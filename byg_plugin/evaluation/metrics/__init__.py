@@ -16,6 +16,8 @@ METRICS = {
     "error": "Error",
     "lpips": "Lpips",
     "flicker": "Flicker",
+    "viescore": "VieScore",
+    "imgedit": "ImgEdit",
 }
 """Name of the file and of the class in it."""
 

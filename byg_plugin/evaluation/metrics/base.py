@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -23,12 +24,16 @@ class Options:
         clip, dino: folder or hub id of the model.
         lpips_net: alex, vgg or squeeze.
         device: cpu or cuda.
+        judged: files of judge.py's answers.
+        vie_reading: official or paper; see `metrics/viescore.py`.
     """
 
     clip: str = "openai/clip-vit-large-patch14"
     dino: str = "facebook/dino-vits16"
     lpips_net: str = "alex"
     device: str = "cpu"
+    judged: tuple[Path, ...] = ()
+    vie_reading: str = "official"
 
 
 class Metric(Protocol):
