@@ -2,12 +2,16 @@
 
     python byg_plugin/evaluate.py --edits edits --metrics clip dino error ssim --out scores
     python byg_plugin/evaluate.py --edits edits_2 --metrics clip dino error ssim --out scores_2 --compare scores
+    python byg_plugin/evaluate.py --benchmark gedit --data gedit --out scores        # tuples.jsonl, for edit.py
 
 What is judged: `--edits`, a folder of edit.py's or its edits.jsonl; or `--tuples` with the folder `--results` of edits named by their
 tuples' ids; or `--sources` and `--results`, two folders with files of the same names. Ground truths are the tuples' targets, or
 `--references`; `--masks` are images whose light part may change. `--out` gets scores.jsonl (what is scored stays scored; the rest goes
 on after a kill), summary.json and summary.md (mean +- standard error by edit type), scores.png and report.html. Metrics:
 byg_plugin/evaluation/metrics, a file each. No model is downloaded: what is missing is told with the line that fetches it.
+
+`--benchmark` names a published set of tasks (byg_plugin/evaluation/benchmarks, a file each): without edits the command writes what
+edit.py is to edit, with them it scores them by the benchmark's groups.
 """
 
 from __future__ import annotations
@@ -25,7 +29,8 @@ from dataclasses import asdict, fields
 
 from byg_plugin import _cli
 from byg_plugin.config.extras import require
-from byg_plugin.evaluation import frames
+from byg_plugin.evaluation import benchmarks, frames
+from byg_plugin.evaluation.benchmarks.base import Benchmark
 from byg_plugin.evaluation.items import Item, items_of, missing_files, refuse
 from byg_plugin.evaluation.metrics import METRICS, Options, classes
 from byg_plugin.evaluation.metrics.base import missing_texts
@@ -42,6 +47,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--results", **path, metavar="DIR", help="folder of edits")
     parser.add_argument("--references", **path, metavar="DIR", help="folder of exact edits, named by id or as the edits")
     parser.add_argument("--masks", **path, metavar="DIR", help="folder of images, light where the edit may change, named alike")
+    parser.add_argument("--benchmark", choices=benchmarks.NAMES, help="score by the groups of this one; without edits: write its tuples")
+    parser.add_argument("--data", **path, metavar="DIR", help="folder of the benchmark's data")
+    parser.add_argument("--captions", **path, metavar="FILE", help="JSONL of id, src_caption, tgt_caption, for a benchmark that has none")
     without_model = ["error", "psnr", "flicker"]
     parser.add_argument("--metrics", nargs="+", choices=[*METRICS], default=without_model, help=f"default: {' '.join(without_model)}")
     parser.add_argument("--out", **path, default=Path("scores"), metavar="DIR", help="folder of the results (default: scores)")
@@ -59,7 +67,11 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command; see the module."""
     args = _parser().parse_args(arguments)
+    benchmark = _benchmark(args)
+    if benchmark is not None and args.edits is None and args.results is None:
+        return
     items = items_of(vars(args))
+    items = items if benchmark is None else benchmark.items(items)
     refuse(missing_files(items), "files")
     require("matplotlib", "the plots", "eval")
     if args.compare is not None:
@@ -78,10 +90,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from byg_plugin.evaluation.scores import read
 
         read(args.compare)  # what is wrong with it is told before the work
-    _evaluate(args, items, columns)
+    _evaluate(args, items, columns, benchmark)
 
 
-def _evaluate(args: argparse.Namespace, items: Sequence[Item], columns: dict[str, bool]) -> None:
+def _benchmark(args: argparse.Namespace) -> Benchmark | None:
+    """What `--benchmark` names, with its tuples written; edits of other tools (`--results`) are named by their ids."""
+    if args.benchmark is None:
+        if args.data is not None or args.captions is not None:
+            raise ValueError("--data and --captions are a benchmark's: give --benchmark, or leave them out")
+        return None
+    if args.tuples is not None or args.sources is not None:
+        raise ValueError("--benchmark has its own sources and tuples: leave --sources and --tuples out")
+    benchmark = benchmarks.read(args.benchmark, args.data, args.captions)
+    tuples = benchmark.write(args.out)
+    if args.results is not None:
+        args.tuples = tuples
+    elif args.edits is None:
+        counted = f"{len(benchmark.tasks)} tasks of {args.benchmark} (published: {benchmark.published}): {tuples}"
+        print(f"{counted}\nnow: python byg_plugin/edit.py ... --tuples {tuples} --out EDITS, then this command with --edits EDITS")
+    return benchmark
+
+
+def _evaluate(args: argparse.Namespace, items: Sequence[Item], columns: dict[str, bool], benchmark: Benchmark | None) -> None:
     from byg_plugin.evaluation import page, plots, scores, statistics
     from byg_plugin.evaluation.metrics.answers import JudgedMetric
 
@@ -90,7 +120,7 @@ def _evaluate(args: argparse.Namespace, items: Sequence[Item], columns: dict[str
     refuse([problem for metric in judged.values() for problem in metric.judged.lacking(items)], "--judged")
     with Progress(total=len(items), desc="score", unit="edit") as bar:
         rows, looked_at = scores.score(items, metrics, args.out, lambda: bar.update(1))
-    table = statistics.by_type(rows)
+    table = statistics.by_type(rows) if benchmark is None else statistics.by_group(rows, benchmark.groups(), benchmark.means)
     if not table[statistics.ALL]:
         raise ValueError("no metric is defined for any of these edits: give --masks, --references or other --metrics")
     summary = {kind: {column: asdict(mean) for column, mean in means.items()} for kind, means in table.items()}
