@@ -58,6 +58,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--clip", type=_cli.not_empty, default=Options.clip, help=f"folder or hub id (default: {Options.clip})")
     parser.add_argument("--dino", type=_cli.not_empty, default=Options.dino, help=f"folder or hub id (default: {Options.dino})")
     parser.add_argument("--lpips-net", choices=["alex", "vgg", "squeeze"], default=Options.lpips_net, help="default: alex")
+    parser.add_argument("--aesthetic", **path, metavar="FILE", help="of aesthetic: LAION's linear head, .safetensors")
+    parser.add_argument("--cotracker", **path, metavar="FILE", help="of motion: CoTracker3's offline weights, .safetensors (CC-BY-NC)")
     parser.add_argument("--judged", **path, nargs="+", default=[], metavar="FILE", help="of viescore, imgedit: judge.py's files")
     parser.add_argument("--vie-reading", choices=["official", "paper"], default=Options.vie_reading, help="of viescore (default: official)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of the models (default: cpu)")

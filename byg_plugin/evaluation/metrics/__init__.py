@@ -16,6 +16,9 @@ METRICS = {
     "error": "Error",
     "lpips": "Lpips",
     "flicker": "Flicker",
+    "dynamic": "Dynamic",
+    "aesthetic": "Aesthetic",
+    "motion": "Motion",
     "viescore": "VieScore",
     "imgedit": "ImgEdit",
 }

@@ -26,6 +26,8 @@ class Options:
         device: cpu or cuda.
         judged: files of judge.py's answers.
         vie_reading: official or paper; see `metrics/viescore.py`.
+        aesthetic: the linear head; see `metrics/aesthetic.py`.
+        cotracker: the tracker's weights; see `metrics/motion.py`.
     """
 
     clip: str = "openai/clip-vit-large-patch14"
@@ -34,6 +36,8 @@ class Options:
     device: str = "cpu"
     judged: tuple[Path, ...] = ()
     vie_reading: str = "official"
+    aesthetic: Path | None = None
+    cotracker: Path | None = None
 
 
 class Metric(Protocol):
