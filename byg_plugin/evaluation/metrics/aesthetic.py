@@ -1,8 +1,8 @@
 """VBench's aesthetic quality (Huang et al. 2024), written anew: LAION's linear head on CLIP ViT-L/14, a tenth of it, mean over frames.
 
 The model is `--clip` (its default is the one that the head was trained on; weights of OpenAI: MIT), the head `--aesthetic`
-(LAION-AI/aesthetic-predictor, MIT). Frames are scaled to CLIP's side by their shorter one, without antialiasing, and cropped, as VBench does it.
-About 0.4 to 0.7; the source's own value stands beside the edit's.
+(LAION-AI/aesthetic-predictor, MIT). Frames are scaled to CLIP's side by their shorter one, without antialiasing, and cropped, as VBench
+does it. About 0.4 to 0.7; the source's own value stands beside the edit's.
 """
 
 from __future__ import annotations
