@@ -133,7 +133,9 @@ def test_captions_of_a_file_are_the_tasks_and_without_them_clip_refuses(tmp_path
     for number in range(2):
         save(edits / f"k{number}.png", noise(number))
     words = ("--benchmark", "gedit", "--data", data, "--results", edits, "--out", tmp_path / "out")
-    assert "k0: clip needs src_caption and tgt_caption" in refused(*words, "--metrics", "clip"), "what fills the tuples is no caption"
+    assert "k0: clip needs src_caption and tgt_caption" in refused(*words, "--metrics", "clip")
+    alone = ("--tuples", tmp_path / "out" / "tuples.jsonl", "--results", edits, "--out", tmp_path / "alone")
+    assert "k0: clip needs src_caption and tgt_caption" in refused(*alone, "--metrics", "clip"), "what fills the tuples is no caption"
     captions.write_text(json.dumps({"id": "k1", "src_caption": "a cat", "tgt_caption": "a dog"}) + "\n", encoding="utf-8")
     run(*words, "--metrics", "error", "--captions", captions)
     assert [one.tgt_caption for one in read_tuples_file(tmp_path / "out" / "tuples.jsonl")][1] == "a dog"

@@ -8,17 +8,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from byg_plugin.data.placeholders import PLACEHOLDERS
 from byg_plugin.evaluation.items import Item, refuse
 from byg_plugin.folders import write_text
 from byg_plugin.journal import numbered_records, write_records
 
 TUPLES, MANIFEST = "tuples.jsonl", "benchmark.json"
-# A tuples file needs all four texts; edit.py reads the instruction alone. These say nothing, so that nothing is scored by them.
-_UNKNOWN = {
-    "src_caption": "the picture that is given",
-    "tgt_caption": "the picture that is asked for",
-    "reverse_instruction": "do the inverse of the instruction",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,5 +127,5 @@ def _captions(path: Path) -> dict[str, dict[str, str]]:
 
 
 def _record(task: Task) -> dict[str, str]:
-    texts = {name: getattr(task, name) or unknown for name, unknown in _UNKNOWN.items()}
+    texts = {name: getattr(task, name) or unknown for name, unknown in PLACEHOLDERS.items()}
     return {"source": str(task.source.absolute()), "instruction": task.instruction, **texts, "edit_type": task.group, "id": task.id}

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
+from byg_plugin.data.placeholders import known
 from byg_plugin.evaluation.frames import Seen
 from byg_plugin.evaluation.items import Item
 
@@ -63,7 +64,7 @@ class Metric(Protocol):
 
 def missing_texts(metric: str, texts: tuple[str, ...], item: Item) -> list[str]:
     """Problems: what a metric needs of an item's texts and does not find."""
-    lacking = [name for name in texts if not (getattr(item, name) or "").strip()]
+    lacking = [name for name in texts if known(name, getattr(item, name)) is None]
     return [f"{item.id}: {metric} needs {' and '.join(lacking)}; give tuples, or leave {metric} out of --metrics"] if lacking else []
 
 
