@@ -38,7 +38,8 @@ def check_not_distilled(model: ModelConfig) -> None:
     for key, where in (("transformer", model.transformer), ("path", model.path)):
         if where is None:
             continue
-        said = _said_by_index(Path(where).expanduser()) or _said_by_name(model, where)
+        index, distilled = _said_by_index(Path(where).expanduser())
+        said = _said_by_name(model, where) if distilled is None else f"{index} says is_distilled" if distilled else None
         if said is not None:
             raise ValueError(
                 f"model.{key} = {where}: distilled weights ({said}), whose velocities are no longer those of its data: training on them "
@@ -47,8 +48,8 @@ def check_not_distilled(model: ModelConfig) -> None:
         return  # model.transformer overrides model.path
 
 
-def _said_by_index(path: Path) -> str | None:
-    """`is_distilled` in the model_index.json of a diffusers folder or beside a part of it."""
+def _said_by_index(path: Path) -> tuple[Path | None, bool | None]:
+    """The model_index.json of a diffusers folder or beside a part of it, and its `is_distilled`; None where it has none."""
     for folder in (path, path.parent):
         index = folder / "model_index.json"
         if index.is_file():
@@ -56,8 +57,9 @@ def _said_by_index(path: Path) -> str | None:
                 content = json_value(index.read_text(encoding="utf-8"))
             except (OSError, ValueError) as error:
                 raise ValueError(f"{index}: cannot be read as JSON ({error}); download it again") from error
-            return f"{index} says is_distilled" if isinstance(content, dict) and content.get("is_distilled") is True else None
-    return None
+            said = content.get("is_distilled") if isinstance(content, dict) else None
+            return index, said if isinstance(said, bool) else None
+    return None, None
 
 
 def _said_by_name(model: ModelConfig, where: str) -> str | None:

@@ -112,3 +112,17 @@ def test_distilled_weights_are_told_by_their_index(tmp_path: Path, part: str):
     index.write_text("{", encoding="utf-8")
     with pytest.raises(ValueError, match=r"model_index.json: cannot be read as JSON"):
         places.check_not_distilled(model)
+
+
+def test_an_index_counts_for_more_than_a_name(tmp_path: Path):
+    """Who keeps the base in a folder that is named as the family is trains it."""
+    folder = tmp_path / "flux2-klein-4b"
+    folder.mkdir()
+    model = ModelConfig.model_validate({"family": "flux2-klein-4b", "path": str(folder)})
+    with pytest.raises(ValueError, match="by its name, flux2-klein-4b"):
+        places.check_not_distilled(model)
+    (folder / "model_index.json").write_text('{"_class_name": "Flux2KleinPipeline"}', encoding="utf-8")
+    with pytest.raises(ValueError, match="by its name, flux2-klein-4b"):
+        places.check_not_distilled(model)
+    (folder / "model_index.json").write_text('{"is_distilled": false}', encoding="utf-8")
+    places.check_not_distilled(model)
