@@ -20,7 +20,8 @@ from byg_plugin.evaluation.benchmarks import gedit, imgedit, longtail, video
 from byg_plugin.evaluation.scores import Row
 from byg_plugin.evaluation.statistics import by_group
 from tests.support import ROOT
-from tests.support.evaluation import noise, save
+from tests.support.evaluation import edit_tuples, noise, save
+from tests.support.judged import Numbers, write_answers
 
 PAGE = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
 
@@ -41,7 +42,7 @@ def write_gedit(folder: Path, count: int = 12) -> Path:
         {
             "key": f"k{number}",
             "task_type": gedit.GROUPS[number % 11],
-            "instruction": f"make change number {number}",
+            "instruction": f" make change number {number}\n",
             "instruction_language": "cn" if number == count else "en",
             "Intersection_exist": number % 2 == 0,
         }
@@ -99,6 +100,20 @@ def test_gedit_writes_tuples_that_edit_py_takes_and_scores_by_its_groups(tmp_pat
     assert "| mean of groups | 11 |" in (out / "summary.md").read_text(encoding="utf-8")
 
 
+def test_gedit_from_its_tuples_over_edits_and_a_judge_to_its_table(tmp_path: Path):
+    words = ("--benchmark", "gedit", "--data", write_gedit(tmp_path / "gedit"), "--out", tmp_path / "out")
+    run(*words)
+    edits = edit_tuples(tmp_path / "out" / "tuples.jsonl", tmp_path / "edits")
+    numbers: Numbers = [([4, 9], [9, 9]), ([6, 6], None), *[([1, 1], [4, 4])] * 10]
+    judged = write_answers(tmp_path / "judged.jsonl", edits, numbers)
+    run(*words, "--edits", edits, "--metrics", "viescore", "--judged", judged)
+    table = json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))
+    assert table["background_change"]["vie_overall"] == {"n": 1, "mean": 6, "sem": None}, "of two, one could not be read"
+    assert table["background_change"]["vie_semantic"]["mean"] == 5 and table["background_change"]["vie_unread"]["mean"] == 0.5
+    assert table["mean of groups"]["vie_overall"]["mean"] == pytest.approx((6 + 10 * 2) / 11)
+    assert table["mean of groups"]["vie_root_of_means"]["mean"] == pytest.approx((15 / 11 * (9 + 40) / 11) ** 0.5)
+
+
 def test_means_of_groups_are_of_groups_and_of_their_parts():
     rows = [Row(id=name, scores={"x": value}) for name, value in {"a": 1.0, "b": 3.0, "c": 10.0, "d": None}.items()]
     groups = {"one": {"a", "b"}, "two": {"c"}, "three": {"d"}}
@@ -116,6 +131,8 @@ def test_every_task_needs_its_edit_and_every_edit_its_task(tmp_path: Path):
     benchmark = benchmarks.read("gedit", data)
     items = benchmark.items(_items(benchmark))
     assert [item.id for item in items] == [task.id for task in benchmark.tasks] and items[0].src_caption is None
+    edited = read_tuples_file(benchmark.write(tmp_path / "out"))
+    assert [item.instruction for item in items] == [one.instruction for one in edited], "what is judged is what was edited by"
     with pytest.raises(ValueError, match="k1: no edit of this task"):
         benchmark.items([one for one in _items(benchmark) if one.id != "k1"])
     with pytest.raises(ValueError, match="stranger: an edit of no task"):

@@ -105,6 +105,8 @@ def checked(benchmark: Benchmark, captions: Path | None) -> Benchmark:
     refuse(problems, f"--benchmark {benchmark.name}")
     if not benchmark.tasks:
         raise ValueError(f"--benchmark {benchmark.name}: no task in its data")
+    # As the tuples' reader takes them: what was edited and judged by one instruction is found again.
+    benchmark = replace(benchmark, tasks=[replace(task, instruction=task.instruction.strip()) for task in benchmark.tasks])
     if captions is None:
         return benchmark
     known = _captions(captions)
