@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from byg_plugin import families
 from byg_plugin.documents import json_value
@@ -39,7 +39,10 @@ def check_not_distilled(model: ModelConfig) -> None:
         if where is None:
             continue
         index, distilled = _said_by_index(Path(where).expanduser())
-        said = _said_by_name(model, where) if distilled is None else f"{index} says is_distilled" if distilled else None
+        if distilled is None:
+            said = _said_by_name(model, where) or _said_by_scheduler(model, Path(where).expanduser())
+        else:
+            said = f"{index} says is_distilled" if distilled else None
         if said is not None:
             raise ValueError(
                 f"model.{key} = {where}: distilled weights ({said}), whose velocities are no longer those of its data: training on them "
@@ -53,19 +56,41 @@ def _said_by_index(path: Path) -> tuple[Path | None, bool | None]:
     for folder in (path, path.parent):
         index = folder / "model_index.json"
         if index.is_file():
-            try:
-                content = json_value(index.read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
-                raise ValueError(f"{index}: cannot be read as JSON ({error}); download it again") from error
-            said = content.get("is_distilled") if isinstance(content, dict) else None
+            said = _object(index).get("is_distilled")
             return index, said if isinstance(said, bool) else None
     return None, None
 
 
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        content = json_value(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read as JSON ({error}); download it again") from error
+    return content if isinstance(content, dict) else {}
+
+
 def _said_by_name(model: ModelConfig, where: str) -> str | None:
-    name = where.replace("\\", "/").rstrip("/").rpartition("/")[2]
+    name = _telling_name(where)
     pattern = model.spec.distilled
     return f"by its name, {name}" if pattern is not None and re.search(pattern, name) else None
+
+
+def _telling_name(where: str) -> str:
+    """The last name of a place that somebody chose: none of a diffusers folder's own, nor a snapshot's in the hub's cache."""
+    names = where.replace("\\", "/").rstrip("/").split("/")
+    while len(names) > 1 and (names[-1] == "transformer" or names[-1].startswith("diffusion_pytorch_model")):
+        names.pop()
+    return names[-3] if len(names) > 2 and names[-2] == "snapshots" else names[-1]
+
+
+def _said_by_scheduler(model: ModelConfig, path: Path) -> str | None:
+    """A diffusers folder's own shift, where the base's is one number and a distilled model has another."""
+    wanted = model.spec.shift
+    file = next((one for one in (folder / "scheduler" / "scheduler_config.json" for folder in (path, path.parent)) if one.is_file()), None)
+    if model.spec.distilled is None or not isinstance(wanted, float) or file is None:
+        return None
+    shift = _object(file).get("shift")
+    return f"{file} has shift {shift}, the base has {wanted}" if isinstance(shift, int | float) and shift != wanted else None
 
 
 def check_path(path_or_id: str, label: str) -> None:

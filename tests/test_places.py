@@ -74,6 +74,9 @@ DISTILLED = [
     ("qwen-image", "models/Qwen-Image-Lightning-8steps.safetensors"),
     ("z-image", "Tongyi-MAI/Z-Image-Turbo"),
     ("flux2-klein-4b", "black-forest-labs/FLUX.2-klein-4B"),
+    ("z-image", "models/Z-Image-Turbo/transformer"),
+    ("z-image", "models/Z-Image-Turbo/transformer/diffusion_pytorch_model.safetensors"),
+    ("z-image", "hub/models--Tongyi-MAI--Z-Image-Turbo/snapshots/5f4b9cbb"),
 ]
 BASES = [
     ("krea2", "models/krea2.safetensors"),
@@ -81,6 +84,10 @@ BASES = [
     ("z-image", "Tongyi-MAI/Z-Image"),
     ("flux2-klein-9b", "black-forest-labs/FLUX.2-klein-base-9B"),
     ("flux", "turbo/flux1-dev"),
+    ("flux2-klein-4b", "models/base-klein-4b.safetensors"),
+    ("krea2", "krea/Krea-2-Raw"),
+    ("krea2", "undistilled_krea2.safetensors"),
+    ("z-image", "ostris/Z-Image-De-Turbo"),
 ]
 
 
@@ -112,6 +119,23 @@ def test_distilled_weights_are_told_by_their_index(tmp_path: Path, part: str):
     index.write_text("{", encoding="utf-8")
     with pytest.raises(ValueError, match=r"model_index.json: cannot be read as JSON"):
         places.check_not_distilled(model)
+
+
+def test_distilled_weights_are_told_by_their_scheduler(tmp_path: Path):
+    """Z-Image's index says nothing; its own shift is 6, Turbo's is 3."""
+    folder = tmp_path / "zit"
+    (folder / "scheduler").mkdir(parents=True)
+    (folder / "transformer").mkdir()
+    file = folder / "scheduler" / "scheduler_config.json"
+    for place in (folder, folder / "transformer"):
+        model = ModelConfig.model_validate({"family": "z-image", "path": str(place)})
+        file.write_text('{"shift": 6.0}', encoding="utf-8")
+        places.check_not_distilled(model)
+        file.write_text('{"shift": 3.0}', encoding="utf-8")
+        with pytest.raises(ValueError, match=r"scheduler_config.json has shift 3.0, the base has 6.0"):
+            places.check_not_distilled(model)
+    klein = ModelConfig.model_validate({"family": "flux2-klein-4b", "path": str(folder)})
+    places.check_not_distilled(klein)  # its own is no number
 
 
 def test_an_index_counts_for_more_than_a_name(tmp_path: Path):

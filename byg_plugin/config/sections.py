@@ -60,8 +60,8 @@ class ModelConfig(Section):
     clip: PathText | None = Field(None, description="Single .safetensors file or folder of CLIP-L; overrides `path`.")
     qwen: PathText | None = Field(
         None,
-        description="Single .safetensors file or folder of the Qwen text encoder (Qwen-Image: Qwen2.5-VL, Krea 2: Qwen3-VL); overrides "
-        "`path`.",
+        description="Single .safetensors file or folder of the Qwen text encoder (FLUX.2 klein and Z-Image: Qwen3, Qwen-Image: Qwen2.5-VL, "
+        "Krea 2: Qwen3-VL); overrides `path`.",
     )
     dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="Dtype of the frozen weights.")
     quantization: Literal["none", "fp8", "int8", "nf4"] = Field(
@@ -168,8 +168,8 @@ class ConditioningConfig(Section):
     position: Position = Field(
         "same",
         description="Positions of the source tokens: the noisy tokens' own; FLUX.1 also first id 1 as stock Kontext tools (kontext), "
-        "Wan also turned as ComfyUI's in-context latents (bernini), Qwen-Image and Krea 2 also in the frame of the first reference image "
-        "(reference).",
+        "Wan also turned as ComfyUI's in-context latents (bernini), FLUX.2 klein, Qwen-Image and Krea 2 also those of the first "
+        "reference image (reference).",
     )
     guidance: Annotated[float, Field(ge=0.0, le=1000.0)] = Field(
         3.5, description="Value of FLUX.1's guidance embedding for edit, EMA and base, in training and editing. The others have none."
@@ -300,7 +300,10 @@ class SampleConfig(Section):
     items: Annotated[int, Field(ge=1, le=1000)] = Field(
         4, description="Tuples previewed, from the validation items where there are any; at most 1,000, training waits for them."
     )
-    steps: SampleSteps = Field(20, description="Euler steps of an edit; at most 1,000, the network tells no more times apart.")
+    steps: SampleSteps = Field(
+        20,
+        description="Steps of an edit; at most 1,000: networks tell no more times apart. FLUX.2, Z-Image and Qwen-Image: 50, Krea 2: 52.",
+    )
     schedule: Literal["uniform", "shifted"] = Field("shifted", description="Nodes of the sampler (family's own shift).")
     solver: Literal["auto", "euler", "unipc", "unipc_diffusers"] = Field(
         "auto",
@@ -310,7 +313,7 @@ class SampleConfig(Section):
     cfg_high_noise: Scale | None = Field(
         None,
         description="Classifier-free guidance (of Wan2.2-A14B the high-noise expert's), in the family's own formula: 1 = none, for Krea 2 "
-        "0 = none; default: the published one.",
+        "and Z-Image 0 = none; default: the published one.",
     )
     cfg_low_noise: Scale | None = Field(None, description="The same of the low-noise expert.")
     negative: Annotated[str, Field(max_length=10_000)] | None = Field(

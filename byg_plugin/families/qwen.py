@@ -14,7 +14,7 @@ SPECS = (
         text_encoders=("qwen",),
         text_in_sequence=True,
         shift=ShiftByTokens(tokens=(256, 8192), mu=(0.5, 0.9), terminal=0.02),
-        distilled=r"(?i)lightning|distill|turbo",
+        distilled=r"(?i)lightning|(?<!un)distill|(?<!de[-_])turbo",
         diffusers=(0, 37),  # the first that masks padded texts
         defaults={"sample": {"steps": 50}},
     ),
@@ -24,13 +24,13 @@ SPECS = (
         lora_layout="krea2",
         positions=("same", "reference"),
         guidance="classifier_free",
-        guidance_scales=(4.5, 4.5),
+        guidance_scales=(3.5, 3.5),  # as its authors advise for Raw; diffusers' pipeline has 4.5 and 28 steps
         unguided=0.0,
         text_encoders=("qwen",),
         text_in_sequence=True,
         shift=ShiftByTokens(tokens=(256, 6400), mu=(0.5, 1.15)),
-        distilled=r"(?i)turbo|distill|tdm",
+        distilled=r"(?i)(?<!de[-_])turbo|(?<!un)distill|tdm",
         diffusers=(0, 39),
-        defaults={"sample": {"steps": 28}},
+        defaults={"sample": {"steps": 52}},
     ),
 )

@@ -84,6 +84,7 @@ class FamilySpec:
         text_encoders: the parts of `[model]` that encode texts.
         text_limit: tokens of the longest text.
         text_in_sequence: whether text tokens are part of the network's sequence.
+        text_width: of an encoded text, where families of one network differ by it.
         shift: of the inference schedule.
         solvers: the published sampler's names in `sample.solver`; none: Euler.
         fps: frames a second of its clips.
@@ -109,6 +110,7 @@ class FamilySpec:
     text_encoders: tuple[str, ...]
     text_limit: int = 512
     text_in_sequence: bool
+    text_width: int | None = None
     shift: float | ShiftByTokens | ShiftByTokensAndSteps
     solvers: tuple[str, ...] = ()
     fps: int | None = None

@@ -14,7 +14,7 @@ SPECS = (
         text_encoders=("qwen",),
         text_in_sequence=True,
         shift=6.0,
-        distilled=r"(?i)turbo|distill",
+        distilled=r"(?i)(?<!de[-_])turbo|(?<!un)distill",
         diffusers=(0, 37),
         defaults={"sample": {"steps": 50}},
     ),

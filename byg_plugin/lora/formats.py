@@ -384,6 +384,8 @@ def read_named(path: str | Path, family: str, label: str = "") -> tuple[dict[str
 def guess_family(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     """The family of a LoRA file: what its metadata say, or what its layers' names and sizes look like (any Wan has the same).
 
+    Of several whose layers have these names and sizes it is the one whose blocks the file fills, else the first.
+
     Raises:
         ValueError: it does not say, and its layers have the names of a published network and another depth or width.
     """
@@ -391,26 +393,23 @@ def guess_family(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
         return family
     read: list[list[str]] = []
     unreadable: list[ValueError] = []
+    fitting: list[str] = []
     for name in families_of_names(tensors):
         try:
-            found = _misfits(tensors, name)
+            modules, _ = parse(tensors, name)
         except ValueError as error:
             unreadable.append(error)
             continue
-        if not found:
+        networks = layout_of(name).networks
+        misfits = [next(filter(None, map(network.misfit, modules)), None) for network in networks]
+        if any(why is None and network.filled_by(modules) for network, why in zip(networks, misfits, strict=True)):
             return name
-        read.append(found)
+        if all(misfits):
+            read.append([why for why in misfits if why])
+        else:
+            fitting.append(name)
+    if fitting:
+        return fitting[0]
     if not read:
         raise unreadable[0]
     raise ValueError(f"a LoRA of another model, whose layers are called like those of this one: {'; '.join(read[0])}")
-
-
-def _misfits(tensors: Mapping[str, Tensor], family: str) -> list[str]:
-    """Why the layers are of none of the family's published networks, a sentence each; empty where they are of one.
-
-    Raises:
-        ValueError: no layer is called like one of the family.
-    """
-    modules, _ = parse(tensors, family)
-    misfits = [next(filter(None, map(network.misfit, modules)), None) for network in layout_of(family).networks]
-    return [why for why in misfits if why] if all(misfits) else []

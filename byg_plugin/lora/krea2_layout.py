@@ -9,7 +9,7 @@ from functools import partial
 from byg_plugin.lora.layout import Layout, Linear, Module, Network
 from byg_plugin.lora.names import Names
 
-_WIDTH, _KEYS, _INNER, _TEXT, _TEXT_INNER = 6144, 1536, 16384, 2560, 6912
+_WIDTH, _KEYS, _INNER = 6144, 1536, 16384
 BLOCKS = {"blocks.": 28, "txtfusion.layerwise_blocks.": 2, "txtfusion.refiner_blocks.": 2}
 """How many there are, by the start of their layers' native names."""
 _STARTS = dict(zip(BLOCKS, ("transformer_blocks.", "text_fusion.layerwise_blocks.", "text_fusion.refiner_blocks."), strict=True))

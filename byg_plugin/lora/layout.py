@@ -113,6 +113,14 @@ class Network:
         found = module.down.shape[1], module.up.shape[0]
         return None if found == (inputs, outputs) else f"{module.name} is {found[0]} -> {found[1]}, in {self.name} {inputs} -> {outputs}"
 
+    def filled_by(self, modules: Sequence[Module]) -> bool:
+        """Whether the last block of each kind of which the file has layers is the network's last."""
+        for start, count in self.blocks.items():
+            numbers = [int(module.linear.native.split(".")[1]) for module in modules if module.linear.native.startswith(start)]
+            if numbers and max(numbers) + 1 != count:
+                return False
+        return True
+
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:

@@ -9,7 +9,7 @@ from functools import partial
 from byg_plugin.lora.layout import Layout, Linear, Module, Network
 from byg_plugin.lora.names import Names
 
-_BLOCKS, _WIDTH, _TEXT = 60, 3072, 3584
+_BLOCKS, _WIDTH = 60, 3072
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 # End of the name -> (inputs, outputs) in widths.
 _INSIDE = {

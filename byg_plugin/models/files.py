@@ -210,6 +210,7 @@ PARTS = {
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 _FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 _FP8 = {"F8_E4M3", "F8_E5M2"}
+_EYES = re.compile(r"(model\.)?visual\.")  # of a vision-language model, whatever its language model is called beside them
 _SCALES = (".scale_weight", ".weight_scale")  # older and newer name of the same factor beside `<layer>.weight`
 # What a file may hold beside the weights of a part: scales (read where they belong) and what no family here uses.
 BESIDE = (*_SCALES, ".scale_input", ".input_scale", ".comfy_quant", "scaled_fp8", "spiece_model", "logit_scale")
@@ -401,7 +402,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class Weights:
-    """One open .safetensors file seen as one part: names without prefix, fp8 upcast, scales multiplied out."""
+    """One open .safetensors file seen as one part: names without prefix, fp8 upcast, scales multiplied out.
+
+    Attributes:
+        prefix: of the part's names.
+        layout: a key of its markers.
+        names: of its tensors, without prefix.
+        sees: whether a vision tower is in the file.
+    """
 
     def __init__(self, path: Path, part: str):
         self.path, self.part = path, part
@@ -414,6 +422,7 @@ class Weights:
             every = list(self._handle.keys())
             self.prefix, self.layout = _recognise(path, part, every)
             self.names = {name[len(self.prefix) :] for name in every if name.startswith(self.prefix)}
+            self.sees = any(_EYES.match(name) for name in every)
             self._refuse_unknown_quantisation()
         except BaseException:
             self._file.__exit__(None, None, None)
@@ -439,7 +448,7 @@ class Weights:
             ValueError: the file has no such tensor.
         """
         if name not in self.names:
-            raise self.error(f"has no tensor {name}, so it is not a whole {self.part}")
+            raise self.error(f"has no tensor {name}, so it is not the whole of {PARTS[self.part].label}")
         return tuple(self._slice(name).get_shape())
 
     def read(self, name: str, dtype: torch.dtype, rows: slice | None = None) -> Tensor:
@@ -540,6 +549,7 @@ _KNOWN = (
     (r"(^|\.)noise_refiner\.0\.", "looks like a Z-Image or Lumina transformer"),
     (r"(^|\.)double_blocks\.0\.", "looks like a relative of FLUX with other modules"),
     (r"transformer\.resblocks\.", "looks like an OpenCLIP file"),
+    (r"(^|\.)bn\.running_mean", "looks like FLUX.2's VAE"),
     (r"(^|\.)quant_conv\.", "looks like a Stable Diffusion VAE"),
     (r"^(decoder|encoder)\.(middle|downsamples)", "looks like a Wan VAE"),
     (r"(^|\.)blocks\.0\.self_attn", "looks like a Wan transformer"),
@@ -593,9 +603,14 @@ def build(
         state = rename(state, model)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     given = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    wrong = [name for name in (expected | given) if expected.get(name) != given.get(name)]
-    if wrong:
-        raise weights.error(f"{len(wrong)} tensors are missing, left over or of another shape, such as {', '.join(wrong[:3])}")
+    kinds = {
+        "are missing": [name for name in expected if name not in given],
+        "belong to no layer": [name for name in given if name not in expected],
+        "have another shape": [name for name in expected if name in given and expected[name] != given[name]],
+    }
+    found = [f"{len(names)} tensors {what}, such as {', '.join(names[:3])}" for what, names in kinds.items() if names]
+    if found:
+        raise weights.error("; ".join(found))
     model.load_state_dict(state, strict=True, assign=True)
     if isinstance(model, PreTrainedModel):
         model.tie_weights()

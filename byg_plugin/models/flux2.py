@@ -73,12 +73,7 @@ class Flux2Family(Qwen3TextFamily):
         self._check_source(noisy, source)
         h, w = noisy.shape[-2:]
         dtype = compute_dtype(noisy, network.x_embedder.weight)
-        rows = text["qwen"].to(noisy.device, dtype)
-        if rows.shape[-1] != network.config.joint_attention_dim:
-            raise ValueError(
-                f"encoded texts are {rows.shape[-1]} wide, the network takes {network.config.joint_attention_dim}: model.transformer and "
-                "model.qwen are of two sizes (the 4B goes with Qwen3 4B, the 9B with Qwen3 8B)"
-            )
+        rows = self._text_rows(network, text["qwen"]).to(noisy.device, dtype)
         tokens, ids = latent_sequence(noisy, source, self.source_id)
         # In the embedding's own unit, thousandths.
         with first_arguments(network.time_guidance_embed.time_proj, t.float() * 1000):

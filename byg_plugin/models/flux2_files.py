@@ -51,7 +51,8 @@ def _transformer_config(weights: files.Weights) -> dict[str, Any]:
     if any("guidance_in." in name or "guidance_embedder." in name for name in weights.names):
         raise weights.error("has a guidance embedding, so it looks like FLUX.2 dev, whose text encoder is not supplied here")
     width, in_channels = shape("img_in")
-    head = weights.shape("double_blocks.0.img_attn.norm.query_norm.scale" if own else "transformer_blocks.0.attn.norm_q.weight")[0]
+    norm = native.saved_name(weights, "double_blocks.0.img_attn.norm.query_norm.scale")
+    head = weights.shape(norm if own else "transformer_blocks.0.attn.norm_q.weight")[0]
     if head % 8:
         raise weights.error(f"heads of {head} channels, which do not split into 4 axes of pairs")
     stem = "" if own else "transformer_"
@@ -79,6 +80,7 @@ TRANSFORMER = Network(
     config=_transformer_config,
     state=_transformer_state,
     check=_refuse_guidance,
+    text_width="joint_attention_dim",
 )
 
 

@@ -103,8 +103,8 @@ def _transformer_config(weights: files.Weights) -> dict[str, Any]:
         return weights.shape((found.native if own else found.parts[0]) + ".weight")
 
     width, in_channels = shape("img_in")
-    norm = "double_blocks.0.img_attn.norm.query_norm.scale" if own else "transformer_blocks.0.attn.norm_q.weight"
-    head = weights.shape(norm)[0]
+    norm = native.saved_name(weights, "double_blocks.0.img_attn.norm.query_norm.scale")
+    head = weights.shape(norm if own else "transformer_blocks.0.attn.norm_q.weight")[0]
     out_channels = shape("final_layer.linear")[0]
     return files.shipped_config("flux_dev/transformer") | {
         "in_channels": in_channels,

@@ -38,11 +38,25 @@ class ImageFamily(SpecGeometry):
 
     def load_transformers(self, dtype: torch.dtype) -> Iterator[tuple[str, nn.Module]]:
         """The one network, under the name `transformer`: frozen, on the CPU, in eval mode."""
+        self._refuse_another_size()
         yield "transformer", self.network.load(self._config.model.part("transformer"), dtype=dtype).requires_grad_(False)
 
     def meta_transformers(self) -> dict[str, nn.Module]:
         """See `models.base.Family`."""
+        self._refuse_another_size()
         return {"transformer": self.network.on_meta(self._config.model.part("transformer"))}
+
+    def _refuse_another_size(self) -> None:
+        """A network of another family of the same class, which would do and be called what it is not."""
+        if self.network.text_width is None or self.spec.text_width is None:
+            return
+        path = self._config.model.part("transformer")
+        width = self.network.config_of(path)[self.network.text_width]
+        other = next((spec.name for spec in families.SPECS.values() if spec.text_width == width), self.spec.name)
+        if width != self.spec.text_width and other != self.spec.name:
+            raise ValueError(
+                f"{path}: takes texts {width} wide, so it is {other}, and model.family is {self.spec.name}: set one to fit the other"
+            )
 
     def sequence_tokens(self, height: int, width: int, frames: int = 1) -> int:
         """See `models.base.Family`."""
@@ -79,6 +93,16 @@ class ImageFamily(SpecGeometry):
     def _check_source(self, noisy: Tensor, source: Tensor | None) -> None:
         if source is not None and source.shape != noisy.shape:
             raise ValueError(f"source latents {tuple(source.shape)} and noisy latents {tuple(noisy.shape)} must have one shape")
+
+    def _text_rows(self, network: nn.Module, rows: Tensor) -> Tensor:
+        assert self.network.text_width is not None
+        config: Any = network.config
+        wanted = config[self.network.text_width]
+        if rows.shape[-1] != wanted:
+            raise ValueError(
+                f"encoded texts are {rows.shape[-1]} wide, the network takes {wanted}: model.transformer and model.qwen do not fit"
+            )
+        return rows
 
 
 def compute_dtype(noisy: Tensor, weight: Tensor) -> torch.dtype:

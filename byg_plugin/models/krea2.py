@@ -53,7 +53,7 @@ class Krea2Family(QwenVaeFamily):
         h, w = noisy.shape[-2:]
         dtype = compute_dtype(noisy, network.img_in.weight)
         tokens, ids = sequence(noisy, source, self.source_id)
-        rows = text["qwen"].to(noisy.device, dtype)
+        rows = self._text_rows(network, text["qwen"]).to(noisy.device, dtype)
         prediction = network(
             hidden_states=tokens.to(dtype),
             encoder_hidden_states=rows,

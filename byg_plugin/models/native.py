@@ -41,13 +41,20 @@ def read_native(
             used.add(name)
             state |= _split(weights, name, linear, kind, dtype)
     for native, ours in others:
-        used.add(native)
-        state[ours] = weights.read(native, dtype)
+        name = saved_name(weights, native)
+        used.add(name)
+        state[ours] = weights.read(name, dtype)
     unknown = sorted(name for name in weights.names - used if not files.is_beside(name, (*files.BESIDE, *beside)))
     if unknown:
         network = files.PARTS[weights.part].label.removesuffix("'s transformer")
         raise weights.error(f"has {len(unknown)} tensors that {network} does not have, such as {', '.join(unknown[:3])}")
     return state
+
+
+def saved_name(weights: files.Weights, name: str) -> str:
+    """A tensor's name in this file: ComfyUI loads a norm's `scale` as its `weight`, and saves it so (0.33)."""
+    saved = name.removesuffix(".scale") + ".weight"
+    return saved if name.endswith(".scale") and saved in weights.names else name
 
 
 def to_native(state: Mapping[str, Tensor], linears: Iterable[Linear], others: Iterable[tuple[str, str]]) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ class Network:
         state: a file's tensors under diffusers' names, by the configuration and the dtype that is asked for.
         check: refuses the configuration of another model, at a path.
         finish: fills what no file holds into a network that was built on the meta device.
+        text_width: the key of its configuration that says how wide an encoded text is; None: it has none, or texts of its own.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Network:
     state: Callable[[files.Weights, Mapping[str, Any], torch.dtype], dict[str, Tensor]]
     check: Callable[[Any, str | Path], None] | None = None
     finish: Callable[[Any], None] | None = None
+    text_width: str | None = None
 
     @property
     def kind(self) -> Any:

@@ -121,8 +121,11 @@ QWEN_IMAGE = Network(
     config=_qwen_config,
     state=lambda weights, config, dtype: weights.all(dtype),
     check=_refuse_other_inputs,
+    text_width="joint_attention_dim",
 )
-KREA2 = Network(name="Krea2Transformer2DModel", part="krea2_transformer", config=_krea2_config, state=_krea2_state)
+KREA2 = Network(
+    name="Krea2Transformer2DModel", part="krea2_transformer", config=_krea2_config, state=_krea2_state, text_width="text_hidden_dim"
+)
 
 
 # --- the autoencoder ---
@@ -181,12 +184,21 @@ def _language_model(file: Path, part: str, dtype: torch.dtype) -> nn.Module:
 
     language = _LANGUAGES[part]
     with files.Weights(file, part) as weights:
+        _refuse_the_twin(weights)
         config = getattr(transformers, language.config)(**_language_config(weights, language))
         state = weights.all(dtype, skip=("visual.", "lm_head."))
         model = files.build(lambda: getattr(transformers, language.model)(config), state, weights)
     # Its frequencies are in no checkpoint, so a model that was built on the meta device has none yet.
     model.rotary_emb = type(model.rotary_emb)(config=config)
     return cast(nn.Module, model)
+
+
+def _refuse_the_twin(weights: files.Weights) -> None:
+    """Qwen3 4B and the language model of Qwen3-VL 4B have the same names and shapes: what lies beside it tells them apart."""
+    if weights.part == "qwen3" and weights.sees:
+        raise weights.error("has a vision tower, so it looks like Qwen3-VL")
+    if weights.part == "qwen3_vl" and not (weights.sees or "language_model." in weights.prefix):
+        raise weights.error("has no vision tower, so it looks like Qwen3, whose texts are others")
 
 
 def _language_config(weights: files.Weights, language: _Language) -> dict[str, Any]:

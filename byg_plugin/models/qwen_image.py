@@ -103,7 +103,7 @@ class QwenImageFamily(QwenVaeFamily):
             prediction = network(
                 hidden_states=tokens.to(dtype),
                 timestep=t,
-                encoder_hidden_states=text["qwen"].to(noisy.device, dtype),
+                encoder_hidden_states=self._text_rows(network, text["qwen"]).to(noisy.device, dtype),
                 encoder_hidden_states_mask=padding_mask(text, noisy.device),
                 img_shapes=[images] * len(noisy),
                 return_dict=False,

@@ -58,7 +58,7 @@ class ZImageFamily(Qwen3TextFamily, FluxVaeFamily):
         self._check_source(noisy, source)
         dtype = compute_dtype(noisy, network.cap_pad_token)
         frames = (noisy if source is None else torch.cat([noisy, source], dim=2)).to(dtype)
-        rows, mask = text["qwen"].to(noisy.device, dtype), text[MASK].to(noisy.device)
+        rows, mask = self._text_rows(network, text["qwen"]).to(noisy.device, dtype), text[MASK].to(noisy.device)
         with _same_positions(network, pack_length(*noisy.shape[-2:]), with_source=source is not None):
             predictions = network(
                 list(frames), 1 - t.float(), [one[kept] for one, kept in zip(rows, mask, strict=True)], return_dict=False

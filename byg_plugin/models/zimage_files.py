@@ -37,6 +37,8 @@ def _state(weights: files.Weights, config: Mapping[str, Any], dtype: torch.dtype
 
 def _config(weights: files.Weights) -> dict[str, Any]:
     own = weights.layout == "native"
+    if any("siglip" in name for name in weights.names):
+        raise weights.error("has an embedder of images' meaning (siglip), so it looks like Z-Image Omni, whose input is not supplied here")
     embedder = "x_embedder" if own else "all_x_embedder.2-1"
     dim, patch = weights.shape(f"{embedder}.weight")
     head = weights.shape(f"layers.0.attention.{'q_norm' if own else 'norm_q'}.weight")[0]
@@ -61,4 +63,11 @@ def _refuse_other_inputs(config: Any, path_or_id: str | Path) -> None:
         raise ValueError(f"{path_or_id}: siglip_feat_dim is set: looks like Z-Image Omni, whose input is not supplied here; use Z-Image")
 
 
-TRANSFORMER = Network(name="ZImageTransformer2DModel", part="zimage_transformer", config=_config, state=_state, check=_refuse_other_inputs)
+TRANSFORMER = Network(
+    name="ZImageTransformer2DModel",
+    part="zimage_transformer",
+    config=_config,
+    state=_state,
+    check=_refuse_other_inputs,
+    text_width="cap_feat_dim",
+)

@@ -87,10 +87,6 @@ def adapted(network: Network, name: str, end: str) -> dict[str, Tensor]:
     return tensors
 
 
-# As wide as FLUX.1 and fewer blocks: an attention-only LoRA of it could be either's.
-AMBIGUOUS = {("FLUX.2 klein 4B", "attn.qkv"), ("FLUX.2 klein 4B", "attn.proj")}
-
-
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_names_and_sizes_tell_the_layout(name: str):
     for network in LAYOUTS[name].networks:
@@ -98,7 +94,7 @@ def test_names_and_sizes_tell_the_layout(name: str):
             tensors = adapted(network, name, end)
             assert tensors, f"{network.name} has no {end}"
             guessed = SPECS[lora_formats.guess_family(tensors, {})].lora_layout
-            assert (guessed == name) != ((network.name, end) in AMBIGUOUS), (network.name, end)
+            assert guessed == name, (network.name, end)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -6,6 +6,7 @@ Each test compares with diffusers' own code or with the family itself; nothing i
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from functools import lru_cache
 from pathlib import Path
@@ -363,7 +364,23 @@ class FamilyContract:
         assert 2 * len(patches) == len(tensors)
         assert not [record for record in caplog.records if "not loaded" in record.message]
 
+    def test_a_lora_of_attention_alone_is_taken_for_its_own(self):
+        """Several networks call these layers the same; which one has this many blocks tells."""
+        some = {
+            key: tensor for key, tensor in self.full_lora(self.full_network()).items() if re.search(r"(attn|attention)\.to_[qkv]\.", key)
+        }
+        assert some
+        guessed = families.named(lora_formats.guess_family(some, {}))
+        assert guessed.lora_layout == families.named(self.name).lora_layout
+
     # --- bad input ---
+
+    def test_texts_of_another_width_are_refused(self):
+        if self.family().network.text_width is None:
+            pytest.skip("texts of several encoders, of one size each")
+        texts = {**self.texts(), "qwen": torch.cat([self.texts()["qwen"]] * 2, dim=-1)}
+        with pytest.raises(ValueError, match=r"encoded texts are \d+ wide, the network takes \d+: model.transformer and model.qwen"):
+            self.family().velocity(self.network(), self.latents(0), T, texts, None)
 
     def test_a_lora_of_other_layers_is_refused(self, tmp_path: Path):
         host = make_host(self.config(tmp_path))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 
 from byg_plugin import sampling
 from byg_plugin.data.buckets import to_tensor
-from byg_plugin.models import files, flux2_files
+from byg_plugin.models import files, flux2_files, make_family
 from byg_plugin.models.base import Family
 from byg_plugin.models.tokens import join_squares, split_squares
 from tests.models.contract import CPU, PROMPTS, FamilyContract, T
@@ -58,10 +60,21 @@ class TestContract(FamilyContract):
         with torch.device("meta"):
             return Flux2Transformer2DModel.from_config(files.shipped_config("flux2/transformer"))
 
-    def test_texts_of_the_other_size_are_refused(self):
-        texts = {"qwen": torch.cat([self.texts()["qwen"]] * 2, dim=-1)}
-        with pytest.raises(ValueError, match=r"encoded texts are 96 wide, the network takes 48: .*Qwen3 8B"):
-            self.family().velocity(self.network(), self.latents(0), T, texts, None)
+    def test_the_other_size_is_refused(self, tmp_path: Path):
+        shutil.copytree(self.folder(), tmp_path / "model")
+        file = tmp_path / "model" / "transformer" / "config.json"
+        config = json.loads(file.read_text())
+        family = make_family(self.config(tmp_path, model={"path": str(tmp_path / "model")}))
+        for width, loads in ((12288, False), (7680, True), (96, True)):
+            file.write_text(json.dumps(config | {"joint_attention_dim": width}), encoding="utf-8")
+            if loads:
+                family.meta_transformers()
+                continue
+            for look in (family.meta_transformers, lambda: next(iter(family.load_transformers(torch.float32)))):
+                with pytest.raises(
+                    ValueError, match=r"takes texts 12288 wide, so it is flux2-klein-9b, and model.family is flux2-klein-4b"
+                ):
+                    look()
 
 
 def test_the_published_size_of_the_9b():

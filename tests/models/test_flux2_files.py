@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from byg_plugin.models import flux2_files, flux_files, networks, zimage_files
+from tests.support.flux_files import tiny_flux as tiny_flux1
 from tests.support.tiny import tiny_flux
 from tests.support.tiny_flux2 import tiny_flux2, tiny_flux2_vae
 from tests.support.tiny_zimage import tiny_zimage
@@ -126,9 +127,34 @@ def test_flux2_dev_is_told_by_its_guidance(tmp_path: Path):
     state = tiny_flux2(guidance_embeds=True).state_dict()
     with pytest.raises(ValueError, match="looks like FLUX.2 dev, whose text encoder"):
         flux2_files.TRANSFORMER.on_meta(saved(state, tmp_path / "dev.safetensors"))
+    state = flux2_files.to_native_layout(tiny_flux2().state_dict()) | {"guidance_in.in_layer.weight": torch.zeros(4, 4)}
+    with pytest.raises(ValueError, match="looks like FLUX.2 dev, whose text encoder"):
+        flux2_files.TRANSFORMER.on_meta(saved(state, tmp_path / "native.safetensors"))
 
 
 def test_a_vae_without_statistics_is_refused(tmp_path: Path):
     state = {name: tensor for name, tensor in tiny_flux2_vae().state_dict().items() if not name.startswith("bn.")}
     with pytest.raises(ValueError, match="has no bn.running_mean"):
         flux2_files.VAE.load(saved(state, tmp_path / "ae.safetensors"), dtype=F32)
+
+
+@pytest.mark.parametrize("make", [tiny_flux1, tiny_flux2])
+def test_norms_as_comfyui_saves_them(tmp_path: Path, make: Any):
+    """It loads `query_norm.scale` as `query_norm.weight`, and saves that."""
+    files = flux2_files if make is tiny_flux2 else flux_files
+    network = make()
+    state = {name.replace("_norm.scale", "_norm.weight"): tensor for name, tensor in files.to_native_layout(network.state_dict()).items()}
+    assert sum(name.endswith("_norm.weight") for name in state) > 4
+    path = saved(state, tmp_path / "model.safetensors")
+    same(files.TRANSFORMER.load(path, dtype=F32), network)
+    assert files.TRANSFORMER.on_meta(path).state_dict().keys() == network.state_dict().keys()
+
+
+def test_z_image_omni_is_told_by_its_embedder(tmp_path: Path):
+    state = zimage_files.to_native_layout(tiny_zimage().state_dict()) | {"siglip_embedder.0.weight": torch.zeros(4)}
+    path = saved(state, tmp_path / "omni.safetensors")
+    for look in (zimage_files.TRANSFORMER.on_meta, lambda path: zimage_files.TRANSFORMER.load(path, dtype=F32)):
+        with pytest.raises(ValueError, match=r"looks like Z-Image Omni, whose input is not supplied here"):
+            look(path)
+    with pytest.raises(ValueError, match="siglip_feat_dim is set: looks like Z-Image Omni"):
+        zimage_files._refuse_other_inputs({"siglip_feat_dim": 1152}, "folder")

@@ -35,7 +35,7 @@ class TestContract(FamilyContract):
         return Krea2Pipeline(scheduler, family.load_vae(CPU), tiny_qwen3_vl(), encoders.tokenizer, network)
 
     def run(self, pipe: Any, *, steps: int, latents: Tensor, output_type: str, prompt: list[str]) -> Tensor:
-        sizes = {"height": 32, "width": 48, "max_sequence_length": 8, "num_inference_steps": steps}
+        sizes = {"guidance_scale": 3.5, "height": 32, "width": 48, "max_sequence_length": 8, "num_inference_steps": steps}
         out = pipe(prompt, latents=pack(latents), output_type=output_type, **sizes).images
         return unpack(out, 4, 6) if output_type == "latent" else out
 

@@ -133,7 +133,7 @@ def test_text_encoder_from_one_file(tmp_path: Path, part: str, prefix: str):
     model.rotary_emb = type(model.rotary_emb)(config=model.config)  # as it is loaded: in float32
     state = {f"{prefix}{name}": tensor for name, tensor in model.state_dict().items()}
     eyes = "visual." if prefix == "model." else "model.visual."
-    state |= {f"{eyes}patch_embed.proj.weight": torch.zeros(2, 2), "lm_head.weight": torch.zeros(2, 2)}
+    state |= {"lm_head.weight": torch.zeros(2, 2)} | ({f"{eyes}patch_embed.proj.weight": torch.zeros(2, 2)} if part != "qwen3" else {})
     path = saved(state, tmp_path / "encoder.safetensors")
     loaded, tokenizer = qwen_files.load_text_encoder(None, path, part, dtype=BF16)
     ids = qwen_texts.token_ids(tokenizer, ["add snow"], 32, keeps_suffix=False)
@@ -154,5 +154,37 @@ def test_other_files_are_named(tmp_path: Path):
     cut = {
         name: tensor for name, tensor in qwen_files.to_native_krea2(tiny_krea2(**KREA2).state_dict()).items() if "blocks.1.mlp" not in name
     }
-    with pytest.raises(ValueError, match="tensors are missing, left over or of another shape"):
+    with pytest.raises(ValueError, match=r"9 tensors are missing, such as text_fusion\.layerwise_blocks\.1\.ff\.gate\.weight"):
         qwen_files.KREA2.load(saved(cut, tmp_path / "cut.safetensors"), dtype=F32)
+    state = tiny_qwen(**QWEN).state_dict() | {"more.weight": torch.zeros(2, 2), "img_in.bias": torch.zeros(3)}
+    with pytest.raises(
+        ValueError, match=r"1 tensors belong to no layer, such as more\.weight; 1 tensors have another shape, such as img_in"
+    ):
+        qwen_files.QWEN_IMAGE.load(saved(state, tmp_path / "more.safetensors"), dtype=F32)
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted", "eyes"), [("qwen3", "qwen3_vl", None), ("qwen3_vl", "qwen3", "visual."), ("qwen3", "qwen3", "model.visual.")]
+)
+def test_qwen3_and_the_language_model_of_qwen3_vl_are_told_apart(tmp_path: Path, given: str, wanted: str, eyes: str | None):
+    """They have the same names and, of 4B, the same shapes."""
+    config, kind, own = LANGUAGES[given]
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 1}
+    model = kind(config(num_attention_heads=1, num_key_value_heads=1, **sizes, **own))
+    state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    state |= {f"{eyes}patch_embed.proj.weight": torch.zeros(2, 2)} if eyes else {}
+    why = "has a vision tower, so it looks like Qwen3-VL" if eyes else "has no vision tower, so it looks like Qwen3"
+    with pytest.raises(ValueError, match=why):
+        qwen_files.load_text_encoder(None, saved(state, tmp_path / "encoder.safetensors"), wanted, dtype=BF16)
+
+
+def test_a_wan_vae_of_other_channels_is_named(tmp_path: Path):
+    """Of 48 channels it is Wan2.2 5B's."""
+    state = native_vae_state(AutoencoderKLQwenImage(base_dim=4, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False]))
+    with pytest.raises(ValueError, match=r"a VAE of 4 latent channels, Qwen-Image's has 16"):
+        qwen_files.VAE.load(saved(state, tmp_path / "vae.safetensors"), dtype=F32)
+
+
+def test_a_qwen_image_with_extra_channels_is_refused():
+    with pytest.raises(ValueError, match=r"in_channels = 128: looks like a model with extra channels"):
+        qwen_files._refuse_other_inputs({"in_channels": 128, "out_channels": 16}, "folder")
