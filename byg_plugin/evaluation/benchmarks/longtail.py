@@ -8,10 +8,12 @@ Ours: every photograph to all six styles, and every stylised source back. `recip
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from byg_plugin import _cli
 from byg_plugin.data.tuples import IMAGE_SUFFIXES
 from byg_plugin.evaluation.benchmarks.base import Benchmark, Task
 from byg_plugin.evaluation.benchmarks.sources import captioned
@@ -94,6 +96,12 @@ def _captioned(caption: str | None, kind: str) -> str:
     return f"{caption}, {kind}" if caption else kind
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """The recipe, a line a picture."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     for line in recipe():
         print(json.dumps(line))
+
+
+if __name__ == "__main__":
+    _cli.run(main)
