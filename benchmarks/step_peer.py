@@ -76,7 +76,12 @@ def in_host_names(lora: Mapping[str, Tensor], family: str) -> dict[str, Tensor]:
 
 
 def fused_gradients(gradients: Mapping[str, Tensor], family: str) -> dict[str, Tensor]:
-    """Gradients by our names -> by musubi-tuner's: `down` is one for all parts of a layer, so theirs add up; rows of `up` are stacked."""
+    """Gradients by our names -> by musubi-tuner's: `down` is one for all parts of a layer, so theirs add up; rows of `up` are stacked.
+
+    Where its network has our layers apart, nothing is added up.
+    """
+    if "lora_unet_" in layout_of(family).part_prefixes:
+        return {name: value for name, value in in_host_names(gradients, family).items() if not name.endswith(".alpha")}
     out: dict[str, Tensor] = {}
     for name in gradients:
         linear, expert = _native_of(name, family), name.partition(".")[0]
@@ -114,7 +119,7 @@ class PeerFields:
         self.lora.apply_to(None, self.network, apply_text_encoder=False, apply_unet=True)
         self.lora.prepare_grad_etc(self.network)
         self.network.train()  # without it the host recomputes nothing
-        self._velocity = FluxOnMusubi().call(SimpleNamespace(autocast=nullcontext), self.network, host.config.conditioning)
+        self._velocity = FluxOnMusubi().call(host_module, SimpleNamespace(autocast=nullcontext), self.network, host.config.conditioning)
 
     def choose(self, checkpointing: bool) -> None:
         """Recompute activations or keep them."""

@@ -1,4 +1,4 @@
-"""Edit images and clips with a trained LoRA.
+"""Edit images and clips with a trained LoRA, or by a baseline on the same items.
 
     python byg_plugin/edit.py --model black-forest-labs/FLUX.1-dev --lora out/byg_flux-ema.safetensors \
         --source photo.jpg --instruction "make it snow" --out edits
@@ -9,7 +9,14 @@
 Of two experts either LoRA file names both. A clip keeps its frames a second; its length is rounded down to 4n + 1 frames.
 `--source` may be a folder; `--tuples` edits every tuple of a JSONL file. Guidance, resolution, position ids and the sampler's
 schedule are what the LoRA says of its training, whatever `--config` says; the options below override them. `edits.jsonl` beside the
-results says what was edited by what (`editing/manifest.py`). From Python:
+results says what was edited by what (`editing/manifest.py`).
+
+Baselines, to be scored in one table with it (`evaluate.py --compare`), with the same tuples and `--seed`:
+
+    python byg_plugin/edit.py --method flowedit --config configs/flux_image.toml --tuples held_out.jsonl --out edits_flowedit
+
+`base` paints the target caption without the source, `copy` is the source, `flowedit` is FlowEdit (Kulikov et al. 2024) by both captions;
+their sizes are those of a LoRA trained by --config. `kontext` is stock FLUX.1 Kontext; of --config it takes the sizes alone. From Python:
 
     from byg_plugin import EditPipeline
     pipe = EditPipeline.from_lora("out/byg_flux-ema.safetensors", model="black-forest-labs/FLUX.1-dev")
@@ -32,11 +39,17 @@ from functools import partial
 
 from byg_plugin import _cli
 from byg_plugin.config.loading import load_config
+from byg_plugin.config.sections import Config, DatasetConfig
 from byg_plugin.data.buckets import Size
 from byg_plugin.data.clips import is_clip
-from byg_plugin.editing.jobs import Job, check_arguments, check_out, check_overrides, jobs_of, report_losses
+from byg_plugin.editing.copies import Copies
+from byg_plugin.editing.editor import Editor, texts_of
+from byg_plugin.editing.jobs import OF_METHOD, Job, check_arguments, check_out, check_overrides, jobs_of, report_losses
+from byg_plugin.editing.kontext import Kontext
+from byg_plugin.editing.methods import Base, FlowEdit
 from byg_plugin.editing.pipeline import MAX_SEED, MOST_STRENGTH, EditPipeline
 from byg_plugin.editing.results import Results
+from byg_plugin.families import FamilySpec
 from byg_plugin.places import ENCODERS, NETWORKS, check_model, check_path
 from byg_plugin.progress import Progress
 
@@ -47,7 +60,8 @@ Sized = tuple[Size, int, Job]
 def _parser() -> argparse.ArgumentParser:
     parser = _cli.common_parser(__doc__ or "", config_required=False)
     parser.add_argument("--model", type=_cli.not_empty, help="base model: diffusers folder or hub id (instead of the one in --config)")
-    parser.add_argument("--lora", required=True, type=_cli.not_empty, help="LoRA file (.safetensors)")
+    parser.add_argument("--method", choices=[*OF_METHOD], default="lora", help="what edits (default: lora)")
+    parser.add_argument("--lora", type=_cli.not_empty, help="LoRA file (.safetensors)")
     parser.add_argument("--source", type=_cli.not_empty, help="image or clip, or folder of them")
     parser.add_argument("--instruction", help="what to change")
     parser.add_argument(
@@ -60,7 +74,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--steps",
         type=whole_number(1, 1000),
-        help="steps of the sampler, at most 1000 (default: sample.steps of --config, or 20; Wan: the published 40 or 50)",
+        help="steps of the sampler, at most 1000 (default: sample.steps of --config, or 20; Wan: the published 40 or 50; flowedit and "
+        "kontext: the published 28, flowedit with classifier-free guidance 50)",
     )
     parser.add_argument(
         "--schedule",
@@ -91,13 +106,18 @@ def _parser() -> argparse.ArgumentParser:
         help="also the edit without guidance, third in the side-by-side; half as long again",
     )
     parser.add_argument("--negative", help="Wan: text that guidance leads away from (default: published)")
-    parser.add_argument("--guidance", type=number(0, 1000), help="FLUX: guidance embedding (default: the LoRA's)")
+    parser.add_argument("--guidance", type=number(0, 1000), help="FLUX: guidance embedding (default: the LoRA's; kontext: 2.5)")
     parser.add_argument(
         "--strength",
         type=number(-MOST_STRENGTH, MOST_STRENGTH),
-        default=1.0,
         help=f"scale of the LoRA, {-MOST_STRENGTH:g} to {MOST_STRENGTH:g} (default 1 = as trained)",
     )
+    published = "(default: FlowEdit's for FLUX.1, of other families those for Stable Diffusion 3)"
+    parser.add_argument("--n-max", type=whole_number(1, 1000), help=f"flowedit: the last steps, which are made {published}")
+    parser.add_argument("--n-min", type=whole_number(0, 1000), help="flowedit: of these the last ones, which sample (default 0)")
+    parser.add_argument("--n-avg", type=whole_number(1, 1000), help="flowedit: noises a step is averaged over (default 1)")
+    parser.add_argument("--source-guidance", type=number(0, 1000), help=f"flowedit: of the source caption {published}")
+    parser.add_argument("--target-guidance", type=number(0, 1000), help=f"flowedit: of the target caption {published}")
     parser.add_argument("--resolution", type=whole_number(16, 4096), help="about resolution x resolution pixels (default: the LoRA's)")
     parser.add_argument(
         "--batch-size",
@@ -156,34 +176,17 @@ def main() -> None:
     if args.model is not None:
         check_path(args.model, "--model ")
     elif config is not None and config.model.host == "diffusers":
-        check_model(config.model, *NETWORKS, "vae", *ENCODERS)
+        check_model(config.model, *(() if args.method == "copy" else (*NETWORKS, *ENCODERS)), "vae")
     out = Path(args.out)
     check_out(out, jobs)
-    pipe = EditPipeline.from_lora(
-        args.lora,
-        model=args.model,
-        config=config,
-        strength=args.strength,
-        guidance=args.guidance,
-        resolution=args.resolution,
-        device=args.device,
-        dtype=args.dtype,
-        quantization=args.quantization,
-        solver=args.solver,
-        cfg_high_noise=args.cfg_high,
-        cfg_low_noise=args.cfg_low,
-        negative=args.negative,
-    )
-    check_overrides(args, config, pipe.config)
-    if args.show_unguided and pipe.config.negative is None:
-        raise ValueError("--show-unguided: nothing is guided here (FLUX.1 takes guidance as an input; else drop --cfg-high, --cfg-low)")
+    pipe = editor_of(args, config)
     # All texts first: then the encoders leave for good. Sizes too: an unreadable image stops before the long work.
-    sized = [(pipe.prepare_size(job.source), index, job) for index, job in enumerate(jobs)]
+    sized = [(pipe.sources.size(job.source), index, job) for index, job in enumerate(jobs)]
     for bucket, _, job in sized:
         report_losses(pipe, job, bucket, args.frames)
-    pipe.encode([job.instruction for job in jobs])
-    steps = args.steps or pipe.config.sample.steps
-    results = Results(out, jobs, pipe, lora=Path(args.lora).name, steps=steps, schedule=args.schedule or pipe.config.sample.schedule)
+    pipe.encode(texts_of(job.words(pipe.reads) for job in jobs))
+    steps = args.steps or pipe.steps
+    results = Results(out, jobs, pipe, steps=steps, schedule=args.schedule)
     passes = [True, False] if args.show_unguided else [True]
     with Progress(total=len(jobs) * len(passes) * steps, desc="edit", unit="step") as bar:
         _edit_clips(pipe, [item for item in sized if is_clip(item[2].source)], args, passes, results, bar)
@@ -191,21 +194,62 @@ def main() -> None:
     print(f"{len(jobs)} edits in {out}")
 
 
+def editor_of(args: argparse.Namespace, config: Config | None) -> Editor:
+    """The editor that `--method` names, with no weights loaded.
+
+    Raises:
+        ValueError: a file or value is unusable.
+    """
+    if args.method == "kontext":
+        dataset = config.dataset if config else DatasetConfig(tuples=".", cache_dir=".")
+        if args.resolution is not None:
+            small = {"bucket_step": None} if args.resolution < 256 else {}
+            dataset = dataset.model_copy(update={"resolution": args.resolution, **small})
+        return Kontext(args.model, dataset, guidance=args.guidance, device=args.device or "auto", dtype=args.dtype or "bfloat16")
+    options = {
+        "model": args.model,
+        "guidance": args.guidance,
+        "resolution": args.resolution,
+        "device": args.device,
+        "dtype": args.dtype,
+        "quantization": args.quantization,
+        "solver": args.solver,
+        "cfg_high_noise": args.cfg_high,
+        "cfg_low_noise": args.cfg_low,
+        "negative": args.negative,
+    }
+    if args.method == "lora":
+        strength = 1.0 if args.strength is None else args.strength
+        pipe = EditPipeline.from_lora(args.lora, config=config, strength=strength, **options)
+    else:
+        assert config is not None, "checked with the arguments"
+        pipe = EditPipeline.from_base(config, _flowedit(args, config.model.spec) if args.method == "flowedit" else Base(), **options)
+    check_overrides(args, config, pipe.config)
+    if args.show_unguided and pipe.config.negative is None:
+        raise ValueError("--show-unguided: nothing is guided here (FLUX.1 takes guidance as an input; else drop --cfg-high, --cfg-low)")
+    return Copies(pipe.sources) if args.method == "copy" else pipe
+
+
+def _flowedit(args: argparse.Namespace, spec: FamilySpec) -> FlowEdit:
+    scales = {"source_guidance": args.source_guidance, "target_guidance": args.target_guidance}
+    return FlowEdit.of(spec, steps=args.steps, n_max=args.n_max, n_min=args.n_min, n_avg=args.n_avg, **scales)
+
+
 def _edit_clips(
-    pipe: EditPipeline, clips: Sequence[Sized], args: argparse.Namespace, passes: Sequence[bool], results: Results, bar: Progress
+    pipe: Editor, clips: Sequence[Sized], args: argparse.Namespace, passes: Sequence[bool], results: Results, bar: Progress
 ) -> None:
     for bucket, index, job in clips:
-        make = partial(pipe.clip, job.source, job.instruction, frames=args.frames, steps=args.steps, schedule=args.schedule)
+        make = partial(pipe.clip, job.source, job.words(pipe.reads), frames=args.frames, steps=args.steps, schedule=args.schedule)
         made = [make(seed=args.seed + index, guided=guided, on_step=partial(bar.update, 1)) for guided in passes]
         columns = [made[0][0], *(edit for _, edit, _ in made)]
         results.save(job, columns, made[0][2], seed=args.seed + index, size=bucket)
 
 
 def _edit_images(
-    pipe: EditPipeline, images: Sequence[Sized], args: argparse.Namespace, passes: Sequence[bool], results: Results, bar: Progress
+    pipe: Editor, images: Sequence[Sized], args: argparse.Namespace, passes: Sequence[bool], results: Results, bar: Progress
 ) -> None:
     for group in _batches(sorted(images, key=lambda item: item[:2]), args.batch_size):
-        sources, texts = [job.source for _, _, job in group], [job.instruction for _, _, job in group]
+        sources, texts = [job.source for _, _, job in group], [job.words(pipe.reads) for _, _, job in group]
         seeds = [args.seed + index for _, index, _ in group]
         edit_all = partial(pipe.batch, sources, texts, seeds=seeds, steps=args.steps, schedule=args.schedule)
         edited = [edit_all(guided=guided, on_step=partial(bar.update, len(group))) for guided in passes]

@@ -1,7 +1,7 @@
 """Score edits: tables, plots and a page.
 
     python byg_plugin/evaluate.py --edits edits --metrics clip dino error ssim --out scores
-    python byg_plugin/evaluate.py --edits edits_2 --metrics clip dino error ssim --out scores_2 --compare scores
+    python byg_plugin/evaluate.py --edits edits_2 --metrics clip dino error ssim --out scores_2 --compare scores [scores_3 ...]
     python byg_plugin/evaluate.py --benchmark gedit --data gedit --out scores        # tuples.jsonl, for edit.py
 
 What is judged: `--edits`, a folder of edit.py's or its edits.jsonl; or `--tuples` with the folder `--results` of edits named by their
@@ -26,6 +26,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, fields
+from typing import TYPE_CHECKING
 
 from byg_plugin import _cli
 from byg_plugin.config.extras import require
@@ -36,6 +37,9 @@ from byg_plugin.evaluation.metrics import METRICS, Options, classes
 from byg_plugin.evaluation.metrics.base import missing_texts
 from byg_plugin.folders import make_writable, write_text
 from byg_plugin.progress import Progress
+
+if TYPE_CHECKING:
+    from byg_plugin.evaluation.scores import Row
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -53,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     without_model = ["error", "psnr", "flicker"]
     parser.add_argument("--metrics", nargs="+", choices=[*METRICS], default=without_model, help=f"default: {' '.join(without_model)}")
     parser.add_argument("--out", **path, default=Path("scores"), metavar="DIR", help="folder of the results (default: scores)")
-    parser.add_argument("--compare", **path, metavar="DIR", help="another run's --out, scored on the same items")
+    parser.add_argument("--compare", **path, nargs="+", metavar="DIR", help="--out of other runs or methods, scored on the same items")
     parser.add_argument("--sort-by", type=_cli.not_empty, metavar="COLUMN", help="whose worst come first on the page (default: the first)")
     parser.add_argument("--clip", type=_cli.not_empty, default=Options.clip, help=f"folder or hub id (default: {Options.clip})")
     parser.add_argument("--dino", type=_cli.not_empty, default=Options.dino, help=f"folder or hub id (default: {Options.dino})")
@@ -89,9 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.sort_by is not None and args.sort_by not in columns:
         raise ValueError(f"--sort-by {args.sort_by}: not a column of these metrics, which are {', '.join(columns)}")
     if args.compare is not None:
-        from byg_plugin.evaluation.scores import read
-
-        read(args.compare)  # what is wrong with it is told before the work
+        _others(args)  # what is wrong with them is told before the work
     _evaluate(args, items, columns, benchmark)
 
 
@@ -130,14 +132,30 @@ def _evaluate(args: argparse.Namespace, items: Sequence[Item], columns: dict[str
     _json(args.out / "summary.json", summary)
     plots.plot_table(table, args.out / "scores.png")
     if args.compare is not None:
-        found = statistics.differences(rows, scores.read(args.compare))
-        _json(args.out / "comparison.json", {column: asdict(one) for column, one in found.items()})
+        others = _others(args)
+        found = {name: statistics.differences(rows, other) for name, other in others.items()}
+        _json(args.out / "comparison.json", {name: {column: asdict(one) for column, one in each.items()} for name, each in found.items()})
         plots.plot_differences(found, args.out / "comparison.png")
-        said += "\n" + statistics.markdown_differences(found)
+        said += "\n" + statistics.markdown_runs(statistics.by_run({_named(args.out): rows, **others}))
+        said += "".join("\n" + statistics.markdown_differences(name, each) for name, each in found.items())
     write_text(args.out / "summary.md", said)
     sort_by = args.sort_by or next(iter(table[statistics.ALL]))
     page.write_page(args.out / "report.html", f"{len(items)} edits", items, rows, sort_by, columns[sort_by])
     print(f"{said}\n{len(items)} edits, {looked_at} of them scored now; look at {args.out / 'report.html'}")
+
+
+def _others(args: argparse.Namespace) -> dict[str, list[Row]]:
+    """The rows of the runs to compare with, by their folders' names."""
+    from byg_plugin.evaluation.scores import read
+
+    names = [_named(path) for path in (args.out, *args.compare)]
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise ValueError(f"--compare: {twice[0]} is the name of two runs' folders, which name the table's rows: rename one")
+    return dict(zip(names[1:], map(read, args.compare), strict=True))
+
+
+def _named(folder: Path) -> str:
+    return folder.resolve().name
 
 
 def _options(args: argparse.Namespace) -> Options:

@@ -13,6 +13,7 @@ from byg_plugin.families.geometry import Geometry
 from byg_plugin.finite import is_finite
 from byg_plugin.models.base import Family
 from byg_plugin.objectives.base import Text, Velocity
+from byg_plugin.texts import GUIDANCE
 
 if TYPE_CHECKING:
     from byg_plugin.config.sections import Config
@@ -31,7 +32,7 @@ def sample(
     text: Text,
     source: Tensor | None,
     nodes: Tensor,
-    on_step: Callable[[], None] | None = None,
+    on_step: Callable[[], object] | None = None,
 ) -> Tensor:
     """Integrate the velocity from noise (B, C, F, H, W) at t = 1 to latents at t = 0.
 
@@ -64,7 +65,7 @@ def sample_as_configured(
     steps: int,
     schedule: str,
     negative: Text | None = None,
-    on_step: Callable[[], None] | None = None,
+    on_step: Callable[[], object] | None = None,
 ) -> Tensor:
     """An edit by the sampler of `[sample]`: the family's own solver unless it says Euler.
 
@@ -116,6 +117,25 @@ def guided(velocity: Velocity, negative: Text, scale_at: Callable[[Tensor], floa
         return geometry.guide(v, v_negative, scale)
 
     return field
+
+
+def at_guidance(
+    velocity: Velocity, text: Text, scale: float, geometry: Geometry, negative: Text | None
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """(noisy, t) -> the velocity without source tokens under B texts at a guidance scale, of whichever kind the family's is.
+
+    Args:
+        velocity: the field without guidance.
+        text: encoded texts of B.
+        scale: in the family's own formula; of an embedding its value.
+        geometry: whose kind and formula.
+        negative: the encoded negative text; None where no scale asks for it.
+    """
+    if geometry.spec.guidance == "embedding":
+        text = {**text, GUIDANCE: torch.full((len(next(iter(text.values()))),), scale)}
+        return lambda noisy, t: velocity(noisy, t, text, None)
+    field = velocity if negative is None else guided(velocity, negative, lambda t: scale, geometry)
+    return lambda noisy, t: field(noisy, t, text, None)
 
 
 def seeded_noise(shape: tuple[int, ...], seed: int, device: torch.device) -> Tensor:

@@ -2,6 +2,8 @@
 
 An encoding is named tensors. Where texts keep their own lengths, `mask` (L,) says which rows are text, and every other tensor has L rows
 too: what is stored is text alone, and a batch is filled up with zeros. An encoding without `mask` has one length for all texts.
+
+Beside a batch of them, `guidance` (B,) stands above the configured value of the guidance embedding.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 
 MASK = "mask"
+GUIDANCE = "guidance"
 
 
 def text_at(batch: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:

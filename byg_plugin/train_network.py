@@ -131,6 +131,7 @@ def train(config: Config, family: Family, device: Any, resume: str | None, *, di
     from byg_plugin.version import versions
 
     require_training_extras(config.train)
+    evaluation = _evaluation(config)
     launch = read_launch(config, family)
     take_over()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
@@ -141,11 +142,13 @@ def train(config: Config, family: Family, device: Any, resume: str | None, *, di
     check_processes(accelerator)
     folder = Path(config.output.dir)
     with alone_in(folder, "output.dir") if accelerator.is_main_process else nullcontext():
-        trainer = Trainer(config, family, accelerator, resume, discard_later=discard_later, launch=launch)
+        trainer = Trainer(config, family, accelerator, resume, discard_later=discard_later, launch=launch, evaluate=evaluation)
         if accelerator.is_main_process:
             _write_beside(config, versions(), make_room(trainer.checkpoints))
         if tracker:
             _start_tracker(accelerator, tracker, folder, trainer.step)
+        if evaluation is not None:
+            evaluation.start(trainer)
         try:
             lora = trainer.run()
         except Interrupted as stop:
@@ -155,6 +158,15 @@ def train(config: Config, family: Family, device: Any, resume: str | None, *, di
             _end_tracker(accelerator)
     _cli.say(f"LoRA: {lora}", accelerator.is_main_process)
     return lora
+
+
+def _evaluation(config: Config) -> Any:
+    """What scores the run's edits; None: nothing does."""
+    if not config.evaluate.every:
+        return None
+    from byg_plugin.evaluation.while_training import TrainingScores
+
+    return TrainingScores(config)
 
 
 def _leave() -> None:

@@ -323,6 +323,30 @@ class SampleConfig(Section):
     weights: Literal["ema", "live"] = Field("ema", description="Which LoRA weights the previews use.")
 
 
+Names = Annotated[tuple[Annotated[str, Field(min_length=1, max_length=64)], ...], Field(min_length=1, max_length=20)]
+
+
+class EvaluateConfig(Section):
+    """Scores of held-out edits during training; `best.json` names the best checkpoint. docs/evaluation.md says what each metric needs."""
+
+    every: Steps = Field(0, description="Steps between evaluations, a multiple of `train.save_every`; 0 = never.")
+    items: Annotated[int, Field(ge=1, le=1000)] = Field(
+        16,
+        description="Validation items that are edited and scored each time, the previews' first; at most 1,000, training waits for them.",
+    )
+    metrics: Names = Field(("clip", "dino"), description="Metrics of evaluate.py by name.", strict=False)
+    select: Names = Field(
+        ("clip_directional", "dino"),
+        description="Column by which a checkpoint is the best; of several the mean over items of their geometric mean, as far as they are "
+        "positive: a copy of the source has no edit, a picture without it nothing preserved.",
+        strict=False,
+    )
+    device: Literal["cpu", "cuda"] = Field("cpu", description="Where metrics' models run; on cuda the network makes way meanwhile.")
+    clip: PathText | None = Field(None, description="Folder or hub id of CLIP; default: that of evaluate.py.")
+    dino: PathText | None = Field(None, description="Folder or hub id of DINO; default: that of evaluate.py.")
+    lpips_net: Literal["alex", "vgg", "squeeze"] = Field("alex", description="Network of LPIPS.")
+
+
 class OutputConfig(Section):
     """Where results go."""
 
@@ -332,6 +356,10 @@ class OutputConfig(Section):
         "byg_lora",
         description="File stem of the LoRA: letters, digits, `.`, `_`, `-`, at most 128 (suffixes follow); not `training`, which is "
         "the checkpoint's own file.",
+    )
+    thumbnail: bool = Field(
+        False,
+        description="The last preview, source beside edit, goes into the LoRA's header in 512 pixels, for model browsers to show.",
     )
 
 
@@ -349,6 +377,7 @@ class Config(Section):
     lora: LoraConfig = LoraConfig()
     train: TrainConfig
     sample: SampleConfig = SampleConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
     output: OutputConfig
     musubi: dict[str, Any] = Field(
         default_factory=dict, description="musubi-tuner's own options under its own names (without the dashes), for model.host = 'musubi'."
@@ -469,8 +498,11 @@ class Config(Section):
                 f"train.global_batch_size = {self.train.global_batch_size} is not a multiple of train.batch_size = "
                 f"{self.train.batch_size}: change one of them"
             )
+        if self.output.thumbnail and not self.sample.every:
+            raise ValueError("output.thumbnail needs previews: set sample.every, e.g. 500")
         if self.train.validate_every and not self.dataset.validation_items:
             raise ValueError("train.validate_every needs held-out tuples: set dataset.validation_items, e.g. 8")
+        self._check_evaluation()
         if self.model.quantization in ("int8", "nf4") and self.model.dtype == "float32":
             raise ValueError(f"model.quantization = {self.model.quantization!r} computes in 16 bit: set model.dtype = 'bfloat16'")
         if self.lora.forward == "merged":
@@ -486,6 +518,16 @@ class Config(Section):
                 f"{self.model.quantization!r} would round most of it away: set objective.rollout_weights = 'swap'"
             )
         return self
+
+    def _check_evaluation(self) -> None:
+        every, save_every = self.evaluate.every, self.train.save_every
+        if every and not self.dataset.validation_items:
+            raise ValueError("evaluate.every needs held-out tuples: set dataset.validation_items, e.g. 16")
+        if every and (not save_every or every % save_every):
+            raise ValueError(
+                f"evaluate.every = {every} is not a multiple of train.save_every = {save_every}: what is scored must be a checkpoint; set "
+                f"train.save_every = {every}"
+            )
 
     def _check_merged_forward(self) -> None:
         for key, value, needed in (

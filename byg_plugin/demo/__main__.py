@@ -46,8 +46,26 @@ def run_demo(
     metrics.write_tables(out, tables)
     sheet.contact_sheet(out / "contact_sheet.png", truths, images, columns=8, rows=2)
     print("\n" + metrics.markdown(tables))
-    print(f"caching, training and editing took {seconds:.0f} s; look at {out / 'contact_sheet.png'}")
+    report = write_report(out, edits)
+    print(f"caching, training and editing took {seconds:.0f} s; look at {out / 'contact_sheet.png'} and, in a browser, at {report}")
     return tables
+
+
+def write_report(out: Path, edits: Path) -> Path:
+    """The page of all held-out edits with their scores, by a reader of colours and shapes in CLIP's stead, the worst first."""
+    from byg_plugin.demo.reader import Reader
+    from byg_plugin.evaluation import page, scores
+    from byg_plugin.evaluation.items import from_manifest, with_files
+    from byg_plugin.evaluation.metrics.base import Metric, Options
+    from byg_plugin.evaluation.metrics.error import Error
+
+    items = with_files(from_manifest(edits), out / "eval" / "truth", "reference")
+    items = with_files(items, out / "eval" / "mask", "mask")
+    made: dict[str, Metric] = {"read": Reader(), "error": Error(Options())}
+    rows, _ = scores.score(items, made, out / "scores")
+    report = out / "report.html"
+    page.write_page(report, f"{len(items)} held-out edits of the tiny world", items, rows, "read_directional", True)
+    return report
 
 
 def main() -> None:

@@ -12,10 +12,13 @@ from byg_plugin.config.sections import Config, DatasetConfig
 from byg_plugin.data.buckets import Size
 from byg_plugin.data.clips import clip_info, is_clip
 from byg_plugin.data.media import image_size
+from byg_plugin.data.placeholders import known
 from byg_plugin.data.tuples import MEDIA_SUFFIXES, EditTuple, read_tuples, read_tuples_file
 from byg_plugin.editing import manifest
-from byg_plugin.editing.pipeline import MAX_SEED, MOST_FRAMES, EditPipeline
+from byg_plugin.editing.editor import Editor, Words
+from byg_plugin.editing.pipeline import MAX_SEED
 from byg_plugin.editing.request import NO_MODEL
+from byg_plugin.editing.sources import MOST_FRAMES
 from byg_plugin.folders import make_writable
 from byg_plugin.places import check_lora
 from byg_plugin.progress import Progress
@@ -23,6 +26,15 @@ from byg_plugin.user_files import files_in, hidden_in
 
 _REPORTED_CUT = 0.2  # of a picture's pixels
 # Keys that the LoRA knows better than --config, and the options that stand above it.
+_SAMPLER = ("device", "dtype", "quantization", "steps", "schedule", "negative")
+# Options of edit.py that only some methods honour.
+OF_METHOD = {
+    "lora": (*_SAMPLER, "lora", "strength", "solver", "guidance", "cfg_high", "cfg_low", "show_unguided"),
+    "base": (*_SAMPLER, "solver", "guidance", "cfg_high", "cfg_low", "show_unguided"),
+    "copy": (),
+    "flowedit": (*_SAMPLER, "n_max", "n_min", "n_avg", "source_guidance", "target_guidance"),
+    "kontext": ("device", "dtype", "steps", "guidance"),
+}
 _FROM_LORA = {"conditioning.guidance": "guidance", "dataset.resolution": "resolution", "sample.schedule": "schedule"}
 
 
@@ -36,6 +48,19 @@ class Job:
     """Stem of the files it is written to."""
     item: EditTuple | None = None
     """The tuple it was asked for by."""
+
+    def words(self, reads: Sequence[str]) -> Words:
+        """What a method reads of it; `reads` are fields of a tuple.
+
+        Raises:
+            ValueError: its tuple, of a benchmark without captions, has none to read.
+        """
+        if lacking := [name for name in reads if self.item is not None and known(name, getattr(self.item, name)) is None]:
+            raise ValueError(
+                f"{self.name}: its tuple has no {' and '.join(lacking)}, which this method reads; evaluate.py --captions adds it"
+            )
+        words = tuple(self.instruction if name == "instruction" else str(getattr(self.item, name)) for name in reads)
+        return words[0] if len(words) == 1 else words
 
     def files(self, out: Path) -> tuple[Path, Path]:
         """The edit and its side-by-side."""
@@ -90,9 +115,30 @@ def check_arguments(args: argparse.Namespace, jobs: Sequence[Job]) -> None:
         raise ValueError(f"--batch-size {args.batch_size} is for images, clips are edited one by one: leave it out")
     if args.seed + len(jobs) - 1 > MAX_SEED:
         raise ValueError(f"--seed {args.seed}: edit i uses seed + i, and {len(jobs)} edits go beyond {MAX_SEED}; lower it")
+    _check_method(args)
     if args.model is None and not args.config:
         raise ValueError(NO_MODEL)
-    check_lora(args.lora, "--lora ")
+    if args.method == "lora":
+        check_lora(args.lora, "--lora ")
+
+
+def _check_method(args: argparse.Namespace) -> None:
+    own = OF_METHOD[args.method]
+    given = [name for names in OF_METHOD.values() for name in names if getattr(args, name) not in (None, False)]
+    if foreign := [f"--{name.replace('_', '-')}" for name in dict.fromkeys(given) if name not in own]:
+        raise ValueError(f"--method {args.method} has no use for {', '.join(foreign)}: leave it out")
+    if args.method == "lora" and args.lora is None:
+        raise ValueError("--lora is missing: give the LoRA's .safetensors file, or --method base, copy, flowedit or kontext")
+    if args.method == "kontext" and args.model is None:
+        raise ValueError("--method kontext: give --model, a folder or hub id such as black-forest-labs/FLUX.1-Kontext-dev")
+    if args.method in ("base", "copy", "flowedit") and not args.config:
+        raise ValueError(f"--method {args.method}: give --config, a training configuration; it says family, sizes and guidance")
+    if args.method in ("base", "flowedit") and not args.tuples:
+        raise ValueError(f"--method {args.method} edits by captions, not by an instruction: give --tuples")
+    if args.method == "kontext" and not args.config and args.resolution is None:
+        raise ValueError("--method kontext: give --config, for the sizes of the methods it is compared with, or --resolution")
+    if args.method == "kontext" and args.batch_size > 1:
+        raise ValueError(f"--batch-size {args.batch_size}: --method kontext edits images one by one, leave it out")
 
 
 def check_overrides(args: argparse.Namespace, given: Config | None, resolved: Config) -> None:
@@ -135,7 +181,7 @@ def check_out(out: Path, jobs: Sequence[Job]) -> None:
         raise ValueError(f"--out {out}: cannot be written: {error.strerror}; choose another folder") from error
 
 
-def report_losses(pipe: EditPipeline, job: Job, bucket: Size, frames: int | None) -> None:
+def report_losses(pipe: Editor, job: Job, bucket: Size, frames: int | None) -> None:
     """Say on stderr what of a source will not be in its edit.
 
     Raises:
@@ -144,10 +190,10 @@ def report_losses(pipe: EditPipeline, job: Job, bucket: Size, frames: int | None
     if is_clip(job.source):
         clip = clip_info(job.source)
         size = clip.size
-        _report_shortened(job.source, clip.frames, pipe.clip_length(job.source, clip, frames), frames)
+        _report_shortened(job.source, clip.frames, pipe.sources.clip_length(job.source, clip, frames), frames)
     else:
         size = image_size(job.source)
-    _report_cut(job.source, size, bucket, pipe.config.dataset)
+    _report_cut(job.source, size, bucket, pipe.sources.dataset)
 
 
 def _report_cut(source: Path, size: Size, bucket: Size, dataset: DatasetConfig) -> None:

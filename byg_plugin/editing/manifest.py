@@ -39,10 +39,10 @@ class Edit:
         size: (width, height) in pixels.
         frames: of a clip; None for an image.
         fps: frames a second of a clip.
-        settings: of the sampler and the base: lora (file name), strength, steps, schedule, solver, guidance (embedding),
+        settings: of the sampler and the base: method, lora (file name), strength, steps, schedule, solver, guidance (embedding),
             cfg_high_noise, cfg_low_noise, negative (None: the published), base (name), dtype, quantization, version; None is what the
             family has not.
-        card: of the LoRA.
+        card: of the LoRA; empty without one.
     """
 
     source: Path

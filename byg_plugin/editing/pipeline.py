@@ -8,25 +8,26 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from byg_plugin.config.device import resolve_device
 from byg_plugin.config.extras import require_model_extras
 from byg_plugin.config.loading import parse_config
 from byg_plugin.config.sections import Config
-from byg_plugin.data.buckets import bucket_for, crop_to_bucket, to_tensor
-from byg_plugin.data.clips import Clip, clip_info, is_clip, read_clip
-from byg_plugin.data.media import load_image, to_rgb
+from byg_plugin.data.buckets import to_tensor
 from byg_plugin.editing import request
+from byg_plugin.editing.editor import Words, texts_of
+from byg_plugin.editing.methods import Batch, Lora, Method
+from byg_plugin.editing.sources import Sources
 from byg_plugin.images import frames_of, to_pil
-from byg_plugin.lora.card import LoraCard
+from byg_plugin.lora.card import LoraCard, base_name
 from byg_plugin.models import make_family
+from byg_plugin.version import __version__
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 MOST_STRENGTH = 100.0  # the base is lost well before; beyond, networks overflow
-MOST_FRAMES = 81  # of Wan's own training; longer clips are edited where `frames` asks for it
 MAX_SEED = 2**63 - 1  # what torch's generators take
 STRENGTHS = f"a number from -{MOST_STRENGTH:g} to {MOST_STRENGTH:g}"
 
@@ -45,7 +46,7 @@ def _without_gradient(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class EditPipeline:
-    """A base model with an editing LoRA, of which `card` tells. Make one with `from_lora`.
+    """A base model with an editing LoRA, of which `card` tells, or by itself. Make one with `from_lora` or `from_base`.
 
     The text encoders are in memory while texts are encoded and dropped before the network comes; encodings are kept. A later
     call with a new instruction loads the encoders again: on a CUDA device the network waits on the CPU meanwhile, unless it
@@ -53,7 +54,14 @@ class EditPipeline:
     """
 
     def __init__(
-        self, config: Config, lora: Mapping[str, Tensor], card: LoraCard, *, strength: float = 1.0, origin: str | Path = "the LoRA"
+        self,
+        config: Config,
+        lora: Mapping[str, Tensor] | None,
+        card: LoraCard,
+        *,
+        strength: float = 1.0,
+        origin: str | Path = "the LoRA",
+        method: Method | None = None,
     ):
         if not abs(strength) <= MOST_STRENGTH:
             raise ValueError(f"strength = {strength} is not {STRENGTHS}; 1 = as trained")
@@ -61,7 +69,10 @@ class EditPipeline:
         self.device = resolve_device(config.model.device)
         require_model_extras(config.model)
         self.family = make_family(config)
-        self.strength = strength
+        self.sources = Sources(config.dataset, self.family)
+        self.strength = None if lora is None else strength
+        self._method = method or Lora()
+        self.reads = self._method.reads
         self._lora, self._origin = lora, origin
         self._host: Any = None
         self._vae: Any = None
@@ -110,19 +121,70 @@ class EditPipeline:
             family = raw["model"]["family"]
             tensors, _ = read_named(lora, family)
             raw["lora"] = request.lora_section(tensors, family)
-        request.refuse_unused(family, {"guidance": guidance, **sampler})
-        if guidance is not None:
-            raw["conditioning"]["guidance"] = guidance
-        if resolution is not None:
-            raw["dataset"]["resolution"] = resolution
-            if resolution < 256:
-                raw["dataset"]["bucket_step"] = None  # the family's own
-        raw["sample"] |= {key: value for key, value in sampler.items() if value is not None}
-        resolved = parse_config(raw, origin=f"{lora} (its metadata byg.*), or an option of this edit")
+        resolved = _resolved(raw, guidance, resolution, sampler, origin=f"{lora} (its metadata byg.*), or an option of this edit")
         if sampler.get("negative") is not None and resolved.negative is None:
             none = resolved.model.spec.unguided
             raise ValueError(f"negative (--negative) is not used at guidance {none:g}: leave it out, or raise cfg_high_noise (--cfg-high)")
         return cls(resolved, tensors, card, strength=strength, origin=lora)
+
+    @classmethod
+    def from_base(
+        cls,
+        config: Config,
+        method: Method,
+        *,
+        model: str | None = None,
+        guidance: float | None = None,
+        resolution: int | None = None,
+        device: str | None = None,
+        dtype: str | None = None,
+        quantization: str | None = None,
+        **sampler: Any,
+    ) -> EditPipeline:
+        """The base of a training configuration without a LoRA, by a method of `editing.methods`; sizes are those of a LoRA trained by it.
+
+        Args:
+            config: its `[model]`, `[conditioning]`, `[dataset]` sizes and `[sample]` are used.
+            method: reads the texts that it names.
+            model, guidance, resolution, device, dtype, quantization, sampler: as of `from_lora`.
+
+        Raises:
+            ValueError: a value is unusable, or the family has no use for one.
+        """
+        section = {"path": model, "device": device, "dtype": dtype, "quantization": quantization}
+        raw = request.sections_of_base(config, {key: value for key, value in section.items() if value is not None})
+        resolved = _resolved(raw, guidance, resolution, sampler, origin="--config, or an option of this edit")
+        if sampler.get("negative") is not None and method.negative(resolved) is None:
+            raise ValueError("negative (--negative) is not used without guidance: leave it out, or raise the scale")
+        return cls(resolved, None, LoraCard(), method=method)
+
+    @property
+    def steps(self) -> int:
+        """Of the sampler, unless asked for otherwise."""
+        return self._method.steps(self.config.sample)
+
+    def settings(self, steps: int, schedule: str | None) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+        """What an edit is made with, for the file itself and for the manifest."""
+        config = self.config
+        scales, embedded = request.guidance_scales(config), config.conditioning.guidance
+        lora = None if self._lora is None else Path(self._origin).name
+        shared: dict[str, Any] = {"method": self._method.name, "lora": lora, "steps": steps, "schedule": schedule or config.sample.schedule}
+        # A LoRA's card has a value of the embedding also where the family has none.
+        shared |= {"guidance": None if scales and lora is None else embedded, "strength": self.strength}
+        own = self._method.settings()
+        in_file = shared | scales | own
+        if self._lora is None:
+            in_file = {name: value for name, value in in_file.items() if value is not None}
+        negative = config.sample.negative
+        base = {"base": base_name(config.model.part("transformer")), "dtype": config.model.dtype, "quantization": config.model.quantization}
+        in_manifest = shared | {
+            "guidance": None if scales else embedded,
+            "cfg_high_noise": scales.get("cfg_high_noise"),
+            "cfg_low_noise": scales.get("cfg_low_noise"),
+            "negative": negative,
+            "solver": config.sample.solver,
+        }
+        return in_file, in_manifest | own | base | {"version": __version__}
 
     def __call__(
         self,
@@ -140,7 +202,7 @@ class EditPipeline:
     def batch(
         self,
         sources: Sequence[str | Path | Image.Image],
-        instructions: Sequence[str],
+        instructions: Sequence[Words],
         *,
         steps: int | None = None,
         schedule: str | None = None,
@@ -149,6 +211,8 @@ class EditPipeline:
         on_step: Any = None,
     ) -> list[tuple[Image.Image, Image.Image]]:
         """(source as the model saw it, edit) of each; sources of one batch must fall into one bucket.
+
+        `instructions` are, of a method without a LoRA, what it reads instead.
 
         `guided=False` edits at guidance scale 1 whatever the configured scales are.
 
@@ -164,7 +228,7 @@ class EditPipeline:
         for seed in seeds:
             if not 0 <= seed <= MAX_SEED:
                 raise ValueError(f"seed = {seed} is out of range: 0 to {MAX_SEED}")
-        pictures = [self._prepare(source) for source in sources]
+        pictures = [self.sources.image(source) for source in sources]
         if len({picture.size for picture in pictures}) > 1:
             raise ValueError(f"images of one batch need one size, got {sorted({p.size for p in pictures})}; use a batch of 1")
         pixels = torch.stack([to_tensor(picture) for picture in pictures]).unsqueeze(2)
@@ -175,7 +239,7 @@ class EditPipeline:
     def clip(
         self,
         source: str | Path,
-        instruction: str,
+        instruction: Words,
         *,
         frames: int | None = None,
         steps: int | None = None,
@@ -200,7 +264,7 @@ class EditPipeline:
 
         if not 0 <= seed <= MAX_SEED:
             raise ValueError(f"seed = {seed} is out of range: 0 to {MAX_SEED}")
-        pictures, fps = self._prepare_clip(Path(source), frames)
+        pictures, fps = self.sources.clip(Path(source), frames)
         pixels = torch.stack([to_tensor(picture) for picture in pictures], dim=1)[None]
         decoded = self._edit(pixels, [instruction], steps=steps, schedule=schedule, seeds=[seed], guided=guided, on_step=on_step)
         return pictures, frames_of(decoded[0]), fps
@@ -208,7 +272,7 @@ class EditPipeline:
     def _edit(
         self,
         pixels: Tensor,
-        instructions: Sequence[str],
+        instructions: Sequence[Words],
         *,
         steps: int | None,
         schedule: str | None,
@@ -217,31 +281,28 @@ class EditPipeline:
         on_step: Any,
     ) -> Tensor:
         """Pixels (B, 3, F, H, W) in [-1, 1] -> their edits."""
-        import torch
-
         from byg_plugin import sampling
 
-        negative = self.config.negative if guided else None
-        self.encode(instructions)
+        negative = self._method.negative(self.config) if guided else None
+        self.encode(texts_of(instructions))
         if negative is not None and negative not in self._texts:
             self._encode_apart([negative])  # an empty one is allowed
         self._load()
         latents = self.family.encode_pixels(self._vae, pixels.to(self.device))
-        # One noise a seed, whatever the batch: a picture does not depend on its neighbours.
-        noise = torch.cat([sampling.seeded_noise((1, *latents.shape[1:]), seed, self.device) for seed in seeds])
-        with self._host.live() as velocity:
-            edits = sampling.sample_as_configured(
-                self.config,
-                self.family,
-                velocity,
-                noise,
-                self._text_batch(instructions),
-                latents,
-                steps=steps or self.config.sample.steps,
-                schedule=schedule or self.config.sample.schedule,
-                negative=None if negative is None else self._text_batch([negative]),
-                on_step=on_step,
-            )
+        read = [words if isinstance(words, tuple) else (words,) for words in instructions]
+        batch = Batch(
+            config=self.config,
+            family=self.family,
+            host=self._host,
+            latents=latents,
+            texts=[self._text_batch(column) for column in zip(*read, strict=True)],
+            negative=None if negative is None else self._text_batch([negative]),
+            seeds=seeds,
+            steps=steps or self.steps,
+            schedule=schedule or self.config.sample.schedule,
+            on_step=on_step,
+        )
+        edits = self._method.sample(batch)
         sampling.finite(self.config.model.dtype, edits, "the latents of the edit")
         return sampling.finite(self.config.model.dtype, self.family.decode_latents(self._vae, edits), "the decoded pixels")
 
@@ -273,43 +334,29 @@ class EditPipeline:
         for text in texts:
             self._texts[text] = text_at(self.family.encode_texts(encoders, [text]), 0)
 
-    def prepare_size(self, source: str | Path | Image.Image) -> tuple[int, int]:
-        """(width, height) of the edit of a source."""
-        if isinstance(source, str | Path) and is_clip(Path(source)):
-            return bucket_for(clip_info(Path(source)).size, self.config.dataset, self.family.pixel_multiple())
-        return self._prepare(source).size
-
-    def clip_length(self, source: Path, clip: Clip, frames: int | None) -> int:
-        """How many frames of a clip are edited where `frames` are asked for (None: the most up to 81), rounded down to 4n + 1.
-
-        Raises:
-            ValueError: the family edits images alone, or the clip is shorter than `frames`.
-        """
-        if self.family.clip_frames(MOST_FRAMES) == 1:
-            raise ValueError(f"{source}: a clip, and {self.family.name} edits images")
-        if frames is not None and frames > clip.frames:
-            raise ValueError(f"{source}: has {clip.frames} frames, {frames} are asked for")
-        return self.family.clip_frames(min(clip.frames, MOST_FRAMES) if frames is None else frames)
-
-    def _prepare_clip(self, source: Path, frames: int | None) -> tuple[list[Image.Image], float]:
-        clip = clip_info(source)
-        count = self.clip_length(source, clip, frames)
-        bucket = bucket_for(clip.size, self.config.dataset, self.family.pixel_multiple())
-        return [crop_to_bucket(frame, bucket) for frame in read_clip(source, count)], clip.fps
-
-    def _prepare(self, source: str | Path | Image.Image) -> Image.Image:
-        image = to_rgb(ImageOps.exif_transpose(source)) if isinstance(source, Image.Image) else load_image(Path(source))
-        return crop_to_bucket(image, bucket_for(image.size, self.config.dataset, self.family.pixel_multiple()))
-
     def _load(self) -> None:
         if self._host is None:
             from byg_plugin.hosts import make_host
             from byg_plugin.lora.files import naming
 
             host = make_host(self.config, self.family, self.device, fresh=False)
-            with naming(self._origin):
-                host.load_lora(self._lora)
-            host.set_strength(self.strength)
+            if self._lora is not None and self.strength is not None:
+                with naming(self._origin):
+                    host.load_lora(self._lora)
+                host.set_strength(self.strength)
             vae = self.family.load_vae(self.device)
             # Last: a caller that catches an error and calls again must not edit without LoRA.
             self._host, self._vae = host, vae
+
+
+def _resolved(raw: dict[str, Any], guidance: float | None, resolution: int | None, sampler: Mapping[str, Any], *, origin: str) -> Config:
+    """The configuration of an edit, with options above what LoRA or configuration say."""
+    request.refuse_unused(raw["model"]["family"], {"guidance": guidance, **sampler})
+    if guidance is not None:
+        raw["conditioning"]["guidance"] = guidance
+    if resolution is not None:
+        raw["dataset"]["resolution"] = resolution
+        if resolution < 256:
+            raw["dataset"]["bucket_step"] = None  # the family's own
+    raw["sample"] |= {key: value for key, value in sampler.items() if value is not None}
+    return parse_config(raw, origin=origin)

@@ -42,26 +42,41 @@ def sections_of(card: LoraCard, config: Config | None, model: Mapping[str, Any])
     if family not in families.SPECS:
         raise ValueError(f"the LoRA was trained for {family!r}, which is unknown here; known: {', '.join(families.SPECS)}")
     if config is None:
-        section: dict[str, Any] = {"family": family}
-        expected = family
-        raw: dict[str, Any] = {"dataset": {"tuples": ".", "cache_dir": "."}, "output": {"dir": "."}}
+        raw: dict[str, Any] = {"model": {"family": family}, "dataset": {"tuples": ".", "cache_dir": "."}, "output": {"dir": "."}}
         raw["sample"] = {}
     else:
-        raw = config.model_dump(include={"model", "dataset", "sample", "output"})
-        section, expected = raw["model"], config.model.family
-        if config.model.host != "diffusers":  # edits are made by the embedded host, whatever has trained
-            section |= {"host": "diffusers", "host_path": None}
+        raw = _given_sections(config)
+    if family != (expected := raw["model"]["family"]):
+        raise ValueError(f"the LoRA was trained for {family!r}, the base model is {expected!r}")
     if card.schedule is not None:
         raw["sample"]["schedule"] = card.schedule
-    if family != expected:
-        raise ValueError(f"the LoRA was trained for {family!r}, the base model is {expected!r}")
+    raw["conditioning"] = {"position": card.position, **_guidance_of(card), "max_text_tokens": card.max_text_tokens}
+    raw["dataset"]["resolution"] = card.resolution
+    boundary = {} if card.boundary is None else {"boundary": card.boundary}
+    return _of_an_edit(raw, config, model, boundary)
+
+
+def sections_of_base(config: Config, model: Mapping[str, Any]) -> dict[str, Any]:
+    """The sections of an edit by the base alone, without `[lora]`'s file; `model` stands above the configuration's `[model]`."""
+    raw = _given_sections(config)
+    raw["conditioning"] = config.conditioning.model_dump()
+    raw["lora"] = {"rank": 1}  # a host has one; here it stays out of every pass
+    return _of_an_edit(raw, config, model, {})
+
+
+def _given_sections(config: Config) -> dict[str, Any]:
+    raw = config.model_dump(include={"model", "dataset", "sample", "output"})
+    if config.model.host != "diffusers":  # edits are made by the embedded host, whatever has trained
+        raw["model"] |= {"host": "diffusers", "host_path": None}
+    return raw
+
+
+def _of_an_edit(raw: dict[str, Any], config: Config | None, model: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    section = raw["model"]
     if "path" in model:
         section |= dict.fromkeys((*families.EXPERT_SUFFIXES, "vae", *families.TEXT_ENCODERS))
-    raw["model"] = section | model | {"gradient_checkpointing": False}
-    if card.boundary is not None:
-        raw["model"]["boundary"] = card.boundary
-    raw["conditioning"] = {"position": card.position, **_guidance_of(card), "max_text_tokens": card.max_text_tokens}
-    raw["dataset"] |= {"resolution": card.resolution, **_native_size(family)}
+    raw["model"] = section | model | {"gradient_checkpointing": False} | more
+    raw["dataset"] |= native_size(section["family"])
     raw["objective"] = {"ema_decay": 0.0}
     in_float32 = raw["model"].get("dtype") == "float32"
     raw["train"] = {"steps": 1, "mixed_precision": config.train.mixed_precision if config else "no" if in_float32 else "bf16"}
@@ -117,7 +132,7 @@ def _guidance_of(card: LoraCard) -> dict[str, Any]:
     return {"guidance": card.guidance} if families.named(str(card.family)).guidance == "embedding" else {}
 
 
-def _native_size(family: str) -> dict[str, Any]:
+def native_size(family: str) -> dict[str, Any]:
     """A family with a native size edits at it, instead of the resolution that was trained."""
     native = families.named(family).native
     return {} if native is None else {"resolution": native, "bucket_step": 32}

@@ -4,39 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
 from byg_plugin.data.buckets import Size
 from byg_plugin.data.clips import write_clip
-from byg_plugin.editing import manifest, request
+from byg_plugin.editing import manifest
+from byg_plugin.editing.editor import Editor
 from byg_plugin.editing.jobs import Job
-from byg_plugin.editing.pipeline import EditPipeline
 from byg_plugin.images import save_png, side_by_side
-from byg_plugin.lora.card import base_name
-from byg_plugin.version import __version__
 
 
 class Results:
-    """Writes what `pipe` makes of the jobs of one run into the folder `out`; `lora` is the file's name."""
+    """Writes what `pipe` makes of the jobs of one run into the folder `out`."""
 
-    def __init__(self, out: Path, jobs: Sequence[Job], pipe: EditPipeline, *, lora: str, steps: int, schedule: str):
-        config = pipe.config
-        scales, embedded = request.guidance_scales(config), config.conditioning.guidance
-        sampler = {"lora": lora, "steps": steps, "schedule": schedule, "guidance": embedded, "strength": pipe.strength}
-        self._in_files: dict[str, Any] = sampler | scales
-        self._in_manifest: dict[str, Any] = sampler | {
-            "guidance": None if scales else embedded,
-            "cfg_high_noise": scales.get("cfg_high_noise"),
-            "cfg_low_noise": scales.get("cfg_low_noise"),
-            "negative": config.sample.negative,
-            "solver": config.sample.solver,
-            "base": base_name(config.model.part("transformer")),
-            "dtype": config.model.dtype,
-            "quantization": config.model.quantization,
-            "version": __version__,
-        }
+    def __init__(self, out: Path, jobs: Sequence[Job], pipe: Editor, *, steps: int, schedule: str | None):
+        self._in_files, self._in_manifest = (dict(values) for values in pipe.settings(steps, schedule))
         self._out, self._card = out, pipe.card
         self._made_anew = {file.name for job in jobs for file in job.files(out)}
 

@@ -31,17 +31,21 @@ def plot_table(table: Table, path: Path) -> None:
     _save(figure, path)
 
 
-def plot_differences(found: Mapping[str, Difference], path: Path) -> None:
-    """Each column's difference with its interval, a panel each: their units differ.
+def plot_differences(found: Mapping[str, Mapping[str, Difference]], path: Path) -> None:
+    """Each column's differences from each other run with their intervals, a panel a column: their units differ.
 
     Raises:
         ValueError: it cannot be written.
     """
-    figure = _figure(width=8, height=0.6 + 0.7 * len(found))
-    for panel, (column, one) in zip(figure.subplots(len(found), 1, squeeze=False).flat, found.items(), strict=True):
+    columns = list(dict.fromkeys(column for each in found.values() for column in each))
+    figure = _figure(width=8, height=0.6 + (0.7 + 0.3 * len(found)) * len(columns))
+    for panel, column in zip(figure.subplots(len(columns), 1, squeeze=False).flat, columns, strict=True):
         panel.axvline(0, color="grey", linewidth=0.8)
-        panel.errorbar([one.mean], [0], xerr=[[one.mean - one.low], [one.high - one.mean]], fmt="o", capsize=3)
-        panel.set_yticks([0], [column])
+        known = {name: each[column] for name, each in found.items() if column in each}
+        for row, one in enumerate(known.values()):
+            panel.errorbar([one.mean], [row], xerr=[[one.mean - one.low], [one.high - one.mean]], fmt="o", capsize=3)
+        panel.set_yticks(range(len(known)), list(known))
+        panel.set_title(column)
     figure.suptitle("this run - the other, 95 % intervals")
     _save(figure, path)
 

@@ -110,6 +110,19 @@ def differences(rows: Sequence[Row], others: Sequence[Row], seed: int = 0) -> di
     return found
 
 
+def by_run(runs: Mapping[str, Sequence[Row]]) -> Table:
+    """Means of every column over the items that all runs have scored in it, a row a run; columns without such an item are left out."""
+    scores = {name: {(row.id, column): value for row in rows for column, value in row.scores.items()} for name, rows in runs.items()}
+    every = [key for key in next(iter(scores.values())) if all(known.get(key) is not None for known in scores.values())]
+    columns: dict[str, list[tuple[str, str]]] = {}
+    for key in every:
+        columns.setdefault(key[1], []).append(key)
+    return {
+        name: {column: mean_of([value for key in keys if (value := known[key]) is not None]) for column, keys in columns.items()}
+        for name, known in scores.items()
+    }
+
+
 def interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
     """95 % percentile bootstrap interval of the mean of (n,) values; of a single one, or of equal ones, that value twice."""
     if len(values) < 2 or np.ptp(values) == 0:
@@ -122,8 +135,16 @@ def interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
 
 def markdown(table: Table) -> str:
     """A row an edit type, a column a score: mean +- SEM."""
-    columns = list(table[ALL])
-    lines = ["| edit type | n | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
+    return _markdown("edit type", list(table[ALL]), table)
+
+
+def markdown_runs(table: Table) -> str:
+    """A row a run, a column a score, over the same items."""
+    return _markdown("run, same items", list(next(iter(table.values()))), table)
+
+
+def _markdown(head: str, columns: Sequence[str], table: Table) -> str:
+    lines = [f"| {head} | n | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
     for kind, means in table.items():
         cells = [_cell(means.get(column)) for column in columns]
         most = max((mean.n for mean in means.values()), default=0)
@@ -131,9 +152,9 @@ def markdown(table: Table) -> str:
     return "\n".join(lines) + "\n"
 
 
-def markdown_differences(found: Mapping[str, Difference]) -> str:
-    """A row a score."""
-    lines = ["| this run - the other | n | difference | 95 % interval |", "|---|---|---|---|"]
+def markdown_differences(other: str, found: Mapping[str, Difference]) -> str:
+    """A row a score; `other` names the other run."""
+    lines = [f"| this run - {other} | n | difference | 95 % interval |", "|---|---|---|---|"]
     lines += [f"| {column} | {one.n} | {one.mean:+.4g} | {one.low:+.4g} to {one.high:+.4g} |" for column, one in found.items()]
     return "\n".join(lines) + "\n"
 

@@ -12,6 +12,7 @@ SPECS = (
         text_encoders=("t5", "clip"),
         text_in_sequence=True,
         shift=ShiftByTokens(tokens=(256, 4096), mu=(0.5, 1.15)),
+        modelspec=("Flux.1-dev", "https://github.com/black-forest-labs/flux"),
         musubi=MusubiSpec(
             adapter="byg_plugin.musubi.flux:FluxOnMusubi",
             network_module="networks.lora_flux",

@@ -24,6 +24,7 @@ def _klein(size: str, text_width: int, most_swapped: int) -> FamilySpec:
         ),
         distilled=r"(?i)^(?!.*base).*klein|(?<!un)distill|(?<!de[-_])turbo",
         diffusers=(0, 37),
+        modelspec=(f"Flux.2-klein-{size}", "https://github.com/black-forest-labs/flux2"),
         defaults={"sample": {"steps": 50}},
         musubi=MusubiSpec(
             adapter=f"byg_plugin.musubi.flux2:Klein{size.upper()}OnMusubi",

@@ -54,14 +54,32 @@ class MusubiSpec:
         text_encoders: the host's options of the text encoders.
         most_swapped: the largest `blocks_to_swap` that it takes.
         previews_with_fp8_t5: whether its previews can encode texts with `fp8_t5`.
+        unguided: the scale of its previews (`--l`) without guidance, 1 or 0; see `FamilySpec.unguided`.
     """
 
     adapter: str
-    decided: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    decided: Mapping[str, str | bool] = field(default_factory=lambda: MappingProxyType({}))
     network_module: str
     text_encoders: tuple[str, ...]
     most_swapped: int
     previews_with_fp8_t5: bool = True
+    unguided: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowEditSpec:
+    """FlowEdit's settings (fallenshock/FlowEdit at 457f402); guidance scales are in the family's own formula.
+
+    Attributes:
+        steps: of the schedule.
+        n_max: of these the last ones that are made.
+        source_guidance, target_guidance: of the two captions' velocities.
+    """
+
+    steps: int
+    n_max: int
+    source_guidance: float
+    target_guidance: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +98,7 @@ class FamilySpec:
             `sample.cfg_high_noise` and `sample.cfg_low_noise`.
         guidance_scales: the published scales at high and at low noise.
         unguided: the scale without classifier-free guidance. 1: v_negative + scale (v - v_negative); 0: v + scale (v - v_negative).
+        guidance_keeps_length: whether each token of a guided velocity is scaled back to the length that it has without guidance.
         negative: the text that guidance leads away from, unless `sample.negative` names one.
         text_encoders: the parts of `[model]` that encode texts.
         text_limit: tokens of the longest text.
@@ -94,6 +113,7 @@ class FamilySpec:
         distilled: found in the name of a file or folder, it tells distilled weights, which cannot be trained on; None: their names do not.
         diffusers: the first version that has its classes as they are called here.
         musubi: how musubi-tuner trains it; None: not at all.
+        modelspec: `modelspec.architecture` (before `/lora`) and `modelspec.implementation` of its LoRAs, as musubi-tuner writes them.
     """
 
     name: str
@@ -106,6 +126,7 @@ class FamilySpec:
     guidance: GuidanceKind
     guidance_scales: tuple[float, float] = (1.0, 1.0)
     unguided: float = 1.0
+    guidance_keeps_length: bool = False
     negative: str = ""
     text_encoders: tuple[str, ...]
     text_limit: int = 512
@@ -120,6 +141,15 @@ class FamilySpec:
     distilled: str | None = None
     diffusers: tuple[int, int] = (0, 32)
     musubi: MusubiSpec | None = None
+    modelspec: tuple[str, str] | None = None
+
+    @property
+    def flowedit(self) -> FlowEditSpec:
+        """Published for FLUX.1-dev. Of a family with classifier-free guidance nothing is: those of Stable Diffusion 3, which has it too."""
+        if self.guidance == "embedding":
+            return FlowEditSpec(steps=28, n_max=24, source_guidance=1.5, target_guidance=5.5)
+        less = 1.0 - self.unguided
+        return FlowEditSpec(steps=50, n_max=33, source_guidance=3.5 - less, target_guidance=13.5 - less)
 
     @property
     def experts(self) -> tuple[str, ...]:

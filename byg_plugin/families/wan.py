@@ -29,6 +29,7 @@ def _wan(*, steps: int, **own: Any) -> FamilySpec:
         "native": 632,  # 832 x 480
         "vae_tiling": True,
         "diffusers": (0, 35),
+        "modelspec": ("wan2.1", "https://github.com/Wan-Video/Wan2.1"),  # of 2.2 too
         # Where the paper's video recipe differs from that of images.
         "defaults": {
             "dataset": {"frames": 81},

@@ -1,6 +1,6 @@
 """Z-Image, the model before distillation."""
 
-from byg_plugin.families.spec import FamilySpec
+from byg_plugin.families.spec import FamilySpec, MusubiSpec
 
 SPECS = (
     FamilySpec(
@@ -16,6 +16,14 @@ SPECS = (
         shift=6.0,
         distilled=r"(?i)(?<!de[-_])turbo|(?<!un)distill",
         diffusers=(0, 37),
+        modelspec=("Z-Image", "https://github.com/Tongyi-MAI/Z-Image"),
         defaults={"sample": {"steps": 50}},
+        musubi=MusubiSpec(
+            adapter="byg_plugin.musubi.zimage:ZImageOnMusubi",
+            network_module="networks.lora_zimage",
+            text_encoders=("text_encoder",),
+            most_swapped=28,
+            unguided=0.0,
+        ),
     ),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -38,7 +39,7 @@ class Fsdp2Shards:
         blocks = blocks_of(network)
         inside = {id(module) for block in blocks for module in block.modules()}
         # Embedders and head too: what is the root's own stays gathered through the whole pass.
-        rest = [child for child in network.children() if not inside & {id(module) for module in child.modules()}]
+        rest = [child for child in _callable(network) if not inside & {id(module) for module in child.modules()}]
         done: set[int] = set()
         for unit in [*blocks, *(child for child in rest if any(True for _ in child.parameters())), network]:
             for module in (module for module in unit.modules() if id(module) not in done):
@@ -53,3 +54,12 @@ class Fsdp2Shards:
 
     def after_backward(self) -> None:
         """FSDP2 frees its blocks itself."""
+
+
+def _callable(network: nn.Module) -> Iterator[nn.Module]:
+    """The children; of a list or dictionary, which has no forward pass of its own, what it holds."""
+    for child in network.children():
+        if isinstance(child, nn.ModuleList | nn.ModuleDict):
+            yield from _callable(child)
+        else:
+            yield child

@@ -6,6 +6,7 @@ keys or, as a model's own `save_lora_adapter` writes it, without) or in the `ada
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import re
@@ -44,6 +45,8 @@ _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _SCALES = (".scale_weight", ".weight_scale", "scaled_fp8")
 _HEADER = "lora_adapter_metadata"
 _PEFT_FILE, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
+"""Metadata keys that hold a hash of the tensors, as sd-scripts and musubi-tuner compute it."""
 _AGAIN = "train it, save it or download it again"
 
 
@@ -73,6 +76,19 @@ class StoredLora:
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
     outside: OutsideAlpha
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The metadata in the header of a .safetensors file.
+
+    Raises:
+        ValueError: it is not readable.
+    """
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a readable .safetensors file ({error}); {_AGAIN}") from error
 
 
 def read_stored(path: str | Path) -> StoredLora:
@@ -132,12 +148,25 @@ def write_lora(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mappin
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         # Not save_file: it makes files that only their owner may read, whatever the umask.
-        beside.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata=dict(metadata)))
+        beside.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata=hashed(tensors, metadata)))
         os.replace(beside, path)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path}: cannot be written ({error})") from error
     finally:
         beside.unlink(missing_ok=True)
+
+
+def hashed(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """The metadata with those of `HASHES` that are in it made the hashes of these tensors: converted, they are other bytes."""
+    if not any(key in metadata for key in HASHES):
+        return dict(metadata)
+    immutable = {key: value for key, value in metadata.items() if key.startswith("ss_")}
+    written = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata=immutable or None)
+    start = 8 + int.from_bytes(written[:8], "little")
+    digest = hashlib.sha256(memoryview(written)[start:]).hexdigest()
+    legacy = hashlib.sha256(written[0x100000:0x110000]).hexdigest()[:8]
+    found = dict(zip(HASHES, (f"0x{digest}", digest, legacy), strict=True))
+    return dict(metadata) | {key: value for key, value in found.items() if key in metadata}
 
 
 @contextmanager

@@ -43,8 +43,8 @@ LAYOUT = Layout(
     in_diffusers=_in_diffusers,
     loader="Flux2LoraLoaderMixin",
     runtime={
-        ("same", "diffusers"): "needs a patch: Flux2KleinPipeline gives the source position 10 (byg_plugin.EditPipeline runs it)",
-        ("same", "comfyui"): "needs a node: ReferenceLatent gives the source position 10",
+        ("same", "diffusers"): "needs a pipeline of byg_plugin: Flux2KleinBygPipeline (Flux2KleinPipeline gives the source position 10)",
+        ("same", "comfyui"): "needs a node: ByG Source (ReferenceLatent gives the source position 10)",
         ("same", "musubi"): "needs a patch: the FLUX.2 script gives the source position 10",
         ("reference", "diffusers"): "runs stock: Flux2KleinPipeline with image=",
         ("reference", "comfyui"): "runs stock: ReferenceLatent",

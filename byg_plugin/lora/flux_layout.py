@@ -61,8 +61,8 @@ LAYOUT = Layout(
     in_diffusers=_in_diffusers,
     loader="FluxLoraLoaderMixin",
     runtime={
-        ("same", "diffusers"): "needs a patch: FluxKontextPipeline gives the source position 1 (byg_plugin.EditPipeline runs it)",
-        ("same", "comfyui"): "needs a node: ReferenceLatent gives the source other positions (set its first id to 0)",
+        ("same", "diffusers"): "needs a pipeline of byg_plugin: FluxBygPipeline (FluxKontextPipeline gives the source position 1)",
+        ("same", "comfyui"): "needs a node: ByG Source (ReferenceLatent gives the source other positions)",
         ("same", "musubi"): "needs a patch: the FLUX Kontext script gives the source position 1",
         ("kontext", "diffusers"): "runs stock: FluxKontextPipeline",
         ("kontext", "comfyui"): "runs stock: ReferenceLatent",

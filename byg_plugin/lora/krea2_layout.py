@@ -84,10 +84,10 @@ LAYOUT = Layout(
     in_diffusers=_in_diffusers,
     loader="Krea2LoraLoaderMixin",
     runtime={
-        ("same", "diffusers"): "needs a patch: Krea2Pipeline has no source tokens (byg_plugin.EditPipeline runs it)",
-        ("same", "comfyui"): "needs a node: ReferenceLatent gives the source frame 1",
+        ("same", "diffusers"): "needs a pipeline of byg_plugin: Krea2BygPipeline (Krea2Pipeline has no source tokens)",
+        ("same", "comfyui"): "needs a node: ByG Source (ReferenceLatent gives the source frame 1)",
         ("same", "musubi"): "needs a patch: the Krea 2 script has no source tokens",
-        ("reference", "diffusers"): "needs a patch: Krea2Pipeline has no source tokens (byg_plugin.EditPipeline runs it)",
+        ("reference", "diffusers"): "needs a pipeline of byg_plugin: Krea2BygPipeline (Krea2Pipeline has no source tokens)",
         ("reference", "comfyui"): "runs stock: ReferenceLatent, and the reference method set to index",
         ("reference", "musubi"): "needs a patch: the Krea 2 script has no source tokens",
     },

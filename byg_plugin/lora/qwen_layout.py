@@ -42,11 +42,11 @@ LAYOUT = Layout(
     in_diffusers=_in_diffusers,
     loader="QwenImageLoraLoaderMixin",
     runtime={
-        ("same", "diffusers"): "needs a patch: QwenImageEditPipeline gives the source frame 1 (byg_plugin.EditPipeline runs it)",
-        ("same", "comfyui"): "needs a node: ReferenceLatent gives the source frame 1",
+        ("same", "diffusers"): "needs a pipeline of byg_plugin: QwenImageBygPipeline (QwenImageEditPipeline gives the source frame 1)",
+        ("same", "comfyui"): "needs a node: ByG Source (ReferenceLatent gives the source frame 1)",
         ("same", "musubi"): "needs a patch: the Qwen-Image script gives the source frame 1",
-        ("reference", "diffusers"): "needs a patch: QwenImageEditPipeline shows the source to the text encoder too "
-        "(byg_plugin.EditPipeline runs it)",
+        ("reference", "diffusers"): "needs a pipeline of byg_plugin: QwenImageBygPipeline (QwenImageEditPipeline shows the "
+        "source to the text encoder too)",
         ("reference", "comfyui"): "runs stock: ReferenceLatent with the text alone encoded (CLIPTextEncode)",
         ("reference", "musubi"): "needs a patch: the Qwen-Image script shows the source to the text encoder too",
     },

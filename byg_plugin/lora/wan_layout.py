@@ -67,10 +67,10 @@ LAYOUT = Layout(
     parts_in_comfyui="ComfyUI has no diffusers names for Wan: convert with --to comfyui",
     loader="WanLoraLoaderMixin",
     runtime={
-        ("same", "diffusers"): "needs a patch: WanPipeline has no source tokens (byg_plugin.EditPipeline runs it)",
-        ("same", "comfyui"): "needs a node: stock in-context latents are turned (train with conditioning.position = 'bernini')",
+        ("same", "diffusers"): "needs a pipeline of byg_plugin: WanBygPipeline (WanPipeline has no source tokens)",
+        ("same", "comfyui"): "needs a node: ByG Source (stock in-context latents are turned: train with conditioning.position = 'bernini')",
         ("same", "musubi"): "needs a patch: the Wan script has no source tokens",
-        ("bernini", "diffusers"): "needs a patch: WanPipeline has no source tokens (byg_plugin.EditPipeline runs it)",
+        ("bernini", "diffusers"): "needs a pipeline of byg_plugin: WanBygPipeline (WanPipeline has no source tokens)",
         ("bernini", "comfyui"): "runs stock: BerniniConditioning (releases after 0.24)",
         ("bernini", "musubi"): "needs a patch: the Wan script has no source tokens",
     },

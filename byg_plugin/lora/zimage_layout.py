@@ -43,8 +43,8 @@ LAYOUT = Layout(
     in_diffusers=_in_diffusers,
     loader="ZImageLoraLoaderMixin",
     runtime={
-        ("same", "diffusers"): "needs a patch: ZImagePipeline has no source tokens (byg_plugin.EditPipeline runs it)",
-        ("same", "comfyui"): "needs a node: reference latents switch it to another layout",
+        ("same", "diffusers"): "needs a pipeline of byg_plugin: ZImageBygPipeline (ZImagePipeline has no source tokens)",
+        ("same", "comfyui"): "needs a node: ByG Source (reference latents switch it to another layout)",
         ("same", "musubi"): "needs a patch: the Z-Image script has no source tokens",
     },
 )

@@ -261,7 +261,7 @@ def from_folder(kind: Any, path_or_id: str | Path, part: str, **dtype: torch.dty
     folder = part_folder(path_or_id, part)
     if folder is None:
         inside = PARTS[part].folder
-        model = _hub(lambda: kind.from_pretrained(str(path_or_id), subfolder=inside, use_safetensors=True, **dtype), path_or_id)
+        model = from_hub(lambda: kind.from_pretrained(str(path_or_id), subfolder=inside, use_safetensors=True, **dtype), path_or_id)
         _refuse_not_finite(model, Path(path_or_id))
         return model
     config = read_json(folder / "config.json")
@@ -299,7 +299,7 @@ def config_only(path_or_id: str | Path, part: str, kind: Any, infer: Callable[[W
             return config_beside(weights) or infer(weights)
     folder = part_folder(path_or_id, part)
     if folder is None:
-        return _hub(lambda: kind.load_config(str(path_or_id), subfolder=PARTS[part].folder), path_or_id)
+        return from_hub(lambda: kind.load_config(str(path_or_id), subfolder=PARTS[part].folder), path_or_id)
     config = read_json(folder / "config.json")
     _refuse_other_class(config, kind, folder)
     _check_shards(folder)
@@ -314,7 +314,12 @@ def _refuse_other_class(config: Mapping[str, Any], kind: Any, folder: Path) -> N
         raise ValueError(f"{folder}: holds a {', '.join(sorted(named))}, not a {kind.__name__}")
 
 
-def _hub(load: Callable[[], Any], path_or_id: str | Path) -> Any:
+def from_hub(load: Callable[[], Any], path_or_id: str | Path) -> Any:
+    """What a library loads by a hub id.
+
+    Raises:
+        ValueError: it cannot; says what to do.
+    """
     try:
         return load()
     except OSError as error:
@@ -661,7 +666,7 @@ def load_tokenizer(path_or_id: str | Path, part: str, length: int) -> PreTrained
     path = Path(path_or_id).expanduser()
     if not path.exists():
         inside = str(PARTS[part].tokenizer_folder)
-        return _hub(lambda: AutoTokenizer.from_pretrained(str(path_or_id), subfolder=inside, trust_remote_code=False), path_or_id)
+        return from_hub(lambda: AutoTokenizer.from_pretrained(str(path_or_id), subfolder=inside, trust_remote_code=False), path_or_id)
     return shipped_tokenizer(part, length)
 
 

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from byg_plugin.models import flux_files
 from byg_plugin.models.flux_vae import FluxVaeFamily
-from byg_plugin.models.image_family import compute_dtype, first_arguments
+from byg_plugin.models.image_family import compute_dtype
+from byg_plugin.models.one_call import first_arguments
 from byg_plugin.models.tokens import pack_length, sequence, unpack
 from byg_plugin.objectives.base import Text
+from byg_plugin.texts import GUIDANCE
 
 # Attention and MLP linears of all double and single blocks: 19 x 12 + 38 x 5 = 418 modules in FLUX.1-dev. Modulation,
 # norms, embedders and the head stay frozen: no tool loads a LoRA of all of them.
@@ -91,7 +93,8 @@ class FluxFamily(FluxVaeFamily):
         tokens, ids = sequence(noisy, source, self.source_id)
         guidance = None
         if network.config.guidance_embeds:
-            guidance = torch.full_like(t, self._config.conditioning.guidance, dtype=torch.float32)
+            configured = torch.full_like(t, self._config.conditioning.guidance, dtype=torch.float32)
+            guidance = text.get(GUIDANCE, configured).to(configured)
         # In the embedding's own unit, thousandths.
         exact = [value.float() * 1000 for value in (t, guidance) if value is not None]
         with first_arguments(network.time_text_embed, *exact):

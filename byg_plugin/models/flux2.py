@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from byg_plugin.models import flux2_files, qwen_texts
-from byg_plugin.models.image_family import compute_dtype, first_arguments
+from byg_plugin.models.image_family import compute_dtype
+from byg_plugin.models.one_call import first_arguments
 from byg_plugin.models.qwen3_texts import Qwen3TextFamily
 from byg_plugin.models.qwen_texts import TextEncoder
 from byg_plugin.models.tokens import join_squares, latent_sequence, split_squares, text_ids, tokens_to_latents
@@ -44,8 +45,7 @@ class Flux2Family(Qwen3TextFamily):
     def encode_pixels(self, vae: nn.Module, pixels: Tensor) -> Tensor:
         """(B, 3, 1, H, W) in [-1, 1] -> (B, 128, 1, H/16, W/16), the posterior's mode in squares, then to the statistics of its norm."""
         mode = vae.encode(pixels[:, :, 0].to(next(vae.parameters()))).latent_dist.mode().float()
-        mean, std = _statistics(vae)
-        return ((split_squares(mode) - mean) / std).unsqueeze(2)
+        return normalise(vae, mode).unsqueeze(2)
 
     @torch.no_grad()
     def decode_latents(self, vae: nn.Module, latents: Tensor) -> Tensor:
@@ -86,6 +86,12 @@ class Flux2Family(Qwen3TextFamily):
                 return_dict=False,
             )[0]
         return tokens_to_latents(prediction[:, : h * w].float(), h, w)
+
+
+def normalise(vae: nn.Module, mode: Tensor) -> Tensor:
+    """The posterior's mode (B, 32, 2H, 2W) -> latents (B, 128, H, W): in squares, then to the statistics of the VAE's norm."""
+    mean, std = _statistics(vae)
+    return (split_squares(mode) - mean) / std
 
 
 def _statistics(vae: nn.Module) -> tuple[Tensor, Tensor]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from byg_plugin import timesteps
 from byg_plugin.families import FamilySpec
 from byg_plugin.families.spec import ShiftByTokens, ShiftByTokensAndSteps
+from byg_plugin.models.tokens import pack, unpack
 
 
 class SpecGeometry:
@@ -61,7 +63,12 @@ class SpecGeometry:
 
     def guide(self, v: Tensor, v_negative: Tensor, scale: float) -> Tensor:
         """See `families.geometry.Geometry`."""
-        return v_negative + ((1.0 - self.spec.unguided) + scale) * (v - v_negative)
+        guided = v_negative + ((1.0 - self.spec.unguided) + scale) * (v - v_negative)
+        if not self.spec.guidance_keeps_length:
+            return guided
+        combined, plain = pack(guided), pack(v)
+        lengths = [tokens.norm(dim=-1, keepdim=True) for tokens in (plain, combined)]
+        return unpack(combined * (lengths[0] / lengths[1].clamp_min(torch.finfo(v.dtype).tiny)), *v.shape[-2:])
 
 
 def _factor(shift: float | ShiftByTokens | ShiftByTokensAndSteps, latent_shape: Sequence[int], steps: int) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -94,7 +93,7 @@ class ImageFamily(SpecGeometry):
         if source is not None and source.shape != noisy.shape:
             raise ValueError(f"source latents {tuple(source.shape)} and noisy latents {tuple(noisy.shape)} must have one shape")
 
-    def _text_rows(self, network: nn.Module, rows: Tensor) -> Tensor:
+    def _text_rows(self, network: Any, rows: Tensor) -> Tensor:
         assert self.network.text_width is not None
         config: Any = network.config
         wanted = config[self.network.text_width]
@@ -108,21 +107,3 @@ class ImageFamily(SpecGeometry):
 def compute_dtype(noisy: Tensor, weight: Tensor) -> torch.dtype:
     """What a network takes its inputs in: the dtype of its weights, under autocast float32."""
     return torch.float32 if torch.is_autocast_enabled(noisy.device.type) else weight.dtype
-
-
-@contextmanager
-def first_arguments(module: nn.Module, *values: Tensor) -> Iterator[None]:
-    """For one call, the module's first arguments are these.
-
-    diffusers rounds times and guidance to the tokens' dtype before it embeds them: in bfloat16 a guidance of 3500 becomes 3504, and
-    t = 0.77 becomes 0.7695 beside an x_t made with 0.77.
-    """
-
-    def replace(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (*values, *args[len(values) :])
-
-    handle = module.register_forward_pre_hook(replace)
-    try:
-        yield
-    finally:
-        handle.remove()

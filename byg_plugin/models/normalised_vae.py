@@ -11,7 +11,11 @@ from torch import Tensor
 @torch.no_grad()
 def encode(vae: Any, pixels: Tensor) -> Tensor:
     """(B, 3, F, H, W) in [-1, 1] -> latents (B, C, F', H', W'), the posterior's mode to zero mean and unit variance, float32."""
-    mode = vae.encode(pixels.to(next(vae.parameters()))).latent_dist.mode().float()
+    return normalise(vae, vae.encode(pixels.to(next(vae.parameters()))).latent_dist.mode().float())
+
+
+def normalise(vae: Any, mode: Tensor) -> Tensor:
+    """The posterior's mode (B, C, F', H', W') -> latents of zero mean and unit variance."""
     mean, std = _statistics(vae, mode)
     return (mode - mean) / std
 

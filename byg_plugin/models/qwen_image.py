@@ -5,8 +5,7 @@ Legend: B batch, C latent channels (16), F = 1, H W latent height and width, L t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -14,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from byg_plugin.models import normalised_vae, qwen_files, qwen_texts
-from byg_plugin.models.image_family import ImageFamily, compute_dtype, first_arguments
+from byg_plugin.models.image_family import ImageFamily, compute_dtype
+from byg_plugin.models.one_call import first_arguments, image_positions
 from byg_plugin.models.qwen_texts import TextEncoder
-from byg_plugin.models.tokens import PATCH, pack, pack_length, unpack
+from byg_plugin.models.tokens import image_grids, pack, pack_length, unpack
 from byg_plugin.objectives.base import Text
 from byg_plugin.texts import padding_mask
 
@@ -95,11 +95,8 @@ class QwenImageFamily(QwenVaeFamily):
         h, w = noisy.shape[-2:]
         dtype = compute_dtype(noisy, network.img_in.weight)
         tokens = pack(noisy) if source is None else torch.cat([pack(noisy), pack(source)], dim=1)
-        grid = (1, h // PATCH, w // PATCH)
-        same = source is not None and self.source_id == 0
-        # An image's number in its list is its frame.
-        images = [grid] if source is None or same else [grid] * (self.source_id + 1)
-        with first_arguments(network.time_text_embed, t.float()), _positions(network, doubled=same):
+        images, doubled = image_grids(h, w, None if source is None else self.source_id)
+        with first_arguments(network.time_text_embed, t.float()), image_positions(network, doubled=doubled):
             prediction = network(
                 hidden_states=tokens.to(dtype),
                 timestep=t,
@@ -109,27 +106,3 @@ class QwenImageFamily(QwenVaeFamily):
                 return_dict=False,
             )[0]
         return unpack(prediction[:, : pack_length(h, w)].float(), h, w)
-
-    def guide(self, v: Tensor, v_negative: Tensor, scale: float) -> Tensor:
-        """The usual combination, each token scaled back to the length it has without guidance (QwenImagePipeline)."""
-        combined, plain = pack(super().guide(v, v_negative, scale)), pack(v)
-        lengths = [tokens.norm(dim=-1, keepdim=True) for tokens in (plain, combined)]
-        return unpack(combined * (lengths[0] / lengths[1].clamp_min(torch.finfo(v.dtype).tiny)), *v.shape[-2:])
-
-
-@contextmanager
-def _positions(network: nn.Module, *, doubled: bool) -> Iterator[None]:
-    """For one call, the image's positions, twice where source tokens have the noisy tokens' own.
-
-    The network keeps its tables: those that were made in inference mode must not be saved for a backward pass.
-    """
-
-    def change(module: nn.Module, args: Any, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        image, text = (table.clone() if table.is_inference() else table for table in tables)
-        return (torch.cat([image, image]) if doubled else image), text
-
-    handle = network.pos_embed.register_forward_hook(change)
-    try:
-        yield
-    finally:
-        handle.remove()

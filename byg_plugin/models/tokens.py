@@ -52,6 +52,16 @@ def sequence(noisy: Tensor, source: Tensor | None, first: int) -> tuple[Tensor, 
     return torch.cat([tokens, pack(source)], dim=1), torch.cat([ids, position_ids(h, w, first, noisy.device)])
 
 
+def image_grids(height: int, width: int, source_id: int | None) -> tuple[list[tuple[int, int, int]], bool]:
+    """Qwen-Image's list of images (frames, rows, columns) of an H x W latent, and whether its positions are to be taken twice.
+
+    An image's number in that list is its frame. `source_id`: that of the source tokens, 0 for the noisy tokens' own positions; None: no
+    source.
+    """
+    grid = (1, height // PATCH, width // PATCH)
+    return [grid] * ((source_id or 0) + 1), source_id == 0
+
+
 def split_squares(latents: Tensor) -> Tensor:
     """(B, C, H, W) -> (B, 4C, H/2, W/2): 2x2 squares as channels, channel-major."""
     b, c, h, w = latents.shape

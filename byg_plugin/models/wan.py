@@ -188,7 +188,7 @@ class WanFamily(SpecGeometry):
         frames = noisy.shape[2]
         dtype = torch.float32 if torch.is_autocast_enabled(noisy.device.type) else network.patch_embedding.weight.dtype
         latents = noisy if source is None else torch.cat([noisy, source], dim=2)
-        with exact_time(network), _source_positions(network, self.position, frames, source is not None):
+        with exact_time(network), source_positions(network, self.position, frames, source is not None):
             prediction = network(
                 hidden_states=latents.to(dtype),
                 timestep=to_wan_timestep(t),
@@ -251,7 +251,7 @@ class UniPC:
 
 
 @contextmanager
-def _source_positions(network: nn.Module, position: str, frames: int, with_source: bool) -> Iterator[None]:
+def source_positions(network: nn.Module, position: str, frames: int, with_source: bool) -> Iterator[None]:
     """For one call, the second half of the frames (the source) is rotated as the first half is.
 
     `same`: exactly so. `bernini`: times one more rotation, by 1 in units of a rotary embedding over the whole head, which is

@@ -59,7 +59,7 @@ class ZImageFamily(Qwen3TextFamily, FluxVaeFamily):
         dtype = compute_dtype(noisy, network.cap_pad_token)
         frames = (noisy if source is None else torch.cat([noisy, source], dim=2)).to(dtype)
         rows, mask = self._text_rows(network, text["qwen"]).to(noisy.device, dtype), text[MASK].to(noisy.device)
-        with _same_positions(network, pack_length(*noisy.shape[-2:]), with_source=source is not None):
+        with same_positions(network, pack_length(*noisy.shape[-2:]), with_source=source is not None):
             predictions = network(
                 list(frames), 1 - t.float(), [one[kept] for one, kept in zip(rows, mask, strict=True)], return_dict=False
             )[0]
@@ -67,7 +67,7 @@ class ZImageFamily(Qwen3TextFamily, FluxVaeFamily):
 
 
 @contextmanager
-def _same_positions(network: nn.Module, length: int, *, with_source: bool) -> Iterator[None]:
+def same_positions(network: nn.Module, length: int, *, with_source: bool) -> Iterator[None]:
     """For one call, the second frame's tokens are at the positions of the first frame's `length` tokens."""
     if not with_source:
         yield

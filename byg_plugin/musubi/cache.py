@@ -3,7 +3,7 @@
 The host merges every tensor of an item's two cache files into its batches; a key that starts with `varlen_` comes as a list,
 one entry an item. An item of the host is one source; it may have several tuples, whose texts lie one after another:
 
-    varlen_byg_<role>_<part>_<dtype>     (sum of lengths, width), part = umt5 (Wan), t5 and pooled (FLUX)
+    varlen_byg_<role>_<part>_<dtype>     (sum of lengths, width), part = umt5 (Wan), t5 and pooled (FLUX), qwen; of Krea 2 with 12 layers
     varlen_byg_<role>_lengths_int64      (tuples,) rows of each tuple's text (of the first part)
     metadata byg.texts                   digest of the texts; a changed one is noticed before training
 
@@ -34,6 +34,7 @@ from byg_plugin.finite import is_finite
 from byg_plugin.lora.files import write_lora
 from byg_plugin.musubi.family import Encoded, MusubiFamily
 from byg_plugin.objectives.base import Text
+from byg_plugin.texts import MASK, stack_texts
 from byg_plugin.user_files import is_hidden
 
 _PREFIX = "varlen_byg_"
@@ -148,7 +149,7 @@ def texts_of_batch(batch: Mapping[str, Any], size: int, family: MusubiFamily, ch
         size: its items.
         family: whose texts.
         choice: a number in [0, 1) for each item: which of its tuples is taken.
-        tokens: a text is filled up with zeros to so many, or must have as many (`family.pads_texts`).
+        tokens: a text is filled up to so many, must have as many, or at most as many (`family.padding`).
 
     Raises:
         ValueError: a role is missing on an item, or encoded otherwise than `tokens` says.
@@ -162,7 +163,7 @@ def texts_of_batch(batch: Mapping[str, Any], size: int, family: MusubiFamily, ch
             chosen = [
                 _one(row, length.tolist(), number, part == "pooled") for row, length, number in zip(rows, lengths, choice, strict=True)
             ]
-            named[part] = torch.cat(chosen) if part == "pooled" else torch.stack([_filled(one, tokens, family) for one in chosen])
+            named |= {part: torch.cat(chosen)} if part == "pooled" else _batch(chosen, part, tokens, family)
             if not is_finite(named[part]):
                 raise ValueError(f"a cached {role} holds NaN or infinite values: remove the host's text cache and {_REMEDY}")
         found[role] = named
@@ -185,10 +186,15 @@ def _one(rows: Tensor, lengths: Sequence[int], number: float, pooled: bool) -> T
     return rows[first : first + lengths[index]]
 
 
-def _filled(text: Tensor, tokens: int, family: MusubiFamily) -> Tensor:
-    if len(text) > tokens or (not family.pads_texts and len(text) != tokens):
-        raise ValueError(f"conditioning.max_text_tokens = {tokens}, and a cached text has {len(text)} tokens: set it to what was cached")
-    return torch.cat([text, text.new_zeros(tokens - len(text), text.shape[1])])
+def _batch(texts: Sequence[Tensor], part: str, tokens: int, family: MusubiFamily) -> dict[str, Tensor]:
+    for text in texts:
+        if len(text) > tokens or (family.padding == "none" and len(text) != tokens):
+            raise ValueError(
+                f"conditioning.max_text_tokens = {tokens}, and a cached text has {len(text)} tokens: set it to what was cached"
+            )
+    if family.padding == "masked":
+        return stack_texts([{part: text, MASK: text.new_ones(len(text), dtype=torch.bool)} for text in texts])
+    return {part: torch.stack([torch.cat([text, text.new_zeros(tokens - len(text), *text.shape[1:])]) for text in texts])}
 
 
 # --- before training ---
@@ -237,11 +243,12 @@ def _wrong_entries(path: Path, family: MusubiFamily, count: int) -> str | None:
             rows = int(counted.sum())
             for part in family.text_parts:
                 names = [key for key in shapes if key.startswith(f"{_PREFIX}{role}_{part}_")]
-                wanted = count if part == "pooled" else rows
+                wanted, dims = (count, 2) if part == "pooled" else (rows, family.text_dims)
                 if not names:
                     return f"{role} is not cached: it has no {part}"
-                if len(names) != 1 or len(shape := shapes[names[0]]) != 2 or shape[0] != wanted or not shape[1]:
-                    return f"{role} has {part} of shape {[shapes[name] for name in names]}, ({wanted}, width) is needed"
+                needed = f"({wanted}, {'layers, ' * (dims - 2)}width)"
+                if len(names) != 1 or len(shape := shapes[names[0]]) != dims or shape[0] != wanted or not all(shape):
+                    return f"{role} has {part} of shape {[shapes[name] for name in names]}, {needed} is needed"
                 if file.get_slice(names[0]).get_dtype() not in _FLOATS:
                     return f"{names[0]} holds no floating-point numbers"
     return None

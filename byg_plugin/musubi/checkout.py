@@ -28,7 +28,7 @@ _SEAMS = (
     "process_sample_prompts",
     "do_inference",
 )
-_PROCESS_BATCH = ("args", "accelerator", "transformer", "network", "batch", "latents", "noise", "noise_scheduler")
+_PROCESS_BATCH = ("args", "accelerator", "transformer", "network", "batch", "latents")
 
 
 @dataclass(frozen=True)
@@ -101,13 +101,15 @@ def _lacking(family: MusubiFamily) -> list[str]:
     try:
         trainer = getattr(host_module(module), name, None)
     except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == f"musubi_tuner.{module}":
+            return [f"{module}.{name}: its version has no such model"]
         return [f"a module that its {name} imports: {error} (install what its README asks for)"]
     if trainer is None:
         return [f"{module}.{name}"]
     lacking = [f"the seam {name}.{seam}" for seam in _SEAMS if not callable(getattr(trainer, seam, None))]
     if not lacking:
         found = tuple(inspect.signature(trainer.process_batch).parameters)[1:]
-        if found[:6] != _PROCESS_BATCH[:6] or len(found) != 12:
+        if found[: len(_PROCESS_BATCH)] != _PROCESS_BATCH:  # what follows is not read
             lacking.append(f"{name}.process_batch with the parameters {', '.join(_PROCESS_BATCH)}, ...; it has {', '.join(found)}")
     network_module, network_name = family.network
     network = getattr(host_module(network_module), network_name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from byg_plugin.config.sections import ConditioningConfig
 
 Encoded = Mapping[str, Tensor]
-"""One text: named tensors of (tokens, width); a pooled one has one row."""
+"""One text: named tensors of (tokens, width), or of (tokens, layers, width); a pooled one has one row."""
+Padding = Literal["none", "zeros", "masked"]
 Module = Callable[[str], Any]
 """A module of the host by its name."""
 
@@ -36,12 +37,15 @@ class MusubiFamily(Protocol):
     """What its cache files are called after, and say that they are for."""
     text_parts: tuple[str, ...]
     """Names of an encoded text's tensors."""
-    pads_texts: bool
-    """Whether a cached text ends with its own last token, and is filled up with zeros; otherwise all have one length."""
+    text_dims: int = 2
+    """Of an encoded text: rows and width; 3 where each row has several layers."""
+    padding: Padding
+    """`none`: all cached texts have one length. Else each ends with its own last token, and is filled up with zeros: to
+    `conditioning.max_text_tokens`, or `masked`, to the longest of the batch."""
 
     def lacking(self, trainer: Any, network: Any) -> list[str]:
-        """What an incompatible host's trainer and network class do not have, a line each."""
-        ...
+        """What an incompatible host's trainer and network class do not have, a line each, beyond what every family asks for."""
+        return []
 
     def check(self, options: Mapping[str, Any]) -> None:
         """What the host would stop at late, in words of its own.
@@ -49,9 +53,12 @@ class MusubiFamily(Protocol):
         Raises:
             ValueError: names the option.
         """
-        ...
 
-    def call(self, accelerator: Any, transformer: Any, conditioning: ConditioningConfig) -> Velocity:
+    def left_out(self, options: Mapping[str, Any]) -> Sequence[str]:
+        """Layers that the host's LoRA has by default and the embedded host's has not: expressions for its `exclude_patterns`."""
+        return ()
+
+    def call(self, module: Module, accelerator: Any, transformer: Any, conditioning: ConditioningConfig) -> Velocity:
         """The host's network as a velocity field: noisy (B, C, F, H, W), t (B,), source like noisy or None -> like noisy, float32."""
         ...
 
@@ -67,9 +74,23 @@ class MusubiFamily(Protocol):
         """A sample prompt's encoding as the host made it, a batch of one; `kind`: "" or "negative_"; None: there is none."""
         ...
 
-    def encode_texts(self, module: Module, options: Mapping[str, Any], texts: Sequence[str], device: torch.device) -> dict[str, Encoded]:
-        """Encodings by text, with the host's encoders and settings, on the CPU."""
+    def encode_texts(
+        self, module: Module, options: Mapping[str, Any], texts: Sequence[str], tokens: int, device: torch.device
+    ) -> dict[str, Encoded]:
+        """Encodings by text, with the host's encoders and settings, on the CPU. What is `masked` is cut at `tokens`."""
         ...
+
+
+def require_16_bits(options: Mapping[str, Any], model: str) -> None:
+    """Of a model that the host reads in 16 bits: its default precision would give it inputs in float32.
+
+    Raises:
+        ValueError: `mixed_precision` is not one of the two.
+    """
+    if options.get("mixed_precision") not in ("bf16", "fp16"):
+        raise ValueError(
+            f"musubi.mixed_precision = {options.get('mixed_precision', 'no')!r}: the host holds {model} in 16 bits, set 'bf16'"
+        )
 
 
 def musubi_family(name: str) -> MusubiFamily:
@@ -77,3 +98,30 @@ def musubi_family(name: str) -> MusubiFamily:
     spec = families.named(name)
     assert spec.musubi is not None, f"the configuration refuses {name}"
     return cast(MusubiFamily, resolve_name(spec.musubi.adapter)())
+
+
+def require_known_attention(options: Mapping[str, Any], *, one_by_one: Sequence[str] = ()) -> None:
+    """Attention that the host's image models have.
+
+    Args:
+        options: `[musubi]`.
+        one_by_one: the options of those that handle texts of several lengths in a batch only one after another.
+
+    Raises:
+        ValueError: the host's model has no such attention, or would attend to what is no text.
+    """
+    if options.get("flash3"):
+        raise ValueError("musubi.flash3: the host has it for Wan alone: set musubi.sdpa or musubi.flash_attn")
+    for name in one_by_one:
+        if options.get(name) and not options.get("split_attn"):
+            raise ValueError(f"musubi.{name}: a batch has texts of several lengths, for which it needs musubi.split_attn = true")
+
+
+def require_scaled_8_bits(options: Mapping[str, Any], model: str) -> None:
+    """Of a model that the host cannot compute with in unscaled 8 bits.
+
+    Raises:
+        ValueError: it is asked to.
+    """
+    if options.get("fp8_base") and not options.get("fp8_scaled"):
+        raise ValueError(f"musubi.fp8_base: the host's {model} computes with scaled 8 bit weights alone: set musubi.fp8_scaled too")

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from byg_plugin import families
 from byg_plugin.models import tokens as packing
+from byg_plugin.musubi.family import Encoded, Module, MusubiFamily, Padding, require_known_attention
 from byg_plugin.objectives.base import Text, Velocity
 
 if TYPE_CHECKING:
     from byg_plugin.config.sections import ConditioningConfig
-    from byg_plugin.musubi.family import Encoded, Module
 
 
-class FluxOnMusubi:
+class FluxOnMusubi(MusubiFamily):
     """See `musubi.family.MusubiFamily`."""
 
     trainer = ("flux_kontext_train_network", "FluxKontextNetworkTrainer")
@@ -27,16 +27,13 @@ class FluxOnMusubi:
     latents_script = "flux_kontext_cache_latents.py"
     architecture = ("fk", "flux_kontext")
     text_parts = ("t5", "pooled")
-    pads_texts = False
-
-    def lacking(self, trainer: Any, network: Any) -> list[str]:
-        """Nothing beyond what every family asks for."""
-        return []
+    padding: Padding = "none"
 
     def check(self, options: Mapping[str, Any]) -> None:
-        """The host's own messages serve."""
+        """See `require_known_attention`."""
+        require_known_attention(options)
 
-    def call(self, accelerator: Any, transformer: Any, conditioning: ConditioningConfig) -> Velocity:
+    def call(self, module: Module, accelerator: Any, transformer: Any, conditioning: ConditioningConfig) -> Velocity:
         """See `flux_call`."""
         return partial(flux_call, accelerator, transformer, families.named("flux").source_id(conditioning.position), conditioning.guidance)
 
@@ -52,7 +49,9 @@ class FluxOnMusubi:
         """FLUX has no negative text: its guidance is an input of the network."""
         return None if kind else {"t5": prompt["t5_vec"], "pooled": prompt["clip_l_pooler"]}
 
-    def encode_texts(self, module: Module, options: Mapping[str, Any], texts: Sequence[str], device: torch.device) -> dict[str, Encoded]:
+    def encode_texts(
+        self, module: Module, options: Mapping[str, Any], texts: Sequence[str], tokens: int, device: torch.device
+    ) -> dict[str, Encoded]:
         """T5 and the pooled vector of CLIP-L."""
         utils, models = module("flux.flux_utils"), module("flux.flux_models")
         dtype = torch.float8_e4m3fn if options.get("fp8_t5") else torch.bfloat16

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from byg_plugin import families
 from byg_plugin.models import tokens as packing
+from byg_plugin.musubi.family import Encoded, Module, MusubiFamily, Padding, require_16_bits, require_known_attention
 from byg_plugin.objectives.base import Text, Velocity
 
 if TYPE_CHECKING:
     from byg_plugin.config.sections import ConditioningConfig
-    from byg_plugin.musubi.family import Encoded, Module
 
 
-class Flux2OnMusubi:
+class Flux2OnMusubi(MusubiFamily):
     """See `musubi.family.MusubiFamily`. The host's latents are ours: 128 channels, normalised."""
 
     trainer = ("flux_2_train_network", "Flux2NetworkTrainer")
@@ -26,30 +26,15 @@ class Flux2OnMusubi:
     network = ("flux_2.flux2_models", "Flux2")
     latents_script = "flux_2_cache_latents.py"
     text_parts = ("qwen",)
-    pads_texts = False
+    padding: Padding = "none"
     size: str
 
-    @property
-    def architecture(self) -> tuple[str, str]:
-        """Of the two sizes each has its own."""
-        return f"f2k{self.size}", f"flux_2_klein_{self.size}"
-
-    def lacking(self, trainer: Any, network: Any) -> list[str]:
-        """Nothing beyond what every family asks for."""
-        return []
-
     def check(self, options: Mapping[str, Any]) -> None:
-        """The host reads FLUX.2 in 16 bits, and its default precision would give it inputs in float32.
+        """See `require_16_bits` and `require_known_attention`."""
+        require_16_bits(options, "FLUX.2")
+        require_known_attention(options)
 
-        Raises:
-            ValueError: `mixed_precision` is not one of the two.
-        """
-        if options.get("mixed_precision") not in ("bf16", "fp16"):
-            raise ValueError(
-                f"musubi.mixed_precision = {options.get('mixed_precision', 'no')!r}: the host holds FLUX.2 in 16 bits, set 'bf16'"
-            )
-
-    def call(self, accelerator: Any, transformer: Any, conditioning: ConditioningConfig) -> Velocity:
+    def call(self, module: Module, accelerator: Any, transformer: Any, conditioning: ConditioningConfig) -> Velocity:
         """See `flux2_call`."""
         return partial(flux2_call, accelerator, transformer, families.named(f"flux2-klein-{self.size}").source_id(conditioning.position))
 
@@ -65,7 +50,9 @@ class Flux2OnMusubi:
         """Both texts are 512 tokens long, padding and all."""
         return {"qwen": prompt[f"{kind}ctx_vec"]}
 
-    def encode_texts(self, module: Module, options: Mapping[str, Any], texts: Sequence[str], device: torch.device) -> dict[str, Encoded]:
+    def encode_texts(
+        self, module: Module, options: Mapping[str, Any], texts: Sequence[str], tokens: int, device: torch.device
+    ) -> dict[str, Encoded]:
         """Three hidden states of Qwen3 side by side, by the host's own embedder."""
         utils = module("flux_2.flux2_utils")
         info = utils.FLUX2_MODEL_INFO[f"klein-base-{self.size}"]
@@ -82,12 +69,14 @@ class Klein4BOnMusubi(Flux2OnMusubi):
     """The 4B."""
 
     size = "4b"
+    architecture = ("f2k4b", "flux_2_klein_4b")
 
 
 class Klein9BOnMusubi(Flux2OnMusubi):
     """The 9B."""
 
     size = "9b"
+    architecture = ("f2k9b", "flux_2_klein_9b")
 
 
 def flux2_call(accelerator: Any, transformer: Any, source_id: int, noisy: Tensor, t: Tensor, text: Text, source: Tensor | None) -> Tensor:

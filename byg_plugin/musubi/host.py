@@ -153,7 +153,7 @@ def _encoder_identity(config: Config) -> str:
         if not isinstance(path, str) or not Path(path).is_file():
             raise ValueError(f"musubi.{name} = {path!r}: no such file; give the text encoder that the host's own caching takes")
         parts.append(f"{Path(path).name}:{Path(path).stat().st_size}")
-    fp8 = any(config.musubi.get(name) for name in ("fp8_t5", "fp8_text_encoder"))
+    fp8 = any(config.musubi.get(name) for name in ("fp8_t5", "fp8_text_encoder", "fp8_vl", "fp8_llm"))
     return "|".join([*parts, "fp8" if fp8 else "bf16", str(config.conditioning.max_text_tokens)])
 
 
@@ -162,4 +162,6 @@ def encode_texts(checkout: Checkout, config: Config, texts: Sequence[str]) -> di
     """Encodings by text, with the host's encoders and settings, on the CPU."""
     from byg_plugin.config.device import resolve_device
 
-    return checkout.family.encode_texts(checkout.module, config.musubi, texts, resolve_device(config.model.device))
+    return checkout.family.encode_texts(
+        checkout.module, config.musubi, texts, config.conditioning.max_text_tokens, resolve_device(config.model.device)
+    )

@@ -24,6 +24,7 @@ from byg_plugin.config.loading import shown
 from byg_plugin.config.sections import Config, ModelConfig
 from byg_plugin.families.spec import MusubiSpec
 from byg_plugin.lora.files import read_lora
+from byg_plugin.musubi.family import musubi_family
 
 _KINDS = {str: "str", int: "int", float: "float", pathlib.Path: "path", None: "str"}
 
@@ -345,12 +346,22 @@ def arguments(config: Config, parser: argparse.ArgumentParser) -> argparse.Names
     for name, value in spec.decided.items():
         setattr(args, name, value)
     args.network_module = args.network_module or spec.network_module
+    args.network_args = _network_args(config)
     # Every rank draws from the same seed; without one the host gives each rank its own.
     args.seed = config.train.seed
     # As the host's entry points do.
     args.dit_dtype = None
     args.vae_dtype = args.vae_dtype or "bfloat16"
     return args
+
+
+def _network_args(config: Config) -> list[str] | None:
+    """The host's, and what leaves out the layers that the embedded host does not adapt, unless the user has patterns of his own."""
+    given = config.musubi.get("network_args")
+    left_out = musubi_family(config.model.family).left_out(config.musubi)
+    if not left_out or any(one.startswith("exclude_patterns=") for one in given or ()):
+        return given
+    return [*(given or ()), f"exclude_patterns={list(left_out)!r}"]
 
 
 def _converted(value: Any, option: Option, convert: Any) -> Any:

@@ -56,7 +56,7 @@ OPTIONS = {
     "output.name": "output_name",
 }
 _READ = {"model": {"family", "host", "host_path", "device"}, "dataset": {"tuples", "rules"}}
-_SECTIONS = ("model", "dataset", "lora", "train", "sample", "output", "musubi")
+_SECTIONS = ("model", "dataset", "lora", "train", "sample", "evaluate", "output", "musubi")
 
 
 def fill(raw: dict[str, Any]) -> dict[str, Any]:

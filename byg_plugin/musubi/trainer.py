@@ -145,7 +145,7 @@ class UnpairedCycleTrainer:
         self.byg_fields = MusubiFields(
             plain,
             ema,
-            self.byg_checkout.family.call(accelerator, transformer, self.byg_config.conditioning),
+            self.byg_checkout.family.call(self.byg_checkout.module, accelerator, transformer, self.byg_config.conditioning),
             experts=HostExperts(self, args, accelerator, transformer) if self.byg_geometry.boundary is not None else None,
             swap=BlockSwap(accelerator.unwrap_model(transformer)) if swapped else None,
             shards=self._byg_shards,
@@ -373,7 +373,9 @@ class UnpairedCycleTrainer:
         with self.byg_fields.ema() as velocity:
             field = velocity
             if negative is not None and cfg_scale is not None:
-                own = cfg_scale - (1.0 - self.byg_geometry.spec.unguided)  # the host's formula is the usual one
+                spec = self.byg_geometry.spec
+                assert spec.musubi is not None
+                own = cfg_scale - (spec.musubi.unguided - spec.unguided)  # the host's formula and the family's
                 field = sampling.guided(velocity, negative, lambda t: own, self.byg_geometry)
             latents = sampling.sample(field, noise, text, source, nodes)
         vae.to(device)

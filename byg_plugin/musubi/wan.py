@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from byg_plugin.musubi.family import Encoded, Module, MusubiFamily, Padding
 from byg_plugin.musubi.options import check_precision
 from byg_plugin.objectives.base import Text, Velocity
 
 if TYPE_CHECKING:
     from byg_plugin.config.sections import ConditioningConfig
-    from byg_plugin.musubi.family import Encoded, Module
 
 
-class WanOnMusubi:
+class WanOnMusubi(MusubiFamily):
     """See `musubi.family.MusubiFamily`."""
 
     trainer = ("wan_train_network", "WanNetworkTrainer")
@@ -27,7 +27,7 @@ class WanOnMusubi:
     latents_script = "wan_cache_latents.py"
     architecture = ("wan", "wan")
     text_parts = ("umt5",)
-    pads_texts = True
+    padding: Padding = "zeros"
 
     def lacking(self, trainer: Any, network: Any) -> list[str]:
         """The exchange of experts, and positions of the source's frames."""
@@ -42,7 +42,7 @@ class WanOnMusubi:
         """See `musubi.options.check_precision`."""
         check_precision(options)
 
-    def call(self, accelerator: Any, transformer: Any, conditioning: ConditioningConfig) -> Velocity:
+    def call(self, module: Module, accelerator: Any, transformer: Any, conditioning: ConditioningConfig) -> Velocity:
         """See `wan_call`."""
         return partial(wan_call, accelerator, transformer)
 
@@ -61,7 +61,9 @@ class WanOnMusubi:
             return None
         return {"umt5": torch.cat([rows, rows.new_zeros(tokens - len(rows), rows.shape[1])])[None]}
 
-    def encode_texts(self, module: Module, options: Mapping[str, Any], texts: Sequence[str], device: torch.device) -> dict[str, Encoded]:
+    def encode_texts(
+        self, module: Module, options: Mapping[str, Any], texts: Sequence[str], tokens: int, device: torch.device
+    ) -> dict[str, Encoded]:
         """UMT5, each text as long as it is."""
         shared = module("wan.configs.shared_config").wan_shared_cfg
         encoder = module("wan.modules.t5").T5EncoderModel(

@@ -82,6 +82,7 @@ def save(
     lora_files: Mapping[str, tuple[Mapping[str, Tensor], Mapping[str, str]]],
     *,
     keep_last: int,
+    spared: str | None = None,
     extra: Mapping[str, Any],
 ) -> Path:
     """Write one checkpoint atomically, then drop the oldest beyond `keep_last` (0 keeps all).
@@ -91,6 +92,7 @@ def save(
         state: what a run continues from.
         lora_files: file name -> (tensors, metadata) of the LoRA files that lie in the checkpoint.
         keep_last: checkpoints kept.
+        spared: name of one that is kept beside them.
         extra: more of state.json (versions, command).
 
     Raises:
@@ -112,7 +114,8 @@ def save(
         raise ValueError(_cannot_save(final, error, checkpoints(folder))) from error
     if keep_last:
         for old in checkpoints(folder)[:-keep_last]:
-            _remove(old)
+            if old.name != spared:
+                _remove(old)
     return final
 
 

@@ -1,10 +1,11 @@
-"""log.jsonl and validation.jsonl: a line a step, that a resumed run goes on with."""
+"""log.jsonl, validation.jsonl and evaluation.jsonl: a line a step, that a resumed run goes on with."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from accelerate.logging import get_logger
 
@@ -29,6 +30,11 @@ def steps_in(path: Path) -> set[int]:
     return {step for line in _lines(path) if (step := _step_of(line)) is not None}
 
 
+def records(path: Path) -> list[dict[str, Any]]:
+    """The lines that we wrote, in their order."""
+    return [record for line in _lines(path) if (record := _record(line)) is not None]
+
+
 def drop_lines_after(path: Path, step: int) -> None:
     """Lines that are none of ours stay where they are.
 
@@ -45,12 +51,16 @@ def drop_lines_after(path: Path, step: int) -> None:
 
 def _step_of(line: str) -> int | None:
     """The step of a line that we wrote; None: someone else's."""
+    record = _record(line)
+    return None if record is None else record["step"]
+
+
+def _record(line: str) -> dict[str, Any] | None:
     try:
         record = json_value(line)
     except ValueError:
         return None
-    step = record.get("step") if isinstance(record, dict) else None
-    return step if type(step) is int else None
+    return record if isinstance(record, dict) and type(record.get("step")) is int else None
 
 
 def _lines(path: Path) -> list[str]:

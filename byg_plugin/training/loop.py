@@ -27,7 +27,6 @@ from byg_plugin.hosts import make_host
 from byg_plugin.hosts.batch import draw_batch
 from byg_plugin.hosts.blocks import blocks_of
 from byg_plugin.hosts.sharding import bytes_held
-from byg_plugin.lora.card import LoraCard
 from byg_plugin.lora.start import check_start
 from byg_plugin.models.base import Family
 from byg_plugin.objectives import make_objective
@@ -35,10 +34,11 @@ from byg_plugin.objectives.base import EDIT, FULL, IDENTITY, Batch, Metrics
 from byg_plugin.objectives.draws import share_of_high_noise, side_of
 from byg_plugin.progress import Progress
 from byg_plugin.randomness import derived_seed, generator
-from byg_plugin.training import checkpoint, logs, preview
+from byg_plugin.training import best, checkpoint, logs, preview
 from byg_plugin.training.checkpoint import naming_a_full_disk
 from byg_plugin.training.diagnosis import Diagnosis
 from byg_plugin.training.engines import make_engine
+from byg_plugin.training.headers import header
 from byg_plugin.training.launch import Launch
 from byg_plugin.training.optimizers import learning_rate
 from byg_plugin.training.resume import find_start, is_in, load_start
@@ -66,6 +66,7 @@ class Trainer:
             `discarded-step-...`, and lines of logs after it are dropped.
         launch: what the launcher asks for; None: plain processes.
         on_step: called with the trainer after every optimizer step, on every rank, when all that belongs to the step is saved.
+        evaluate: the same, and before the first step of a run that goes on.
 
     Raises:
         ValueError: caches, output folder, checkpoint or options are unusable; nothing was changed.
@@ -81,9 +82,10 @@ class Trainer:
         *,
         discard_later: bool = False,
         launch: Launch | None = None,
+        evaluate: Callable[[Trainer], None] | None = None,
     ):
         self.config, self.family, self.accelerator = config, family, accelerator
-        self.on_step = on_step
+        self.on_step, self.evaluate = on_step, evaluate
         self.accumulation = config.accumulation(accelerator.num_processes)
         self.folder = Path(config.output.dir)
         self.high_share = share_of_high_noise(config, family.boundary)
@@ -165,7 +167,7 @@ class Trainer:
                 for path in later:
                     logger.warning("--discard-later: %s is now %s", path, set_aside(path))
                 if later:
-                    preview.set_aside_later(self.config.output, self.step)
+                    preview.set_aside_later(preview.folder(self.config.output, 0).parent, self.step)
         for path in (self._log_path, self._validation_path):
             with naming_a_full_disk(path, self.checkpoints):
                 logs.drop_lines_after(path, self.step)
@@ -203,6 +205,8 @@ class Trainer:
         self._preview_if_due(again=not self.step)
         if self.step:
             self._validate_if_due()
+            if self.evaluate is not None:
+                self.evaluate(self)
         bar = Progress(total=config.train.steps, initial=self.step, desc="train", disable=not self.accelerator.is_main_process)
         with _interruptible(self), bar:
             for micro_batches in self._loader():
@@ -220,7 +224,7 @@ class Trainer:
     def _watched(self) -> AbstractContextManager[None]:
         return self.watchdog.running() if self.accelerator.num_processes > 1 else nullcontext()
 
-    def _together(self, what: str) -> AbstractContextManager[None]:
+    def together(self, what: str) -> AbstractContextManager[None]:
         """Around passes: with a base in shards they wait for the others, with a whole one for nobody."""
         return self.watchdog.waiting(what) if self.host.sharding else nullcontext()
 
@@ -243,34 +247,37 @@ class Trainer:
             self._save()
         self._validate_if_due()
         self._preview_if_due()
+        if self.evaluate is not None:
+            self.evaluate(self)
         if self.on_step is not None:
             self.on_step(self)
         if stop and not last:
             raise Interrupted(f"interrupted after step {self.step}; everything is saved, go on with --resume latest")
 
-    def _due(self, every: int) -> bool:
+    def due(self, every: int) -> bool:
+        """Whether this step is one of every so many (0: never), or the last."""
         return bool(every) and (self.step % every == 0 or self.step == self.config.train.steps)
 
     # What is on disk is asked by the first process alone: the others would see it change under them and miss the barrier.
 
     def _validate_if_due(self) -> None:
-        if self._due(self.config.train.validate_every):
-            if self._anyone(self.accelerator.is_main_process and self.step not in logs.steps_in(self._validation_path)):
-                with self._together(f"the validation at step {self.step}"):
+        if self.due(self.config.train.validate_every):
+            if self.anyone(self.accelerator.is_main_process and self.step not in logs.steps_in(self._validation_path)):
+                with self.together(f"the validation at step {self.step}"):
                     self._validate()
             self.accelerator.wait_for_everyone()
 
     def _preview_if_due(self, again: bool = True) -> None:
         """`again`: also where there is one, which then is of an earlier start."""
-        if self._due(self.config.sample.every):
+        if self.due(self.config.sample.every):
             data = self.validation or self.data
             first = self.accelerator.is_main_process
-            if self._anyone(first and (again or not preview.is_whole(self.config, data, self.step))):
-                with self._together(f"the preview at step {self.step}"):
-                    preview.write(self.config, self.family, self.host, data, self.step, self.accelerator, writes=first, agree=self._anyone)
+            if self.anyone(first and (again or not preview.is_whole(self.config, data, self.step))):
+                with self.together(f"the preview at step {self.step}"):
+                    preview.write(self.config, self.family, self.host, data, self.step, self.accelerator, writes=first, agree=self.anyone)
             self.accelerator.wait_for_everyone()
 
-    def _anyone(self, asked: bool) -> bool:
+    def anyone(self, asked: bool) -> bool:
         """Whether a process says yes whose passes this one takes part in: weights in shards are gathered by all of them."""
         return self.engine.any(asked) if self.host.sharding else asked
 
@@ -307,7 +314,7 @@ class Trainer:
             micro_index = self._micro_index(self.step, micro)
             torch.manual_seed(derived_seed(config.train.seed, "dropout", micro_index))
             batch = self._batch(examples, generator(config.train.seed, "noise", micro_index), plan.kind, high=high)
-            with self._together(f"the passes of step {self.step + 1}"):
+            with self.together(f"the passes of step {self.step + 1}"):
                 terms.append(self.objective.step(self.host, batch, self._backward))
             for name, value in terms[-1].items():
                 sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value / self._share(name)
@@ -379,9 +386,9 @@ class Trainer:
             return
         shown = {k: f"{values[k]:.3g}" for k in ("loss", "cosine_fwd", "cycle", "identity") if k in values}
         bar.set_postfix(shown, refresh=False)
-        self._append(self._log_path, values)
+        self.append(self._log_path, values)
 
-    def _append(self, path: Path, values: dict[str, float]) -> None:
+    def append(self, path: Path, values: Mapping[str, float]) -> None:
         """A line of a log, and what the tracker makes of it."""
         with naming_a_full_disk(path, self.checkpoints):
             logs.append(path, self.step, values)
@@ -419,17 +426,18 @@ class Trainer:
         self.diagnosis.before_saving(state)
         extra = {"versions": versions(), "command": sys.argv}
         files = self._lora_files(state.adapters[EDIT])
-        checkpoint.save(self.checkpoints, state, files, keep_last=self.config.train.keep_last, extra=extra)
+        spared = best.checkpoint_in(self.folder)
+        checkpoint.save(self.checkpoints, state, files, keep_last=self.config.train.keep_last, spared=spared, extra=extra)
 
     def _lora_files(self, adapter: checkpoint.AdapterState) -> dict[str, tuple[dict[str, Tensor], dict[str, str]]]:
         name = self.config.output.name
         saved = {"": ("live", adapter.lora), "-ema": ("ema", adapter.ema)}
-        return {
-            f"{name}{kind}{suffix}.safetensors": (tensors, LoraCard.of(self.config, self.step, which, self.family, suffix).to_metadata())
-            for kind, (which, weights) in saved.items()
-            if weights
-            for suffix, tensors in self.host.lora_files(weights).items()
-        }
+        files = {}
+        for kind, (which, weights) in saved.items():
+            for suffix, tensors in self.host.lora_files(weights).items() if weights else ():
+                said = {"step": self.step, "weights": which, "title": f"{name}{kind}{suffix}", "suffix": suffix}
+                files[f"{name}{kind}{suffix}.safetensors"] = tensors, header(self.config, self.family, tensors, **said)
+        return files
 
     def _lora_names(self) -> list[str]:
         """Files of the live weights, the high-noise expert's first."""
@@ -466,7 +474,7 @@ class Trainer:
                 for name, value in self.objective.step(self.host, batch, None).items():
                     sums[name] = sums.get(name, 0.0) + value.item() / count
         if self.accelerator.is_main_process:
-            self._append(self._validation_path, {f"validation/{name}": value for name, value in sums.items()})
+            self.append(self._validation_path, {f"validation/{name}": value for name, value in sums.items()})
 
 
 # --- pieces without state ---

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from base64 import b64encode
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from byg_plugin.hosts import Host
 
 logger = get_logger(__name__)
+THUMBNAIL = 512  # pixels
 _NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -47,14 +50,31 @@ def _suffixes(data: CachedTuples, index: int) -> tuple[str, ...]:
     return (".png", ".mp4") if len(data.bucket(index)) > 2 else (".png",)
 
 
-def set_aside_later(output: OutputConfig, step: int) -> list[Path]:
-    """Rename the previews of steps after `step`; returns their new places.
+def set_aside_later(beside: Path, step: int) -> list[Path]:
+    """Rename the previews, or whatever lies in such folders of steps, after `step`; returns their new places.
+
+    Args:
+        beside: the folder that holds them.
+        step: the last that stays.
 
     Raises:
         OSError: one cannot be renamed.
     """
-    numbered = [(path, _NAME.fullmatch(path.name)) for path in sorted(folder(output, 0).parent.glob("step-*"))]
+    numbered = [(path, _NAME.fullmatch(path.name)) for path in sorted(beside.glob("step-*"))]
     return [folders.set_aside(path) for path, match in numbered if match and int(match[1]) > step]
+
+
+def thumbnail(output: OutputConfig) -> str | None:
+    """The first picture of the last previews as `data:image/jpeg;base64,...`, at most 512 pixels a side; None: there are none yet."""
+    written = sorted(folder(output, 0).parent.glob("step-*/000.png"), key=lambda path: int(path.parent.name.removeprefix("step-")))
+    if not written:
+        return None
+    with Image.open(written[-1]) as image:
+        small = image.convert("RGB")
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    jpeg = BytesIO()
+    small.save(jpeg, format="JPEG", quality=85)
+    return f"data:image/jpeg;base64,{b64encode(jpeg.getvalue()).decode('ascii')}"
 
 
 def write(
@@ -83,32 +103,59 @@ def write(
         writes: false where weights in shards are gathered by every process, and this one only takes part in that.
         agree: whether any process says yes.
     """
-    inputs: list[Inputs] = []
-    with _logged(step):
-        inputs = _inputs(config, host, data)
-    if agree(not inputs):
-        return
-    edits: list[Latents] = []
-    with nullcontext() if host.sharding else _logged(step):
-        edits = _edits(config, family, host, inputs)
+    edits = edited(config, family, host, data, f"preview at step {step}", items=config.sample.items, agree=agree)
     if writes and edits:
-        with _logged(step):
+        with logged(f"preview at step {step}"):
             _write(config, family, host, data, step, accelerator, edits)
 
 
+def edited(
+    config: Config,
+    family: Family,
+    host: Host,
+    data: CachedTuples,
+    what: str,
+    *,
+    items: int,
+    unguided: bool = True,
+    agree: Callable[[bool], bool] = bool,
+) -> list[Latents]:
+    """The first `items` tuples and their edits as latents; none where that fails, which is told as of `what`.
+
+    Args:
+        config: the whole configuration.
+        family: whose sampler.
+        host: edits.
+        data: whose tuples.
+        what: for the log.
+        items: at most as many.
+        unguided: where there is guidance, also the edit at scale 1.
+        agree: whether any process says yes, of those that take part.
+    """
+    inputs: list[Inputs] = []
+    with logged(what):
+        inputs = _inputs(config, host, data, items, unguided=unguided)
+    if agree(not inputs):
+        return []
+    edits: list[Latents] = []
+    with nullcontext() if host.sharding else logged(what):
+        edits = _edits(config, family, host, inputs)
+    return edits
+
+
 @contextmanager
-def _logged(step: int) -> Iterator[None]:
+def logged(what: str) -> Iterator[None]:
+    """A failure is told as of `what`, not raised."""
     try:
         yield
     except Exception as error:  # noqa: BLE001 - a picture is no reason to lose a run; what it touches is restored by contexts
-        said = "preview at step %d failed and training goes on: %s: %s"
-        logger.warning(said, step, type(error).__name__, error, main_process_only=False)
+        logger.warning("%s failed and training goes on: %s: %s", what, type(error).__name__, error, main_process_only=False)
 
 
 def _write(
     config: Config, family: Family, host: Host, data: CachedTuples, step: int, accelerator: Accelerator, latents: list[Latents]
 ) -> None:
-    rendered = _decoded(config.model.dtype, family, host, latents)
+    rendered = decoded(config.model.dtype, family, host, latents)
     pictures = []
     with folders.written_whole(folder(config.output, step), replace=True) as written:
         for index, columns in enumerate(rendered):
@@ -130,10 +177,10 @@ Inputs = tuple[Tensor, dict[str, Tensor], list[dict[str, Tensor] | None]]
 """Of one tuple: source, instruction, and the negative text of each edit."""
 
 
-def _inputs(config: Config, host: Host, data: CachedTuples) -> list[Inputs]:
+def _inputs(config: Config, host: Host, data: CachedTuples, items: int, *, unguided: bool = True) -> list[Inputs]:
     negative = None if config.negative is None else _on(host, data.encoding(config.negative))
-    negatives: list[dict[str, Tensor] | None] = [None] if negative is None else [negative, None]
-    examples = [data[index] for index in range(min(config.sample.items, len(data)))]
+    negatives: list[dict[str, Tensor] | None] = [None] if negative is None else [negative, None][: 1 + unguided]
+    examples = [data[index] for index in range(min(items, len(data)))]
     return [(each["source"][None].to(host.device), _on(host, each["instruction"]), negatives) for each in examples]
 
 
@@ -151,8 +198,8 @@ def _edits(config: Config, family: Family, host: Host, inputs: list[Inputs]) -> 
 
 
 @torch.no_grad()
-def _decoded(dtype: str, family: Family, host: Host, latents: list[Latents]) -> list[list[list[Image.Image]]]:
-    """Of each tuple the frames of each column. The VAE comes only now: by turns with the activations of the network."""
+def decoded(dtype: str, family: Family, host: Host, latents: list[Latents]) -> Iterator[list[list[Image.Image]]]:
+    """Of each tuple, one at a time, the frames of each column. The VAE comes only now: by turns with the activations of the network."""
     for x in (x for columns in latents for x in columns):
         sampling.finite(dtype, x, "the latents of the edit")
     vae = family.load_vae(host.device)
@@ -160,7 +207,8 @@ def _decoded(dtype: str, family: Family, host: Host, latents: list[Latents]) -> 
     def frames(x: Tensor) -> list[Image.Image]:
         return frames_of(sampling.finite(dtype, family.decode_latents(vae, x), "the decoded pixels")[0])
 
-    return [[frames(x) for x in columns] for columns in latents]
+    for columns in latents:
+        yield [frames(x) for x in columns]
 
 
 def _on(host: Host, text: Text) -> dict[str, Tensor]:

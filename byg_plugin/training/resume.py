@@ -21,7 +21,7 @@ from byg_plugin.training.optimizers import make_optimizer
 logger = get_logger(__name__)
 
 # What may differ between a checkpoint and the run that goes on from it without changing what is computed.
-_FREE = {"sample", "output", "train.save_every", "train.keep_last", "train.log_every", "train.validate_every", "train.tracker"}
+_FREE = {"sample", "evaluate", "output", "train.save_every", "train.keep_last", "train.log_every", "train.validate_every", "train.tracker"}
 _FREE |= {"train.sharding", "train.sharding_offload", "train.collective_timeout"}
 _FIXED = (
     "lora.rank",

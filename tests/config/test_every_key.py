@@ -29,7 +29,7 @@ class Choice:
     optimizer: str = "adamw"
 
     def raw(self, folder: Path) -> dict[str, dict[str, Any]]:
-        """A run of a few steps that does all that a run can do: validation, previews, checkpoints."""
+        """A run of a few steps that does all that a run can do: validation, previews, scores, checkpoints."""
         spec = families.named(self.family)
         model = model_folder() if not spec.takes_clips else wan_folder(len(spec.experts))
         raw: dict[str, dict[str, Any]] = {
@@ -45,6 +45,7 @@ class Choice:
             "lora": {"rank": 2},
             "train": {"steps": 2, "global_batch_size": 1, "mixed_precision": "no", "optimizer": self.optimizer},
             "sample": {"every": 2, "items": 1, "steps": 2},
+            "evaluate": {"every": 2, "items": 1, "metrics": ["error"], "select": ["error_source"]},
             "output": {"dir": str(folder / "out")},
         }
         raw["train"] |= {"save_every": 1, "validate_every": 2, "tracker": "none"}
@@ -62,7 +63,7 @@ CHOICES = [
 CHOICES += [Choice("flux", name) for name in OBJECTIVES if name not in {choice.objective for choice in CHOICES}]
 
 
-CANDIDATES = (True, False, 3, 2, 64, 0.5, 0.25, 1.5, 7.0, "other", [0.5, 0.5])
+CANDIDATES = (True, False, 3, 2, 64, 0.5, 0.25, 1.5, 7.0, "other", [0.5, 0.5], ["error"])
 
 
 def others(section: str, key: str, raw: dict[str, dict[str, Any]]) -> list[Any]:

@@ -33,6 +33,15 @@ def test_pictures_and_lora_are_there(demo):
     assert steps == [1, 2, 3]
 
 
+def test_it_ends_with_the_page_of_every_edit(demo):
+    out, _ = demo
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert page.count("data:image/jpeg;base64,") == 4 and all(f">{column}<" in page for column in ("read_directional", "error_outside"))
+    rows = [json.loads(line) for line in (out / "scores" / "scores.jsonl").read_text(encoding="utf-8").splitlines()]
+    known = {row["metric"]: row["scores"] for row in rows if row["id"] == rows[0]["id"]}
+    assert set(known) == {"read", "error"} and None not in {*known["read"].values(), *known["error"].values()}
+
+
 def test_a_second_run_trains_nothing(demo):
     out, tables = demo
     before = (out / "training" / "demo-ema.safetensors").stat().st_mtime_ns

@@ -23,6 +23,7 @@ def test_one_image(lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with Image.open(tmp_path / "out/photo0.png") as image, Image.open(tmp_path / "out/photo0_side_by_side.png") as pair:
         settings = json.loads(image.text["byg"])
         assert settings == {
+            "method": "lora",
             "lora": lora.name,
             "steps": 3,
             "schedule": "shifted",

@@ -200,6 +200,7 @@ def test_a_line_says_what_was_edited_by_what(lora: Path, tmp_path: Path, monkeyp
             assert image.size == one.size and both.width == 2 * one.size[0] + 4
     assert one.card == LoraCard.from_metadata(read_lora(lora)[1])
     assert one.settings | {"base": "", "version": ""} == {
+        "method": "lora",
         "lora": lora.name,
         "steps": 1,
         "schedule": "shifted",

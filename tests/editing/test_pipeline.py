@@ -234,10 +234,10 @@ def test_an_image_in_memory_is_turned_as_its_file_would_be(lora: Path, tmp_path:
     with Image.open(photo()) as image:
         image.convert("RGB").crop((0, 0, 64, 32)).save(tmp_path / "turned.png", exif=exif)
     pipe = pipeline(lora)
-    width, height = pipe.prepare_size(tmp_path / "turned.png")
+    width, height = pipe.sources.size(tmp_path / "turned.png")
     assert width < height
     with Image.open(tmp_path / "turned.png") as image:
-        assert difference(pipe._prepare(image), pipe._prepare(tmp_path / "turned.png")) == 0
+        assert difference(pipe.sources.image(image), pipe.sources.image(tmp_path / "turned.png")) == 0
 
 
 def test_the_loras_schedule_wins_over_the_configurations(lora: Path, tmp_path: Path):

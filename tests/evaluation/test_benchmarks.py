@@ -15,6 +15,7 @@ import pytest
 from byg_plugin import evaluate
 from byg_plugin.data.rules import ROLES
 from byg_plugin.data.tuples import read_tuples_file
+from byg_plugin.editing.jobs import Job
 from byg_plugin.evaluation import benchmarks
 from byg_plugin.evaluation.benchmarks import gedit, imgedit, longtail, video
 from byg_plugin.evaluation.scores import Row
@@ -153,6 +154,10 @@ def test_captions_of_a_file_are_the_tasks_and_without_them_clip_refuses(tmp_path
     assert "k0: clip needs src_caption and tgt_caption" in refused(*words, "--metrics", "clip")
     alone = ("--tuples", tmp_path / "out" / "tuples.jsonl", "--results", edits, "--out", tmp_path / "alone")
     assert "k0: clip needs src_caption and tgt_caption" in refused(*alone, "--metrics", "clip"), "what fills the tuples is no caption"
+    job = Job(source=edits, instruction="x", name="00000_k0", item=read_tuples_file(tmp_path / "out" / "tuples.jsonl")[0])
+    assert job.words(("instruction",)) == "x"
+    with pytest.raises(ValueError, match="00000_k0: its tuple has no tgt_caption, which this method reads"):
+        job.words(("tgt_caption",))
     captions.write_text(json.dumps({"id": "k1", "src_caption": "a cat", "tgt_caption": "a dog"}) + "\n", encoding="utf-8")
     run(*words, "--metrics", "error", "--captions", captions)
     assert [one.tgt_caption for one in read_tuples_file(tmp_path / "out" / "tuples.jsonl")][1] == "a dog"

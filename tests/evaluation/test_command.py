@@ -124,11 +124,30 @@ def test_two_runs_are_compared_on_the_same_items(tmp_path: Path, capsys: pytest.
     better, worse = write_edits(tmp_path, 3, level=10), write_edits(tmp_path, 3, level=61)
     run("--edits", worse, "--out", tmp_path / "worse")
     run("--edits", better, "--out", tmp_path / "better", "--compare", tmp_path / "worse")
-    found = json.loads((tmp_path / "better" / "comparison.json").read_text(encoding="utf-8"))["error_source"]
+    found = json.loads((tmp_path / "better" / "comparison.json").read_text(encoding="utf-8"))["worse"]["error_source"]
     assert found == pytest.approx({"n": 3, "mean": -0.2, "low": -0.2, "high": -0.2})
     assert "| error_source | 3 | -0.2 | -0.2 to -0.2 |" in capsys.readouterr().out
     assert (tmp_path / "better" / "comparison.png").is_file()
     assert "no such file; byg_plugin/evaluate.py --out" in refused("--edits", better, "--compare", tmp_path / "nothing")
+
+
+def test_several_methods_stand_in_one_table_over_the_same_items(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for level, name, count in ((51, "lora", 3), (102, "base", 2), (0, "copy", 3)):
+        run("--edits", write_edits(tmp_path, count, level=level), "--metrics", "error", "--out", tmp_path / name)
+    capsys.readouterr()
+    others = (tmp_path / "base", tmp_path / "copy")
+    run("--edits", tmp_path / "edits51", "--metrics", "error", "--out", tmp_path / "lora", "--compare", *others)
+    said = capsys.readouterr().out
+    table = said[said.index("| run, same items | n | error_source |") :].splitlines()[2:5]
+    assert [row.split(" | ")[:2] for row in table] == [["| lora", "2"], ["| base", "2"], ["| copy", "2"]], "what all have scored"
+    assert [float(row.split(" | ")[2].split(" ")[0]) for row in table] == pytest.approx([51.5 / 255, 102.5 / 255, 0.5 / 255], rel=1e-3)
+    found = json.loads((tmp_path / "lora" / "comparison.json").read_text(encoding="utf-8"))
+    assert {name: round(each["error_source"]["mean"], 6) for name, each in found.items()} == {"base": -0.2, "copy": 0.2}
+    assert "| this run - base |" in said and "| this run - copy |" in said and (tmp_path / "lora" / "comparison.png").is_file()
+    twice = refused(
+        "--edits", tmp_path / "edits51", "--out", tmp_path / "lora", "--compare", tmp_path / "base", tmp_path / "other" / "base"
+    )
+    assert "--compare: base is the name of two runs' folders" in twice
 
 
 @pytest.mark.parametrize("words", [(), ("--edits", "a", "--sources", "b"), ("--results", "a"), ("--tuples", "a")])

@@ -130,7 +130,7 @@ def test_a_full_expert_is_400_layers_in_every_format():
 def test_runtime_by_position():
     assert "stock: BerniniConditioning" in runtime("comfyui", LoraCard(family=A14B, position="bernini"))
     assert "needs a node" in runtime("comfyui", LoraCard(family=A14B, position="same"))
-    assert "EditPipeline" in runtime("diffusers", LoraCard(family=A14B, position="same"))
+    assert "WanBygPipeline" in runtime("diffusers", LoraCard(family=A14B, position="same"))
 
 
 def test_the_command_knows_wan_without_being_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -15,7 +15,7 @@ from diffusers import UniPCMultistepScheduler, WanPipeline
 from byg_plugin import families, sampling, timesteps
 from byg_plugin.families.wan import NEGATIVE
 from byg_plugin.models import make_family
-from byg_plugin.models.wan import HIGH, LOW, UniPC, WanFamily, _source_positions, diffusers_times, to_wan_timestep, wan_times
+from byg_plugin.models.wan import HIGH, LOW, UniPC, WanFamily, diffusers_times, source_positions, to_wan_timestep, wan_times
 from byg_plugin.timesteps import is_high
 from tests.support.tiny_wan import A14B, T2V, TEXT_TOKENS, tiny_vae, tiny_wan, wan_config, wan_folder, wan_latents, wan_texts
 
@@ -44,7 +44,7 @@ def pipeline(family: WanFamily, **parts: object) -> WanPipeline:
 @torch.no_grad()
 def both_halves(network: torch.nn.Module, position: str, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """The network's output for noisy and source frames."""
-    with _source_positions(network, position, first.shape[2], True):
+    with source_positions(network, position, first.shape[2], True):
         return network(torch.cat([first, second], dim=2), to_wan_timestep(T), wan_texts(2, 9)["umt5"], return_dict=False)[0]
 
 
@@ -85,7 +85,7 @@ def angles(width: int, frame: int, row: int, column: int) -> list[float]:
 def test_rotations_in_closed_form(position: str):
     network = tiny_wan()
     width, (frames, rows, columns) = 12, (2, 2, 3)
-    with _source_positions(network, position, frames, True):
+    with source_positions(network, position, frames, True):
         cos, sin = network.rope(torch.zeros(1, 16, 2 * frames, 2 * rows, 2 * columns))
     assert cos.shape == (1, 2 * frames * rows * columns, 1, width)
     token = 0

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from byg_plugin.musubi.fields import BlockSwap
 from tests.support.musubi_host import A14B, T2V, Rig, latents, needs_host, texts
+from tests.support.musubi_images import IMAGES, MASKED
 from tests.support.musubi_runs import one_batch
 
 pytestmark = needs_host
@@ -62,7 +63,7 @@ def one_step(it: Rig, family: str) -> Tensor:
     return torch.cat([p.grad.flatten() for p in it.network.parameters()])
 
 
-@pytest.mark.parametrize("family", [T2V, A14B])
+@pytest.mark.parametrize("family", [T2V, A14B, *MASKED])
 def test_swapped_blocks_are_on_the_device_when_they_compute(tmp_path: Path, family: str):
     """The host's own offloader decides what moves; its moves are recorded as tags, since a CPU has nowhere to move to."""
     from musubi_tuner.modules import custom_offloading_utils as utils
@@ -70,7 +71,8 @@ def test_swapped_blocks_are_on_the_device_when_they_compute(tmp_path: Path, fami
     it = Rig(tmp_path, family)
     it.wake()
     expected = one_step(it, family)
-    blocks = it.transformer.blocks
+    blocks = getattr(it.transformer, IMAGES[family].blocks if family in IMAGES else "blocks")
+    swapped = len(blocks) // 2
     away: set[int] = set()
 
     class Tagged(utils.ModelOffloader):
@@ -86,8 +88,8 @@ def test_swapped_blocks_are_on_the_device_when_they_compute(tmp_path: Path, fami
             away.update(range(self.num_blocks - self.blocks_to_swap, self.num_blocks))
 
     transformer = it.transformer
-    transformer.blocks_to_swap = 2
-    transformer.offloader = Tagged("tiny", blocks, len(blocks), 2, True, torch.device("cpu"))
+    transformer.blocks_to_swap = swapped
+    transformer.offloader = Tagged("tiny", blocks, len(blocks), swapped, True, torch.device("cpu"))
     transformer.prepare_block_swap_before_forward()
     computed: list[int] = []
     for index, block in enumerate(blocks):

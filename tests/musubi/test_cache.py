@@ -15,7 +15,10 @@ from byg_plugin.data.rules import ROLES
 from byg_plugin.data.tuples import EditTuple
 from byg_plugin.musubi import cache as musubi_cache
 from byg_plugin.musubi.cache import Item
+from byg_plugin.musubi.family import MusubiFamily
 from byg_plugin.musubi.flux import FluxOnMusubi
+from byg_plugin.musubi.krea2 import Krea2OnMusubi
+from byg_plugin.musubi.qwen_image import QwenImageOnMusubi
 from byg_plugin.musubi.wan import WanOnMusubi
 
 WIDTH = 6
@@ -250,3 +253,23 @@ def test_a_text_that_is_not_finite_is_named(tmp_path: Path):
     save_file(tensors, path)
     with pytest.raises(ValueError, match="a cached instruction holds NaN or infinite values: remove the host's text cache"):
         musubi_cache.texts_of_batch(collated([path]), 1, WAN, [0.0], 8)
+
+
+# --- texts that keep their own lengths ---
+
+
+@pytest.mark.parametrize(("family", "row"), [(QwenImageOnMusubi(), (WIDTH,)), (Krea2OnMusubi(), (2, WIDTH))], ids=["qwen", "krea2"])
+def test_texts_of_their_own_lengths_have_a_mask(tmp_path: Path, family: MusubiFamily, row: tuple[int, ...]):
+    paths = []
+    for stem, length in (("a", 3), ("b", 5)):
+        paths.append(tmp_path / f"{stem}_te.safetensors")
+        encode = lambda text, length=length: {"qwen": torch.full((length, *row), float(length)).bfloat16()}  # noqa: E731
+        musubi_cache.write_roles(Item(stem=stem, path=paths[-1]), [edit_tuple(f"{stem}.png")], encode, family, ENCODER)
+        assert musubi_cache._wrong_entries(paths[-1], family, 1) is None
+    found = musubi_cache.texts_of_batch(collated(paths), 2, family, [0.0, 0.0], 8)["instruction"]
+    assert found["qwen"].shape == (2, 5, *row) and found["mask"].tolist() == [[True] * 3 + [False] * 2, [True] * 5]
+    assert (found["qwen"][0, 3:] == 0).all() and (found["qwen"][0, :3] == 3).all() and (found["qwen"][1] == 5).all()
+    with pytest.raises(ValueError, match="max_text_tokens = 4, and a cached text has 5 tokens"):
+        musubi_cache.texts_of_batch(collated(paths), 2, family, [0.0, 0.0], 4)
+    other = Krea2OnMusubi() if len(row) == 1 else QwenImageOnMusubi()
+    assert "is needed" in str(musubi_cache._wrong_entries(paths[0], other, 1)), "layers where there are none, or none where there are"

@@ -37,6 +37,7 @@ from tests.support.musubi_host import (
     open_tiny,
     write_weights,
 )
+from tests.support.musubi_images import QWEN
 from tests.support.musubi_runs import FAMILIES, child_env, encoded, rig, run_here, write_config, write_work
 
 pytestmark = needs_host
@@ -64,8 +65,9 @@ def test_the_hosts_loop_trains_and_saves(tmp_path: Path, family: str):
     assert musubi_trainer.read_state(state)["step"] in (2, 4) and (state / musubi_trainer.STATE_TENSORS).is_file()
 
 
-def test_resume_goes_on_at_its_step_with_its_ema(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    write_work(tmp_path, T2V, items=1)  # one item: the host's order of batches starts over, with one it is the same
+@pytest.mark.parametrize("family", [T2V, QWEN])
+def test_resume_goes_on_at_its_step_with_its_ema(tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch):
+    write_work(tmp_path, family, items=1)  # one item: the host's order of batches starts over, with one it is the same
     drawn: list[float] = []
     plain = musubi_trainer.draw_batch
 
@@ -75,11 +77,11 @@ def test_resume_goes_on_at_its_step_with_its_ema(tmp_path: Path, monkeypatch: py
         return batch
 
     monkeypatch.setattr(musubi_trainer, "draw_batch", draw)
-    whole = run_here(write_config(tmp_path, T2V, "whole"))
+    whole = run_here(write_config(tmp_path, family, "whole"))
     uninterrupted, drawn[:] = list(drawn), []
-    run_here(write_config(tmp_path, T2V, "half", max_train_steps=2, save_state=True))
+    run_here(write_config(tmp_path, family, "half", max_train_steps=2, save_state=True))
     state = musubi_trainer.states(tmp_path / "half")[-1]
-    second = write_config(tmp_path, T2V, "half", save_state=False)
+    second = write_config(tmp_path, family, "half", save_state=False)
     with pytest.raises(ValueError, match="go on with --resume"):
         run_here(second)
     with pytest.raises(ValueError, match="so name the folder: --resume"):
@@ -93,7 +95,7 @@ def test_resume_goes_on_at_its_step_with_its_ema(tmp_path: Path, monkeypatch: py
     with safe_open(resumed.with_name("tiny-from000002-ema.safetensors"), framework="pt") as file:
         assert file.metadata()["byg.step"] == "4"
     with pytest.raises(ValueError, match="raise it, nothing is left to do"):
-        run_here(write_config(tmp_path, T2V, "half", max_train_steps=2), str(state))
+        run_here(write_config(tmp_path, family, "half", max_train_steps=2), str(state))
     with pytest.raises(ValueError, match="no state of this plugin there"):
         run_here(second, str(tmp_path))
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from byg_plugin.musubi import trainer as musubi_trainer
 from tests.support.musubi_host import A14B, T2V, needs_host
+from tests.support.musubi_images import MASKED, ZIMAGE
 from tests.support.musubi_runs import run_here, write_config, write_work
 
 pytestmark = needs_host
@@ -35,7 +36,13 @@ def test_memory_and_optimizer_options_run(tmp_path: Path, options: dict[str, Any
 
 @pytest.mark.parametrize(
     ("family", "scaled"),
-    [(A14B, True), ("flux", True), ("flux", False)],  # unscaled, the host's Wan needs an autocast to float32, which a CPU has not
+    [
+        (A14B, True),
+        ("flux", True),
+        ("flux", False),
+        (ZIMAGE, False),
+        *((family, True) for family in MASKED),
+    ],  # unscaled, the host's Wan needs an autocast to float32, which a CPU has not
 )
 def test_a_base_of_8_bit_weights(tmp_path: Path, family: str, scaled: bool, monkeypatch: pytest.MonkeyPatch):
     write_work(tmp_path, family)

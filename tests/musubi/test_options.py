@@ -11,21 +11,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from byg_plugin import shipped
+from byg_plugin import families, shipped
 from byg_plugin.config.loading import load_config, parse_config
 from byg_plugin.config.sections import Config
 from byg_plugin.musubi import options as musubi_options
 from byg_plugin.musubi import section as musubi_section
-from byg_plugin.musubi.options import REFUSED, Surface
+from byg_plugin.musubi.family import musubi_family
+from byg_plugin.musubi.options import REFUSED
 from byg_plugin.objectives.paired_config import PairedConfig
-from tests.support import GOLDEN, ROOT
-from tests.support.musubi_host import A14B, T2V, host_config
-
-RECORDED = json.loads((GOLDEN / "musubi_surfaces.json").read_text(encoding="utf-8"))
-
-
-def surface(family: str) -> Surface:
-    return musubi_options.surface_from_json(RECORDED["flux" if family == "flux" else "wan"])
+from tests.support import ROOT
+from tests.support.musubi_host import A14B, T2V, host_config, recorded_surface
+from tests.support.musubi_images import MASKED, QWEN
 
 
 @pytest.fixture
@@ -36,10 +32,10 @@ def folder(tmp_path: Path) -> Path:
 
 
 def found(config: Config) -> list[str]:
-    return musubi_options.problems(config, surface(config.model.family))
+    return musubi_options.problems(config, recorded_surface(config.model.family))
 
 
-@pytest.mark.parametrize("family", [T2V, A14B, "flux"])
+@pytest.mark.parametrize("family", [T2V, A14B, "flux", *MASKED])
 def test_a_good_configuration_has_no_problems(folder: Path, family: str):
     assert found(host_config(folder, family)) == []
 
@@ -97,9 +93,14 @@ def test_what_is_wrong_is_told(folder: Path, key: str, value: Any, says: str):
     assert any(says in line and key in line for line in lines), lines
 
 
+def test_other_models_of_qwen_image_are_refused(folder: Path):
+    lines = found(host_config(folder, QWEN, musubi={"model_version": "edit", "edit": True, "remove_first_image_from_target": True}))
+    assert len(lines) == 3 and all("model.family decides it" in line for line in lines)
+
+
 @pytest.mark.parametrize("key", sorted(REFUSED))
 def test_what_cannot_be_honoured_is_refused_with_a_remedy(folder: Path, key: str):
-    option = surface(T2V).get(key)
+    option = recorded_surface(T2V).get(key)
     assert option is not None, "the host has no such option any more: take it out of REFUSED"
     value: Any = True if option.kind == "flag" else option.choices[0] if option.choices else 1 if option.kind in ("int", "float") else "x"
     lines = found(host_config(folder, T2V, musubi={key: [value] if option.many else value}))
@@ -190,7 +191,7 @@ def test_every_problem_is_in_one_message(folder: Path):
 
 def test_arguments_are_what_the_hosts_entry_point_makes(folder: Path):
     parser = argparse.ArgumentParser()
-    for name, option in surface(T2V).items():
+    for name, option in recorded_surface(T2V).items():
         if option.kind == "flag":
             parser.add_argument(f"--{name}", action="store_true")
         else:
@@ -269,11 +270,15 @@ def test_its_section_needs_the_host():
         )
 
 
-@pytest.mark.parametrize("name", ["musubi_flux", "musubi_wan22", "musubi_wan22_24gb"])
+@pytest.mark.parametrize(
+    "name", ["musubi_flux", "musubi_krea2", "musubi_qwen_image", "musubi_z_image", "musubi_wan22", "musubi_wan22_24gb"]
+)
 def test_recipes_name_options_that_the_host_has(name: str):
     config = load_config(ROOT / "configs" / f"{name}.toml")
     wrong = [line for line in found(config) if not line.endswith("no such file") and "bitsandbytes" not in line]
     assert not wrong and len(found(config)) >= 2
+    if not families.named(config.model.family).has_experts:  # Wan's check reads its DiT
+        musubi_family(config.model.family).check(config.musubi)
 
 
 # --- a host that is not there ---

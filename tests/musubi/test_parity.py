@@ -14,7 +14,8 @@ from byg_plugin.hosts.diffusers import DiffusersHost
 from byg_plugin.models import make_family
 from byg_plugin.objectives import make_objective
 from byg_plugin.objectives.base import Batch
-from tests.support.musubi_host import A14B, KLEIN, T2V, Rig, embedded_config, embedded_networks, latents, needs_host, texts
+from tests.support.musubi_host import A14B, T2V, Rig, embedded_config, embedded_networks, latents, needs_host, texts
+from tests.support.musubi_images import IMAGES
 from tests.support.musubi_runs import FAMILIES, one_batch, rig
 
 pytestmark = needs_host
@@ -34,7 +35,7 @@ def test_base_is_the_bare_model_bit_for_bit(family: str):
         it.network.set_multiplier(1.0)
     else:
         with torch.no_grad():
-            expected = it.trainer.byg_checkout.family.call(it.accelerator, bare, it.trainer.byg_config.conditioning)(noisy, t, text, None)
+            expected = it.call(bare)(noisy, t, text, None)
     with it.fields.live() as velocity:
         live = velocity(noisy, t, text, None)
     assert torch.equal(found, expected) and not torch.allclose(live, expected, atol=1e-3)
@@ -54,22 +55,22 @@ def test_ema_is_restored_after_an_exception(family: str):
     assert all(torch.equal(p, before[name]) for name, p in it.network.named_parameters())
 
 
-@pytest.mark.parametrize("family", [T2V, "flux", KLEIN])
+@pytest.mark.parametrize("family", [T2V, "flux", *IMAGES])
 def test_source_tokens_have_the_targets_positions(family: str):
     """Then noisy and source tokens change places without a trace but for which half is read."""
     it = rig(family)
     a, b, t, text = latents(family, 1, 1), latents(family, 1, 2), torch.tensor([0.4]), texts(family, 1, 3)
     whole: list[Tensor] = []
-    handle = (it.transformer.head if family == T2V else it.transformer.final_layer).register_forward_hook(
-        lambda m, i, out: whole.append(out)
-    )
+    head = IMAGES[family].head if family in IMAGES else {T2V: "head", "flux": "final_layer"}[family]
+    handle = it.transformer.get_submodule(head).register_forward_hook(lambda m, i, out: whole.append(out))
     with it.fields.live() as velocity:
         velocity(a, t, text, b)
         velocity(b, t, text, a)
     handle.remove()
-    half = whole[0].shape[1] // 2
-    swapped = torch.cat([whole[1][:, half:], whole[1][:, :half]], dim=1)
-    assert (whole[0] - swapped).abs().max() < 1e-5 < (whole[0] - whole[1]).abs().max()
+    half = {T2V: 12}.get(family, 6)
+    first, second = (out[:, : 2 * half] for out in whole)  # some have the text after them
+    swapped = torch.cat([second[:, half:], second[:, :half]], dim=1)
+    assert (first - swapped).abs().max() < 1e-5 < (first - second).abs().max()
 
 
 def embedded_step(folder: Path, family: str, lora: dict[str, Tensor], ema: dict[str, Tensor], batch: Batch, **objective: Any) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from byg_plugin import families
 from tests.support.musubi_host import A14B, needs_host, open_tiny, texts
+from tests.support.musubi_newer import rename_seams
 from tests.support.musubi_runs import rig, run_here, write_config, write_work
 
 pytestmark = needs_host
@@ -82,13 +83,14 @@ class TinyVae:
         return big if self.family == "flux" else list(big.repeat_interleave(4, 2)[:, :, 3:])
 
 
-@pytest.mark.parametrize("family", [A14B, "flux"])
-def test_previews_in_the_hosts_loop(tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(("family", "newer"), [(A14B, False), ("flux", False), ("flux", True)])
+def test_previews_in_the_hosts_loop(tmp_path: Path, family: str, newer: bool, monkeypatch: pytest.MonkeyPatch):
     write_work(tmp_path, family)
     (tmp_path / "prompts.txt").write_text(
         f"make it snow --ci {tmp_path / 'photo0.png'} --w 48 --h 32 --s 2 --d 1 --f 1\n", encoding="utf-8"
     )
     host = open_tiny(family)
+    called = rename_seams(monkeypatch) if newer else []
 
     def prompts(self: Any, args: Any, accelerator: Any, path: str) -> Any:
         found = host.trainer.load_prompts(path)
@@ -117,3 +119,4 @@ def test_previews_in_the_hosts_loop(tmp_path: Path, family: str, monkeypatch: py
     run_here(write_config(tmp_path, family, max_train_steps=2, **options))
     assert len(saved) >= 2 and all(video.shape == (1, 3, 1, 32, 48) for video in saved)
     assert not torch.equal(saved[0], saved[-1]), "the weights have changed in between"
+    assert not newer or set(called) == {"prepare_sampling", "round_sample_frame_count", "item_extras"}

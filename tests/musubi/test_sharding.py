@@ -17,6 +17,7 @@ from torch import nn
 
 from tests.support.engine_runs import in_processes
 from tests.support.musubi_host import T2V, needs_host
+from tests.support.musubi_images import ZIMAGE
 from tests.support.musubi_runs import run_here, write_config, write_work
 
 pytestmark = needs_host
@@ -39,7 +40,7 @@ def train(config: Path, environment: dict[str, str]) -> None:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("family", ["flux", T2V])
+@pytest.mark.parametrize("family", ["flux", T2V, ZIMAGE])
 def test_the_lora_is_that_of_plain_processes(tmp_path: Path, family: str):
     write_work(tmp_path, family, items=4)
     engines = {"plain": {}, "fsdp2": FSDP, **({"zero3": DEEPSPEED} if find_spec("deepspeed") else {})}

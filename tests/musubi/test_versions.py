@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +11,8 @@ import torch
 
 from byg_plugin.musubi import host as musubi
 from byg_plugin.musubi import options as musubi_options
-from tests.support import GOLDEN
-from tests.support.musubi_host import T2V, host_config, needs_host, open_tiny
+from tests.support.musubi_host import T2V, host_config, needs_host, open_tiny, recorded_surface
+from tests.support.musubi_images import KREA2, MASKED
 from tests.support.musubi_runs import child_env
 
 pytestmark = needs_host
@@ -22,11 +21,10 @@ pytestmark = needs_host
 # --- the host's parser ---
 
 
-@pytest.mark.parametrize("family", [T2V, "flux"])
+@pytest.mark.parametrize("family", [T2V, "flux", *MASKED])
 def test_recorded_surface_is_this_hosts(family: str):
-    recorded = json.loads((GOLDEN / "musubi_surfaces.json").read_text(encoding="utf-8"))
     found = musubi_options.surface_of(open_tiny(family).parser())
-    expected = musubi_options.surface_from_json(recorded["wan" if family == T2V else "flux"])
+    expected = recorded_surface(family)
     missing = {name for name in expected if name not in found}
     # v0.3.0 lacks what later versions added; a host that is newer may have more.
     assert missing <= {"block_swap_h2d_only", "block_swap_ring_size", "save_precision"}, missing
@@ -67,3 +65,10 @@ def test_an_incompatible_host_is_one_error(monkeypatch: pytest.MonkeyPatch):
     starts = ["the seam WanNetworkTrainer.process_batch", "the seam WanNetworkTrainer.on_post_save"]
     starts += ["WanModel.switch_block_swap_for_training", "WanModel.forward(f_indices"]
     assert len(lacking) == 4 and all(line.startswith(start) for line, start in zip(lacking, starts, strict=True))
+
+
+def test_a_host_without_the_model_is_one_error(monkeypatch: pytest.MonkeyPatch):
+    open_tiny(T2V)
+    monkeypatch.setitem(sys.modules, "musubi_tuner.krea2_train_network", None)
+    with pytest.raises(ValueError, match=r"krea2_train_network\.Krea2NetworkTrainer: its version has no such model"):
+        musubi.open_checkout(host_config(Path("."), KREA2).model)

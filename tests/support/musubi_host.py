@@ -16,10 +16,11 @@ from torch import Tensor
 from byg_plugin.config.loading import parse_config
 from byg_plugin.config.sections import Config
 from byg_plugin.lora import wan_names
-from byg_plugin.models import flux2_files, flux_files
+from byg_plugin.models import flux_files
 from byg_plugin.musubi import host as musubi
 from byg_plugin.musubi.checkout import Checkout
 from tests.support import GOLDEN
+from tests.support.musubi_images import IMAGES, MASKED, TEXT_TOKENS
 from tests.support.tiny import tiny_config, tiny_flux, tiny_texts
 
 CHECKOUT = os.environ.get("MUSUBI_TUNER", "")
@@ -28,11 +29,9 @@ needs_host = [
     pytest.mark.skipif(not CHECKOUT, reason="set MUSUBI_TUNER to the folder of a musubi-tuner checkout to run it"),
 ]
 SITE = Path(__file__).parent / "musubi_site"
-TEXT_TOKENS = 8
 WAN_TEXT = 4096  # the host knows no other width
 BLOCKS = 4  # of the tiny Wan: enough to swap some
 A14B, T2V = "wan2.2-t2v-a14b", "wan2.1-t2v-1.3b"
-KLEIN = "flux2-klein-4b"
 
 
 def open_tiny(family: str) -> Checkout:
@@ -85,6 +84,8 @@ def host_config(folder: Path, family: str, **sections: dict[str, Any]) -> Config
             "sdpa": True,
         },
     }
+    if family in IMAGES:
+        raw["musubi"] |= IMAGES[family].options
     if family == A14B:
         raw["musubi"]["dit_high_noise"] = str(folder / "high.safetensors")
     for name, values in sections.items():
@@ -112,32 +113,22 @@ def write_weights(folder: Path, family: str) -> None:
     if family == "flux":
         state = flux_files.to_native_layout(tiny_flux().state_dict())
         save_file({name: value.contiguous().clone() for name, value in state.items()}, folder / "dit.safetensors")
-    elif family == KLEIN:
-        state = flux2_files.to_native_layout(klein_network().state_dict())
-        save_file({name: value.contiguous().clone() for name, value in state.items()}, folder / "dit.safetensors")
+    elif family in IMAGES:
+        save_file(IMAGES[family].state(), folder / "dit.safetensors")
     else:
         save_file(random_wan(0), folder / "dit.safetensors")
     if family == A14B:
         save_file(random_wan(7), folder / "high.safetensors")
 
 
-def klein_network() -> Any:
-    """The tiny FLUX.2; its time embedding has the host's width."""
-    from tests.support.tiny_flux2 import tiny_flux2
-
-    return tiny_flux2(timestep_guidance_channels=256)
-
-
 def embedded_networks(family: str) -> dict[str, torch.nn.Module]:
     """The networks of the embedded host with the same weights."""
     if family == "flux":
         return {"transformer": tiny_flux()}
+    if family in IMAGES:
+        return {"transformer": IMAGES[family].network()}
     import diffusers
 
-    if family == KLEIN:
-        if not hasattr(diffusers, "Flux2Transformer2DModel"):
-            pytest.skip(f"diffusers {diffusers.__version__}, which musubi-tuner pins, has no FLUX.2: nothing to compare with")
-        return {"transformer": klein_network()}
     if not hasattr(diffusers, "WanTransformer3DModel"):
         pytest.skip(f"diffusers {diffusers.__version__}, which musubi-tuner pins, has no Wan: nothing to compare with")
     from tests.support.tiny_wan import tiny_wan
@@ -155,8 +146,11 @@ def embedded_config(folder: Path, family: str, **sections: dict[str, Any]) -> Co
     objective = {"rollout_steps": 4, "identity_warmup_steps": 0, "identity_probability": 0.0, "ema_decay": 0.9}
     if family == "flux":
         return tiny_config(folder, objective=objective | sections.get("objective", {}))
-    if family == KLEIN:
-        return tiny_config(folder, model={"family": family}, objective=objective | sections.get("objective", {}))
+    if family in IMAGES:
+        network: Any = IMAGES[family].network()
+        network.save_config(folder / "model" / "transformer")  # the layers of a LoRA may depend on it
+        objective |= sections.pop("objective", {})
+        return tiny_config(folder, model={"family": family}, objective=objective, **sections)
     from tests.support.tiny_wan import wan_config
 
     shared = {"lora": {"experts": "shared"}} if family == A14B else {}
@@ -193,6 +187,11 @@ class Rig:
         self.trainer.on_train_start(self.args, self.accelerator, network, self.transformer, None)
         self.fields = self.trainer.byg_fields
 
+    def call(self, transformer: Any) -> Any:
+        """The family's call of a transformer."""
+        checkout = self.trainer.byg_checkout
+        return checkout.family.call(checkout.module, self.accelerator, transformer, self.trainer.byg_config.conditioning)
+
     def _load(self) -> Any:
         trainer, args = self.trainer, self.args
         trainer.blocks_to_swap = 0
@@ -221,15 +220,15 @@ def texts(family: str, batch: int, seed: int) -> dict[str, Tensor]:
     """Random encodings of the tiny model's widths."""
     if family == "flux":
         return tiny_texts(batch, seed)
-    if family == KLEIN:
-        return {"qwen": torch.randn(batch, TEXT_TOKENS, 48, generator=torch.Generator().manual_seed(seed))}
+    if family in IMAGES:
+        return IMAGES[family].texts(batch, seed)
     return {"umt5": torch.randn(batch, TEXT_TOKENS, WAN_TEXT, generator=torch.Generator().manual_seed(seed)) * 0.1}
 
 
 def latents(family: str, batch: int, seed: int) -> Tensor:
     """Random latents: an image for FLUX, a clip of two latent frames for Wan."""
-    if family == KLEIN:
-        return torch.randn(batch, 128, 1, 2, 3, generator=torch.Generator().manual_seed(seed))
+    if family in IMAGES:
+        return IMAGES[family].latents(batch, seed)
     frames = 1 if family == "flux" else 2
     return torch.randn(batch, 16, frames, 4, 6, generator=torch.Generator().manual_seed(seed))
 
@@ -240,8 +239,24 @@ def record_surfaces(path: Path) -> None:
 
     from byg_plugin.musubi import options as musubi_options
 
-    found = {family: musubi_options.surface_to_json(musubi_options.surface_of(open_tiny(family).parser())) for family in (T2V, "flux")}
-    path.write_text(json.dumps({"wan": found[T2V], "flux": found["flux"]}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    families = {"wan": T2V, "flux": "flux", **{family: family for family in MASKED}}
+    found = {
+        name: musubi_options.surface_to_json(musubi_options.surface_of(open_tiny(family).parser())) for name, family in families.items()
+    }
+    first, *others = found.values()
+    shared = {name: option for name, option in first.items() if all(other.get(name) == option for other in others)}
+    own = {family: {name: option for name, option in every.items() if name not in shared} for family, every in found.items()}
+    path.write_text(json.dumps({"shared": shared, **own}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def recorded_surface(family: str) -> Any:
+    """What `record_surfaces` wrote of a family."""
+    import json
+
+    from byg_plugin.musubi import options as musubi_options
+
+    recorded = json.loads((GOLDEN / "musubi_surfaces.json").read_text(encoding="utf-8"))
+    return musubi_options.surface_from_json(recorded["shared"] | recorded[family if family in recorded else "wan"])
 
 
 if __name__ == "__main__":

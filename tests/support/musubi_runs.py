@@ -20,12 +20,12 @@ from byg_plugin.musubi import cache as musubi_cache
 from byg_plugin.musubi import host as musubi
 from byg_plugin.musubi.family import musubi_family
 from byg_plugin.objectives.base import Batch
+from byg_plugin.texts import MASK, text_at
 from byg_plugin.timesteps import uniform_nodes
 from tests.support import ROOT
 from tests.support.musubi_host import (
     A14B,
     CHECKOUT,
-    KLEIN,
     SITE,
     T2V,
     TEXT_TOKENS,
@@ -37,8 +37,9 @@ from tests.support.musubi_host import (
     texts,
     write_weights,
 )
+from tests.support.musubi_images import IMAGES
 
-FAMILIES = [T2V, A14B, "flux", KLEIN]
+FAMILIES = [T2V, A14B, "flux", *IMAGES]
 
 
 @lru_cache(maxsize=8)
@@ -52,7 +53,7 @@ def rig(family: str, **_: Any) -> Rig:
 
 
 def one_batch(family: str) -> Batch:
-    t = {A14B: (0.55, 0.3), T2V: (0.7, 0.3), "flux": (0.7, 0.3), KLEIN: (0.7, 0.3)}[family]
+    t = (0.55, 0.3) if family == A14B else (0.7, 0.3)
     return Batch(
         source=latents(family, 2, 1),
         noise=latents(family, 2, 2),
@@ -80,8 +81,9 @@ def write_work(folder: Path, family: str, items: int = 3) -> None:
         source = folder / f"photo{index}.png"
         Image.new("RGB", (48, 32), (60 * index, 90, 120)).save(source)
         latent = latents(family, 1, index)[0].bfloat16()
-        shape = {"flux": "1x4x6", KLEIN: "2x3"}.get(family, "2x4x6")
-        stored = latent[:, 0] if is_image else latent
+        sides = IMAGES[family].stored if family in IMAGES else (1, 4, 6) if family == "flux" else (2, 4, 6)
+        shape = "x".join(map(str, sides))
+        stored = latent[:, 0] if family == "flux" else latent.reshape(len(latent), *sides)
         position = "" if is_image else "_00000-005"
         save_file({f"latents_{shape}_bfloat16": stored.contiguous()}, cache / f"photo{index}{position}_0048x0032_{name}.safetensors")
         record = {"source": source.name, **{role: f"{role} {index}" for role in ROLES}}
@@ -104,14 +106,14 @@ def write_work(folder: Path, family: str, items: int = 3) -> None:
 def encoded(family: str, text: str) -> dict[str, Tensor]:
     seed = sum(map(ord, text))
     found = {name: value[0] for name, value in texts(family, 1, seed).items()}
-    if family == KLEIN:
-        return found
+    if family in IMAGES:
+        return {name: value for name, value in text_at(texts(family, 1, seed), 0).items() if name != MASK}
     return {"t5": found["t5"], "pooled": found["pooled"][None]} if family == "flux" else {"umt5": found["umt5"][:5]}
 
 
 def write_config(folder: Path, family: str, out: str = "out", **options: Any) -> Path:
     """A TOML file of the run."""
-    precision = {"mixed_precision": "bf16"} if family == KLEIN else {}
+    precision = {"mixed_precision": "bf16"} if family in IMAGES else {}
     config = host_config(folder, family, musubi={"output_dir": str(folder / out), "seed": 3, **precision, **options})
     lines = ["[model]", f'family = "{family}"', 'host = "musubi"', f'host_path = "{CHECKOUT}"', 'device = "cpu"', "[dataset]"]
     lines += [f'tuples = "{folder / "tuples.jsonl"}"', "[conditioning]", f"max_text_tokens = {TEXT_TOKENS}", "[objective]"]

@@ -26,13 +26,14 @@ LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
 
 
 def config(out: Path, **train: Any) -> Config:
-    """With validation and a preview, in which every process of a sharded base takes part."""
+    """With validation, a preview and scores, in which every process of a sharded base takes part."""
     return run_config(
         out,
-        train={"steps": 2, "save_every": 0, "global_batch_size": 4, "validate_every": 2, "lr": 1e-3, **train},
+        train={"steps": 2, "save_every": 2, "global_batch_size": 4, "validate_every": 2, "lr": 1e-3, **train},
         objective={"rollout_steps": 2, "identity_warmup_steps": 1, "identity_probability": 0.0},
         dataset={"validation_items": 1},
         sample={"every": 2, "items": 1, "steps": 2},
+        evaluate={"every": 2, "items": 1, "metrics": ["error"], "select": ["error_source"]},
     )
 
 
@@ -77,6 +78,8 @@ def test_the_shipped_configurations_train_the_weights_of_one_process(engine: str
     assert difference(tmp_path / "out", reference) <= 5e-6
     assert curve(tmp_path / "out", "validation.jsonl")[0]["step"] == 2
     assert {path.name for path in (tmp_path / "out/previews").iterdir()} == {"step-000000", "step-000002"}
+    best = json.loads((tmp_path / "out/best.json").read_text(encoding="utf-8"))
+    assert best["step"] == 2 and best["score"] == curve(tmp_path / "out", "evaluation.jsonl")[0]["evaluate/error_source"]
 
 
 @pytest.mark.parametrize("engine", ["fsdp2", "zero3"])

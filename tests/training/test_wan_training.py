@@ -301,8 +301,10 @@ def test_the_guided_edit_of_a_preview_comes_before_the_edit_at_scale_1(tmp_path:
         config = run_config(tmp_path / name, sample={"every": 1, "items": 3, "steps": 2, **scales})
         trainer = make_trainer(config)
         wake(trainer.host)
-        edits = preview._edits(config, trainer.family, trainer.host, preview._inputs(config, trainer.host, trainer.data))
-        (rendered,) = preview._decoded(config.model.dtype, trainer.family, trainer.host, edits[2:])  # the still image: no codec
+        edits = preview._edits(
+            config, trainer.family, trainer.host, preview._inputs(config, trainer.host, trainer.data, config.sample.items)
+        )
+        (rendered,) = preview.decoded(config.model.dtype, trainer.family, trainer.host, edits[2:])  # the still image: no codec
         return [np.asarray(frames[0]).astype(int) for frames in rendered]
 
     source, guided, plain = columns("guided")

@@ -18,6 +18,11 @@ TINY_WAN = {"dim": 24, "ffn_dim": 32, "freq_dim": 16, "num_heads": 2, "num_layer
 TINY_FLUX = {"hidden_size": 32, "num_heads": 2, "depth": 2, "depth_single_blocks": 2, "axes_dim": [4, 6, 6]}
 
 TINY_FLUX2 = {"hidden_size": 32, "num_heads": 2, "depth": 2, "depth_single_blocks": 2, "axes_dim": [4, 4, 4, 4], "context_in_dim": 48}
+TINY_QWEN = {"attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 24, "axes_dims_rope": (4, 6, 6)}
+TINY_KREA2 = {"features": 64, "tdim": 16, "txtdim": 24, "heads": 4, "kvheads": 2, "layers": 2, "txtheads": 2, "txtkvheads": 2}
+TINY_ZIMAGE = {"ROPE_AXES_DIMS": [4, 6, 6], "ROPE_AXES_LENS": [256, 64, 64]}
+TINY_ZIMAGE |= {f"DEFAULT_TRANSFORMER_{name}": 2 for name in ("N_LAYERS", "N_REFINER_LAYERS", "N_HEADS", "N_KV_HEADS")}
+TINY_ZIMAGE |= {"DEFAULT_TRANSFORMER_DIM": 32, "DEFAULT_TRANSFORMER_CAP_FEAT_DIM": 16}
 
 
 class _Anything(types.ModuleType):
@@ -83,7 +88,40 @@ def shrink() -> None:
     klein = flux2_utils.FLUX2_MODEL_INFO["klein-base-4b"]
     tiny = dataclasses.replace(klein.params, **TINY_FLUX2)
     flux2_utils.FLUX2_MODEL_INFO["klein-base-4b"] = dataclasses.replace(klein, params=tiny)
+    _shrink_qwen_image()
+    _shrink_krea2()
+    _shrink_zimage()
     flux_utils.load_t5xxl, flux_utils.load_clip_l = load_t5, load_clip
+
+
+def _shrink_qwen_image() -> None:
+    from musubi_tuner.qwen_image import qwen_image_model as host
+
+    plain = host.QwenImageTransformer2DModel
+    if plain.__module__ != host.__name__:
+        return
+
+    class Tiny(plain):  # type: ignore[misc, valid-type]
+        def __init__(self, **sizes: Any):
+            super().__init__(**sizes | TINY_QWEN)
+
+    host.QwenImageTransformer2DModel = Tiny
+
+
+def _shrink_krea2() -> None:
+    try:
+        from musubi_tuner.krea2 import krea2_utils
+    except ImportError:  # before v0.3.4
+        return
+    vars(krea2_utils.single_mmdit_large_wide).update(TINY_KREA2)
+
+
+def _shrink_zimage() -> None:
+    try:
+        from musubi_tuner.zimage import zimage_config
+    except ImportError:  # not in every version
+        return
+    vars(zimage_config).update(TINY_ZIMAGE)
 
 
 def load_t5(path: str, dtype: Any, device: Any, disable_mmap: bool = False) -> Any:

@@ -1,0 +1,34 @@
+"""The header of a LoRA file that a run writes: its card, and what model browsers show."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+
+from torch import Tensor
+
+from byg_plugin.config.sections import Config
+from byg_plugin.lora import modelspec
+from byg_plugin.lora.card import LoraCard
+from byg_plugin.lora.files import hashed
+from byg_plugin.models.base import Family
+from byg_plugin.training import preview
+
+
+def header(
+    config: Config, family: Family, tensors: Mapping[str, Tensor], *, step: int, weights: str, title: str, suffix: str
+) -> dict[str, str]:
+    """Keys and values of a file's metadata.
+
+    Args:
+        config, family: of the run.
+        tensors: of the file.
+        step: optimizer steps that were made.
+        weights: `live` or `ema`.
+        title: the file's stem.
+        suffix: of the stem, which names the expert of a pair.
+    """
+    card = LoraCard.of(config, step, weights, family, suffix)
+    picture = preview.thumbnail(config.output) if config.output.thumbnail else None
+    shown = modelspec.metadata_of(card, title, date=datetime.now().isoformat(timespec="seconds"), thumbnail=picture)
+    return hashed(tensors, card.to_metadata() | shown)
