@@ -1,9 +1,10 @@
-"""What the tuple generator's client can do, the server's time left out: a local stub answers at once.
+"""What the tuple generator's client, or the judge's, can do, the server's time left out: a local stub answers at once.
 
-    python -m benchmarks.data_client [--images 400] [--in-flight 32]
+    python -m benchmarks.data_client [--judge] [--images 400] [--in-flight 32]
 
 Two runs of different length are compared, so that start and closing plot do not count. CPU seconds are the client's
-own; images a second come from the wall clock of two cores that client and stub share. Writes results/data_client.json.
+own; images a second come from the wall clock of two cores that client and stub share. Writes results/data_client.json, with
+--judge results/judge_client.json.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from PIL import Image
 from benchmarks import provenance
 from benchmarks.provenance import ROOT
 
-RESULTS = ROOT / "benchmarks" / "results" / "data_client.json"
+RESULTS = ROOT / "benchmarks" / "results"
 SIDE = 512
 
 
@@ -40,13 +41,28 @@ def write_images(folder: Path, count: int, suffix: str) -> None:
         (folder / f"p{number:05d}.txt").write_text(f"photo number {number} of a red car")
 
 
-def one_run(work: Path, images: Path, limit: int, in_flight: int, url: str) -> dict[str, float]:
-    """Wall and CPU seconds of the client over `limit` images."""
+def tool(work: Path, judge: bool) -> list[str]:
+    """The command of a client over the images of a folder; the judge takes each as the edit of the next."""
+    images = work / "images"
+    if not judge:
+        return ["generate_edits", "--images", str(images)]
+    names = sorted(path for path in images.iterdir() if path.suffix != ".txt")
+    texts = {"src_caption": "a red car", "tgt_caption": "a blue car", "reverse_instruction": "paint it red"}
+    with (work / "tuples.jsonl").open("w") as file:
+        for number, (edit, source) in enumerate(zip(names, names[1:] + names[:1], strict=True)):
+            record = {"id": edit.stem, "source": str(source), "instruction": f"paint car number {number} blue", **texts}
+            file.write(json.dumps(record) + "\n")
+    return ["judge", "--tuples", str(work / "tuples.jsonl"), "--results", str(images)]
+
+
+def one_run(work: Path, tool: list[str], limit: int, in_flight: int, url: str) -> dict[str, float]:
+    """Wall and CPU seconds of the client over `limit` requests."""
     out = work / f"{limit}.jsonl"
-    command = [sys.executable, str(ROOT / "dataset_tools" / "generate_edits.py"), "--images", str(images), "--out", str(out)]
+    name, *words = tool
     started = time.monotonic()
     process = subprocess.Popen(
-        [*command, "--limit", str(limit), "--base-url", url, "--in-flight", str(in_flight)],
+        [sys.executable, str(ROOT / "dataset_tools" / f"{name}.py"), *words, "--out", str(out), "--limit", str(limit)]
+        + ["--base-url", url, "--in-flight", str(in_flight)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -72,8 +88,8 @@ def measure_memory(counts: tuple[int, int]) -> dict[str, float]:
     return peaks
 
 
-def measure(suffix: str, images: int, in_flight: int) -> dict[str, Any]:
-    """The marginal cost of an image."""
+def measure(suffix: str, images: int, in_flight: int, judge: bool) -> dict[str, Any]:
+    """The marginal cost of a request: of an image, or of one question about an edit, of which each has two."""
     short = max(20, images // 8)
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
@@ -84,7 +100,8 @@ def measure(suffix: str, images: int, in_flight: int) -> dict[str, Any]:
         try:
             assert stub.stdout
             url = f"http://127.0.0.1:{int(stub.stdout.readline())}/v1"
-            first, second = (one_run(work, work / "images", count, in_flight, url) for count in (short, images))
+            words = tool(work, judge)
+            first, second = (one_run(work, words, count, in_flight, url) for count in (short, images))
         finally:
             stub.kill()
             stub.communicate()
@@ -104,20 +121,22 @@ def measure(suffix: str, images: int, in_flight: int) -> dict[str, Any]:
 def main() -> None:
     """The command; see the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--judge", action="store_true")
     parser.add_argument("--images", type=int, default=400)
     parser.add_argument("--in-flight", type=int, default=32)
     args = parser.parse_args()
     head, changed = provenance.commit("dataset_tools", "byg_plugin/data", "benchmarks/data_client.py")
     result = {
-        "what": "generate_edits.py against a local stub server that answers at once",
+        "what": f"{'judge' if args.judge else 'generate_edits'}.py against a local stub server that answers at once",
         "commit": head[:10] + ("-changed" if changed else ""),
         "python": platform.python_version(),
         "cores": os.cpu_count(),
         "load_before": [round(value, 1) for value in os.getloadavg()],
-        "peak_mib_by_rows": measure_memory((2_000, 100_000)),
-        "runs": [measure(suffix, args.images, args.in_flight) for suffix in (".jpg", ".png")],
+        **({} if args.judge else {"peak_mib_by_rows": measure_memory((2_000, 100_000))}),
+        "runs": [measure(suffix, args.images, args.in_flight, args.judge) for suffix in (".jpg", ".png")],
     }
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    file = RESULTS / ("judge_client.json" if args.judge else "data_client.json")
+    file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=1))
 
 

@@ -2,12 +2,16 @@
 
     python byg_plugin/evaluate.py --edits edits --metrics clip dino error ssim --out scores
     python byg_plugin/evaluate.py --edits edits_2 --metrics clip dino error ssim --out scores_2 --compare scores [scores_3 ...]
+    python byg_plugin/evaluate.py --benchmark gedit --data gedit --out scores        # tuples.jsonl, for edit.py
 
 What is judged: `--edits`, a folder of edit.py's or its edits.jsonl; or `--tuples` with the folder `--results` of edits named by their
 tuples' ids; or `--sources` and `--results`, two folders with files of the same names. Ground truths are the tuples' targets, or
 `--references`; `--masks` are images whose light part may change. `--out` gets scores.jsonl (what is scored stays scored; the rest goes
 on after a kill), summary.json and summary.md (mean +- standard error by edit type), scores.png and report.html. Metrics:
 byg_plugin/evaluation/metrics, a file each. No model is downloaded: what is missing is told with the line that fetches it.
+
+`--benchmark` names a published set of tasks (byg_plugin/evaluation/benchmarks, a file each): without edits the command writes what
+edit.py is to edit, with them it scores them by the benchmark's groups.
 """
 
 from __future__ import annotations
@@ -21,13 +25,14 @@ if __package__ in (None, ""):
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import TYPE_CHECKING
 
 from byg_plugin import _cli
 from byg_plugin.config.extras import require
-from byg_plugin.evaluation import frames
-from byg_plugin.evaluation.items import Item, from_folders, from_manifest, from_tuples, missing_files, refuse, with_files
+from byg_plugin.evaluation import benchmarks, frames
+from byg_plugin.evaluation.benchmarks.base import Benchmark
+from byg_plugin.evaluation.items import Item, items_of, missing_files, refuse
 from byg_plugin.evaluation.metrics import METRICS, Options, classes
 from byg_plugin.evaluation.metrics.base import missing_texts
 from byg_plugin.folders import make_writable, write_text
@@ -46,6 +51,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--results", **path, metavar="DIR", help="folder of edits")
     parser.add_argument("--references", **path, metavar="DIR", help="folder of exact edits, named by id or as the edits")
     parser.add_argument("--masks", **path, metavar="DIR", help="folder of images, light where the edit may change, named alike")
+    parser.add_argument("--benchmark", choices=benchmarks.NAMES, help="score by the groups of this one; without edits: write its tuples")
+    parser.add_argument("--data", **path, metavar="DIR", help="folder of the benchmark's data")
+    parser.add_argument("--captions", **path, metavar="FILE", help="JSONL of id, src_caption, tgt_caption, for a benchmark that has none")
     without_model = ["error", "psnr", "flicker"]
     parser.add_argument("--metrics", nargs="+", choices=[*METRICS], default=without_model, help=f"default: {' '.join(without_model)}")
     parser.add_argument("--out", **path, default=Path("scores"), metavar="DIR", help="folder of the results (default: scores)")
@@ -54,36 +62,22 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--clip", type=_cli.not_empty, default=Options.clip, help=f"folder or hub id (default: {Options.clip})")
     parser.add_argument("--dino", type=_cli.not_empty, default=Options.dino, help=f"folder or hub id (default: {Options.dino})")
     parser.add_argument("--lpips-net", choices=["alex", "vgg", "squeeze"], default=Options.lpips_net, help="default: alex")
+    parser.add_argument("--aesthetic", **path, metavar="FILE", help="of aesthetic: LAION's linear head, .safetensors")
+    parser.add_argument("--cotracker", **path, metavar="FILE", help="of motion: CoTracker3's offline weights, .safetensors (CC-BY-NC)")
+    parser.add_argument("--judged", **path, nargs="+", default=[], metavar="FILE", help="of viescore, imgedit: judge.py's files")
+    parser.add_argument("--vie-reading", choices=["official", "paper"], default=Options.vie_reading, help="of viescore (default: official)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of the models (default: cpu)")
     return parser
-
-
-def items_of(args: argparse.Namespace) -> list[Item]:
-    """What the command line asks to judge.
-
-    Raises:
-        ValueError: nothing, too much, or something missing.
-    """
-    ways = {
-        ("edits",): lambda: from_manifest(args.edits),
-        ("edits", "tuples"): lambda: from_manifest(args.edits, args.tuples),
-        ("tuples", "results"): lambda: from_tuples(args.tuples, args.results),
-        ("sources", "results"): lambda: from_folders(args.sources, args.results),
-    }
-    given = tuple(name for name in ("edits", "tuples", "sources", "results") if getattr(args, name) is not None)
-    if given not in ways:
-        raise ValueError("give --edits DIR, or --tuples FILE --results DIR, or --sources DIR --results DIR")
-    items = ways[given]()
-    for option, role in (("references", "reference"), ("masks", "mask")):
-        if getattr(args, option) is not None:
-            items = with_files(items, getattr(args, option), role)
-    return items
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command; see the module."""
     args = _parser().parse_args(arguments)
-    items = items_of(args)
+    benchmark = _benchmark(args)
+    if benchmark is not None and args.edits is None and args.results is None:
+        return
+    items = items_of(vars(args))
+    items = items if benchmark is None else benchmark.items(items)
     refuse(missing_files(items), "files")
     require("matplotlib", "the plots", "eval")
     if args.compare is not None:
@@ -100,20 +94,41 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise ValueError(f"--sort-by {args.sort_by}: not a column of these metrics, which are {', '.join(columns)}")
     if args.compare is not None:
         _others(args)  # what is wrong with them is told before the work
-    _evaluate(args, items, columns)
+    _evaluate(args, items, columns, benchmark)
 
 
-def _evaluate(args: argparse.Namespace, items: Sequence[Item], columns: dict[str, bool]) -> None:
+def _benchmark(args: argparse.Namespace) -> Benchmark | None:
+    """What `--benchmark` names, with its tuples written; edits of other tools (`--results`) are named by their ids."""
+    if args.benchmark is None:
+        if args.data is not None or args.captions is not None:
+            raise ValueError("--data and --captions are a benchmark's: give --benchmark, or leave them out")
+        return None
+    if args.tuples is not None or args.sources is not None:
+        raise ValueError("--benchmark has its own sources and tuples: leave --sources and --tuples out")
+    benchmark = benchmarks.read(args.benchmark, args.data, args.captions)
+    tuples = benchmark.write(args.out)
+    if args.results is not None:
+        args.tuples = tuples
+    elif args.edits is None:
+        counted = f"{len(benchmark.tasks)} tasks of {args.benchmark} (published: {benchmark.published}): {tuples}"
+        print(f"{counted}\nnow: python byg_plugin/edit.py ... --tuples {tuples} --out EDITS, then this command with --edits EDITS")
+    return benchmark
+
+
+def _evaluate(args: argparse.Namespace, items: Sequence[Item], columns: dict[str, bool], benchmark: Benchmark | None) -> None:
     from byg_plugin.evaluation import page, plots, scores, statistics
+    from byg_plugin.evaluation.metrics.answers import JudgedMetric
 
     metrics = {name: one(_options(args)) for name, one in classes(args.metrics).items()}
+    judged = {name: metric for name, metric in metrics.items() if isinstance(metric, JudgedMetric)}
+    refuse([problem for metric in judged.values() for problem in metric.judged.lacking(items)], "--judged")
     with Progress(total=len(items), desc="score", unit="edit") as bar:
         rows, looked_at = scores.score(items, metrics, args.out, lambda: bar.update(1))
-    table = statistics.by_type(rows)
+    table = statistics.by_type(rows) if benchmark is None else statistics.by_group(rows, benchmark.groups(), benchmark.means)
     if not table[statistics.ALL]:
         raise ValueError("no metric is defined for any of these edits: give --masks, --references or other --metrics")
     summary = {kind: {column: asdict(mean) for column, mean in means.items()} for kind, means in table.items()}
-    said = statistics.markdown(table)
+    said = statistics.markdown(table) + "".join(f"\nwarning: {one}\n" for metric in judged.values() for one in metric.sameness(items))
     _json(args.out / "summary.json", summary)
     plots.plot_table(table, args.out / "scores.png")
     if args.compare is not None:
@@ -144,7 +159,7 @@ def _named(folder: Path) -> str:
 
 
 def _options(args: argparse.Namespace) -> Options:
-    return Options(clip=args.clip, dino=args.dino, lpips_net=args.lpips_net, device=args.device)
+    return Options(**{field.name: getattr(args, field.name) for field in fields(Options)} | {"judged": tuple(args.judged)})
 
 
 def _json(path: Path, value: object) -> None:

@@ -11,7 +11,7 @@ from byg_plugin.data.rules import Finding
 
 from . import prompts
 from .backend import Answer, Backend, Chat, Refused
-from .parsing import Unparsable, parse_answer, without_thinking
+from .parsing import Unparsable, Values, parse_answer, without_thinking
 from .pool import Outcome
 from .settings import BackendSettings
 
@@ -28,6 +28,7 @@ class Attempt:
         name: of the input.
         answers: what the model has said so far, without keys and prompts.
         side: more of what the record's `meta` says.
+        prompt_version: of what is asked.
     """
 
     settings: BackendSettings
@@ -36,6 +37,7 @@ class Attempt:
     seed: int
     answers: list[str] = field(default_factory=list)
     side: dict[str, Any] = field(default_factory=dict)
+    prompt_version: str = prompts.VERSION
     started: float = field(default_factory=time.monotonic)
 
     async def ask(
@@ -45,6 +47,7 @@ class Attempt:
         fields: Sequence[str],
         check: Callable[[Texts], Sequence[Finding]],
         accept: Callable[[Texts, Sequence[Finding], bool], Outcome],
+        values: Values | None = None,
     ) -> Outcome:
         """Ask, and ask once more for what breaks a hard rule or cannot be read.
 
@@ -52,6 +55,7 @@ class Attempt:
             fields: of the object that the answer must be.
             check: findings on the fields' texts, which it may normalise.
             accept: the outcome of texts, their findings, and whether they were repaired.
+            values: see `parse_answer`.
 
         Raises:
             ValueError: no input could be served (the server is gone, the key is wrong).
@@ -63,7 +67,7 @@ class Attempt:
             except Refused as error:
                 return self.rejected("server", "server", backend.scrub(str(error), chat))
             self.answers.append(backend.scrub(answer.text, chat))
-            texts, findings = self._read(answer, fields)
+            texts, findings = self._read(answer, fields, values)
             if texts is not None:
                 findings = _repeats(texts, backend, chat) or list(check(texts))
             broken = [finding for finding in findings if finding.hard]
@@ -95,12 +99,12 @@ class Attempt:
         """Where the record comes from."""
         meta: dict[str, Any] = {"backend": self.settings.backend}
         if self.settings.backend != "rules":
-            meta |= {"model": self.settings.model, "prompt_version": prompts.VERSION}
+            meta |= {"model": self.settings.model, "prompt_version": self.prompt_version}
         return {**meta, "seed": self.seed, "seconds": round(time.monotonic() - self.started, 3), **self.side}
 
-    def _read(self, answer: Answer, fields: Sequence[str]) -> tuple[Texts | None, list[Finding]]:
+    def _read(self, answer: Answer, fields: Sequence[str], values: Values | None) -> tuple[Texts | None, list[Finding]]:
         try:
-            return parse_answer(answer.text, fields), []
+            return parse_answer(answer.text, fields, values), []
         except Unparsable as error:
             cut = f" (it ran into max_tokens = {self.settings.max_tokens})" if answer.cut else ""
             return None, [Finding(reason=error.reason, message=f"{error}{cut}")]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -39,6 +39,7 @@ _ALIASES = {
     "type": "edit_type",
     "category": "edit_type",
     "edittype": "edit_type",
+    "scores": "score",
 }
 _PLACEHOLDER = re.compile(r"(?:\.{2,}|…|<[^<>]*>|\[[^\[\]]*\]|string)?")
 _DEEPEST = 4  # an answer inside {"result": {...}} is found, one deeper than this is not looked for
@@ -57,8 +58,15 @@ class Unparsable(ValueError):
         self.reason = reason
 
 
-def parse_answer(text: str, fields: Sequence[str]) -> dict[str, str]:
+Values = Callable[[Mapping[str, Any], Sequence[str]], dict[str, str]]
+"""What an object's values under the fields' names are read as; raises `Unparsable`."""
+
+
+def parse_answer(text: str, fields: Sequence[str], values: Values | None = None) -> dict[str, str]:
     """The one object in `text` that has all `fields`, as stripped texts; other fields are dropped.
+
+    Args:
+        values: reads them otherwise than as texts.
 
     Raises:
         Unparsable: there is none (with what is wrong of the nearest one), or several that differ.
@@ -69,12 +77,12 @@ def parse_answer(text: str, fields: Sequence[str]) -> dict[str, str]:
     if len(answer) > _LONGEST:
         raise Unparsable("too_long", f"the answer has {len(answer)} characters; {_LONGEST} are read")
     try:
-        return _parse(answer, fields)
+        return _parse(answer, fields, values or _texts)
     except RecursionError:
         raise Unparsable("no_object", "the answer is nested without end") from None
 
 
-def _parse(answer: str, fields: Sequence[str]) -> dict[str, str]:
+def _parse(answer: str, fields: Sequence[str], values: Values) -> dict[str, str]:
     whole: list[dict[str, str]] = []
     nearest: Unparsable | None = None
     for candidate in _candidates(answer):
@@ -85,10 +93,11 @@ def _parse(answer: str, fields: Sequence[str]) -> dict[str, str]:
             continue
         for value in _objects(parsed):
             found = _by_field(value, fields)
-            if not found or all(_is_placeholder(text) for text in found.values() if isinstance(text, str)):
+            said = [text for text in found.values() if isinstance(text, str)]
+            if not found or (said and all(map(_is_placeholder, said))):
                 continue
             try:
-                item = _texts(found, fields)
+                item = values(found, fields)
             except Unparsable as error:
                 nearest = error
                 continue

@@ -16,9 +16,10 @@ from byg_plugin.config.fields import NonNegative, Section, Seed
 from byg_plugin.documents import json_value, toml_table
 
 _SHOWN = 200  # characters of a wrong value
-SECTIONS = ("generate", "captions", "render")
+SECTIONS = ("generate", "captions", "render", "judge")
 EDIT_MODEL = "Qwen/Qwen3-VL-30B-A3B-Thinking"
 TEXT_MODEL = "Qwen/Qwen3-VL-30B-A3B-Instruct"
+JUDGE_MODEL = "Qwen/Qwen2.5-VL-72B-Instruct"
 Seconds = Annotated[float, Field(gt=0.0, le=7 * 86400.0)]
 # More than anybody has: one more zero than was meant is said at once, not after hours or by a machine without memory.
 Count = Annotated[int, Field(gt=0, le=10_000)]
@@ -149,6 +150,33 @@ class RenderSettings(Section):
         for name in ("width", "height"):
             if getattr(self, name) % 16:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be a multiple of 16")
+        return self
+
+
+class JudgeSettings(BackendSettings):
+    """Edits to a model's scores of them."""
+
+    edits: str | None = Field(None, min_length=1, description="Folder of edit.py's results, or its edits.jsonl.")
+    tuples: str | None = Field(None, min_length=1, description="JSONL of tuples; with results, whose files are named by their ids.")
+    results: str | None = Field(None, min_length=1, description="Folder of edits of another tool.")
+    out: str = Field(min_length=1, description="JSONL of scores, for evaluate.py --judged; answers that cannot be read lie beside it.")
+    ask: Literal["viescore", "imgedit"] = Field(
+        "viescore", description="viescore = two questions of two scores, 0 to 10; imgedit = one question of three, 1 to 5."
+    )
+    prompts: str | None = Field(None, min_length=1, description="TOML or JSON of other words for the questions; docs/evaluation.md.")
+    frames: Annotated[int, Field(ge=2, le=32)] = Field(4, description="Clips: frames of source and of edit, each, that the judge sees.")
+    price_in: Annotated[float, Field(ge=0.0)] | None = Field(None, description="What a million tokens sent cost, for the sum shown.")
+    price_out: Annotated[float, Field(ge=0.0)] | None = Field(None, description="What a million tokens answered cost.")
+    model: str = Field(JUDGE_MODEL, min_length=1, description="Model as the server calls it, or hub id or folder for transformers.")
+    temperature: Annotated[float, Field(ge=0.0)] = Field(0.0, description="Sampling temperature; 0 = greedy.")
+    max_tokens: Tokens = Field(1024, description="Tokens an answer may have, thinking included.")
+
+    @model_validator(mode="after")
+    def _check(self) -> JudgeSettings:
+        if self.backend == "rules":
+            raise ValueError("backend = 'rules' cannot judge: use openai or transformers")
+        if (self.price_in is None) != (self.price_out is None):
+            raise ValueError("give price_in and price_out, both or none")
         return self
 
 

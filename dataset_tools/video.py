@@ -10,17 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from byg_plugin.data.rules import Finding, check_texts, is_photorealistic
+from byg_plugin.data.video_styles import INSTRUCTIONS, STYLES, wrap
 from byg_plugin.journal import numbered_records, read_records, write_records
 
 from .backend import seed_of
 
-STYLES = ("cartoon", "photo-realistic")
-INSTRUCTIONS = (
-    "Turn the video to {style} style",
-    "Convert the video to {style} style",
-    "Change the style of the video to {style}",
-    "Make the video look {style}",
-)
 _HINTS = re.compile(
     r"\b(?:cartoon\w*|anime|animat(?:ed|ion)s?|illustrat(?:ed|ion)s?|photo-?realis\w*|hyper-?realis\w*|realistic(?:ally)?|cinematic\w*|CGI|"
     r"3-?D|2-?D|render(?:ed|ing)s?|pixar|claymation|stop[- ]motion|watercolou?r|oil painting|sketch(?:ed)?|comic|footage|"
@@ -33,11 +27,6 @@ def style_hint(caption: str) -> str | None:
     """The first word that says how a video is made; None if the caption is free of them."""
     match = _HINTS.search(caption)
     return match.group(0) if match else None
-
-
-def wrap(caption: str, style: str) -> str:
-    """The template of D.2: the caption with a style."""
-    return f"{caption.rstrip().rstrip('.')}. The video is in {style} style."
 
 
 def plain_style(said: str) -> str:

@@ -12,6 +12,7 @@ from byg_plugin.config.sections import Config, DatasetConfig
 from byg_plugin.data.buckets import Size
 from byg_plugin.data.clips import clip_info, is_clip
 from byg_plugin.data.media import image_size
+from byg_plugin.data.placeholders import known
 from byg_plugin.data.tuples import MEDIA_SUFFIXES, EditTuple, read_tuples, read_tuples_file
 from byg_plugin.editing import manifest
 from byg_plugin.editing.editor import Editor, Words
@@ -49,7 +50,15 @@ class Job:
     """The tuple it was asked for by."""
 
     def words(self, reads: Sequence[str]) -> Words:
-        """What a method reads of it; `reads` are fields of a tuple."""
+        """What a method reads of it; `reads` are fields of a tuple.
+
+        Raises:
+            ValueError: its tuple, of a benchmark without captions, has none to read.
+        """
+        if lacking := [name for name in reads if self.item is not None and known(name, getattr(self.item, name)) is None]:
+            raise ValueError(
+                f"{self.name}: its tuple has no {' and '.join(lacking)}, which this method reads; evaluate.py --captions adds it"
+            )
         words = tuple(self.instruction if name == "instruction" else str(getattr(self.item, name)) for name in reads)
         return words[0] if len(words) == 1 else words
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -40,6 +40,35 @@ class Item:
     reference: Path | None = None
     mask: Path | None = None
     size: tuple[int, int] | None = None
+
+
+WAYS = ("edits", "tuples", "sources", "results")
+"""Options by which a command line names what is judged."""
+
+
+def items_of(given: Mapping[str, Path | None]) -> list[Item]:
+    """What a command line asks to judge.
+
+    Args:
+        given: by option, `WAYS` and "references" and "masks"; others are passed over.
+
+    Raises:
+        ValueError: nothing, too much, or something missing.
+    """
+    ways: dict[tuple[str, ...], Callable[..., list[Item]]] = {
+        ("edits",): from_manifest,
+        ("edits", "tuples"): from_manifest,
+        ("tuples", "results"): from_tuples,
+        ("sources", "results"): from_folders,
+    }
+    paths = {name: path for name in WAYS if (path := given.get(name)) is not None}
+    if tuple(paths) not in ways:
+        raise ValueError("give --edits DIR, or --tuples FILE --results DIR, or --sources DIR --results DIR")
+    items = ways[tuple(paths)](*paths.values())
+    for option, role in (("references", "reference"), ("masks", "mask")):
+        if (folder := given.get(option)) is not None:
+            items = with_files(items, folder, role)
+    return items
 
 
 def from_manifest(path: Path, tuples: Path | None = None) -> list[Item]:

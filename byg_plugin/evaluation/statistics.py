@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,8 @@ from byg_plugin.evaluation.scores import Row
 ALL = "all"
 UNTYPED = "(no type)"
 _RESAMPLES = 9999
+ROOTS = {"vie_root_of_means": ("vie_semantic", "vie_quality")}
+"""Columns of tables alone: the square root of the product of two columns' means, which is no mean of the items' roots."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,14 +47,42 @@ def mean_of(values: Sequence[float]) -> Mean:
 
 def by_type(rows: Sequence[Row]) -> Table:
     """Means of every column over each edit type and over all rows; columns without a value are left out."""
-    columns = dict.fromkeys(column for row in rows for column in row.scores)
     kinds = sorted({row.edit_type or UNTYPED for row in rows})
-    table: Table = {}
-    for kind in [*(kinds if kinds != [UNTYPED] else []), ALL]:
-        members = rows if kind == ALL else [row for row in rows if (row.edit_type or UNTYPED) == kind]
-        values = {column: _values(members, column) for column in columns}
-        table[kind] = {column: mean_of(known) for column, known in values.items() if known}
-    return table
+    groups = {kind: {row.id for row in rows if (row.edit_type or UNTYPED) == kind} for kind in kinds if kinds != [UNTYPED]}
+    return by_group(rows, groups)
+
+
+def by_group(
+    rows: Sequence[Row], groups: Mapping[str, Collection[str]], means: Mapping[str, Sequence[Collection[str]]] | None = None
+) -> Table:
+    """Means of every column over each group of ids, then over all rows; columns without a value are left out.
+
+    Args:
+        rows: of different ids.
+        groups: ids by name.
+        means: rows of the table that are means of groups' means, each group counting alike; `n` is how many groups have a value.
+    """
+    table = {name: _means([row for row in rows if row.id in ids]) for name, ids in groups.items()}
+    for name, parts in (means or {}).items():
+        found = [_means([row for row in rows if row.id in ids]) for ids in parts]
+        columns = dict.fromkeys(column for one in found for column in one if column not in ROOTS)
+        values = {column: [one[column].mean for one in found if column in one] for column in columns}
+        table[name] = _with_roots({column: Mean(n=len(known), mean=float(np.mean(known)), sem=None) for column, known in values.items()})
+    return table | {ALL: _means(rows)}
+
+
+def _means(rows: Sequence[Row]) -> dict[str, Mean]:
+    columns = dict.fromkeys(column for row in rows for column in row.scores)
+    values = {column: _values(rows, column) for column in columns}
+    return _with_roots({column: mean_of(known) for column, known in values.items() if known})
+
+
+def _with_roots(means: dict[str, Mean]) -> dict[str, Mean]:
+    for column, (one, other) in ROOTS.items():
+        if one in means and other in means:
+            root = (means[one].mean * means[other].mean) ** 0.5
+            means[column] = Mean(n=min(means[one].n, means[other].n), mean=root, sem=None)
+    return means
 
 
 def differences(rows: Sequence[Row], others: Sequence[Row], seed: int = 0) -> dict[str, Difference]:

@@ -12,7 +12,9 @@ from PIL import Image
 from dataset_tools.backend import Chat, encode_frame
 from dataset_tools.backend_transformers import TransformersBackend
 from dataset_tools.generate_edits import generate
-from dataset_tools.settings import BackendSettings, GenerateSettings
+from dataset_tools.judge import judge
+from dataset_tools.settings import BackendSettings, GenerateSettings, JudgeSettings
+from tests.support.evaluation import write_edits
 from tests.support.tiny_vlm import write_vlm
 from tests.support.tools_helpers import photos, records
 
@@ -101,6 +103,14 @@ def test_generate_edits_end_to_end(vlm: Path, tmp_path: Path) -> None:
     assert len(rejects) + len(records(tmp_path / "t.jsonl")) == 5 and rejects
     for record in rejects:
         assert record["kind"] == "parse" and record["message"] and len(record["answers"]) == 2
+
+
+def test_a_judge_end_to_end_with_questions_of_two_pictures_and_of_one_in_a_batch(vlm: Path, tmp_path: Path) -> None:
+    model = {"backend": "transformers", "model": str(vlm), "device_map": "cpu", "dtype": "float32", "max_tokens": 12, "batch_size": 4}
+    results = judge(JudgeSettings(edits=str(write_edits(tmp_path, 3)), out=str(tmp_path / "j.jsonl"), **model))  # type: ignore[arg-type]
+    assert results.tally.accepted + results.tally.rejected == 6 and results.tally.rejected
+    for record in records(tmp_path / "j.rejects.jsonl"):
+        assert record["kind"] == "parse" and len(record["answers"]) == 2 and record["metric"] in ("vie_semantic", "vie_quality")
 
 
 def test_no_such_model(tmp_path: Path) -> None:

@@ -9,11 +9,14 @@ import pytest
 from byg_plugin.documents import toml_table
 from dataset_tools import settings
 from dataset_tools.balance import PRIORITY
-from dataset_tools.settings import CaptionsSettings, GenerateSettings, RenderSettings, read_settings
+from dataset_tools.settings import CaptionsSettings, GenerateSettings, JudgeSettings, RenderSettings, read_settings
 from tests.support import ROOT
 
 PAGE = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
-MODELS = {"generate_edits": GenerateSettings, "prepare_captions": CaptionsSettings, "render_videos": RenderSettings}
+MODELS = {
+    **{"generate_edits": GenerateSettings, "prepare_captions": CaptionsSettings, "render_videos": RenderSettings},
+    "judge": JudgeSettings,
+}
 
 
 def knows(tool: str, option: str) -> bool:
@@ -21,7 +24,7 @@ def knows(tool: str, option: str) -> bool:
     return option[2:].replace("-", "_") in getattr(MODELS.get(tool), "model_fields", ()) or f'"{option}"' in source
 
 
-@pytest.mark.parametrize(("page", "least"), [("docs/data.md", 9), ("README.md", 4)])
+@pytest.mark.parametrize(("page", "least"), [("docs/data.md", 9), ("README.md", 4), ("docs/evaluation.md", 2)])
 def test_commands_of_the_pages_exist(page: str, least: int) -> None:
     commands = re.findall(r"^(?:python|accelerate launch) dataset_tools/(\w+)\.py([^\n]*)", (ROOT / page).read_text(encoding="utf-8"), re.M)
     assert len(commands) >= least
@@ -62,3 +65,4 @@ def test_defaults_are_the_papers() -> None:
     assert (generate.model, generate.k, generate.style_conversion) == ("Qwen/Qwen3-VL-30B-A3B-Thinking", 3, 0.15)
     assert CaptionsSettings(table="x", out="y").model == "Qwen/Qwen3-VL-30B-A3B-Instruct"
     assert RenderSettings(captions="x", out="y").hold_out == 4
+    assert JudgeSettings(edits="x", out="y").model == "Qwen/Qwen2.5-VL-72B-Instruct"

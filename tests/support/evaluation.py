@@ -14,6 +14,7 @@ from PIL import Image
 from byg_plugin import shipped
 from byg_plugin.data.clips import write_clip
 from byg_plugin.data.rules import ROLES
+from byg_plugin.data.tuples import read_tuples_file
 from byg_plugin.editing import manifest
 from byg_plugin.evaluation.frames import Seen
 from byg_plugin.evaluation.items import Item
@@ -49,7 +50,7 @@ def write_edits(folder: Path, count: int = 3, *, suffix: str = ".png", level: in
     out.mkdir(parents=True, exist_ok=True)
     for number in range(count):
         shown = noise(number, frames={".mkv": 3, ".mp4": 9}.get(suffix, 1)) // 2
-        source, made = save(folder / "sources" / f"s{number}{suffix}", shown), shown + np.uint8(level + number)
+        source, made = save(folder / "sources" / f"s{number}{suffix}", shown), shown + np.uint8((level + number) % 128)
         edit = save(out / f"{number:05d}_s{number}{suffix}", made)
         texts = {**{role: f"{role} {number}" for role in ROLES}, "edit_type": ("add", "remove")[number % 2], "id": f"t{number}"}
         manifest.append(
@@ -67,6 +68,19 @@ def write_edits(folder: Path, count: int = 3, *, suffix: str = ".png", level: in
                 card=LoraCard(family="flux", guidance=3.5),
             ),
         )
+    return out
+
+
+def edit_tuples(tuples: Path, out: Path) -> Path:
+    """The folder of edits that edit.py would make of a file of tuples; each is as its source, a little darker."""
+    out.mkdir(parents=True)
+    for number, one in enumerate(read_tuples_file(tuples)):
+        shown = np.asarray(Image.open(one.source).convert("RGB"))[None]
+        edit = save(out / f"{number:05d}_{one.source.stem}.png", shown // 2)
+        texts = {name: getattr(one, name) for name in (*ROLES, "edit_type", "id")}
+        files = {"source": one.source, "edit": edit, "side_by_side": edit}
+        size = (shown.shape[2], shown.shape[1])
+        manifest.append(out, manifest.Edit(**files, **texts, seed=0, size=size, settings={}, card=LoraCard(family="flux", guidance=3.5)))
     return out
 
 

@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.answer_corpus import FIELDS, KINDS
+from tests.support.judge_corpus import KINDS as JUDGED
+from tests.support.judge_corpus import scores_of
 
 NAMES = list(KINDS)
 SLOW = 7  # this number's first request of a hostile plan is never answered
@@ -78,7 +80,7 @@ class Server:
         turns = body["messages"]
         asked = turns[1]["content"]
         text = asked if isinstance(asked, str) else asked[-1]["text"]
-        number = int((re.search(r"number (\d+)", text) or [0, 0])[1])
+        number = int((re.search(r"(?:number|instruction) (\d+)", text) or [0, 0])[1])
         offered = re.findall(r'^- "(\w+)": (?!the|one)', text, re.MULTILINE) or ["color_change"]
         repair = len(turns) > 2
         attempt = self.seen[number] = self.seen.get(number, 0) + 1
@@ -96,7 +98,11 @@ class Server:
             self.log.write(json.dumps(entry) + "\n")
             self.log.flush()
         mode = self.plan["mode"]
-        if "frames of one video" in text:
+        kinds, kind = KINDS, kind_of(number)
+        if '"score": [' in text:
+            kinds, kind = JUDGED, list(JUDGED)[number % len(JUDGED)]
+            fields = {"reasoning": f"edit number {number}", "score": self.plan.get("scores") or scores_of(number, text)}
+        elif "frames of one video" in text:
             style = ("a cartoon", "Photorealistic", "3D-CGI")[self.described % 3]
             self.described += 1
             fields = {"caption": f"a ball rolls over table {self.described}", "style": style}
@@ -141,7 +147,7 @@ class Server:
         if self.plan.get("busy") and attempt == 1:
             busy = {"error": {"message": "busy", "code": 503}}
             return send(writer, 200, f"data: {json.dumps(busy)}\n\n".encode() if body.get("stream") else json.dumps(busy).encode())
-        make, refusal = KINDS[kind_of(number)]
+        make, refusal = kinds[kind]
         content = "<think>hm</think>" + json.dumps(fields)
         if mode != "good" and (refusal is None or not repair or number % 2):
             content = make(fields)

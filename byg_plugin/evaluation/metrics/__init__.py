@@ -16,6 +16,11 @@ METRICS = {
     "error": "Error",
     "lpips": "Lpips",
     "flicker": "Flicker",
+    "dynamic": "Dynamic",
+    "aesthetic": "Aesthetic",
+    "motion": "Motion",
+    "viescore": "VieScore",
+    "imgedit": "ImgEdit",
 }
 """Name of the file and of the class in it."""
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
+from byg_plugin.data.placeholders import known
 from byg_plugin.evaluation.frames import Seen
 from byg_plugin.evaluation.items import Item
 
@@ -23,12 +25,20 @@ class Options:
         clip, dino: folder or hub id of the model.
         lpips_net: alex, vgg or squeeze.
         device: cpu or cuda.
+        judged: files of judge.py's answers.
+        vie_reading: official or paper; see `metrics/viescore.py`.
+        aesthetic: the linear head; see `metrics/aesthetic.py`.
+        cotracker: the tracker's weights; see `metrics/motion.py`.
     """
 
     clip: str = "openai/clip-vit-large-patch14"
     dino: str = "facebook/dino-vits16"
     lpips_net: str = "alex"
     device: str = "cpu"
+    judged: tuple[Path, ...] = ()
+    vie_reading: str = "official"
+    aesthetic: Path | None = None
+    cotracker: Path | None = None
 
 
 class Metric(Protocol):
@@ -54,7 +64,7 @@ class Metric(Protocol):
 
 def missing_texts(metric: str, texts: tuple[str, ...], item: Item) -> list[str]:
     """Problems: what a metric needs of an item's texts and does not find."""
-    lacking = [name for name in texts if not (getattr(item, name) or "").strip()]
+    lacking = [name for name in texts if known(name, getattr(item, name)) is None]
     return [f"{item.id}: {metric} needs {' and '.join(lacking)}; give tuples, or leave {metric} out of --metrics"] if lacking else []
 
 

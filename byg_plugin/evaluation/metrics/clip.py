@@ -10,8 +10,8 @@ Of clips the mean over frames. Preprocessing: see `weights.batches`. Captions be
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -21,7 +21,13 @@ from byg_plugin.evaluation.frames import Seen
 from byg_plugin.evaluation.metrics.base import Options, Scores
 from byg_plugin.evaluation.metrics.weights import batches, load
 
-_MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP's training
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP's training
+
+
+def image_features(model: Any, parts: Iterable[Tensor]) -> Tensor:
+    """Features (F, D) of length 1 of normalised pixels, by a `CLIPModel`."""
+    features = [model.visual_projection(model.vision_model(part).pooler_output) for part in parts]
+    return torch.nn.functional.normalize(torch.cat(features), dim=-1)
 
 
 def directional(source: Tensor, edit: Tensor, src_caption: Tensor, tgt_caption: Tensor) -> Tensor:
@@ -50,9 +56,7 @@ class Clip:
     @torch.no_grad()
     def images(self, frames: np.ndarray) -> Tensor:
         """(F, H, W, 3) uint8 -> (F, D) of length 1."""
-        parts = batches(frames, self._size, _MEAN, _STD, self._device)
-        features = [self._model.visual_projection(self._model.vision_model(part).pooler_output) for part in parts]
-        return torch.nn.functional.normalize(torch.cat(features), dim=-1)
+        return image_features(self._model, batches(frames, self._size, MEAN, STD, self._device))
 
     @torch.no_grad()
     def captions(self, texts: Sequence[str]) -> tuple[Tensor, int]:

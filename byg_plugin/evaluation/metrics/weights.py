@@ -38,13 +38,46 @@ def load(cls: str, path: str, option: str, device: str) -> Any:
     return loaded.to(device).float().eval().requires_grad_(False) if isinstance(loaded, torch.nn.Module) else loaded
 
 
-def batches(frames: np.ndarray, size: int, mean: tuple[float, ...], std: tuple[float, ...], device: str) -> Iterator[Tensor]:
+def tensors_of(path: Path | None, option: str, source: str, convert: str) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file that a user has made of a published file of pickles, which is never read here.
+
+    Args:
+        path: of the file.
+        option: that names it.
+        source: where the published file is.
+        convert: the line of Python that makes the one of the other.
+
+    Raises:
+        ValueError: it is not given, not there, or is none.
+    """
+    said = f"{source}; then: python -c '{convert}'"
+    if path is None:
+        raise ValueError(f"give {option} FILE: fetch {said}")
+    if not path.is_file():
+        raise ValueError(f"{option} {path}: no such file; fetch {said}")
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{option} {path}: is no .safetensors file ({error}); of {said}") from error
+
+
+def batches(
+    frames: np.ndarray, size: int, mean: tuple[float, ...], std: tuple[float, ...], device: str, *, crop: bool = False
+) -> Iterator[Tensor]:
     """(F, H, W, 3) uint8 as batches (b, 3, size, size), normalised.
 
     Squashed, not cropped, so that all of the picture counts; bicubic without antialiasing, as InstructPix2Pix' metric has it.
+
+    Args:
+        crop: instead, the shorter side becomes `size` and the centre is kept, as VBench has it.
     """
     centre, spread = (torch.tensor(values, device=device)[:, None, None] for values in (mean, std))
     for start in range(0, len(frames), _BATCH):
         pixels = torch.from_numpy(frames[start : start + _BATCH].copy()).to(device).permute(0, 3, 1, 2).float() / 255
-        small = torch.nn.functional.interpolate(pixels, size=(size, size), mode="bicubic", align_corners=False)
-        yield (small - centre) / spread
+        sides = [size * side // min(pixels.shape[2:]) if crop else size for side in pixels.shape[2:]]
+        small = torch.nn.functional.interpolate(pixels, size=sides, mode="bicubic", align_corners=False)
+        top, left = (round((side - size) / 2) for side in sides)
+        yield (small[:, :, top : top + size, left : left + size] - centre) / spread
