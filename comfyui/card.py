@@ -71,12 +71,17 @@ def card_of(metadata: Mapping[str, str], name: str) -> Card:
         name: of the file, for messages.
 
     Raises:
-        ValueError: there is none, or it is damaged.
+        ValueError: there is none, it is damaged, or it names a sampler that these nodes have not.
     """
     if "byg.family" not in metadata or "byg.position" not in metadata:
         raise ValueError(
             f"{name} has no ByG card: byg_plugin has not trained it, or a tool has dropped its metadata. How its source tokens are placed "
             "is unknown: load it with ComfyUI's own LoRA loader and choose the position in ByG Source yourself"
+        )
+
+    if (sampler := metadata.get("byg.sampler")) is not None:
+        raise ValueError(
+            f"{name} edits in {metadata.get('byg.steps', 'a few')} {sampler} steps, which these nodes do not make: edit with byg_plugin's edit.py"
         )
 
     def number(key: str, kind: type[int] | type[float]) -> float | int | None:

@@ -53,6 +53,12 @@ def test_a_file_without_a_card_is_named(tmp_path: Path) -> None:
         cards.card_of(metadata, "a.safetensors")
 
 
+def test_a_few_step_editor_is_refused() -> None:
+    written = LoraCard(family="flux", position="same", sampler="stochastic", steps=4)
+    with pytest.raises(ValueError, match=r"a edits in 4 stochastic steps, which these nodes do not make"):
+        cards.card_of(written.to_metadata(), "a")
+
+
 def test_a_damaged_number_is_named() -> None:
     with pytest.raises(ValueError, match="byg.resolution = 'x' is no number"):
         cards.card_of({"byg.family": "flux", "byg.position": "same", "byg.resolution": "x"}, "a")
