@@ -81,7 +81,7 @@ def card_of(metadata: Mapping[str, str], name: str) -> Card:
 
     if (sampler := metadata.get("byg.sampler")) is not None:
         raise ValueError(
-            f"{name} edits in {metadata.get('byg.steps', 'a few')} {sampler} steps, which these nodes do not make: edit with byg_plugin's edit.py"
+            f"{name} edits in {metadata.get('byg.steps', 'a few')} {sampler} steps, which these nodes do not make: use byg_plugin's edit.py"
         )
 
     def number(key: str, kind: type[int] | type[float]) -> float | int | None:
