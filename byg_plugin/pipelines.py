@@ -131,7 +131,8 @@ class BygPipeline:
         for expert, network in networks.items():
             own = expert if expert in experts else HIGH
             state = {name.partition(".")[2]: tensor for name, tensor in tensors.items() if name.partition(".")[0] == own}
-            modules = dict(network.named_modules())
+            # What torch.compile wraps has its modules' names behind a prefix.
+            modules = dict(getattr(network, "_orig_mod", network).named_modules())
             for name, tensor in state.items():
                 layer, _, kind = name.removesuffix(".weight").rpartition(".lora_")
                 module: Any = modules.get(layer)

@@ -92,6 +92,15 @@ def test_a_time_for_every_token_is_one_time():
         pipe.register_to_config(expand_timesteps=False)
 
 
+def test_several_clips_of_a_prompt_are_those_of_one():
+    pipe = opened("WanBygPipeline", wan_saved(T2V))
+    call = {"video": [image(seed, (48, 48)) for seed in range(5)], "prompt": "add snow", "num_inference_steps": 2, "output_type": "pt"}
+    pair = pipe(**call, num_videos_per_prompt=2, generator=generators(4, 5)).frames
+    alone = [pipe(**call, generator=generators(seed)).frames[0] for seed in (4, 5)]
+    assert len(pair) == 2 and (pair - torch.stack(alone)).abs().max() <= 1e-5
+    assert (pair[0] - pair[1]).abs().max() > 1e-3, "the two are one"
+
+
 # --- diffusers' conventions ---
 
 
@@ -211,6 +220,21 @@ def test_offloaded_models_and_compiled_networks_edit_alike(flux: Any):
             assert torch.allclose(edit(flux, image=image(seed)), usual[seed], atol=1e-6)
     finally:
         flux.transformer = network
+
+
+def test_a_lora_loads_into_a_compiled_network(flux_lora: Path):
+    pipe = opened("FluxBygPipeline")
+    call = {"image": image(0, (64, 32)), "height": 32, "width": 64}
+    base = edit(pipe, **call)
+    network = pipe.transformer
+    pipe.transformer = torch.compile(network, backend="eager")
+    try:
+        pipe.load_lora_weights(flux_lora)
+        compiled = edit(pipe, **call)
+    finally:
+        pipe.transformer = network
+    usual = edit(pipe, **call)
+    assert torch.allclose(compiled, usual, atol=1e-6) and (usual - base).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("name", ["FluxBygPipeline", "Flux2KleinBygPipeline", "QwenImageBygPipeline", "Krea2BygPipeline"])
