@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -165,8 +166,7 @@ def _loaded(model: Any, file: str, strength: float, expert: str) -> tuple[Any, c
     family = loader.check_family(card, _architecture(model), file)
     loader.check_experts(card, file, expert)
     key_map = comfy.lora.model_lora_keys_unet(model.model, {})
-    weights = {key: tuple(value.shape) for key, value in model.model.state_dict().items()}
-    fit = loader.fit_of(shapes, key_map, weights)
+    fit = loader.fit_of(shapes, key_map, _weights(model.model, shapes, key_map))
     loader.check_fit(fit, card, file)
     patched = model.clone()
     patched.set_attachments(CARD, card)
@@ -174,6 +174,15 @@ def _loaded(model: Any, file: str, strength: float, expert: str) -> tuple[Any, c
         tensors = comfy.lora_convert.convert_lora(comfy.utils.load_torch_file(path, safe_load=True))
         patched.add_patches(comfy.lora.load_lora(tensors, key_map), strength)
     return patched, card, family, loader.report(card, family, file, fit, strength)
+
+
+def _weights(network: Any, file: Iterable[str], key_map: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """ComfyUI's key -> shape, of the weights that a file's tensors are for. A state dict has packed ones in the shape of their storage."""
+    import comfy.utils
+
+    targets = [key_map[name] for name in {cards.layer_of(key) for key in file} & key_map.keys()]
+    keys = {target if isinstance(target, str) else target[0] for target in targets}
+    return {key: tuple(comfy.utils.get_attr(network, key).shape) for key in keys}
 
 
 class BygSource:
