@@ -106,6 +106,24 @@ def check_experts(card: Card, file: str, wanted: str) -> None:
         )
 
 
+def check_mixture(loaded: Card | None, card: Card, file: str) -> None:
+    """Refuse two edit LoRAs in one model that were trained otherwise.
+
+    Args:
+        loaded: the card that the model has already.
+        card: of the next LoRA.
+        file: the next LoRA's.
+
+    Raises:
+        ValueError: family or position differ.
+    """
+    if loaded is not None and (loaded.family, loaded.position) != (card.family, card.position):
+        raise ValueError(
+            f"{file} ({card.family}, {card.position}) does not go with the LoRA that is loaded before it ({loaded.family}, "
+            f"{loaded.position}): load one of them"
+        )
+
+
 def report(card: Card, family: Family, file: str, fit: Fit, strength: float, notes: Iterable[str] = ()) -> str:
     """What was loaded, and what to do with it."""
     base = f", base {card.base}" if card.base else ""

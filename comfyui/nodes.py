@@ -13,7 +13,7 @@ from . import card as cards
 from . import loader, schedule, sizes
 from .families import POSITIONS, Family, architecture_of, check_position, families, family_named, members
 from .guidance import qwen_guidance
-from .source import KEY, Source, check_source
+from .source import KEY, UNCONNECTED, Source, check_source, refuse_no_source
 
 CARD = "byg_card"  # of the attachments of a MODEL
 AS_TRAINED = "as trained"
@@ -110,7 +110,8 @@ class BygLoraLoader:
         if family.boundary is not None and model_low is not None:
             low_file = self._low_file(lora, lora_low, card)
             if low_file is None:
-                low = model_low
+                loader.check_family(card, _architecture(model_low), lora)
+                low = _with_card(model_low, card, lora)
             else:
                 low, low_card, _, text = _loaded(model_low, low_file, strength_low, "low_noise")
                 if (low_card.family, low_card.position) != (card.family, card.position):
@@ -168,12 +169,27 @@ def _loaded(model: Any, file: str, strength: float, expert: str) -> tuple[Any, c
     key_map = comfy.lora.model_lora_keys_unet(model.model, {})
     fit = loader.fit_of(shapes, key_map, _weights(model.model, shapes, key_map))
     loader.check_fit(fit, card, file)
-    patched = model.clone()
-    patched.set_attachments(CARD, card)
+    patched = _with_card(model, card, file)
     if strength != 0:
         tensors = comfy.lora_convert.convert_lora(comfy.utils.load_torch_file(path, safe_load=True))
         patched.add_patches(comfy.lora.load_lora(tensors, key_map), strength)
     return patched, card, family, loader.report(card, family, file, fit, strength)
+
+
+def _with_card(model: Any, card: cards.Card, file: str) -> Any:
+    """A clone that has the card, and makes no step before ByG Source gives it a source.
+
+    Raises:
+        ValueError: another loader has given the model a card that does not go with this one.
+    """
+    from comfy.patcher_extension import WrappersMP
+
+    loader.check_mixture(_card(model), card, file)
+    patched = model.clone()
+    patched.set_attachments(CARD, card)
+    patched.remove_wrappers_with_key(WrappersMP.DIFFUSION_MODEL, UNCONNECTED)
+    patched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, UNCONNECTED, refuse_no_source)
+    return patched
 
 
 def _weights(network: Any, file: Iterable[str], key_map: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -222,9 +238,16 @@ class BygSource:
 
     @classmethod
     def VALIDATE_INPUTS(cls, input_types: dict[str, Any]) -> bool | str:
-        """The loader's `position` is a list without 'as trained', which ComfyUI would not let in."""
+        """The loader's `position` is a list without 'as trained', which ComfyUI would not let in; it leaves all inputs to this."""
+        from comfy_execution.validation import validate_node_input
+
+        takes = {name: entry[0] for group in cls.INPUT_TYPES().values() for name, entry in group.items()}
+        for name, kind in input_types.items():
+            if name != "position" and not validate_node_input(kind, takes[name]):
+                return f"{name} takes {takes[name]}, not {kind}"
         kind = input_types.get("position", "COMBO")
-        return True if kind in ("COMBO", "STRING") or isinstance(kind, list) else f"position takes ByG LoRA Loader's position, not {kind}"
+        listed = kind == "STRING" or validate_node_input(kind, "COMBO")
+        return True if listed else f"position takes ByG LoRA Loader's position, not {kind}"
 
     def connect(self, model: Any, source: dict[str, Any], position: str, strength: float, model_low: Any = None) -> tuple[Any, Any, Any]:
         """See `INPUT_TYPES` and `RETURN_NAMES`."""
@@ -262,6 +285,7 @@ def with_source(model: Any, samples: Tensor, position: str, strength: float) -> 
     source = Source(samples, position, architecture, strength)
     for name, patch in source.object_patches(patched.get_model_object).items():
         patched.add_object_patch(name, patch)
+    patched.remove_wrappers_with_key(WrappersMP.DIFFUSION_MODEL, UNCONNECTED)
     patched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, source.wrapper(model.model.process_latent_in))
     if strength != 0:
         patched.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, with_memory_of_source)
@@ -336,6 +360,8 @@ class BygSize:
     def fit(self, image: Tensor, model: Any, family: str, resolution: int) -> tuple[Tensor, int, int]:
         """See `INPUT_TYPES` and `RETURN_NAMES`."""
         known, card = _family(model, family), _card(model)
+        if known.frame_multiple is None and model.model.latent_format.latent_dimensions == 3 and len(image) > 1:
+            raise ValueError("ByG Size: this model's VAE takes a batch for a clip: give one picture at a time")
         trained = None if card is None else card.resolution
         side = resolution or known.native or trained
         if side is None:

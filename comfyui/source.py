@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 KEY = "byg_source"
+UNCONNECTED = "byg_no_source"  # of the wrapper that ByG Source takes away
 _STACKED = "byg_stacked_tokens"  # in transformer_options: how many tokens of the noisy image stand before those of the source
 PATCH = 2  # latents a side of a token
 
@@ -215,12 +216,26 @@ def refuse_other_sources(bound: inspect.BoundArguments) -> None:
     Raises:
         ValueError: the conditioning brings reference or in-context latents too.
     """
-    for name in ("ref_latents", "context_latents", "time_dim_concat"):
-        given = _argument(bound, name)
-        if given is not None and len(given):
-            raise ValueError(
-                "ByG Source: the conditioning has reference latents of another node: remove ReferenceLatent or BerniniConditioning"
-            )
+    if _other_sources(bound):
+        raise ValueError(
+            "ByG Source: the conditioning has reference latents of another node: remove ReferenceLatent or BerniniConditioning"
+        )
+
+
+def refuse_no_source(executor: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """For `WrappersMP.DIFFUSION_MODEL` of a model that has an edit LoRA alone.
+
+    Raises:
+        ValueError: the conditioning brings no source either.
+    """
+    if not _other_sources(inspect.signature(executor.original).bind(*args, **kwargs)):
+        raise ValueError("ByG LoRA Loader: the model is sampled without a source and would edit nothing: connect ByG Source")
+    return executor(*args, **kwargs)
+
+
+def _other_sources(bound: inspect.BoundArguments) -> bool:
+    given = (_argument(bound, name) for name in ("ref_latents", "context_latents", "time_dim_concat"))
+    return any(latents is not None and len(latents) for latents in given)
 
 
 def _argument(bound: inspect.BoundArguments, name: str) -> Any:

@@ -163,6 +163,41 @@ def test_a_lora_that_does_not_fit_is_told_in_its_node(world: SimpleNamespace) ->
         assert "BygLoraLoader" in str(refused.value) and says in str(refused.value)
 
 
+def test_an_edit_lora_without_a_source_makes_no_picture(world: SimpleNamespace) -> None:
+    """The loader's model goes into the guider itself; a reference latent of ComfyUI's own is a source too."""
+    graph = edit_graph("base.safetensors", None, "text.safetensors", steps=1, lora={"lora": "kontext.safetensors"})
+    with pytest.raises(Refused, match="connect ByG Source"):
+        world.server.run(graph)
+    graph["encoded"] = {"class_type": "TestLatent", "inputs": {"file": "source.safetensors"}}
+    graph["reference"] = {"class_type": "ReferenceLatent", "inputs": {"conditioning": ["text", 0], "latent": ["encoded", 0]}}
+    graph["guider"]["inputs"]["conditioning"] = ["reference", 0]
+    world.server.run(graph)
+
+
+def test_two_loras_that_were_trained_otherwise_do_not_mix(world: SimpleNamespace) -> None:
+    graph = edit_graph("base.safetensors", "source.safetensors", "text.safetensors", steps=1, lora={"lora": "kontext.safetensors"})
+    inputs = {"model": ["lora", 0], "lora": "kontext.safetensors", "strength": 0.5}
+    graph["second"] = {"class_type": "BygLoraLoader", "inputs": inputs}
+    graph["source"]["inputs"].update(model=["second", 0], position="as trained")
+    world.server.run(graph)
+    inputs["lora"] = "same.safetensors"
+    with pytest.raises(Refused, match="same.safetensors .flux, same. does not go with the LoRA that is loaded before it .flux, kontext."):
+        world.server.run(graph)
+
+
+def test_inputs_of_another_type_are_refused_before_all(world: SimpleNamespace) -> None:
+    """ByG Source checks them itself, because ComfyUI leaves all to a node that lets the loader's position in."""
+    for name, value, says in (
+        ("model", ["encoded", 0], "model takes MODEL, not LATENT"),
+        ("source", ["lora", 0], "source takes LATENT, not MODEL"),
+        ("position", ["lora", 4], "position takes ByG LoRA Loader's position, not FLOAT"),
+    ):
+        graph = edit_graph("base.safetensors", "source.safetensors", "text.safetensors", steps=1, lora={"lora": "same.safetensors"})
+        graph["source"]["inputs"][name] = value
+        with pytest.raises(Refused, match=says):
+            world.server.run(graph)
+
+
 def test_a_lora_that_was_trained_on_is_read_anew(world: SimpleNamespace) -> None:
     """ComfyUI keeps what a node gave as long as its inputs are the same."""
     path = world.folder / "models/loras/again.safetensors"

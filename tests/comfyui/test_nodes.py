@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from comfyui import loader, nodes
+from comfyui import families, loader, nodes
 from tests.support.comfyui import MARKS, comfyui
 
 pytestmark = MARKS
@@ -48,3 +48,21 @@ def test_a_lora_fits_packed_weights(comfy: SimpleNamespace) -> None:
               for kind, shape in (("A", (4, 64)), ("B", (rows, 4)))}  # fmt: skip
     fit = loader.fit_of(shapes, key_map, nodes._weights(network, shapes, key_map))
     assert fit == loader.Fit(loaded=("diffusion_model.layer", "part"), missing=("other",), sizes={})
+
+
+@pytest.mark.parametrize(("family", "dimensions"), [("qwen-image", 3), ("krea2", 3), ("flux", 2), ("wan2.1-t2v-1.3b", 3)])
+def test_a_batch_is_refused_where_the_vae_makes_a_clip_of_it(family: str, dimensions: int) -> None:
+    """ComfyUI would encode all pictures but the first away."""
+    architecture = families.family_named(family).architecture
+    network = SimpleNamespace(
+        model_config=SimpleNamespace(unet_config=families.ARCHITECTURES[architecture]),
+        latent_format=SimpleNamespace(latent_dimensions=dimensions),
+    )
+    model = SimpleNamespace(model=network, get_attachment=lambda key: None)
+    fit = nodes.BygSize().fit
+    assert len(fit(torch.rand(1, 64, 64, 3), model, family, 64)[0]) == 1
+    if family in ("qwen-image", "krea2"):
+        with pytest.raises(ValueError, match="takes a batch for a clip: give one picture at a time"):
+            fit(torch.rand(2, 64, 64, 3), model, family, 64)
+    else:
+        assert len(fit(torch.rand(5, 64, 64, 3), model, family, 64)[0]) == 5

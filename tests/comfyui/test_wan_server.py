@@ -182,6 +182,16 @@ def test_an_edit_of_two_networks_is_ours(world: SimpleNamespace, position: str) 
     assert 0 < int((nodes >= 0.875).sum()) < STEPS, "one network makes all steps"
 
 
+def test_a_low_noise_network_without_a_lora_has_the_position_of_the_other(world: SimpleNamespace) -> None:
+    graph = two_stages("bernini")
+    graph["lora"]["inputs"]["strength_low"] = 0.0
+    world.server.run(graph)
+    wanted = world.server.result("edit.safetensors")["scaled"]
+    graph["lora"]["inputs"]["lora_low"] = "none"
+    world.server.run(graph)
+    assert torch.equal(world.server.result("edit.safetensors")["scaled"], wanted)
+
+
 def refusal(world: SimpleNamespace, graph: dict[str, dict[str, Any]]) -> str:
     with pytest.raises(Refused) as refused:
         world.server.run(graph)
