@@ -14,6 +14,7 @@ from pathlib import Path
 
 from byg_plugin.evaluation import frames
 from byg_plugin.evaluation.items import Item
+from byg_plugin.evaluation.metrics.answers import JudgedMetric
 from byg_plugin.evaluation.metrics.base import Metric, Scores
 from byg_plugin.journal import Journal, mend_last_line, numbered_records
 from byg_plugin.user_files import file_digest
@@ -55,7 +56,7 @@ def score(
         rows, looked_at = [], 0
         for item in items:
             contents = _contents(item)
-            due = {name: _key(contents, name, metric) for name, metric in metrics.items()}
+            due = {name: _key(item, contents, name, metric) for name, metric in metrics.items()}
             due = {name: key for name, key in due.items() if (item.id, name) not in done or done[item.id, name][0] != key}
             if due:
                 looked_at += 1
@@ -120,5 +121,8 @@ def _contents(item: Item) -> str:
     return json.dumps([files, [getattr(item, name) for name in _TEXTS], item.size])
 
 
-def _key(contents: str, name: str, metric: Metric) -> str:
-    return hashlib.sha256(json.dumps([_RECIPE, contents, name, dict(metric.settings)], sort_keys=True).encode()).hexdigest()[:16]
+def _key(item: Item, contents: str, name: str, metric: Metric) -> str:
+    made_of: list[object] = [_RECIPE, contents, name, dict(metric.settings)]
+    if isinstance(metric, JudgedMetric):
+        made_of.append(metric.judged.answers(item))
+    return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]

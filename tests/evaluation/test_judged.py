@@ -10,7 +10,7 @@ import pytest
 
 from byg_plugin import evaluate
 from byg_plugin.evaluation import scores
-from byg_plugin.evaluation.judged import sameness
+from byg_plugin.evaluation.judged import rejects_of, sameness
 from byg_plugin.evaluation.metrics.viescore import overall
 from byg_plugin.evaluation.scores import Row
 from byg_plugin.evaluation.statistics import by_type
@@ -46,6 +46,16 @@ def test_the_papers_reading_is_success_and_freedom_from_artifacts(tmp_path: Path
     edits = write_edits(tmp_path, 3)
     rows = score(edits, write_answers(tmp_path / "judged.jsonl", edits, NUMBERS), "--vie-reading", "paper")
     assert [row["vie_semantic"] for row in rows] == [8, 5, 3] and [row["vie_quality"] for row in rows] == [4, 7, None]
+
+
+def test_an_item_that_was_judged_anew_is_scored_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    edits, judged = write_edits(tmp_path, 3), tmp_path / "judged.jsonl"
+    assert score(edits, write_answers(judged, edits, NUMBERS))[2]["vie_overall"] is None
+    judged.unlink()
+    rejects_of(judged).unlink()
+    rows = score(edits, write_answers(judged, edits, [([0, 0], [0, 0]), NUMBERS[1], ([9, 9], [4, 4])]))
+    assert [row["vie_overall"] for row in rows] == [0, 0, 6] and rows[2]["vie_unread"] == 0
+    assert "3 edits, 2 of them scored now" in capsys.readouterr().out
 
 
 def test_imgedit_is_the_mean_of_three(tmp_path: Path):
