@@ -78,8 +78,7 @@ class TrainingScores:
             return
         first = trainer.accelerator.is_main_process
         if trainer.anyone(first and trainer.step not in logs.steps_in(self._log(trainer))):
-            with trainer.together(f"the evaluation at step {trainer.step}"):
-                self._evaluate(trainer, writes=first)
+            self._evaluate(trainer, writes=first)
         trainer.accelerator.wait_for_everyone()
 
     # --- one step ---
@@ -88,16 +87,17 @@ class TrainingScores:
         assert trainer.validation is not None, "the configuration asks for validation items"
         config, what = self._config, f"evaluation at step {trainer.step}"
         # Without the live weights' own dropout, and with the previews' weights, seeds and sampler.
-        latents = preview.edited(
-            config,
-            trainer.family,
-            trainer.host,
-            trainer.validation,
-            what,
-            items=config.evaluate.items,
-            unguided=False,
-            agree=trainer.anyone,
-        )
+        with trainer.together(f"the evaluation at step {trainer.step}"):  # of the edits alone: metrics wait for nobody, however long
+            latents = preview.edited(
+                config,
+                trainer.family,
+                trainer.host,
+                trainer.validation,
+                what,
+                items=config.evaluate.items,
+                unguided=False,
+                agree=trainer.anyone,
+            )
         if not writes or not latents:
             return
         with preview.logged(what):
