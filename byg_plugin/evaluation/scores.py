@@ -20,7 +20,7 @@ from byg_plugin.journal import Journal, mend_last_line, numbered_records
 from byg_plugin.user_files import file_digest
 
 NAME = "scores.jsonl"
-_RECIPE = 1  # raise when a metric gives other scores of the same item
+_RECIPE = 2  # raise when a metric gives other scores of the same item
 _TEXTS = ("instruction", "src_caption", "tgt_caption")
 
 
