@@ -58,6 +58,26 @@ def test_an_item_that_was_judged_anew_is_scored_anew(tmp_path: Path, capsys: pyt
     assert "3 edits, 2 of them scored now" in capsys.readouterr().out
 
 
+def test_runs_of_other_judges_or_readings_are_not_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    edits, other = write_edits(tmp_path, 3), write_edits(tmp_path, 3, level=9)
+    judged = write_answers(tmp_path / "judged.jsonl", edits, NUMBERS)
+    score(edits, judged)
+    theirs = tmp_path / "judged"
+    another = write_answers(tmp_path / "another.jsonl", other, NUMBERS, model="b")
+    with pytest.raises(ValueError, match=r"judged: viescore was scored there with .*\"m\".* and here with .*\"b\".* leave viescore out"):
+        score(other, another, "--compare", theirs)
+    alike = write_answers(tmp_path / "alike.jsonl", other, [([1, 1], [1, 1])] * 3)
+    with pytest.raises(ValueError, match=r"\"official\".* and here with .*\"paper\""):
+        score(other, alike, "--compare", theirs, "--vie-reading", "paper")
+    score(other, alike, "--compare", theirs)
+    assert "| this run - judged |" in (said := capsys.readouterr().out) and "do not say" not in said
+    lines = [json.loads(line) for line in (theirs / "scores.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert all(line.pop("settings") == {"by": BY, "reading": "official"} for line in lines)
+    (theirs / "scores.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    score(other, alike, "--compare", theirs, "--vie-reading", "paper")
+    assert capsys.readouterr().out.count("do not say their settings are taken as made with this run's (judged: viescore)") == 1
+
+
 def test_imgedit_is_the_mean_of_three(tmp_path: Path):
     edits = write_edits(tmp_path, 2)
     judged = write_answers(tmp_path / "judged.jsonl", edits, [([5, 4, 1],), (None,)], "imgedit")
