@@ -76,6 +76,18 @@ def test_a_second_run_asks_nothing_and_a_changed_edit_is_judged_anew(tmp_path: P
     assert done.returncode == 2 and "holds answers by" in done.stderr and "give them a file of their own" in done.stderr
 
 
+def test_what_one_judge_left_unread_is_no_answer_of_another(tmp_path: Path) -> None:
+    edits, out = write_edits(tmp_path, 2), tmp_path / "judged.jsonl"
+    words = ("--edits", edits, "--out", out, *ONCE)
+    with stub(tmp_path / "s", "good", scores=10) as server:
+        run("judge", *words, "--base-url", server.url, "--model", "a")
+    assert len(files(out)[1]) == 4
+    with stub(tmp_path / "t", "good") as server:
+        done = run("judge", *words, "--base-url", server.url, "--model", "b")
+        assert not server.requests
+    assert done.returncode == 2 and "judged.rejects.jsonl holds answers by {'model': 'a'" in done.stderr
+
+
 def test_a_thousand_malformed_answers_are_scored_repaired_or_counted(tmp_path: Path) -> None:
     count, out = 500, tmp_path / "judged.jsonl"
     edits = write_edits(tmp_path, count)

@@ -114,6 +114,9 @@ def test_answers_of_two_judges_and_damaged_lines_are_refused_and_shards_are_one_
     assert len(score(edits, judged, "--judged", judged, more)) == 3
     strange = write_answers(tmp_path / "c.jsonl", other, NUMBERS, model="another")
     assert "scores of two judges cannot be compared" in refused(edits, "--judged", judged, strange)
+    unread = write_answers(tmp_path / "e.jsonl", other, [(None, None)] * 3, model="another")
+    unread.touch()
+    assert "e.rejects.jsonl: line 1 is by model another" in refused(edits, "--judged", judged, unread)
     for broken in ({"success": 11, "preservation": 1}, {"success": 1}, [1, 2], {"success": True, "preservation": 1}):
         line = {"of": "x", "id": "x", "metric": "vie_semantic", "scores": broken, "by": BY}
         (tmp_path / "d.jsonl").write_text(json.dumps(line), encoding="utf-8")
