@@ -25,6 +25,7 @@ from byg_plugin.data.tuples import EditTuple
 from byg_plugin.evaluation import page, scores
 from byg_plugin.evaluation.items import Item
 from byg_plugin.evaluation.metrics import METRICS, Options, classes
+from byg_plugin.evaluation.metrics.answers import JudgedMetric
 from byg_plugin.evaluation.scores import Row
 from byg_plugin.evaluation.statistics import ALL, Mean, by_type, mean_of
 from byg_plugin.images import save_png
@@ -52,6 +53,11 @@ class TrainingScores:
         if unknown := [name for name in section.metrics if name not in METRICS]:
             raise ValueError(f"evaluate.metrics = {list(section.metrics)}: {unknown[0]} is none of {', '.join(METRICS)}")
         self._made = classes(section.metrics)
+        if judged := [name for name, made in self._made.items() if issubclass(made, JudgedMetric)]:
+            raise ValueError(
+                f"evaluate.metrics = {list(section.metrics)}: {judged[0]} needs a judge: not while training; leave it out, and score a "
+                f"checkpoint's edits with evaluate.py"
+            )
         self._options = _options(section)
         columns = {column: more for one in self._made.values() for column, more in one.columns.items()}
         self._higher = _direction(section, columns)
@@ -195,8 +201,9 @@ def _direction(section: EvaluateConfig, columns: Mapping[str, bool]) -> bool:
 
 
 def _options(section: EvaluateConfig, **changes: Any) -> Options:
-    given = {"clip": section.clip, "dino": section.dino, "lpips_net": section.lpips_net, "device": section.device, **changes}
-    return Options(**{name: value for name, value in given.items() if value is not None})
+    given = {name: getattr(section, name) for name in ("clip", "dino", "lpips_net", "device")} | changes
+    files = {name: Path(path).expanduser() for name in ("aesthetic", "cotracker") if (path := getattr(section, name)) is not None}
+    return Options(**{name: value for name, value in given.items() if value is not None}, **files)
 
 
 def _name(select: Sequence[str]) -> str:

@@ -251,6 +251,16 @@ def test_what_it_writes_is_what_the_command_says_of_it(whole: Path, tmp_path: Pa
             {"metrics": ["dino"], "select": ["dino"], "dino": "nowhere/none"},
             "evaluate.metrics: dino: --dino nowhere/none: is not on this machine; fetch it with: hf download",
         ),
+        ({"metrics": ["error", "viescore"]}, "viescore needs a judge: not while training"),
+        ({"metrics": ["imgedit"], "select": ["imgedit"]}, "imgedit needs a judge: not while training"),
+        (
+            {"metrics": ["aesthetic"], "select": ["aesthetic"], "aesthetic": "nowhere/head.safetensors"},
+            "evaluate.metrics: aesthetic: --aesthetic nowhere.head.safetensors: no such file",
+        ),
+        (
+            {"metrics": ["motion"], "select": ["motion_fidelity"], "cotracker": "nowhere/c.safetensors"},
+            "motion: --cotracker nowhere.c.safetensors: no such file",
+        ),
         ({"device": "cuda"}, 'evaluate.device = "cuda": torch finds no CUDA device'),
     ],
 )
