@@ -104,6 +104,12 @@ def test_what_was_not_judged_as_it_is_now_is_named(tmp_path: Path):
     save(edits / "00001_s1.png", noise(9))
     said = refused(edits, "--judged", judged)
     assert "1 problem(s), nothing was scored" in said and "t1: not judged as it is now (vie_semantic, vie_quality)" in said
+    again = write_edits(tmp_path / "again", 3)
+    judged = write_answers(tmp_path / "again.jsonl", again, NUMBERS)
+    manifest = (again / "edits.jsonl").read_text(encoding="utf-8").replace('"instruction 2"', '"something else"')
+    (again / "edits.jsonl").write_text(manifest, encoding="utf-8")
+    said = refused(again, "--judged", judged)
+    assert "1 problem(s)" in said and "t2: not judged as it is now (vie_semantic, vie_quality)" in said
     assert "--metrics viescore needs --judged FILE" in refused(edits)
     assert "none.jsonl: no such file; python dataset_tools/judge.py" in refused(edits, "--judged", tmp_path / "none.jsonl")
 
