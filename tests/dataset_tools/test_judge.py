@@ -187,6 +187,14 @@ def test_images_are_shown_in_the_sources_size_and_clips_as_frames_of_the_same_mo
     assert "you see 3 frames, in order, first the source's" in words_of(None).ask(SEMANTIC, "x", frames=3)
 
 
+def test_an_edit_type_named_as_a_question_gets_no_other_questions_words(tmp_path: Path) -> None:
+    (tmp_path / "p.json").write_text(json.dumps({"system": "s", "vie_semantic": "a", "vie_quality": "b", "add": "c"}), encoding="utf-8")
+    words = words_of(tmp_path / "p.json")
+    said = {name: words.ask(SEMANTIC, "x", name).split("\n")[0] for name in ("system", "vie_quality", "remove", "add")}
+    assert said == {"system": "a", "vie_quality": "a", "remove": "a", "add": "c"}
+    assert words.lacks(IMGEDIT, "system") and not words.lacks(IMGEDIT, "add")
+
+
 def test_what_it_will_cost_is_a_sum_over_shapes(tmp_path: Path) -> None:
     edits = write_edits(tmp_path, 2)
     settings = JudgeSettings(edits=str(edits), out=str(tmp_path / "o.jsonl"), price_in=1e6, price_out=0.0, in_flight=2, image_side=64)
