@@ -159,15 +159,17 @@ def changes(record: Mapping[str, Any], plan: Plan) -> list[str]:
     for section, values in settings(plan).items():
         old = record["config"].get(section, {})
         for key, value in values.items():
-            before = old[key] if key in old else _default(section, key)
+            before = old[key] if key in old else default_of(section, key)
             if before != value and not (value is None and f"{section}.{key}" in ONCE_ALWAYS_WRITTEN):
                 found.append(f"{section}.{key}: {before} -> {value}")
     return found
 
 
-def _default(section: str, key: str) -> Any:
+def default_of(section: str, key: str) -> Any:
+    """A key's default as a record has it, in the types of JSON; None for an unknown key."""
     options = keys_of(section)
-    return options[key].default if key in options else None
+    default = options[key].default if key in options else None
+    return list(default) if isinstance(default, tuple) else default
 
 
 def _sha(text: str) -> str:

@@ -122,6 +122,7 @@ def _evaluate(args: argparse.Namespace, items: Sequence[Item], columns: dict[str
     metrics = {name: one(_options(args)) for name, one in classes(args.metrics).items()}
     judged = {name: metric for name, metric in metrics.items() if isinstance(metric, JudgedMetric)}
     refuse([problem for metric in judged.values() for problem in metric.judged.lacking(items)], "--judged")
+    unsaid = {folder: names for folder in args.compare or () if (names := scores.same_settings(items, metrics, folder))}
     with Progress(total=len(items), desc="score", unit="edit") as bar:
         rows, looked_at = scores.score(items, metrics, args.out, lambda: bar.update(1))
     table = statistics.by_type(rows) if benchmark is None else statistics.by_group(rows, benchmark.groups(), benchmark.means)
@@ -129,6 +130,9 @@ def _evaluate(args: argparse.Namespace, items: Sequence[Item], columns: dict[str
         raise ValueError("no metric is defined for any of these edits: give --masks, --references or other --metrics")
     summary = {kind: {column: asdict(mean) for column, mean in means.items()} for kind, means in table.items()}
     said = statistics.markdown(table) + "".join(f"\nwarning: {one}\n" for metric in judged.values() for one in metric.sameness(items))
+    if unsaid:
+        listed = "; ".join(f"{_named(folder)}: {', '.join(names)}" for folder, names in unsaid.items())
+        said += f"\nwarning: --compare: scores that do not say their settings are taken as made with this run's ({listed})\n"
     _json(args.out / "summary.json", summary)
     plots.plot_table(table, args.out / "scores.png")
     if args.compare is not None:

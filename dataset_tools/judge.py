@@ -136,7 +136,7 @@ class Judge:
             name=task.key,
             seed=seed_of(settings.seed, task.key),
             prompt_version=self.words.version,
-            head=head(task),
+            head={**head(task), "by": dict(self.by)},
         )
         try:
             shown = await asyncio.to_thread(pictures, item, question, settings.frames, settings.image_side)
@@ -148,7 +148,7 @@ class Judge:
         def accept(texts: dict[str, str], findings: Sequence[Finding], repaired: bool) -> Outcome:
             attempt.side["said"] = attempt.answers[-1][:_SAID_CHARACTERS]
             scores = {part: float(text) for part, text in texts.items()}
-            record = {"of": task.key, **attempt.head, "scores": scores, "by": dict(self.by)}
+            record = {"of": task.key, **attempt.head, "scores": scores}
             return attempt.accepted(record, question.name, findings, repaired)
 
         return await attempt.ask(self.backend, chat, _FIELDS, lambda texts: (), accept, scores_of(question))
@@ -239,6 +239,7 @@ def judge(settings: JudgeSettings, say: Callable[[str], None] = _cli.say) -> Res
     known, seconds = _known(out, by)
     results = Results(out, name="of", label=lambda record: str(record.get("metric", "")), retry=settings.retry)
     try:
+        _refuse_another(results.rejects, by)
         known |= {str(record.get("of")) for record in read_records(results.rejects)}
         due = [task for task in tasks if task.key not in known]
         say(plan(due[: settings.limit or None], settings, words, seconds))
@@ -256,14 +257,19 @@ def _known(out: Path, by: Mapping[str, Any]) -> tuple[set[str], float | None]:
     """Keys that have answers, and how many seconds those took on average."""
     keys: set[str] = set()
     took: list[float] = []
+    _refuse_another(out, by)
     for record in read_records(out):
-        if (other := record.get("by")) != by:
-            raise ValueError(f"out = {out}: holds answers by {other}, and these would be by {dict(by)}; give them a file of their own")
         keys.add(str(record.get("of")))
         meta = record.get("meta")
         if isinstance(meta, dict) and isinstance(meta.get("seconds"), int | float):
             took.append(meta["seconds"])
     return keys, sum(took) / len(took) if took else None
+
+
+def _refuse_another(path: Path, by: Mapping[str, Any]) -> None:
+    for record in read_records(path):
+        if (other := record.get("by", by)) != by:
+            raise ValueError(f"out: {path} holds answers by {other}, and these would be by {dict(by)}; give them a file of their own")
 
 
 async def _run(feed: Feed[Task], work: Judge, results: Results) -> None:

@@ -39,6 +39,8 @@ Rate with three numbers from 1 to 5:
    right and the rest is untouched
 Neither the second nor the third number is higher than the first.""",
 }
+_NO_TYPES = ("system", *_WORDS)
+"""Names of a file's texts that are no edit type's, even where an edit type is named so."""
 _FRAMES = "\nOf each video you see {frames} frames, in order{order}. Judge the videos as wholes, their motion too.\n"
 _FORM = '\nAnswer with one JSON object: {{"reasoning": "one or two sentences", "score": [{parts}]}}, numbers in the order above.'
 
@@ -73,7 +75,8 @@ class Words:
         return words.rstrip() + "\n" + _FORM.format(parts=", ".join(question.parts))
 
     def _words(self, question: Question, edit_type: str | None) -> str | None:
-        return self.by_name.get(edit_type or "") or self.by_name.get(question.name)
+        of_type = None if edit_type in _NO_TYPES else self.by_name.get(edit_type or "")
+        return of_type or self.by_name.get(question.name)
 
 
 def words_of(path: Path | None) -> Words:

@@ -357,6 +357,8 @@ class EvaluateConfig(Section):
     clip: PathText | None = Field(None, description="Folder or hub id of CLIP; default: that of evaluate.py.")
     dino: PathText | None = Field(None, description="Folder or hub id of DINO; default: that of evaluate.py.")
     lpips_net: Literal["alex", "vgg", "squeeze"] = Field("alex", description="Network of LPIPS.")
+    aesthetic: PathText | None = Field(None, description="LAION's linear head, .safetensors, of the metric `aesthetic`.")
+    cotracker: PathText | None = Field(None, description="CoTracker3's offline weights, .safetensors (CC-BY-NC), of the metric `motion`.")
 
 
 class OutputConfig(Section):

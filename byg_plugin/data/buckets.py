@@ -87,7 +87,9 @@ def crop_to_bucket(image: Image.Image, bucket: Size, frame: Size | None = None) 
     return cover(image, bucket, frame)
 
 
-def cover(image: Image.Image, bucket: Size, frame: Size | None = None) -> Image.Image:
+def cover(
+    image: Image.Image, bucket: Size, frame: Size | None = None, resample: Image.Resampling = Image.Resampling.LANCZOS
+) -> Image.Image:
     """`crop_to_bucket` of an image of any size: what judges edits also meets sources smaller than their edits."""
     if image.size == bucket and frame in (None, bucket):
         return image
@@ -97,7 +99,7 @@ def cover(image: Image.Image, bucket: Size, frame: Size | None = None) -> Image.
     down = min(1.0, width * bucket[1] / (bucket[0] * height))
     left, top = (1 - across) / 2 * image.width, (1 - down) / 2 * image.height
     box = (left, top, min(left + across * image.width, image.width), min(top + down * image.height, image.height))
-    return image.resize(bucket, Image.Resampling.LANCZOS, box=box)
+    return image.resize(bucket, resample, box=box)
 
 
 def to_tensor(image: Image.Image) -> Tensor:

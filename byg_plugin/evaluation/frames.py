@@ -1,6 +1,6 @@
 """The pixels of an item: source, edit, ground truth and mask, frame by frame in one size.
 
-The edit's size counts. Sources and references are scaled (LANCZOS) so that they just cover it and cropped at the centre, as edit.py
+The edit's size counts. Sources, references and masks are scaled so that they just cover it and cropped at the centre, as edit.py
 prepares what it edits. In folders of other tools' edits the shapes may differ by 2 % at most: more would compare other things.
 """
 
@@ -47,11 +47,11 @@ class Seen:
 
 def problems(item: Item) -> Iterator[str]:
     """Why an item's files do not go together, by their heads alone; all of them exist."""
-    for role in ("source", "reference"):
+    for role in ("source", "reference", "mask"):
         path: Path | None = getattr(item, role)
         if path is None:
             continue
-        if kind(path) != kind(item.edit):
+        if role != "mask" and kind(path) != kind(item.edit):
             yield f"{item.id}: the {role} {path.name} is {_a(path)} and the edit {item.edit.name} {_a(item.edit)}"
             continue
         try:
@@ -70,13 +70,12 @@ def look(item: Item) -> Seen:
     if refused:
         raise ValueError(refused)
     edit, size, count = _edit(item)
-    mask = None if item.mask is None else np.asarray(load_image(item.mask).convert("L").resize(size, Image.Resampling.NEAREST)) < 128
     return Seen(
         item=item,
         source=_fitted(item.source, size, count),
         edit=edit,
         reference=None if item.reference is None else _fitted(item.reference, size, count),
-        outside=mask,
+        outside=None if item.mask is None else _outside(item.mask, size),
     )
 
 
@@ -97,6 +96,11 @@ def _fitted(path: Path, size: tuple[int, int], count: int) -> np.ndarray:
     return np.stack([np.asarray(cover(frame, size)) for frame in islice(frames, count)])
 
 
+def _outside(mask: Path, size: tuple[int, int]) -> np.ndarray:
+    """What must not change; the mask lies on the source, and is cropped as it is."""
+    return np.asarray(cover(load_image(mask), size, resample=Image.Resampling.NEAREST).convert("L")) < 128
+
+
 def _differences(item: Item, role: str, path: Path) -> Iterator[str]:
     have, edit = _head(path), _head(item.edit)
     size = item.size or edit.size
@@ -104,7 +108,7 @@ def _differences(item: Item, role: str, path: Path) -> Iterator[str]:
     # edit.py crops sources to its sizes, which its manifest knows; nobody else's edit shows another part of its source.
     if item.size is None and max(across, down) / min(across, down) > 1 + _MOST_CUT:
         yield f"the {role} {path.name} has {_x(have.size)} pixels and the edit {_x(size)}: other shapes; crop one as the other"
-    if not is_clip(item.edit):
+    if not is_clip(item.edit) or role == "mask":
         return
     if have.frames < edit.frames:
         yield f"the {role} {path.name} has {have.frames} frames and the edit {edit.frames}; cut the edit"

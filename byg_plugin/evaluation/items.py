@@ -26,7 +26,7 @@ class Item:
         edit: the result.
         instruction, src_caption, tgt_caption, edit_type: as of a tuple; None where it is not known.
         reference: the exact edit, where there is one.
-        mask: an image of the edit's frame, where there is one; what is lighter than mid-grey may change.
+        mask: an image of the source's frame or the edit's, where there is one; what is lighter than mid-grey may change.
         size: (width, height) of the edit as its manifest says it; None: as its file says.
     """
 

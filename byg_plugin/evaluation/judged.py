@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from byg_plugin.evaluation.items import Item
-from byg_plugin.journal import numbered_records, read_records
+from byg_plugin.journal import numbered_records
 from byg_plugin.user_files import file_digest
 
 _ENOUGH = 5  # answers that may agree by chance
@@ -78,7 +78,10 @@ class Judged:
                 raise ValueError(f"--judged {path}: no such file; python dataset_tools/judge.py --edits DIR --out {path} writes it")
             for number, record in numbered_records(path):
                 self._add(path, number, record)
-            self._unread |= {str(record.get("of")) for record in read_records(rejects_of(path))}
+            for number, record in numbered_records(rejects_of(path)) if rejects_of(path).is_file() else ():
+                by = record.get("by")
+                self._one_judge(rejects_of(path), number, by if isinstance(by, dict) else self.by)
+                self._unread.add(str(record.get("of")))
 
     def _add(self, path: Path, number: int, record: Mapping[str, Any]) -> None:
         of, scores, by = record.get("of"), record.get("scores"), record.get("by")
@@ -87,13 +90,16 @@ class Judged:
             return  # another question of the same file
         if not (isinstance(of, str) and isinstance(by, dict) and isinstance(scores, dict) and _fits(question, scores)):
             raise ValueError(f"--judged {path}: line {number} has not the scores of {question.name}; remove it")
+        self._one_judge(path, number, by)
+        self._answers[of] = scores
+
+    def _one_judge(self, path: Path, number: int, by: Mapping[str, Any]) -> None:
         if self.by and by != self.by:
             raise ValueError(
                 f"--judged {path}: line {number} is by {_words(by)}, earlier ones by {_words(self.by)}: scores of two judges cannot be "
                 f"compared; give each its own file"
             )
         self.by = by
-        self._answers[of] = scores
 
     def lacking(self, items: Sequence[Item]) -> list[str]:
         """Problems: items of which nothing was asked, or of which another edit was looked at."""

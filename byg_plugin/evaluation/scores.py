@@ -14,12 +14,13 @@ from pathlib import Path
 
 from byg_plugin.evaluation import frames
 from byg_plugin.evaluation.items import Item
+from byg_plugin.evaluation.metrics.answers import JudgedMetric
 from byg_plugin.evaluation.metrics.base import Metric, Scores
 from byg_plugin.journal import Journal, mend_last_line, numbered_records
 from byg_plugin.user_files import file_digest
 
 NAME = "scores.jsonl"
-_RECIPE = 1  # raise when a metric gives other scores of the same item
+_RECIPE = 2  # raise when a metric gives other scores of the same item
 _TEXTS = ("instruction", "src_caption", "tgt_caption")
 
 
@@ -55,13 +56,13 @@ def score(
         rows, looked_at = [], 0
         for item in items:
             contents = _contents(item)
-            due = {name: _key(contents, name, metric) for name, metric in metrics.items()}
+            due = {name: _key(item, contents, name, metric) for name, metric in metrics.items()}
             due = {name: key for name, key in due.items() if (item.id, name) not in done or done[item.id, name][0] != key}
             if due:
                 looked_at += 1
                 seen = frames.look(item)
                 scored = {name: (key, _finite(item, name, metrics[name](seen))) for name, key in due.items()}
-                journal.append(_line(item, name, *one) for name, one in scored.items())
+                journal.append(_line(item, name, metrics[name], *one) for name, one in scored.items())
                 done |= {(item.id, name): one for name, one in scored.items()}
             merged = {column: value for name in metrics for column, value in done[item.id, name][1].items()}
             rows.append(Row(id=item.id, edit_type=item.edit_type, scores=merged))
@@ -88,6 +89,30 @@ def read(folder: Path) -> list[Row]:
     return list(rows.values())
 
 
+def same_settings(items: Sequence[Item], metrics: Mapping[str, Metric], folder: Path) -> list[str]:
+    """Metrics of which another run's file does not say the settings: files of earlier versions.
+
+    Args:
+        items, metrics: of this run.
+        folder: of the other run's file.
+
+    Raises:
+        ValueError: an item was scored with other settings there; names the metric and both.
+    """
+    ids, found = {item.id for item in items}, {}
+    for _, record in numbered_records(folder / NAME):
+        if record.get("id") in ids and record.get("metric") in metrics:
+            found[record["id"], record["metric"]] = record.get("settings")
+    for (_, name), theirs in found.items():
+        ours = json.loads(json.dumps(dict(metrics[name].settings)))
+        if theirs is not None and theirs != ours:
+            raise ValueError(
+                f"--compare {folder}: {name} was scored there with {json.dumps(theirs)} and here with {json.dumps(ours)}, which cannot be "
+                f"compared; score both runs alike, or leave {name} out of --metrics"
+            )
+    return list(dict.fromkeys(name for (_, name), theirs in found.items() if theirs is None))
+
+
 def _done(path: Path) -> dict[tuple[str, str], tuple[str, Scores]]:
     mend_last_line(path)
     lines = (_checked(record, path, number) for number, record in numbered_records(path))
@@ -103,8 +128,9 @@ def _checked(record: Mapping[str, object], path: Path, number: int) -> tuple[str
     return item, metric, key, scores
 
 
-def _line(item: Item, metric: str, key: str, scores: Scores) -> dict[str, object]:
-    return {"id": item.id, "edit_type": item.edit_type, "metric": metric, "of": key, "scores": scores}
+def _line(item: Item, name: str, metric: Metric, key: str, scores: Scores) -> dict[str, object]:
+    settings = dict(metric.settings)
+    return {"id": item.id, "edit_type": item.edit_type, "metric": name, "settings": settings, "of": key, "scores": scores}
 
 
 def _finite(item: Item, metric: str, scores: Scores) -> Scores:
@@ -120,5 +146,8 @@ def _contents(item: Item) -> str:
     return json.dumps([files, [getattr(item, name) for name in _TEXTS], item.size])
 
 
-def _key(contents: str, name: str, metric: Metric) -> str:
-    return hashlib.sha256(json.dumps([_RECIPE, contents, name, dict(metric.settings)], sort_keys=True).encode()).hexdigest()[:16]
+def _key(item: Item, contents: str, name: str, metric: Metric) -> str:
+    made_of: list[object] = [_RECIPE, contents, name, dict(metric.settings)]
+    if isinstance(metric, JudgedMetric):
+        made_of.append(metric.judged.answers(item))
+    return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]

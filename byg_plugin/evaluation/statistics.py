@@ -49,7 +49,8 @@ def by_type(rows: Sequence[Row]) -> Table:
     """Means of every column over each edit type and over all rows; columns without a value are left out."""
     kinds = sorted({row.edit_type or UNTYPED for row in rows})
     groups = {kind: {row.id for row in rows if (row.edit_type or UNTYPED) == kind} for kind in kinds if kinds != [UNTYPED]}
-    return by_group(rows, groups)
+    # A type of the last row's name keeps a row of its own.
+    return by_group(rows, {f"{kind} (type)" if kind == ALL else kind: ids for kind, ids in groups.items()})
 
 
 def by_group(

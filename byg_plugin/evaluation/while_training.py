@@ -25,6 +25,7 @@ from byg_plugin.data.tuples import EditTuple
 from byg_plugin.evaluation import page, scores
 from byg_plugin.evaluation.items import Item
 from byg_plugin.evaluation.metrics import METRICS, Options, classes
+from byg_plugin.evaluation.metrics.answers import JudgedMetric
 from byg_plugin.evaluation.scores import Row
 from byg_plugin.evaluation.statistics import ALL, Mean, by_type, mean_of
 from byg_plugin.images import save_png
@@ -52,6 +53,11 @@ class TrainingScores:
         if unknown := [name for name in section.metrics if name not in METRICS]:
             raise ValueError(f"evaluate.metrics = {list(section.metrics)}: {unknown[0]} is none of {', '.join(METRICS)}")
         self._made = classes(section.metrics)
+        if judged := [name for name, made in self._made.items() if issubclass(made, JudgedMetric)]:
+            raise ValueError(
+                f"evaluate.metrics = {list(section.metrics)}: {judged[0]} needs a judge: not while training; leave it out, and score a "
+                f"checkpoint's edits with evaluate.py"
+            )
         self._options = _options(section)
         columns = {column: more for one in self._made.values() for column, more in one.columns.items()}
         self._higher = _direction(section, columns)
@@ -78,8 +84,7 @@ class TrainingScores:
             return
         first = trainer.accelerator.is_main_process
         if trainer.anyone(first and trainer.step not in logs.steps_in(self._log(trainer))):
-            with trainer.together(f"the evaluation at step {trainer.step}"):
-                self._evaluate(trainer, writes=first)
+            self._evaluate(trainer, writes=first)
         trainer.accelerator.wait_for_everyone()
 
     # --- one step ---
@@ -88,16 +93,17 @@ class TrainingScores:
         assert trainer.validation is not None, "the configuration asks for validation items"
         config, what = self._config, f"evaluation at step {trainer.step}"
         # Without the live weights' own dropout, and with the previews' weights, seeds and sampler.
-        latents = preview.edited(
-            config,
-            trainer.family,
-            trainer.host,
-            trainer.validation,
-            what,
-            items=config.evaluate.items,
-            unguided=False,
-            agree=trainer.anyone,
-        )
+        with trainer.together(f"the evaluation at step {trainer.step}"):  # of the edits alone: metrics wait for nobody, however long
+            latents = preview.edited(
+                config,
+                trainer.family,
+                trainer.host,
+                trainer.validation,
+                what,
+                items=config.evaluate.items,
+                unguided=False,
+                agree=trainer.anyone,
+            )
         if not writes or not latents:
             return
         with preview.logged(what):
@@ -195,8 +201,9 @@ def _direction(section: EvaluateConfig, columns: Mapping[str, bool]) -> bool:
 
 
 def _options(section: EvaluateConfig, **changes: Any) -> Options:
-    given = {"clip": section.clip, "dino": section.dino, "lpips_net": section.lpips_net, "device": section.device, **changes}
-    return Options(**{name: value for name, value in given.items() if value is not None})
+    given = {name: getattr(section, name) for name in ("clip", "dino", "lpips_net", "device")} | changes
+    files = {name: Path(path).expanduser() for name in ("aesthetic", "cotracker") if (path := getattr(section, name)) is not None}
+    return Options(**{name: value for name, value in given.items() if value is not None}, **files)
 
 
 def _name(select: Sequence[str]) -> str:

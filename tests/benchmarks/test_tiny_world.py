@@ -8,7 +8,6 @@ from benchmarks import demo_musubi
 from benchmarks import tiny_world as study
 from benchmarks import tiny_world_run as runs
 from byg_plugin.config.loading import load_config
-from byg_plugin.config.sections import keys_of
 from byg_plugin.demo import world
 from tests.support import ROOT
 from tests.support.tiny_world_study import small
@@ -68,7 +67,7 @@ def test_the_demo_inside_musubi_tuner_has_the_objective_of_its_committed_figures
     now = demo_musubi.recipe(demo, tmp_path, None).objective.model_dump(mode="json")
     recorded = runs.read_json(demo_musubi.RESULT)["objective"]
     later = {key: value for key, value in now.items() if key not in recorded}  # options that there were not yet are off
-    assert now == recorded | later and later == {key: keys_of("objective")[key].default for key in later}
+    assert now == recorded | later and later == {key: runs.default_of("objective", key) for key in later}
 
 
 def test_stages_and_the_demo_share_no_pictures():

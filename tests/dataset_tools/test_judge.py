@@ -76,6 +76,18 @@ def test_a_second_run_asks_nothing_and_a_changed_edit_is_judged_anew(tmp_path: P
     assert done.returncode == 2 and "holds answers by" in done.stderr and "give them a file of their own" in done.stderr
 
 
+def test_what_one_judge_left_unread_is_no_answer_of_another(tmp_path: Path) -> None:
+    edits, out = write_edits(tmp_path, 2), tmp_path / "judged.jsonl"
+    words = ("--edits", edits, "--out", out, *ONCE)
+    with stub(tmp_path / "s", "good", scores=10) as server:
+        run("judge", *words, "--base-url", server.url, "--model", "a")
+    assert len(files(out)[1]) == 4
+    with stub(tmp_path / "t", "good") as server:
+        done = run("judge", *words, "--base-url", server.url, "--model", "b")
+        assert not server.requests
+    assert done.returncode == 2 and "judged.rejects.jsonl holds answers by {'model': 'a'" in done.stderr
+
+
 def test_a_thousand_malformed_answers_are_scored_repaired_or_counted(tmp_path: Path) -> None:
     count, out = 500, tmp_path / "judged.jsonl"
     edits = write_edits(tmp_path, count)
@@ -173,6 +185,14 @@ def test_images_are_shown_in_the_sources_size_and_clips_as_frames_of_the_same_mo
     shown = [np.asarray(one.image()).mean() for one in pictures(clip, SEMANTIC, 3, 1024)]
     assert shown == pytest.approx([0, 80, 160, 255, 175, 95], abs=3)
     assert "you see 3 frames, in order, first the source's" in words_of(None).ask(SEMANTIC, "x", frames=3)
+
+
+def test_an_edit_type_named_as_a_question_gets_no_other_questions_words(tmp_path: Path) -> None:
+    (tmp_path / "p.json").write_text(json.dumps({"system": "s", "vie_semantic": "a", "vie_quality": "b", "add": "c"}), encoding="utf-8")
+    words = words_of(tmp_path / "p.json")
+    said = {name: words.ask(SEMANTIC, "x", name).split("\n")[0] for name in ("system", "vie_quality", "remove", "add")}
+    assert said == {"system": "a", "vie_quality": "a", "remove": "a", "add": "c"}
+    assert words.lacks(IMGEDIT, "system") and not words.lacks(IMGEDIT, "add")
 
 
 def test_what_it_will_cost_is_a_sum_over_shapes(tmp_path: Path) -> None:

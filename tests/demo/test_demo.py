@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from byg_plugin.demo import commands
-from byg_plugin.demo.__main__ import run_demo
+from byg_plugin.demo.__main__ import BASE, run_demo
 from tests.support.tiny import FEW_STEPS
 
 
@@ -55,12 +55,16 @@ def test_other_settings_are_not_shown_as_these(demo):
         run_demo(out, [*FEW_STEPS, "train.lr=0.01"], train_tuples=12, eval_tuples=4)
 
 
-def test_no_ema_is_edited_with_the_live_weights(tmp_path):
-    tables = run_demo(
-        tmp_path, [*FEW_STEPS, "objective.ema_decay=0.0", "train.steps=1", "output.name=other"], train_tuples=12, eval_tuples=2
-    )
-    assert tables["edited without pairs"]["all"]["n"] == 2
-    assert not (tmp_path / "training" / "other-ema.safetensors").exists()
+@pytest.mark.parametrize(("decay", "name"), [(0.0, "other.safetensors"), (0.99, "other-ema.safetensors")])
+def test_no_ema_is_edited_with_the_live_weights(tmp_path, monkeypatch, decay, name):
+    ran = []
+    monkeypatch.setattr(commands, "run", lambda *words: ran.append(words))
+    overrides = [*FEW_STEPS, f"objective.ema_decay={decay}", "output.name=other"]
+    commands.cache_train_edit(tmp_path, "demo.toml", BASE, overrides, [])
+    assert [words[1] for words in ran] == [
+        f"byg_plugin.{one}" for one in ("cache_latents", "cache_text_encoder_outputs", "train_network", "edit")
+    ]
+    assert ran[-1][ran[-1].index("--lora") + 1] == tmp_path / "training" / name
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,10 @@ def test_gedit_writes_tuples_that_edit_py_takes_and_scores_by_its_groups(tmp_pat
     of_group = [table[group]["error_source"]["mean"] for group in gedit.GROUPS]
     assert table["mean of groups"]["error_source"] == {"n": 11, "mean": pytest.approx(np.mean(of_group)), "sem": None}
     assert table["all"]["error_source"]["mean"] != pytest.approx(np.mean(of_group)), "one group has two tasks"
+    scored = [json.loads(line) for line in (out / "scores.jsonl").read_text(encoding="utf-8").splitlines()]
+    shared = [line["scores"]["error_source"] for line in scored if int(line["id"][1:]) % 2 == 0]
+    wanted = {"n": 6, "mean": pytest.approx(np.mean(shared)), "sem": None}
+    assert table["mean of groups (intersection)"]["error_source"] == wanted and len(shared) == 6, "one task a group"
     assert "| mean of groups | 11 |" in (out / "summary.md").read_text(encoding="utf-8")
 
 

@@ -177,6 +177,25 @@ def test_shapes_that_differ_are_refused_but_what_edit_py_cropped_is_cropped(tmp_
     assert source.is_file()
 
 
+def test_masks_are_cropped_as_their_sources_and_other_shapes_are_refused(tmp_path: Path):
+    tall, mask = noise(1, 64, 40), np.zeros((1, 64, 40, 3), dtype=np.uint8)
+    mask[:, 28:36] = 255  # rows 12 to 20 of the edit, which shows the source's rows 16 to 48
+    edit = tall[:, 16:48].copy()
+    edit[:, 12:20] = 0
+    save(tmp_path / "masks" / "s0.png", mask)
+    edits = write_edits(tmp_path, 1)
+    save(tmp_path / "masks" / "t0.png", mask)
+    save(tmp_path / "sources" / "s0.png", tall)
+    save(edits / "00000_s0.png", edit)
+    run("--edits", edits, "--masks", tmp_path / "masks", "--metrics", "error", "--out", tmp_path / "out")
+    first = lines(tmp_path / "out")[0]["scores"]
+    assert first["error_outside"] == 0 and first["error_source"] > 0
+    save(tmp_path / "sources" / "s0.png", tall[:, 16:48])
+    save(tmp_path / "results" / "s0.png", edit)
+    words = ("--sources", tmp_path / "sources", "--results", tmp_path / "results", "--masks", tmp_path / "masks")
+    assert "s0: the mask s0.png has 40 x 64 pixels and the edit 40 x 32: other shapes" in refused(*words, "--out", tmp_path / "o")
+
+
 @pytest.mark.parametrize(
     ("made", "rate", "says"),
     [

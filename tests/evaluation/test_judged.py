@@ -10,7 +10,7 @@ import pytest
 
 from byg_plugin import evaluate
 from byg_plugin.evaluation import scores
-from byg_plugin.evaluation.judged import sameness
+from byg_plugin.evaluation.judged import rejects_of, sameness
 from byg_plugin.evaluation.metrics.viescore import overall
 from byg_plugin.evaluation.scores import Row
 from byg_plugin.evaluation.statistics import by_type
@@ -48,6 +48,36 @@ def test_the_papers_reading_is_success_and_freedom_from_artifacts(tmp_path: Path
     assert [row["vie_semantic"] for row in rows] == [8, 5, 3] and [row["vie_quality"] for row in rows] == [4, 7, None]
 
 
+def test_an_item_that_was_judged_anew_is_scored_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    edits, judged = write_edits(tmp_path, 3), tmp_path / "judged.jsonl"
+    assert score(edits, write_answers(judged, edits, NUMBERS))[2]["vie_overall"] is None
+    judged.unlink()
+    rejects_of(judged).unlink()
+    rows = score(edits, write_answers(judged, edits, [([0, 0], [0, 0]), NUMBERS[1], ([9, 9], [4, 4])]))
+    assert [row["vie_overall"] for row in rows] == [0, 0, 6] and rows[2]["vie_unread"] == 0
+    assert "3 edits, 2 of them scored now" in capsys.readouterr().out
+
+
+def test_runs_of_other_judges_or_readings_are_not_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    edits, other = write_edits(tmp_path, 3), write_edits(tmp_path, 3, level=9)
+    judged = write_answers(tmp_path / "judged.jsonl", edits, NUMBERS)
+    score(edits, judged)
+    theirs = tmp_path / "judged"
+    another = write_answers(tmp_path / "another.jsonl", other, NUMBERS, model="b")
+    with pytest.raises(ValueError, match=r"judged: viescore was scored there with .*\"m\".* and here with .*\"b\".* leave viescore out"):
+        score(other, another, "--compare", theirs)
+    alike = write_answers(tmp_path / "alike.jsonl", other, [([1, 1], [1, 1])] * 3)
+    with pytest.raises(ValueError, match=r"\"official\".* and here with .*\"paper\""):
+        score(other, alike, "--compare", theirs, "--vie-reading", "paper")
+    score(other, alike, "--compare", theirs)
+    assert "| this run - judged |" in (said := capsys.readouterr().out) and "do not say" not in said
+    lines = [json.loads(line) for line in (theirs / "scores.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert all(line.pop("settings") == {"by": BY, "reading": "official"} for line in lines)
+    (theirs / "scores.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    score(other, alike, "--compare", theirs, "--vie-reading", "paper")
+    assert capsys.readouterr().out.count("do not say their settings are taken as made with this run's (judged: viescore)") == 1
+
+
 def test_imgedit_is_the_mean_of_three(tmp_path: Path):
     edits = write_edits(tmp_path, 2)
     judged = write_answers(tmp_path / "judged.jsonl", edits, [([5, 4, 1],), (None,)], "imgedit")
@@ -74,6 +104,12 @@ def test_what_was_not_judged_as_it_is_now_is_named(tmp_path: Path):
     save(edits / "00001_s1.png", noise(9))
     said = refused(edits, "--judged", judged)
     assert "1 problem(s), nothing was scored" in said and "t1: not judged as it is now (vie_semantic, vie_quality)" in said
+    again = write_edits(tmp_path / "again", 3)
+    judged = write_answers(tmp_path / "again.jsonl", again, NUMBERS)
+    manifest = (again / "edits.jsonl").read_text(encoding="utf-8").replace('"instruction 2"', '"something else"')
+    (again / "edits.jsonl").write_text(manifest, encoding="utf-8")
+    said = refused(again, "--judged", judged)
+    assert "1 problem(s)" in said and "t2: not judged as it is now (vie_semantic, vie_quality)" in said
     assert "--metrics viescore needs --judged FILE" in refused(edits)
     assert "none.jsonl: no such file; python dataset_tools/judge.py" in refused(edits, "--judged", tmp_path / "none.jsonl")
 
@@ -84,6 +120,9 @@ def test_answers_of_two_judges_and_damaged_lines_are_refused_and_shards_are_one_
     assert len(score(edits, judged, "--judged", judged, more)) == 3
     strange = write_answers(tmp_path / "c.jsonl", other, NUMBERS, model="another")
     assert "scores of two judges cannot be compared" in refused(edits, "--judged", judged, strange)
+    unread = write_answers(tmp_path / "e.jsonl", other, [(None, None)] * 3, model="another")
+    unread.touch()
+    assert "e.rejects.jsonl: line 1 is by model another" in refused(edits, "--judged", judged, unread)
     for broken in ({"success": 11, "preservation": 1}, {"success": 1}, [1, 2], {"success": True, "preservation": 1}):
         line = {"of": "x", "id": "x", "metric": "vie_semantic", "scores": broken, "by": BY}
         (tmp_path / "d.jsonl").write_text(json.dumps(line), encoding="utf-8")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -120,6 +122,39 @@ def test_missing_weights_are_one_line(metric: type, options: dict[str, str], say
 def test_a_folder_without_the_model_is_named(tmp_path: Path):
     with pytest.raises(ValueError, match="is not a folder of that model"):
         Dino(Options(dino=str(tmp_path)))
+
+
+class DistanceOfPixels(torch.nn.Module):
+    """In LPIPS' place: the mean distance of what it is given, which it keeps."""
+
+    def __init__(self, net: str, verbose: bool):
+        super().__init__()
+        self.net = net
+        self.given: list[torch.Tensor] = []
+
+    def forward(self, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        self.given += [one, other]
+        return (one - other).abs().mean().reshape(1, 1, 1, 1)
+
+
+def test_lpips_is_given_pixels_from_minus_1_to_1_and_the_sources_inside_the_mask(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr("byg_plugin.evaluation.metrics.lpips.find_spec", lambda name: object())
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "vgg16-397923af.pth").touch()
+    monkeypatch.setitem(sys.modules, "lpips", types.SimpleNamespace(LPIPS=DistanceOfPixels))
+    source, edit = np.zeros((1, 4, 6, 3), dtype=np.uint8), np.zeros((1, 4, 6, 3), dtype=np.uint8)
+    edit[0, 0, 5, 2] = edit[0, 3, 1, 0] = 255
+    outside = np.ones((4, 6), dtype=bool)
+    outside[0, 5] = False  # may change
+    metric = Lpips(Options(lpips_net="vgg"))
+    scores = metric(seen(source, edit, reference=edit, outside=outside))
+    assert scores == {"lpips_source": pytest.approx(4 / 72), "lpips_outside": pytest.approx(2 / 72), "lpips_truth": 0}
+    shown, beside, filled, _, _, _ = metric._model.given
+    assert metric._model.net == "vgg" and not metric._model.training
+    assert shown.shape == (1, 3, 4, 6) and shown.dtype == torch.float32 and (beside == -1).all()
+    assert shown[0, 2, 0, 5] == shown[0, 0, 3, 1] == 1 and (shown == 1).sum() == 2 and (shown == -1).sum() == 70
+    assert filled[0, 2, 0, 5] == -1 and filled[0, 0, 3, 1] == 1
 
 
 @pytest.mark.parametrize("package", ["torchvision", "lpips"])

@@ -26,6 +26,8 @@ def test_types_in_order_all_last_and_what_has_no_value_is_left_out():
     assert (table["a"]["x"].n, table["a"]["x"].mean, table["all"]["x"].n) == (1, 5, 3)
     assert list(by_type(rows(1, 2, kinds=(None,)))) == ["all"]
     assert by_type(rows(None)) == {"a": {}, "all": {}}
+    named = by_type(rows(1, 5, kinds=("add", "all")))
+    assert {name: means["x"].mean for name, means in named.items()} == {"add": 1, "all (type)": 5, "all": 3}
     assert "| a | 1 | 5 |\n| b | 2 | 2 +- 1 |" in markdown(table)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from byg_plugin.evaluation.scores import Row
 from byg_plugin.evaluation.while_training import TrainingScores, joint
 from byg_plugin.models.flux import FluxFamily
 from byg_plugin.training import checkpoint, logs, preview
+from byg_plugin.training.loop import Trainer
 from tests.support.evaluation import tiny_clip, tiny_dino
 from tests.support.tiny import curve, in_child, run_config
 from tests.support.training_runs import assert_same_run, kill, train
@@ -178,6 +181,25 @@ def test_a_metric_that_fails_ends_nothing(whole: Path, tmp_path: Path, monkeypat
     assert not (tmp_path / "out" / "best.json").exists()
 
 
+def test_the_watchdog_waits_for_the_edits_of_shards_and_for_no_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A long metric is the main process's own; the others wait at a barrier of their own."""
+    waits: dict[str, list[str | None]] = {"edits": [], "metric": []}
+    around: list[str | None] = [None]
+
+    @contextmanager
+    def together(self: Trainer, what: str) -> Iterator[None]:
+        around[0] = what
+        yield
+        around[0] = None
+
+    measure, edited = Error.__call__, preview.edited
+    monkeypatch.setattr(Trainer, "together", together)
+    monkeypatch.setattr(Error, "__call__", lambda self, seen: (waits["metric"].append(around[0]), measure(self, seen))[1])
+    monkeypatch.setattr(preview, "edited", lambda *args, **more: (waits["edits"].append(around[0]), edited(*args, **more))[1])
+    train(config(tmp_path / "out", train={"steps": 2}))
+    assert waits == {"edits": ["the evaluation at step 2"], "metric": [None, None]}
+
+
 def test_clip_and_dino_choose_together_and_draw_curves(tmp_path: Path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -228,6 +250,16 @@ def test_what_it_writes_is_what_the_command_says_of_it(whole: Path, tmp_path: Pa
         (
             {"metrics": ["dino"], "select": ["dino"], "dino": "nowhere/none"},
             "evaluate.metrics: dino: --dino nowhere/none: is not on this machine; fetch it with: hf download",
+        ),
+        ({"metrics": ["error", "viescore"]}, "viescore needs a judge: not while training"),
+        ({"metrics": ["imgedit"], "select": ["imgedit"]}, "imgedit needs a judge: not while training"),
+        (
+            {"metrics": ["aesthetic"], "select": ["aesthetic"], "aesthetic": "nowhere/head.safetensors"},
+            "evaluate.metrics: aesthetic: --aesthetic nowhere.head.safetensors: no such file",
+        ),
+        (
+            {"metrics": ["motion"], "select": ["motion_fidelity"], "cotracker": "nowhere/c.safetensors"},
+            "motion: --cotracker nowhere.c.safetensors: no such file",
         ),
         ({"device": "cuda"}, 'evaluate.device = "cuda": torch finds no CUDA device'),
     ],

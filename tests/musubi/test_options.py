@@ -236,7 +236,7 @@ def test_what_the_host_decides_is_not_said_twice(folder: Path, section: str, key
 
 
 def test_pairs_are_left_to_the_host(folder: Path):
-    raw = host_config(folder, T2V).model_dump(exclude={"objective", "dataset", "lora", "train", "sample", "output"})
+    raw = host_config(folder, T2V).model_dump(exclude={"objective", "dataset", "lora", "train", "sample", "evaluate", "output"})
     raw["model"] = {key: raw["model"][key] for key in ("family", "host", "device")}
     with pytest.raises(ValueError, match="only 'unpaired_cycle'"):
         parse_config(raw | {"objective": {"name": "paired"}, "dataset": {"tuples": "x"}})

@@ -17,9 +17,9 @@ def write_answers(path: Path, edits: Path, numbers: Numbers, ask: str = "viescor
     """Answers about the edits of a folder, by question; None: it could not be read."""
     for item, of_item in zip(from_manifest(edits), numbers, strict=True):
         for (name, key), question, given in zip(keys_of(item, QUESTIONS[ask]).items(), QUESTIONS[ask], of_item, strict=True):
-            record: dict[str, Any] = {"of": key, "id": item.id, "edit_type": item.edit_type, "metric": name}
+            record: dict[str, Any] = {"of": key, "id": item.id, "edit_type": item.edit_type, "metric": name, "by": BY | by}
             if given is not None:
-                record |= {"scores": dict(zip(question.parts, given, strict=True)), "by": BY | by}
+                record["scores"] = dict(zip(question.parts, given, strict=True))
             with (rejects_of(path) if given is None else path).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
     return path
