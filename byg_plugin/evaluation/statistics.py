@@ -47,10 +47,14 @@ def mean_of(values: Sequence[float]) -> Mean:
 
 def by_type(rows: Sequence[Row]) -> Table:
     """Means of every column over each edit type and over all rows; columns without a value are left out."""
-    kinds = sorted({row.edit_type or UNTYPED for row in rows})
-    groups = {kind: {row.id for row in rows if (row.edit_type or UNTYPED) == kind} for kind in kinds if kinds != [UNTYPED]}
-    # A type of the last row's name keeps a row of its own.
-    return by_group(rows, {f"{kind} (type)" if kind == ALL else kind: ids for kind, ids in groups.items()})
+    kinds = sorted({name_of(row.edit_type) for row in rows})
+    groups = {kind: {row.id for row in rows if name_of(row.edit_type) == kind} for kind in kinds if kinds != [UNTYPED]}
+    return by_group(rows, groups)
+
+
+def name_of(edit_type: str | None) -> str:
+    """Of a type's row, which is never the name of the row of all."""
+    return f"{edit_type} (type)" if edit_type == ALL else edit_type or UNTYPED
 
 
 def by_group(

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import random
 import re
+import shutil
 import time
 import weakref
 from pathlib import Path
@@ -13,7 +14,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from byg_plugin import evaluate
 from byg_plugin.evaluation import frames, scores
@@ -70,12 +73,20 @@ def test_what_is_scored_stays_scored_until_its_files_texts_or_settings_change(tm
     assert len(lines(out)) == 6
 
 
-def test_models_of_other_names_are_other_settings(tmp_path: Path):
-    edits, out = write_edits(tmp_path, 1), tmp_path / "out"
-    one, other = tiny_dino(tmp_path / "one"), tiny_dino(tmp_path / "other", version=2)
-    for folder in (one, other, other):
-        run("--edits", edits, "--metrics", "dino", "--dino", folder, "--out", out)
-    first, second = (line["scores"]["dino"] for line in lines(out))
+@pytest.mark.parametrize("metric", ["clip", "dino"])
+def test_a_model_is_known_by_its_files_not_by_its_name(tmp_path: Path, metric: str):
+    edits, out = write_edits(tmp_path, 1, level=90), tmp_path / "out"
+    made = tiny_clip(tmp_path / "one") if metric == "clip" else tiny_dino(tmp_path / "one")
+    moved = shutil.copytree(made, tmp_path / "other")
+    for folder in (made, moved):
+        run("--edits", edits, "--metrics", metric, f"--{metric}", folder, "--out", out)
+    assert len(lines(out)) == 1
+    tensors = load_file(made / "model.safetensors")
+    generator = torch.Generator().manual_seed(1)
+    changed = {name: one + torch.randn(one.shape, generator=generator) if one.is_floating_point() else one for name, one in tensors.items()}
+    save_file(changed, made / "model.safetensors", {"format": "pt"})
+    run("--edits", edits, "--metrics", metric, f"--{metric}", made, "--out", out)
+    first, second = (line["scores"] for line in lines(out))
     assert first != second
 
 

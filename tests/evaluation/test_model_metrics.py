@@ -19,8 +19,13 @@ from tests.support.evaluation import noise, seen, tiny_clip, tiny_dino
 
 
 @pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> Clip:
-    return Clip(Options(clip=str(tiny_clip(tmp_path_factory.mktemp("clip")))))
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_clip(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture(scope="module")
+def clip(clip_folder: Path) -> Clip:
+    return Clip(Options(clip=str(clip_folder)))
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +43,11 @@ def test_directional_similarity_in_closed_form():
     assert directional(axes[:1], axes[1:2], axes[0], axes[2]) == pytest.approx(0.5)
 
 
-def test_clip_is_what_its_parts_say(clip: Clip):
+def test_clip_is_what_its_parts_say(clip: Clip, clip_folder: Path):
     """Written from the formula: transformers' own feature methods, one frame and one text at a time."""
     from transformers import CLIPModel, CLIPTokenizer
 
-    folder = clip.settings["model"]
-    model, tokenizer = CLIPModel.from_pretrained(folder).eval(), CLIPTokenizer.from_pretrained(folder)
+    model, tokenizer = CLIPModel.from_pretrained(clip_folder).eval(), CLIPTokenizer.from_pretrained(clip_folder)
 
     def of_image(frame: np.ndarray) -> torch.Tensor:
         pixels = interpolate(torch.tensor(frame / 255).permute(2, 0, 1)[None].float(), size=(32, 32), mode="bicubic")
@@ -101,9 +105,9 @@ def test_dino_v2_reads_pictures_of_224(tmp_path: Path):
     assert dino._size == 224
 
 
-def test_what_is_no_dino_is_refused(clip: Clip):
+def test_what_is_no_dino_is_refused(clip_folder: Path):
     with pytest.raises(ValueError, match="is a clip; give one of vit, dinov2"):
-        Dino(Options(dino=clip.settings["model"]))
+        Dino(Options(dino=str(clip_folder)))
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from torch import Tensor
 from byg_plugin.evaluation.frames import Seen
 from byg_plugin.evaluation.metrics.base import Options, Scores
 from byg_plugin.evaluation.metrics.clip import MEAN, STD, image_features
-from byg_plugin.evaluation.metrics.weights import batches, load, tensors_of
+from byg_plugin.evaluation.metrics.weights import batches, digest_of, load, tensors_of
 from byg_plugin.user_files import file_digest
 
 _SOURCE = "https://github.com/LAION-AI/aesthetic-predictor/raw/main/sa_0_4_vit_l_14_linear.pth"
@@ -50,7 +50,7 @@ class Aesthetic:
             )
         self._head = {name: tensor.float().to(options.device) for name, tensor in head.items()}
         self._device = options.device
-        self.settings = {"model": options.clip, "head": file_digest(options.aesthetic)}
+        self.settings = {"model": digest_of(options.clip), "head": file_digest(options.aesthetic)}
 
     @torch.no_grad()
     def quality(self, frames: np.ndarray) -> Tensor:

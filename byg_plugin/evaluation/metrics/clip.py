@@ -19,7 +19,7 @@ from torch import Tensor
 
 from byg_plugin.evaluation.frames import Seen
 from byg_plugin.evaluation.metrics.base import Options, Scores
-from byg_plugin.evaluation.metrics.weights import batches, load
+from byg_plugin.evaluation.metrics.weights import batches, digest_of, load
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP's training
 
@@ -46,10 +46,10 @@ class Clip:
     texts: ClassVar[tuple[str, ...]] = ("src_caption", "tgt_caption")
 
     def __init__(self, options: Options):
-        self.settings = {"model": options.clip}
         self._device = options.device
         self._model = load("CLIPModel", options.clip, "--clip", options.device)
         self._tokenizer = load("CLIPTokenizer", options.clip, "--clip", options.device)
+        self.settings = {"model": digest_of(options.clip)}
         self._size = self._model.config.vision_config.image_size
         self._tokens = self._model.config.text_config.max_position_embeddings
 

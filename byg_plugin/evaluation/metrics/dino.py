@@ -16,7 +16,7 @@ from torch import Tensor
 
 from byg_plugin.evaluation.frames import Seen
 from byg_plugin.evaluation.metrics.base import Options, Scores
-from byg_plugin.evaluation.metrics.weights import batches, load
+from byg_plugin.evaluation.metrics.weights import batches, digest_of, load
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 _KINDS = ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit")
@@ -34,12 +34,12 @@ class Dino:
     texts: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, options: Options):
-        self.settings = {"model": options.dino}
         self._device = options.device
         self._model = load("AutoModel", options.dino, "--dino", options.device)
         kind = self._model.config.model_type
         if kind not in _KINDS:
             raise ValueError(f"--dino {options.dino}: is a {kind}; give one of {', '.join(_KINDS)}, e.g. facebook/dino-vits16")
+        self.settings = {"model": digest_of(options.dino)}
         size, patch = self._model.config.image_size, self._model.config.patch_size
         self._size = size if kind == "vit" else _SIZE // patch * patch
 

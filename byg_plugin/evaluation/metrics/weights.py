@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from torch import Tensor
 from byg_plugin.config.extras import require
 from byg_plugin.places import check_path
 from byg_plugin.progress import quiet_loading
+from byg_plugin.user_files import file_digest
 
 _BATCH = 16  # frames at once
 
@@ -36,6 +39,17 @@ def load(cls: str, path: str, option: str, device: str) -> Any:
         remedy = "is not a folder of that model" if folder.exists() else f"is not on this machine; fetch it with: hf download {path}"
         raise ValueError(f"{option} {path}: {remedy} ({str(error).splitlines()[0][:200]})") from error
     return loaded.to(device).float().eval().requires_grad_(False) if isinstance(loaded, torch.nn.Module) else loaded
+
+
+def digest_of(path: str) -> str:
+    """Of the files of a model that `load` has loaded: another model under the same name has another one, a moved one has not."""
+    from transformers.utils import cached_file
+
+    folder = Path(path).expanduser()
+    config = cached_file(str(folder) if folder.exists() else path, "config.json", local_files_only=True)
+    files = sorted(one for one in Path(config).parent.iterdir() if one.suffix in (".safetensors", ".json", ".txt"))
+    named = [[one.name, file_digest(one)] for one in files]
+    return hashlib.sha256(json.dumps(named).encode()).hexdigest()[:16]
 
 
 def tensors_of(path: Path | None, option: str, source: str, convert: str) -> dict[str, Tensor]:

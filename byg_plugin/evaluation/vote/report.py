@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import binomtest
 
-from byg_plugin.evaluation.statistics import UNTYPED, mean_of
+from byg_plugin.evaluation.statistics import mean_of, name_of
 from byg_plugin.evaluation.vote.ballots import Pair, Vote, counted
 from byg_plugin.journal import replacing
 
@@ -81,7 +81,7 @@ def summarise(votes: Sequence[Vote], pairs: Sequence[Pair]) -> dict[str, Any]:
     valid = counted(votes, pairs)
     if not valid:
         raise ValueError("there is no vote on these edits yet: serve the page without --report and vote")
-    kinds = {pair.key: pair.a.edit_type or UNTYPED for pair in pairs}
+    kinds = {pair.key: name_of(pair.a.edit_type) for pair in pairs}
     by_kind = {kind: [vote for vote in valid if kinds[vote.key] == kind] for kind in sorted(set(kinds.values()))}
     items = Counter(vote.key for vote in valid if vote.choice == "a"), Counter(vote.key for vote in valid if vote.choice == "b")
     table = np.array([[side[pair.key] for side in items] for pair in pairs])
