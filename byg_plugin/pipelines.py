@@ -33,7 +33,8 @@ from byg_plugin.families import HIGH, LOW, FamilySpec
 from byg_plugin.lora import formats as lora_formats
 from byg_plugin.lora.card import LoraCard, has_card
 from byg_plugin.lora.files import naming, read_metadata
-from byg_plugin.models import flux2, flux_vae, normalised_vae, qwen_image, wan, zimage
+from byg_plugin.models import flux2, flux_vae, normalised_vae, wan, zimage
+from byg_plugin.models.one_call import image_positions
 from byg_plugin.models.tokens import PATCH, pack, pack_length
 
 Given = dict[str, Any]
@@ -98,13 +99,14 @@ class BygPipeline:
             card = LoraCard.from_metadata(read_metadata(path))
             spec = self._fitting(card)
             tensors, _ = lora_formats.read_named(path, spec.name)
-            self._check_position(position or card.position or "same")
-            self._refuse_mixture(position or card.position or "same")
+            position = position or card.position or "same"
+            self._check_position(position)
+            self._refuse_mixture(position)
             by_expert = self._by_network(tensors)
         for expert, state in by_expert.items():
             into = {"load_into_transformer_2": True} if expert == LOW else {}
             super().load_lora_weights(state, adapter_name=adapter_name, **options, **into)  # type: ignore[misc]
-        self.position, self._card = position or card.position or "same", card
+        self.position, self._card = position, card
         if card.boundary is not None:
             self.register_to_config(boundary_ratio=card.boundary)
 
@@ -305,8 +307,11 @@ class BygPipeline:
         return (output[0][:, : output[0].shape[1] // 2],)
 
     def _exact_times(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        t = self._current_timestep.float() / 1000
-        return (t.to(args[0].device).expand(len(args[0])) * self.time_unit, *args[1:])
+        return (self._exact_time(args[0]) * self.time_unit, *args[1:])
+
+    def _exact_time(self, times: Tensor) -> Tensor:
+        """t of this step in float32, as often as there are `times`."""
+        return (self._current_timestep.float() / 1000).to(times.device).expand(len(times))
 
     def _source_id(self) -> int:
         return self._spec().source_id(self.position)
@@ -324,7 +329,17 @@ def _appended(given: Given, tokens: Tensor, ids_key: str | None = None, first: i
     return given | changed
 
 
-class _Flux(BygPipeline):
+class _WithFluxVae(BygPipeline):
+    """Its VAE takes pictures, not clips."""
+
+    def _plain(self, pixels: Tensor) -> Tensor:
+        return pixels[:, :, 0]
+
+    def _normalised(self, mode: Tensor) -> Tensor:
+        return flux_vae.normalise(self.vae, mode).unsqueeze(2)
+
+
+class _Flux(_WithFluxVae):
     families = ("flux",)
     exact_time = "time_text_embed"
 
@@ -338,22 +353,13 @@ class _Flux(BygPipeline):
             others[0] = torch.full_like(t, self.guidance_scale * self.time_unit)
         return (t, *others)
 
-    def _plain(self, pixels: Tensor) -> Tensor:
-        return pixels[:, :, 0]
-
-    def _normalised(self, mode: Tensor) -> Tensor:
-        return flux_vae.normalise(self.vae, mode).unsqueeze(2)
-
     def _append(self, source: Tensor, network: nn.Module, args: tuple[Any, ...], given: Given) -> tuple[tuple[Any, ...], Given]:
         return args, _appended(given, pack(source), "img_ids", self._source_id())
 
 
-class _Flux2Klein(BygPipeline):
+class _Flux2Klein(_WithFluxVae):
     families = ("flux2-klein-4b", "flux2-klein-9b")
     exact_time = "time_guidance_embed.time_proj"
-
-    def _plain(self, pixels: Tensor) -> Tensor:
-        return pixels[:, :, 0]
 
     def _normalised(self, mode: Tensor) -> Tensor:
         return flux2.normalise(self.vae, mode).unsqueeze(2)
@@ -362,14 +368,8 @@ class _Flux2Klein(BygPipeline):
         return args, _appended(given, source.flatten(2).transpose(1, 2), "img_ids", self._source_id())
 
 
-class _ZImage(BygPipeline):
+class _ZImage(_WithFluxVae):
     families = ("z-image",)
-
-    def _plain(self, pixels: Tensor) -> Tensor:
-        return pixels[:, :, 0]
-
-    def _normalised(self, mode: Tensor) -> Tensor:
-        return flux_vae.normalise(self.vae, mode).unsqueeze(2)
 
     def _positions(self, network: nn.Module, source: Tensor) -> AbstractContextManager[None]:
         return zimage.same_positions(network, pack_length(*source.shape[-2:]), with_source=True)
@@ -394,7 +394,7 @@ class _QwenImage(BygPipeline):
         return {"true_cfg_scale": scale, **negative}
 
     def _positions(self, network: nn.Module, source: Tensor) -> AbstractContextManager[None]:
-        return qwen_image.image_positions(network, doubled=self._source_id() == 0)
+        return image_positions(network, doubled=self._source_id() == 0)
 
     def _append(self, source: Tensor, network: nn.Module, args: tuple[Any, ...], given: Given) -> tuple[tuple[Any, ...], Given]:
         # An image's number in its list is its frame.
@@ -406,8 +406,8 @@ class _Krea2(BygPipeline):
     families = ("krea2",)
 
     def _append(self, source: Tensor, network: nn.Module, args: tuple[Any, ...], given: Given) -> tuple[tuple[Any, ...], Given]:
-        exact = self._current_timestep.float().to(given["timestep"].device).expand(len(given["timestep"])) / 1000
-        return args, _appended(given, pack(source), "position_ids", self._source_id()) | {"timestep": exact}
+        appended = _appended(given, pack(source), "position_ids", self._source_id())
+        return args, appended | {"timestep": self._exact_time(given["timestep"])}
 
 
 class _Wan(BygPipeline):

@@ -138,23 +138,11 @@ class SquareView:
         return Seen(inputs={"pixel_values": pixels[None]}, tokens=self.tokens)
 
 
-@dataclass(frozen=True, kw_only=True)
-class PaddedView:
+class PaddedView(SquareView):
     """LLaVA-OneVision, as it sees each of several pictures: one square, the picture in its middle on the mean colour.
 
-    Attributes:
-        side: of the square in pixels.
-        tokens: that it becomes, with the one that ends a picture.
+    `tokens` counts the one that ends a picture too.
     """
-
-    side: int
-    tokens: int
-    mean: Sequence[float]
-    std: Sequence[float]
-
-    def size(self, height: int, width: int) -> tuple[int, int]:
-        """See `View`."""
-        return self.side, self.side
 
     def see(self, picture: Tensor) -> Seen:
         """See `View`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -34,6 +35,18 @@ def train(config: Config, resume: str | None = None) -> None:
 
 def kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed_in_step(trainer: Trainer, step: int) -> None:
+    """In the middle of a step: after the gradients, before the optimizer."""
+    original = trainer.diagnosis.before_step
+
+    def hook(*args: Any) -> None:
+        if trainer.step == step:
+            kill()
+        original(*args)
+
+    trainer.diagnosis.before_step = hook  # type: ignore[method-assign]
 
 
 def killed_after_save(trainer: Trainer, step: int) -> None:

@@ -22,7 +22,7 @@ from byg_plugin.training.loop import Trainer
 from tests.support.engine_runs import in_processes, sgd, use_optimizer, wake_up
 from tests.support.np_edit_training import NP_EDIT, LatentCritic, np_config, np_trainer, np_workspace
 from tests.support.tiny import curve, in_child, run_config
-from tests.support.training_runs import assert_same_run, kill
+from tests.support.training_runs import assert_same_run, kill, killed_in_step
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -95,17 +95,6 @@ def test_the_student_alone_is_the_product(whole: Path):
 
 
 # --- kill -9 and resume ---
-
-
-def killed_in_step(trainer: Trainer, step: int) -> None:
-    original = trainer.diagnosis.before_step
-
-    def hook(*args: Any) -> None:
-        if trainer.step == step:
-            kill()
-        original(*args)
-
-    trainer.diagnosis.before_step = hook  # type: ignore[method-assign]
 
 
 def killed_after_backward(trainer: Trainer, step: int) -> None:

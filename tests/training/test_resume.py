@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from byg_plugin.training import checkpoint
 from byg_plugin.training.loop import Trainer
 from tests.support.tiny import curve, in_child, make_trainer, run_config
-from tests.support.training_runs import assert_same_run, kill, killed_after_save, tensors_of
+from tests.support.training_runs import assert_same_run, kill, killed_after_save, killed_in_step, tensors_of
 
 # --- kill -9 and resume ---
 
@@ -29,18 +29,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "muon": {"train": {"optimizer": "muon"}},
     "dropout_and_workers": {"lora": {"dropout": 0.2}, "dataset": {"workers": 1}},
 }
-
-
-def killed_in_step(trainer: Trainer, step: int) -> None:
-    """In the middle of a step: after the gradients, before the optimizer."""
-    original = trainer.diagnosis.before_step
-
-    def hook(*args: Any) -> None:
-        if trainer.step == step:
-            kill()
-        original(*args)
-
-    trainer.diagnosis.before_step = hook  # type: ignore[method-assign]
 
 
 def killed_before_rename(trainer: Trainer, step: int) -> None:
