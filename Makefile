@@ -26,7 +26,7 @@ demo-video: $(STAMP)
 	$(BIN)/python -m byg_plugin.demo.video --out $(DEMO_VIDEO_OUT)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

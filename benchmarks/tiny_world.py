@@ -66,11 +66,34 @@ class Run:
     @property
     def targets(self) -> bool:
         """Whether its training tuples have targets on the disk; only the paired baseline's do."""
-        return self.overrides == PAIRED
+        return self.overrides[: len(PAIRED)] == PAIRED
 
 
-WORLDS = {"recolour": world.DEFAULT_TYPES, "six": tuple(world.EDIT_TYPES)}
+WORLDS = {"recolour": world.DEFAULT_TYPES, "three": (*world.DEFAULT_TYPES, "remove"), "six": tuple(world.EDIT_TYPES)}
 PAIRED = ('objective.name="paired"',)
+# Few-step editors are all sampled in as many steps.
+FAST = ('train.mixed_precision="no"', 'lora.forward="merged"')  # what a CPU without bfloat16 instructions is fast with
+FOUR = ("sample.steps=4", *FAST)
+CRITIC = ROOT / "byg_plugin" / "demo" / "critic"
+ASKED = (
+    f"critic.path={json.dumps(str(CRITIC))}",
+    'critic.dtype="float32"',
+    "critic.image_size=64",
+    "critic.gradient_checkpointing=false",
+    "critic.scale_steps=100",
+)
+NP_EDIT = (
+    'objective.name="np_edit"',
+    "objective.guidance=1.0",  # the base is distilled from a guided model
+    "objective.strong_types=[]",
+    "objective.fake_updates=2",
+    "objective.lambda_vlm=0.02",
+    "objective.t_shift=1.0",
+    "train.steps=1000",
+    *FOUR,
+    'sample.solver="stochastic"',
+    'sample.schedule="shifted"',
+)
 RUNS: dict[str, Run] = {
     "truth": Run(title="ground truth", kind="truth"),
     "copy": Run(title="copy the source", kind="copy"),
@@ -84,6 +107,18 @@ RUNS: dict[str, Run] = {
     "no_identity": Run(title="w/o identity steps", overrides=("objective.identity_probability=0.0",)),
     "paired_steps": Run(title="paired, equal steps", overrides=PAIRED),
     "paired_time": Run(title="paired, equal time", overrides=PAIRED, as_long_as=("full", "paired_steps")),
+    "four_full": Run(title="full method", overrides=FOUR),
+    "four_paired_steps": Run(title="paired, equal steps", overrides=(*PAIRED, *FOUR)),
+    "four_np_edit": Run(title="NP-Edit", overrides=(*NP_EDIT, *ASKED)),
+    "four_no_dmd": Run(title="NP-Edit w/o DMD", overrides=(*NP_EDIT, *ASKED, "objective.dmd=false")),
+    "four_no_vlm": Run(title="NP-Edit w/o critic", overrides=(*NP_EDIT, "objective.vlm=false")),
+    "four_no_question": Run(title="NP-Edit w/o identity question", overrides=(*NP_EDIT, *ASKED, "objective.identity_question=false")),
+    "three_full": Run(title="full method", overrides=FOUR, world="three"),
+    "three_critic": Run(
+        title="full method + critic on removals",
+        overrides=(*FOUR, *ASKED, 'objective.critique_types=["remove"]'),
+        world="three",
+    ),
     "six_truth": Run(title="ground truth", kind="truth", world="six"),
     "six_copy": Run(title="copy the source", kind="copy", world="six"),
     "six_base": Run(title="base, target caption", kind="base", world="six"),

@@ -25,9 +25,44 @@ PAPER = {
     "no_bootstrap": (5.517, 7.050), "no_prior": (0.633, 9.767), "no_identity": (8.413, 7.450),
 }  # fmt: skip
 ORDER = ("truth", "copy", "base", *PAPER, "paired_steps", "paired_time")
-SIX = "six_"  # begins the names of runs on all six edit types: their own data, a table of their own
-SIX_ORDER = tuple(SIX + name for name in ("truth", "copy", "base", "full", "paired_steps", "paired_time"))
 OBJECT, BACKGROUND = "recolour_object", "recolour_background"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Runs with a table of their own, by edit type; the names of all of them begin alike.
+
+    Attributes:
+        title: of the table.
+        about: what is above it; `{edits}` is how many edits each type has.
+        runs: the study's, in their order, without what their names begin with.
+    """
+
+    title: str
+    about: str
+    runs: tuple[str, ...]
+
+
+GROUPS: dict[str, Group] = {
+    "four_": Group(
+        title="Editors of four steps",
+        about="The data of the main table, {edits} edits of each type, and every editor sampled in four steps: NP-Edit's by its own "
+        "stochastic sampler, the others by Euler's. Trained in float32. NP-Edit's steps are those of both its adapters.",
+        runs=("full", "paired_steps", "np_edit", "no_dmd", "no_vlm", "no_question"),
+    ),
+    "three_": Group(
+        title="A critic for removals",
+        about="Recolouring and removing, with training and evaluation edits of their own, {edits} of each type. Sampled in four steps by "
+        "Euler; trained in float32.",
+        runs=("full", "critic"),
+    ),
+    "six_": Group(
+        title="All six edit types",
+        about="Their own training and evaluation edits, {edits} of each type.",
+        runs=("truth", "copy", "base", "full", "paired_steps", "paired_time"),
+    ),
+}
+"""By the start of their runs' names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,13 +106,17 @@ def read_results(folder: Path) -> Results:
 def names(results: Results) -> list[str]:
     """Runs of the main table: the study's in its order, then what was tried."""
     known = [name for name in ORDER if name in results]
-    return known + [name for name in results if name not in ORDER and not name.startswith(SIX)]
+    return known + [name for name in results if name not in ORDER and not _grouped(name)]
 
 
-def six_names(results: Results) -> list[str]:
-    """Runs of the table of all six edit types, likewise."""
-    known = [name for name in SIX_ORDER if name in results]
-    return known + [name for name in results if name not in SIX_ORDER and name.startswith(SIX)]
+def group_names(results: Results, prefix: str) -> list[str]:
+    """Runs of a group's table, likewise."""
+    order = [prefix + run for run in GROUPS[prefix].runs]
+    return [name for name in order if name in results] + [name for name in results if name not in order and name.startswith(prefix)]
+
+
+def _grouped(name: str) -> bool:
+    return name.startswith(tuple(GROUPS))
 
 
 # --- at matched edit rate ---
@@ -216,8 +255,7 @@ def table(results: Results, limit: float, page: Page = PICTURES) -> str:
     parts = [_heading(results, page), _main_table(results, limit, page)]
     if "full" in results:
         parts += [_beside_paper(results), _targets(results)]
-    if six_names(results):
-        parts.append(_by_type(results))
+    parts += [_by_type(results, prefix, limit) for prefix in GROUPS if group_names(results, prefix)]
     parts.append(_notes(results, page))
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -226,7 +264,7 @@ def _heading(results: Results, page: Page) -> str:
     records = [record for seeds in results.values() for record in seeds.values()]
     stages = sorted({record["stage"] for record in records})
     seeds = _study_seeds(results)
-    main = next((seeds for name, seeds in results.items() if not name.startswith(SIX)), {})
+    main = next((seeds for name, seeds in results.items() if not _grouped(name)), {})
     edits = max((record["edits"] for record in main.values()), default=0)
     lines = [
         f"# {page.title}, stage {', '.join(stages)}",
@@ -244,7 +282,7 @@ def _mixtures(results: Results) -> list[str]:
     """Whether all rows were measured on one base and one set of data."""
     lines = []
     records = [record for seeds in results.values() for record in seeds.values()]
-    trained = [record for record in records if record["kind"] == "train" and not record["name"].startswith(SIX)]
+    trained = [record for record in records if record["kind"] == "train" and not _grouped(record["name"])]
     for what, group in (("base", [record for record in records if "base" in record["identity"]]), ("data", trained)):
         found: dict[str, list[str]] = {}
         for record in group:
@@ -399,29 +437,35 @@ def _targets(results: Results) -> str:
     return "\n".join(lines)
 
 
-def _by_type(results: Results) -> str:
-    tables = [record["table"] for name in six_names(results) for record in results[name].values()]
+def _by_type(results: Results, prefix: str, limit: float) -> str:
+    group, found = GROUPS[prefix], group_names(results, prefix)
+    tables = [record["table"] for name in found for record in results[name].values()]
     types = sorted({kind for table in tables for kind in table} - {"all"})
     edits = max(int(table[kind]["n"]) for table in tables for kind in types if kind in table)
-    lines = ["## All six edit types", "", f"Their own training and evaluation edits, {edits} of each type.", ""]
-    lines += _header(["run", "edits", "**joint**", "edit made", "source preserved", "pebble kept", "error outside", "mask IoU"])
-    for name in six_names(results):
+    lines = [f"## {group.title}", "", group.about.format(edits=edits), ""]
+    columns = ["run", "edits", "**joint**", "edit made", "source preserved", "pebble kept", "error outside", "mask IoU", "steps"]
+    lines += _header([*columns, f"CPU minutes / {CORES}"])
+    for name in found:
         records = results[name]
+        steps = [record["steps"] for record in records.values() if "steps" in record]
         for kind in [*types, "all"]:
             cells = [_row(results, name), kind, f"**{_cell(records, 'joint', kind)}**", _cell(records, "edit", kind)]
             cells += [_cell(records, "preserved", kind), _cell(records, "pebble", kind)]
             cells += [_cell(records, "outside_error", kind, _error), _cell(records, "iou", kind, lambda value: f"{value:.2f}")]
+            last = kind == "all"
+            cells += [_spread(steps, lambda value: f"{value:.0f}") if last and steps else "", _minutes(records, limit) if last else ""]
             lines.append(_line(cells))
-    lacking = six_lacking(results)
+    lacking = group_lacking(results, prefix)
     return "\n".join([*lines, "", f"**Not measured yet: {'; '.join(lacking)}.**"] if lacking else lines)
 
 
-def six_lacking(results: Results) -> list[str]:
-    """The study's rows that the table of all six edit types has not, or not in all seeds."""
+def group_lacking(results: Results, prefix: str) -> list[str]:
+    """The study's rows that a group's table has not, or not in all seeds."""
     found = []
-    for name in SIX_ORDER:
+    for run in GROUPS[prefix].runs:
+        name = prefix + run
         if name not in results:
-            found.append(_title(results.get(name.removeprefix(SIX), {0: {"title": name}})))
+            found.append(_title(results.get(run, {0: {"title": name}})))
         elif missing := _missing_seeds(results, name):
             found.append(f"{_title(results[name])} (seed {', '.join(map(str, missing))})")
     return found

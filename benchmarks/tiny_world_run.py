@@ -131,6 +131,8 @@ def identity(plan: Plan) -> dict[str, str]:
     found = {"config": _sha(json.dumps(settings(plan), sort_keys=True)), "data": _sha(data)}
     if plan.kind in ("base", "train"):
         found["base"] = base_digest(Path(plan.config.model.part("transformer")))
+    if plan.kind == "train" and plan.config.objective.criticised:
+        found["critic"] = base_digest(Path(str(plan.config.critic.path)), CRITIC_MADE)
     return found
 
 
@@ -141,7 +143,7 @@ def settings(plan: Plan) -> dict[str, dict[str, Any]]:
     if plan.kind not in ("base", "train"):
         return found
     every = plan.config.model_dump(mode="json")
-    for section, key in (("model", "path"), ("dataset", "tuples"), ("dataset", "cache_dir"), ("output", "dir")):
+    for section, key in (("model", "path"), ("critic", "path"), ("dataset", "tuples"), ("dataset", "cache_dir"), ("output", "dir")):
         every[section].pop(key)
     sections = list(every) if plan.kind == "train" else ["conditioning", "sample"]
     found |= {section: every[section] for section in sections}
@@ -155,7 +157,7 @@ def changes(record: Mapping[str, Any], plan: Plan) -> list[str]:
     An option that did not exist when it was made changes nothing while it has its default.
     """
     now, then = identity(plan), record["identity"]
-    found = [f"another {part}" for part in ("base", "data") if then.get(part) != now.get(part)]
+    found = [f"another {part}" for part in ("base", "data", "critic") if then.get(part) != now.get(part)]
     for section, values in settings(plan).items():
         old = record["config"].get(section, {})
         for key, value in values.items():
@@ -186,12 +188,16 @@ def digest_edits(edits: tuple[Edit, ...], rendered: int, of: World = PICTURES) -
     return digest.hexdigest()
 
 
-def base_digest(folder: Path) -> str:
-    """Of every file of a base that decides what it computes: weights, configurations, tokenizers."""
+BASE_MADE = "--base {}: no such base; make one with python -m benchmarks.bases.flux (clips: benchmarks.bases.wan)"
+CRITIC_MADE = "critic.path = {}: no such critic; make one with python -m benchmarks.bases.critic"
+
+
+def base_digest(folder: Path, missing: str = BASE_MADE) -> str:
+    """Of every file of a base, or of a critic, that decides what it computes: weights, configurations, tokenizers."""
     records = ("figures.json", "history.json", "model_index.json")  # they compute nothing
     files = sorted(path for path in folder.rglob("*") if path.suffix in (".safetensors", ".json") and path.name not in records)
     if not files:
-        raise ValueError(f"--base {folder}: no such base; make one with python -m benchmarks.bases.flux (clips: benchmarks.bases.wan)")
+        raise ValueError(missing.format(folder))
     digest = hashlib.sha256()
     for path in files:
         digest.update(str(path.relative_to(folder).as_posix()).encode() + path.read_bytes())

@@ -27,6 +27,19 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# Minutes each. A file is one process's (--dist loadfile): started last, it would run alone at the end.
+LONG = (
+    *("training/test_engines", "training/test_engines_resume", "training/test_launched"),
+    *("benchmarks/test_wan_base", "benchmarks/test_flux_base", "benchmarks/test_tiny_world_run"),
+    *("demo/test_demo", "demo/test_video_demo", "data/test_caching_commands", "dataset_tools/test_generate"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first."""
+    items.sort(key=lambda item: next((place for place, name in enumerate(LONG) if item.nodeid.startswith(f"tests/{name}.py")), len(LONG)))
+
+
 @pytest.fixture(autouse=True)
 def shifted_allocations(request: pytest.FixtureRequest) -> Iterator[None]:
     """With BYG_TEST_SHIFT, memory with holes of odd sizes, so that equal tensors come to lie differently."""

@@ -1,10 +1,14 @@
-"""Train the tiny world's critic: a Qwen3-VL of half a million weights that answers `critics/questions.py` about rendered edits.
+"""Train the tiny world's critic: a Qwen3-VL of less than a million weights that answers `critics/questions.py` about rendered edits.
 
-python -m benchmarks.bases.critic --out FOLDER --work FOLDER [--steps 20000] [--threads 2]
+python -m benchmarks.bases.critic --out FOLDER --work FOLDER [--steps 6000] [--threads 2]
 
 Every pair is rendered anew, so nothing is seen twice. A right answer needs the instruction: a pair whose edit is another one, or is
-made and something else changed too, is among the wrong ones. Held out are scenes of another random stream; `figures.json` has the
-accuracy on them, by question, edit type and answer. A killed run goes on from what is in --work.
+made and something else changed too, is among the wrong ones. Half of the pictures are shown as an editor in training makes them: noisy,
+blurred, or with the change half way. Held out are clean scenes of another random stream; `figures.json` has the accuracy on them, by
+question, edit type and answer. A killed run goes on from what is in --work.
+
+One bit an answer is little to learn seeing from, so two linear heads, which are thrown away, ask for more: what each cell of the pictures
+holds, and, where the answer stands, the colour of every shape in both.
 """
 
 from __future__ import annotations
@@ -22,19 +26,21 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import pre_tokenizers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from benchmarks.bases.common import save_tokenizer, word_tokenizer
+from benchmarks.bases.common import rate_factor, save_tokenizer, word_tokenizer
 from benchmarks.bases.resumable import Training, curve_log
 from byg_plugin.config.critic import CriticConfig
 from byg_plugin.critics import vlm
 from byg_plugin.critics.probe import EDITS
 from byg_plugin.critics.questions import EDITED, SOURCE, Question, kept, made
 from byg_plugin.demo import world
+from byg_plugin.training.muon import Muon
 
-PATCH, MERGE = 8, 2
+PATCH, MERGE, WIDTH = 8, 2, 128
+CELL = PATCH * MERGE  # pixels of a side that a token of the language model stands for
 SPECIALS = ("<|pad|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|image|>", "<|vision_end|>", "<|video|>", "<|unknown|>")
 TEMPLATE = (
     "{% for m in messages %}<|im_start|> {{ m.role }} {% for c in m.content %}{% if c.type == 'image' %}"
@@ -54,6 +60,10 @@ class Asked:
     source: np.ndarray
     edited: np.ndarray
     kind: str
+    scenes: tuple[world.Scene, world.Scene | None]
+    """What the two pictures show; None: no scene of the world."""
+    towards: tuple[world.Scene, float, float] | None = None
+    """In training the edited picture may be blended with this scene, by a share of it between these: the answer stays right."""
 
 
 def _other_edit(rng: np.random.Generator, edit: world.Edit) -> world.Scene:
@@ -98,31 +108,54 @@ def asked(rng: np.random.Generator) -> Asked:
     if rng.random() < WHOLE:
         return _asked_of_the_whole(rng)
     edit = world.sample_edit(rng, "x", TYPES)
-    before, after = world.render(edit.before), world.render(edit.after)
-    is_made, is_kept = made(edit.instruction, edit.edit_type), kept(edit.instruction, edit.edit_type)
     right = rng.random() < 0.5
-    if rng.random() < 0.5:  # is it made?
-        if right:
-            shown = after
-        else:
-            shown = before if rng.random() < 0.5 else world.render(_other_edit(rng, edit))
-            if edit.edit_type == "remove":
-                shown = before  # another edit may have taken it away too
-        return Asked(question=_answered(is_made, right), source=before, edited=shown, kind=edit.edit_type)
-    unspoilt = after if rng.random() < 0.7 else before
-    shown = unspoilt if right else world.render(_spoilt(rng, edit))
-    return Asked(question=_answered(is_kept, right), source=before, edited=shown, kind=edit.edit_type)
+    if rng.random() < 0.5:
+        question, shown, towards = made(edit.instruction, edit.edit_type), *_made_or_not(rng, edit, right)
+    else:
+        question, shown, towards = kept(edit.instruction, edit.edit_type), *_kept_or_not(rng, edit, right)
+    return Asked(
+        question=_answered(question, right),
+        source=world.render(edit.before),
+        edited=world.render(shown),
+        kind=edit.edit_type,
+        scenes=(edit.before, shown),
+        towards=towards,
+    )
+
+
+_Shown = tuple[world.Scene, tuple[world.Scene, float, float] | None]
+
+
+def _made_or_not(rng: np.random.Generator, edit: world.Edit, right: bool) -> _Shown:
+    """A scene in which the edit is made, or is not."""
+    if right:
+        return edit.after, (edit.before, 0.0, 0.15)
+    # Another edit may have taken away what was to be removed, too.
+    if edit.edit_type == "remove" or rng.random() < 0.5:
+        return edit.before, (edit.after, 0.0, 0.35)
+    return _other_edit(rng, edit), None
+
+
+def _kept_or_not(rng: np.random.Generator, edit: world.Edit, right: bool) -> _Shown:
+    """A scene in which the rest is preserved, whether the edit is made or not, or is not preserved."""
+    if right:
+        scenes = (edit.after, edit.before) if rng.random() < 0.7 else (edit.before, edit.after)
+        return scenes[0], (scenes[1], 0.0, 0.5)
+    return _spoilt(rng, edit), (edit.after, 0.0, 0.35)
 
 
 def _asked_of_the_whole(rng: np.random.Generator) -> Asked:
-    before = world.render(world.sample_scene(rng, int(rng.integers(1, 3))))
+    scene, other = (world.sample_scene(rng, int(rng.integers(1, 3))) for _ in range(2))
+    before = world.render(scene)
     instruction, change = EDITS[int(rng.integers(len(EDITS)))]
-    changed = change(torch.from_numpy(before).permute(2, 0, 1) / 255).permute(1, 2, 0).mul(255).round().byte().numpy()
     right = rng.random() < 0.5
     if rng.random() < 0.5:
-        return Asked(question=_answered(made(instruction), right), source=before, edited=changed if right else before, kind="whole")
-    other = world.render(world.sample_scene(rng, int(rng.integers(1, 3))))
-    return Asked(question=_answered(kept(instruction), right), source=before, edited=before if right else other, kind="whole")
+        changed = change(torch.from_numpy(before).permute(2, 0, 1) / 255).permute(1, 2, 0).mul(255).round().byte().numpy()
+        question, edited, shown = made(instruction), changed if right else before, None if right else scene
+    else:
+        shown = scene if right else other
+        question, edited = kept(instruction), world.render(shown)
+    return Asked(question=_answered(question, right), source=before, edited=edited, kind="whole", scenes=(scene, shown))
 
 
 def _answered(question: Question, right: bool) -> Question:
@@ -157,11 +190,11 @@ def write_untrained(folder: Path, seed: int) -> None:
     config = Qwen3VLConfig(
         text_config={
             "vocab_size": len(tokenizer),
-            "hidden_size": 96,
-            "intermediate_size": 192,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 3,
-            "num_key_value_heads": 3,
+            "hidden_size": WIDTH,
+            "intermediate_size": 256,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
             "head_dim": 32,
             "max_position_embeddings": 1024,
             "rope_parameters": {"rope_type": "default", "mrope_section": [6, 5, 5], "rope_theta": 1000.0},
@@ -174,7 +207,7 @@ def write_untrained(folder: Path, seed: int) -> None:
             "patch_size": PATCH,
             "temporal_patch_size": 1,
             "spatial_merge_size": MERGE,
-            "out_hidden_size": 96,
+            "out_hidden_size": WIDTH,
             "num_position_embeddings": 64,
             "deepstack_visual_indexes": [0],
         },
@@ -187,6 +220,21 @@ def write_untrained(folder: Path, seed: int) -> None:
     Qwen3VLForConditionalGeneration(config).save_pretrained(folder)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """What the model is called with, and what is right.
+
+    Attributes:
+        inputs: of the model.
+        answers: (B, 2) ids of No and Yes.
+        labels: (B,) 1 where Yes is right.
+    """
+
+    inputs: dict[str, Tensor]
+    answers: Tensor
+    labels: Tensor
+
+
 class Batches:
     """Questions as the model takes them, all at once: what `Vlm` does one by one."""
 
@@ -194,16 +242,15 @@ class Batches:
         self._view, self._dialogue, self._config = described.view, described.dialogue, described.config
         self._prompts: dict[tuple[str, int], Any] = {}
 
-    def __call__(self, several: Sequence[Asked], rng: torch.Generator | None) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """(inputs, (B, 2) ids of No and Yes, (B,) right answers); with `rng`, pictures are spoilt."""
+    def __call__(self, several: Sequence[Asked], rng: torch.Generator | None) -> Batch:
+        """With `rng`, pictures are spoilt."""
         patches, grids, prompts = [], [], []
         for one in several:
-            shown = {SOURCE: one.source, EDITED: one.edited}
+            shown = {SOURCE: _tensor(one.source), EDITED: _tensor(one.edited)}
+            if rng is not None:
+                shown = _as_an_editor_makes_it(one, shown, rng)
             for name in one.question.pictures:
-                picture = torch.from_numpy(shown[name]).permute(2, 0, 1).float() / 255
-                if rng is not None and torch.rand((), generator=rng) < SPOILT:
-                    picture = (picture + 0.06 * torch.rand((), generator=rng) * torch.randn(picture.shape, generator=rng)).clamp(0, 1)
-                seen = self._view.see(picture)
+                seen = self._view.see(shown[name])
                 patches.append(seen.inputs["pixel_values"])
                 grids.append(seen.grid)
             prompts.append(self._prompt(one.question, seen.tokens))
@@ -216,7 +263,7 @@ class Batches:
         inputs = {"input_ids": ids, "attention_mask": mask, "pixel_values": torch.cat(patches), "image_grid_thw": torch.cat(grids)}
         inputs["mm_token_type_ids"] = (ids == self._config.image_token_id).int()
         answers = torch.tensor([[prompt.no, prompt.yes] for prompt in prompts])
-        return inputs, answers, torch.tensor([int(one.question.answer) for one in several])
+        return Batch(inputs=inputs, answers=answers, labels=torch.tensor([int(one.question.answer) for one in several]))
 
     def _prompt(self, question: Question, tokens: int) -> Any:
         key = (question.text, len(question.pictures))
@@ -225,8 +272,113 @@ class Batches:
         return self._prompts[key]
 
 
-def _logits(model: Any, inputs: dict[str, Tensor], answers: Tensor) -> Tensor:
-    return model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1].gather(1, answers)
+def _tensor(picture: np.ndarray) -> Tensor:
+    return torch.from_numpy(picture).permute(2, 0, 1).float() / 255
+
+
+def _as_an_editor_makes_it(one: Asked, shown: dict[str, Tensor], rng: torch.Generator) -> dict[str, Tensor]:
+    """The edited picture with its change half way, both blurred or noisy: each by chance."""
+    chance = torch.rand(6, generator=rng).tolist()
+    if one.towards is not None and chance[0] < SPOILT:
+        scene, least, most = one.towards
+        share = least + (most - least) * chance[1]
+        shown = {**shown, EDITED: torch.lerp(shown[EDITED], _tensor(world.render(scene)), share)}
+    if chance[2] < SPOILT / 2:  # both alike: sharpness is no edit
+        small = {name: F.avg_pool2d(picture[None], 2) for name, picture in shown.items()}
+        shown = {
+            name: torch.lerp(picture, F.interpolate(small[name], scale_factor=2, mode="bilinear")[0], chance[3])
+            for name, picture in shown.items()
+        }
+    if chance[4] < SPOILT:
+        noise = torch.randn(shown[EDITED].shape, generator=rng)
+        shown = {**shown, EDITED: (shown[EDITED] + 0.08 * chance[5] * noise).clamp(0, 1)}
+    return shown
+
+
+# --- what the heads ask for besides ---
+
+NOTHING = len(world.COLOURS)
+"""The colour of a shape that is not there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seeing:
+    """What is to be seen in the pictures of a batch.
+
+    Attributes:
+        cells: (N, 11) shares of each cell of every picture that is shown: eight colours, and three shapes; NaN where it is no scene.
+        colours: (B, 2, 4) colour in the source and in the edited picture of the background, circle, square and triangle; -100 where
+            the picture is not shown or is no scene.
+    """
+
+    cells: Tensor
+    colours: Tensor
+
+
+def seeing(several: Sequence[Asked]) -> Seeing:
+    """The truth about a batch."""
+    cells, colours = [], []
+    for one in several:
+        scenes = dict(zip((SOURCE, EDITED), one.scenes, strict=True))
+        for name in one.question.pictures:
+            cells.append(_cells(scenes[name]))
+        colours.append([_colours(scenes[name] if name in one.question.pictures else None) for name in (SOURCE, EDITED)])
+    return Seeing(cells=torch.tensor(np.concatenate(cells), dtype=torch.float32), colours=torch.tensor(colours))
+
+
+def _cells(scene: world.Scene | None) -> np.ndarray:
+    side, kinds = world.SIZE // CELL, len(world.LABELS) + len(world.SHAPES)
+    if scene is None:
+        return np.full((side * side, kinds), np.nan)
+    labels, where = world.true_labels(scene), world.regions(scene)
+    masks = [labels == index for index in range(len(world.LABELS))]
+    for shape in world.SHAPES:
+        numbers = [world.FIRST_OBJECT + i for i, thing in enumerate(scene.things) if thing.shape == shape]
+        masks.append(np.isin(where, numbers))
+    shares = np.stack(masks).reshape(kinds, side, CELL, side, CELL).mean((2, 4))
+    return shares.reshape(kinds, side * side).T
+
+
+def _colours(scene: world.Scene | None) -> list[int]:
+    if scene is None:
+        return [-100] * 4
+    of = {thing.shape: list(world.COLOURS).index(thing.colour) for thing in scene.things}
+    return [list(world.COLOURS).index(scene.background), *(of.get(shape, NOTHING) for shape in world.SHAPES)]
+
+
+class Heads(nn.Module):
+    """Linear readings of the language model's states: `cells` at the pictures' tokens, `colours` where the answer stands."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cells = nn.Linear(WIDTH, len(world.LABELS) + len(world.SHAPES))
+        self.colours = nn.Linear(WIDTH, 2 * 4 * (NOTHING + 1))
+
+    def loss(self, at_pictures: Tensor, at_answer: Tensor, seen: Seeing) -> Tensor:
+        """Of both, about as large as the answer's.
+
+        Args:
+            at_pictures: (N, width) states half way up, of the pictures' tokens in order.
+            at_answer: (B, width) last states.
+            seen: what is right.
+        """
+        known = ~seen.cells.isnan().any(1)
+        cells = F.binary_cross_entropy_with_logits(self.cells(at_pictures[known]), seen.cells[known])
+        colours = F.cross_entropy(self.colours(at_answer).view(-1, NOTHING + 1), seen.colours.view(-1))
+        return cells + 0.5 * colours
+
+
+def _logits(model: Any, batch: Batch) -> Tensor:
+    """(B, 2): of No and Yes."""
+    return model(**batch.inputs, logits_to_keep=1, use_cache=False).logits[:, -1].gather(1, batch.answers)
+
+
+def _losses(model: Any, heads: Heads, batch: Batch, seen: Seeing) -> tuple[Tensor, Tensor]:
+    """Of the answers, and of the heads."""
+    out = model(**batch.inputs, logits_to_keep=1, use_cache=False, output_hidden_states=True)
+    states, pictures = out.hidden_states, batch.inputs["mm_token_type_ids"].bool()
+    answer = F.cross_entropy(out.logits[:, -1].gather(1, batch.answers), batch.labels)
+    return answer, heads.loss(states[len(states) // 2][pictures], states[-1][:, -1], seen)
 
 
 @torch.no_grad()
@@ -236,17 +388,12 @@ def accuracy(model: Any, batches: Batches, count: int, batch: int) -> dict[str, 
     right: dict[str, list[bool]] = defaultdict(list)
     for _ in range(math.ceil(count / batch)):
         several = [asked(rng) for _ in range(batch)]
-        inputs, answers, labels = batches(several, None)
-        for one, yes in zip(several, (_logits(model, inputs, answers).argmax(1) == labels).tolist(), strict=True):
+        shown = batches(several, None)
+        for one, yes in zip(several, (_logits(model, shown).argmax(1) == shown.labels).tolist(), strict=True):
             answer = "yes" if one.question.answer else "no"
             for name in ("accuracy", f"accuracy_{one.question.name}", f"accuracy_{one.kind}", f"accuracy_{answer}"):
                 right[name].append(yes)
     return {name: sum(values) / len(values) for name, values in sorted(right.items())}
-
-
-def _rate(step: int, steps: int, peak: float) -> float:
-    warm = min(1.0, (step + 1) / 200)
-    return peak * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
 
 
 def train(
@@ -258,30 +405,45 @@ def train(
     config = CriticConfig(path=str(out), dtype="float32", device="cpu", image_size=world.SIZE, gradient_checkpointing=False)
     described = vlm.describe(config)
     model = Qwen3VLForConditionalGeneration.from_pretrained(out, use_safetensors=True).train()
-    batches = Batches(described)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
+    batches, heads = Batches(described), Heads()
+    both = nn.ModuleDict({"critic": model, "heads": heads})
+    optimizers = _optimizers(both, rate)
     settings = {"seed": seed, "steps": steps, "batch": batch, "rate": rate}
     state = Training(work / "critic.safetensors", settings, minutes=3)
-    done, losses = state.load(model, [optimizer], None), []
+    done, losses = state.load(both, optimizers, None), []
     for step in range(done, steps):
         several = [asked(np.random.default_rng([seed, step, index])) for index in range(batch)]
-        inputs, answers, labels = batches(several, torch.Generator().manual_seed(seed * 10**9 + step))
-        loss = F.cross_entropy(_logits(model, inputs, answers), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = _rate(step, steps, rate)
-        optimizer.step()
-        losses.append(loss.item())
+        shown = batches(several, torch.Generator().manual_seed(seed * 10**9 + step))
+        loss, besides = _losses(model, heads, shown, seeing(several))
+        both.zero_grad()
+        (loss + besides).backward()
+        torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * rate_factor(step, steps, 100)
+            optimizer.step()
+        losses.append([loss.item(), besides.item()])
         last = step + 1 == steps
         if (step + 1) % 100 == 0 or last:
             found = accuracy(model.eval(), batches, held_out if last else 256, batch)
-            yield step + 1, {"loss": sum(losses[-100:]) / len(losses[-100:]), **found, "cpu_seconds": state.cpu_seconds()}
+            means = dict(zip(("loss", "heads"), np.mean(losses[-100:], 0).tolist(), strict=True))
+            yield step + 1, {**means, **found, "cpu_seconds": state.cpu_seconds()}
             model.train()
-        state.save(step + 1, model, [optimizer], None, now=last)
+        state.save(step + 1, both, optimizers, None, now=last)
         if last:
             model.save_pretrained(out)
+
+
+def _optimizers(both: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the layers' matrices, AdamW for what is looked up, norms and heads."""
+    inside = [(".layers." in name or ".blocks." in name) and p.ndim == 2 for name, p in both.named_parameters()]
+    parameters = list(both.parameters())
+    return [
+        Muon([p for p, muon in zip(parameters, inside, strict=True) if muon], lr=rate, weight_decay=0.01),
+        torch.optim.AdamW(
+            [p for p, muon in zip(parameters, inside, strict=True) if not muon], lr=rate, betas=(0.9, 0.98), weight_decay=0.01
+        ),
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -291,9 +453,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for the curve, and for what a killed run goes on from")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--steps", type=int, default=20_000)
+    parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--batch", type=int, default=64, help="questions a step")
-    parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate")
+    parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--held-out", type=int, default=2048, help="questions of the last figures")
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)

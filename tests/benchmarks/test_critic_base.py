@@ -71,15 +71,62 @@ def test_what_it_writes_is_a_critic_and_answers_as_it_did_in_training(tmp_path: 
     described = vlm.describe(config)
     judge = vlm.load(config, described, torch.device("cpu"))
     several = [builder.asked(np.random.default_rng(index)) for index in range(5)]
-    inputs, answers, _ = builder.Batches(described)(several, None)
-    assert len({int(row.sum()) for row in inputs["attention_mask"]}) > 1, "texts of several lengths"
+    batch = builder.Batches(described)(several, None)
+    assert len({int(row.sum()) for row in batch.inputs["attention_mask"]}) > 1, "texts of several lengths"
     with torch.no_grad():
-        together = builder._logits(judge.model, inputs, answers)
+        together = builder._logits(judge.model, batch)
         for one, logits in zip(several, together, strict=True):
             shown = {SOURCE: one.source, EDITED: one.edited}
             pictures = [torch.from_numpy(shown[name]).permute(2, 0, 1) / 255 for name in one.question.pictures]
             alone = judge.logits(one.question, [judge.features(picture) for picture in pictures])
             assert alone.tolist() == pytest.approx(logits.tolist(), abs=1e-4)
+
+
+def test_a_blended_picture_still_has_its_answer():
+    """What is not made stays below a third of the change, what is made above; a spoilt picture keeps most of what is wrong."""
+    for index in range(60):
+        one = builder.asked(np.random.default_rng(index))
+        if one.towards is None:
+            continue
+        shown, (scene, least, most) = one.scenes[1], one.towards
+        assert scene != shown and 0 <= least < most
+        made = one.question.name == MADE and one.question.answer != (one.kind == "remove")
+        assert most <= (0.15 if made else 0.5 if one.question.name == KEPT and one.question.answer else 0.35)
+        picture = {SOURCE: builder._tensor(one.source), EDITED: builder._tensor(one.edited)}
+        for seed in range(3):
+            spoilt = builder._as_an_editor_makes_it(one, picture, torch.Generator().manual_seed(seed))
+            towards = builder._tensor(world.render(scene))
+            nearer = (spoilt[EDITED] - picture[EDITED]).abs().mean() < (spoilt[EDITED] - towards).abs().mean()
+            assert nearer or most == 0.5
+
+
+def test_what_the_heads_are_asked_is_what_the_scenes_hold():
+    rng = np.random.default_rng(1)
+    scene = world.sample_scene(rng, 2)
+    first, second = scene.things
+    colours = dict(zip(("background", *world.SHAPES), builder._colours(scene), strict=True))
+    assert colours.pop("background") == list(world.COLOURS).index(scene.background)
+    assert colours.pop(first.shape) == list(world.COLOURS).index(first.colour)
+    assert colours.pop(second.shape) == list(world.COLOURS).index(second.colour)
+    assert list(colours.values()) == [builder.NOTHING]
+    cells = builder._cells(scene)
+    assert cells.shape == (16, len(world.LABELS) + len(world.SHAPES)) and (cells[:, : len(world.LABELS)].sum(1) <= 1).all()
+    row, column = int(first.y) // builder.CELL, int(first.x) // builder.CELL
+    of_first = cells[row * 4 + column]
+    assert of_first[world.LABELS.index(first.colour)] == of_first[len(world.LABELS) + world.SHAPES.index(first.shape)] > 0
+
+
+def test_the_heads_learn_of_what_is_shown_alone():
+    """Of a removal's first question there is one picture; of an edit of the whole no scene."""
+    asked = [builder.asked(np.random.default_rng(index)) for index in range(200)]
+    seen = builder.seeing(asked)
+    assert len(seen.cells) == 16 * sum(len(one.question.pictures) for one in asked)
+    for one, colours in zip(asked, seen.colours.tolist(), strict=True):
+        shown = [scene is not None and name in one.question.pictures for name, scene in zip((SOURCE, EDITED), one.scenes, strict=True)]
+        assert [min(row) >= 0 for row in colours] == shown
+    heads = builder.Heads()
+    loss = heads.loss(torch.zeros(len(seen.cells), builder.WIDTH), torch.zeros(len(asked), builder.WIDTH), seen)
+    assert torch.isfinite(loss)
 
 
 def test_every_word_of_a_question_is_known(tmp_path: Path):

@@ -205,7 +205,7 @@ def test_the_page_says_on_how_many_edits_curves_are_measured(results):
 
 def test_all_runs_on_six_types_have_their_table_and_what_lacks_is_named(results):
     kept = report.read_results(results)
-    assert "six_full" in kept and report.six_names(kept) == ["six_full"]
+    assert "six_full" in kept and report.group_names(kept, "six_") == ["six_full"]
     lacking = "**Not measured yet: six_truth; copy the source; six_base; six_paired_steps; six_paired_time.**"
     assert lacking in report.table(kept, limit=5)
     tried = result("six_full+alpha2", 0, (0.7, 0.5)) | {"title": "full method, alpha2"}

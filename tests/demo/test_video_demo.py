@@ -50,16 +50,9 @@ def test_clips_sheet_and_a_lora_an_expert_are_there(demo):
         assert tensors and metadata["byg.family"] == "wan2.2-t2v-a14b" and float(metadata["byg.boundary"]) == 0.875
 
 
-def test_a_second_run_trains_nothing_and_other_settings_are_refused(demo, base):
-    out, tables = demo
-    lora = out / "training" / "demo_video-ema_low_noise.safetensors"
-    before = lora.stat().st_mtime_ns
-    again = run_demo(out, FEW_STEPS, train_tuples=10, eval_tuples=3, base=base)
-    assert lora.stat().st_mtime_ns == before
-    for method, table in tables.items():
-        for kind, row in table.items():
-            # Edits are made again: threads add in another order when the machine is busy, and an mp4 makes levels of it.
-            assert again[method][kind] == pytest.approx(row, nan_ok=True, rel=0.01, abs=0.005)
+def test_other_settings_are_refused(demo, base):
+    """That a second run trains nothing is the pictures' demo's to show: the commands are the same."""
+    out, _ = demo
     with pytest.raises(ValueError, match="was trained with other settings"):
         run_demo(out, [*FEW_STEPS, "train.lr=0.01"], train_tuples=10, eval_tuples=3, base=base)
 

@@ -49,7 +49,7 @@ def make(*arguments: str, **environment: str) -> str:
 )
 def test_the_active_environment_is_used(environment: dict[str, str], python: str):
     said = make("--dry-run", "test", **environment)
-    assert f"{python} -m pytest -n auto --dist loadfile" in said.splitlines()
+    assert f"{python} -m pytest -n auto --dist loadfile --no-loadscope-reorder" in said.splitlines()
 
 
 @pytest.mark.parametrize("missing", [0, 1])

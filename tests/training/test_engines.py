@@ -38,7 +38,7 @@ OFFLOADED = [(engine, "flux-sgd") for engine in ("zero2-cpu", "fsdp2-cpu", "zero
 ON_ONE = [(1, "fsdp2-cpu", f"{family}-sgd") for family in FAMILIES]
 ON_TWO = [("zero1", f"{A14B}-sgd"), *(("zero2", name) for name in ("flux-sgd", f"{A14B}-sgd", "flux-adam", "flux-joint"))]
 ON_TWO += [*SHARDED, *OFFLOADED, *(("plain", name) for name in [*CHOSEN, "flux-fp8"])]
-ON_FOUR = [(engine, f"{A14B}-sgd") for engine in ("plain", "zero2", "fsdp2", "zero3")]
+ON_FOUR = [(engine, "flux-sgd") for engine in ("plain", "fsdp2", "zero3")]
 EVERY = [*ON_ONE, *((2, *each) for each in ON_TWO), *((4, *each) for each in ON_FOUR)]
 if ALL:
     ENGINES = ("plain", "zero1", "zero2", "zero2-cpu", "fsdp2", "fsdp2-cpu", "zero3", "zero3-cpu")
