@@ -27,7 +27,6 @@ KINDS: dict[str, Kind] = {
     "VAEDecode": ({"samples": LATENT, "vae": VAE}, {"IMAGE": IMAGE}),
     "RandomNoise": ({"noise_seed": "int", "control_after_generate": "page"}, {"NOISE": NOISE}),
     "DisableNoise": ({}, {"NOISE": NOISE}),
-    "KSamplerSelect": ({"sampler_name": "combo"}, {"SAMPLER": SAMPLER}),
     "BasicGuider": ({"model": MODEL, "conditioning": CONDITIONING}, {"GUIDER": GUIDER}),
     "CFGGuider": ({"model": MODEL, "positive": CONDITIONING, "negative": CONDITIONING, "cfg": "float"}, {"GUIDER": GUIDER}),
     "SamplerCustomAdvanced": (
@@ -51,6 +50,7 @@ KINDS: dict[str, Kind] = {
             "steps": "INT",
             "shift": "FLOAT",
             "report": "STRING",
+            "sampler": SAMPLER,
         },
     ),
     "BygSource": (

@@ -155,7 +155,7 @@ def graph_of(task: Task) -> Graph:
         "BygSchedule", 3, title="ByG Schedule", model=source["model"], latent=source["latent"], steps=loaded["steps"], family=AS_TRAINED
     )
     guiders = _guiders(graph, task, clip, loaded, source)
-    sampled = _sampled(graph, guiders, times, source["latent"])
+    sampled = _sampled(graph, guiders, loaded["sampler"], times, source["latent"])
     edit = graph.add("VAEDecode", 5, samples=sampled, vae=vae)["IMAGE"]
     if spec.takes_clips:
         video = graph.add("CreateVideo", 5, images=edit, fps=fps)["VIDEO"]
@@ -205,12 +205,11 @@ def _guiders(graph: Graph, task: Task, clip: Out, loaded: dict[str, Out], source
     ]
 
 
-def _sampled(graph: Graph, guiders: list[Out], times: dict[str, Out], latent: Out) -> Out:
+def _sampled(graph: Graph, guiders: list[Out], chosen: Out, times: dict[str, Out], latent: Out) -> Out:
     noise = graph.add("RandomNoise", 4, noise_seed=0, control_after_generate="fixed")["NOISE"]
-    euler = graph.add("KSamplerSelect", 4, sampler_name="euler")["SAMPLER"]
     parts = [times["sigmas"]] if len(guiders) == 1 else [times["sigmas_high"], times["sigmas_low"]]
     for guider, sigmas in zip(guiders, parts, strict=True):
-        sampler = {"noise": noise, "guider": guider, "sampler": euler, "sigmas": sigmas, "latent_image": latent}
+        sampler = {"noise": noise, "guider": guider, "sampler": chosen, "sigmas": sigmas, "latent_image": latent}
         latent = graph.add("SamplerCustomAdvanced", 5, **sampler)["output"]
         noise = graph.add("DisableNoise", 4)["NOISE"] if guider is not guiders[-1] else noise
     return latent
@@ -222,10 +221,11 @@ def _how_to(task: Task) -> str:
         f"**Edit a {what} with a LoRA of byg_plugin**\n\n"
         f"1. Choose the LoRA in *ByG LoRA Loader* and the {what} in *Source*.\n"
         "2. Write what to change in *Instruction*.\n"
-        "3. *ByG LoRA Loader* knows how the LoRA was trained: position, guidance and steps come from it. It says what does not fit.\n"
+        "3. *ByG LoRA Loader* knows how the LoRA was trained: position, guidance, sampler and steps come from it. It says what does not "
+        "fit.\n"
         "4. *ByG Source* gives the model the source, and the empty latent that is sampled. Leave out denoising strengths below 1.\n\n"
         f"{task.note}\n\n"
-        "Sampler euler with the times of *ByG Schedule* is what `edit.py` does; seeds are its seeds."
+        "The loader's sampler with the times of *ByG Schedule* is what `edit.py` does; seeds are its seeds."
     )
 
 

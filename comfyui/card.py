@@ -12,6 +12,9 @@ from pathlib import Path
 _LONGEST_HEADER = 100 * 2**20  # bytes, safetensors' own limit
 _SUFFIX = re.compile(r"\.(lora_A|lora_B|lora_down|lora_up)(\.default)?(\.weight)?$|\.(alpha|dora_scale|diff|diff_b)$")
 _EXPERTS = ("_high_noise", "_low_noise")
+SAMPLERS = {"euler": "euler", "stochastic": "lcm"}
+"""What a card calls a sampler -> ComfyUI's name. The stochastic one predicts the data and goes on with fresh noise, without guidance."""
+FEW_STEPS = "stochastic"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +31,8 @@ class Card:
         expert: `high_noise`, `low_noise` or `both`, of a family of two networks.
         step: optimizer steps that were made.
         base: name of the frozen network's file.
+        sampler: a key of `SAMPLERS`.
+        steps: of that sampler, as it was trained; None: those of the family.
     """
 
     family: str
@@ -39,6 +44,13 @@ class Card:
     expert: str | None = None
     step: int | None = None
     base: str | None = None
+    sampler: str = "euler"
+    steps: int | None = None
+
+    @property
+    def guided(self) -> bool:
+        """Whether an edit has guidance by a second call; a few-step editor has none."""
+        return self.sampler != FEW_STEPS
 
 
 def read_header(path: str | Path) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
@@ -79,9 +91,10 @@ def card_of(metadata: Mapping[str, str], name: str) -> Card:
             "is unknown: load it with ComfyUI's own LoRA loader and choose the position in ByG Source yourself"
         )
 
-    if (sampler := metadata.get("byg.sampler")) is not None:
+    if (sampler := metadata.get("byg.sampler", "euler")) not in SAMPLERS:
         raise ValueError(
-            f"{name} edits in {metadata.get('byg.steps', 'a few')} {sampler} steps, which these nodes do not make: use byg_plugin's edit.py"
+            f"{name} edits in {metadata.get('byg.steps', 'a few')} {sampler} steps, which these nodes do not make: update them, or use "
+            "byg_plugin's edit.py"
         )
 
     def number(key: str, kind: type[int] | type[float]) -> float | int | None:
@@ -101,6 +114,8 @@ def card_of(metadata: Mapping[str, str], name: str) -> Card:
         expert=metadata.get("byg.expert"),
         step=number("step", int),
         base=metadata.get("byg.base"),
+        sampler=sampler,
+        steps=number("steps", int),
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .card import Card, layer_of
+from .card import SAMPLERS, Card, layer_of
 from .families import Family, family_named
 
 _NAMED = 4  # layers that a message names
@@ -115,13 +115,20 @@ def check_mixture(loaded: Card | None, card: Card, file: str) -> None:
         file: the next LoRA's.
 
     Raises:
-        ValueError: family or position differ.
+        ValueError: family, position or sampler differ.
     """
-    if loaded is not None and (loaded.family, loaded.position) != (card.family, card.position):
-        raise ValueError(
-            f"{file} ({card.family}, {card.position}) does not go with the LoRA that is loaded before it ({loaded.family}, "
-            f"{loaded.position}): load one of them"
-        )
+    if loaded is not None and kind(loaded) != kind(card):
+        raise ValueError(f"{file} ({words(card)}) does not go with the LoRA that is loaded before it ({words(loaded)}): load one of them")
+
+
+def kind(card: Card) -> tuple[str, str, str]:
+    """What two LoRAs in one edit must have in common."""
+    return card.family, card.position, card.sampler
+
+
+def words(card: Card) -> str:
+    """The same in words."""
+    return f"{card.family}, {card.position}" + ("" if card.guided else f", {card.sampler} sampler")
 
 
 def report(card: Card, family: Family, file: str, fit: Fit, strength: float, notes: Iterable[str] = ()) -> str:
@@ -133,6 +140,8 @@ def report(card: Card, family: Family, file: str, fit: Fit, strength: float, not
         f"{len(fit.loaded)} of {len(fit.loaded)} layers loaded, strength {strength:g}",
         f"position of the source: {card.position}",
     ]
+    if not card.guided:
+        lines.append(f"a few-step editor: sampler {SAMPLERS[card.sampler]}, {card.steps or 'a few'} steps, cfg 1")
     if strength == 0:
         lines.append("strength 0: the LoRA is WITHOUT EFFECT, this is the base model")
     if family.boundary is not None and card.expert == "high_noise":

@@ -54,8 +54,8 @@ class BygLoraLoader:
 
     CATEGORY = CATEGORY
     DESCRIPTION = "Loads an edit LoRA of byg_plugin, reads its card and says what does not fit."
-    RETURN_TYPES = ("MODEL", "MODEL", list(POSITIONS), "FLOAT", "FLOAT", "FLOAT", "INT", "FLOAT", "STRING")
-    RETURN_NAMES = ("model", "model_low", "position", "guidance", "cfg", "cfg_low", "steps", "shift", "report")
+    RETURN_TYPES = ("MODEL", "MODEL", list(POSITIONS), "FLOAT", "FLOAT", "FLOAT", "INT", "FLOAT", "STRING", "SAMPLER")
+    RETURN_NAMES = ("model", "model_low", "position", "guidance", "cfg", "cfg_low", "steps", "shift", "report", "sampler")
     OUTPUT_TOOLTIPS = (
         "the model with the LoRA: of Wan2.2 A14B the high-noise network",
         "the low-noise network with its LoRA",
@@ -63,9 +63,10 @@ class BygLoraLoader:
         "for FluxGuidance",
         "for CFGGuider or KSampler; 1 where guidance is an input of the network",
         "the same for the low-noise network",
-        "of a published edit",
+        "of a published edit, or those that a few-step LoRA was trained for",
         "the published shift; 0 where it depends on the size: ByG Schedule knows it",
         "what was loaded",
+        "for SamplerCustomAdvanced: euler, or of a few-step LoRA lcm",
     )
     FUNCTION = "load"
 
@@ -103,6 +104,8 @@ class BygLoraLoader:
         self, model: Any, lora: str, strength: float, model_low: Any = None, lora_low: str = PARTNER, strength_low: float = 1.0
     ) -> dict[str, Any]:
         """See `INPUT_TYPES` and `RETURN_NAMES`."""
+        from comfy.samplers import sampler_object
+
         high, card, family, text = _loaded(model, lora, strength, "high_noise")
         texts, low = [text], None
         if family.boundary is None and model_low is not None:
@@ -114,17 +117,17 @@ class BygLoraLoader:
                 low = _with_card(model_low, card, lora)
             else:
                 low, low_card, _, text = _loaded(model_low, low_file, strength_low, "low_noise")
-                if (low_card.family, low_card.position) != (card.family, card.position):
-                    raise ValueError(
-                        f"{lora} ({card.family}, {card.position}) and {low_file} ({low_card.family}, {low_card.position}) are no pair"
-                    )
+                if loader.kind(low_card) != loader.kind(card):
+                    raise ValueError(f"{lora} ({loader.words(card)}) and {low_file} ({loader.words(low_card)}) are no pair")
                 texts.append(text)
         report = "\n\n".join(texts)
         logger.info("ByG LoRA Loader: %s", report)
-        cfg, cfg_low = (1.0, 1.0) if family.embeds_guidance else family.cfg
+        cfg, cfg_low = family.cfg if card.guided and not family.embeds_guidance else (1.0, 1.0)
         shift = 0.0 if isinstance(family.shift, dict) else float(family.shift)
         guidance = card.guidance if family.embeds_guidance and card.guidance is not None else 0.0
-        return {"ui": {"text": [report]}, "result": (high, low, card.position, guidance, cfg, cfg_low, family.steps, shift, report)}
+        steps, sampler = card.steps or family.steps, sampler_object(cards.SAMPLERS[card.sampler])
+        result = (high, low, card.position, guidance, cfg, cfg_low, steps, shift, report, sampler)
+        return {"ui": {"text": [report]}, "result": result}
 
     @staticmethod
     def _low_file(lora: str, lora_low: str, card: cards.Card) -> str | None:
@@ -304,7 +307,7 @@ class BygSchedule:
     """The family's own times."""
 
     CATEGORY = CATEGORY
-    DESCRIPTION = "The sigmas that byg_plugin's edit.py samples with, for SamplerCustomAdvanced with the sampler euler."
+    DESCRIPTION = "The sigmas that byg_plugin's edit.py samples with, for SamplerCustomAdvanced with ByG LoRA Loader's sampler."
     RETURN_TYPES = ("SIGMAS", "SIGMAS", "SIGMAS")
     RETURN_NAMES = ("sigmas", "sigmas_high", "sigmas_low")
     OUTPUT_TOOLTIPS = ("all", "the high-noise network's, of a family of two", "the low-noise network's, of a family of two")

@@ -1,6 +1,6 @@
 """Train the tiny world's critic: a Qwen3-VL of less than a million weights that answers `critics/questions.py` about rendered edits.
 
-python -m benchmarks.bases.critic --out FOLDER --work FOLDER [--steps 6000] [--threads 2]
+python -m benchmarks.bases.critic --out FOLDER --work FOLDER [--steps 4500] [--threads 2]
 
 Every pair is rendered anew, so nothing is seen twice. A right answer needs the instruction: a pair whose edit is another one, or is
 made and something else changed too, is among the wrong ones. Half of the pictures are shown as an editor in training makes them: noisy,
@@ -8,7 +8,7 @@ blurred, or with the change half way. Held out are clean scenes of another rando
 question, edit type and answer. A killed run goes on from what is in --work.
 
 One bit an answer is little to learn seeing from, so two linear heads, which are thrown away, ask for more: what each cell of the pictures
-holds, and, where the answer stands, the colour of every shape in both.
+holds, and, where the answer stands, the colour of every shape in both and after the edit that is asked for.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class Asked:
     source: np.ndarray
     edited: np.ndarray
     kind: str
-    scenes: tuple[world.Scene, world.Scene | None]
-    """What the two pictures show; None: no scene of the world."""
+    scenes: tuple[world.Scene, world.Scene | None, world.Scene | None]
+    """What the two pictures show, and what the edit should make; None: no scene of the world."""
     towards: tuple[world.Scene, float, float] | None = None
     """In training the edited picture may be blended with this scene, by a share of it between these: the answer stays right."""
 
@@ -118,7 +118,7 @@ def asked(rng: np.random.Generator) -> Asked:
         source=world.render(edit.before),
         edited=world.render(shown),
         kind=edit.edit_type,
-        scenes=(edit.before, shown),
+        scenes=(edit.before, shown, edit.after),
         towards=towards,
     )
 
@@ -155,7 +155,7 @@ def _asked_of_the_whole(rng: np.random.Generator) -> Asked:
     else:
         shown = scene if right else other
         question, edited = kept(instruction), world.render(shown)
-    return Asked(question=_answered(question, right), source=before, edited=edited, kind="whole", scenes=(scene, shown))
+    return Asked(question=_answered(question, right), source=before, edited=edited, kind="whole", scenes=(scene, shown, None))
 
 
 def _answered(question: Question, right: bool) -> Question:
@@ -297,8 +297,10 @@ def _as_an_editor_makes_it(one: Asked, shown: dict[str, Tensor], rng: torch.Gene
 
 # --- what the heads ask for besides ---
 
-NOTHING = len(world.COLOURS)
+NOTHING = len(world.LABELS)
 """The colour of a shape that is not there."""
+UNKNOWN = -100  # what a cross-entropy leaves out
+ENTITIES = 2 + len(world.SHAPES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,8 +309,8 @@ class Seeing:
 
     Attributes:
         cells: (N, 11) shares of each cell of every picture that is shown: eight colours, and three shapes; NaN where it is no scene.
-        colours: (B, 2, 4) colour in the source and in the edited picture of the background, circle, square and triangle; -100 where
-            the picture is not shown or is no scene.
+        colours: (B, 3, 5) colour in the source, in the edited picture and after the edit of the background, pebble, circle, square and
+            triangle; UNKNOWN where the picture is not shown or is no scene, and of the edit where the source is not shown.
     """
 
     cells: Tensor
@@ -319,10 +321,10 @@ def seeing(several: Sequence[Asked]) -> Seeing:
     """The truth about a batch."""
     cells, colours = [], []
     for one in several:
-        scenes = dict(zip((SOURCE, EDITED), one.scenes, strict=True))
-        for name in one.question.pictures:
-            cells.append(_cells(scenes[name]))
-        colours.append([_colours(scenes[name] if name in one.question.pictures else None) for name in (SOURCE, EDITED)])
+        source, edited, wanted = one.scenes
+        scenes, both = {SOURCE: source, EDITED: edited}, SOURCE in one.question.pictures
+        cells += [_cells(scenes[name]) for name in one.question.pictures]
+        colours.append([_colours(scene) for scene in (source if both else None, edited, wanted if both else None)])
     return Seeing(cells=torch.tensor(np.concatenate(cells), dtype=torch.float32), colours=torch.tensor(colours))
 
 
@@ -341,9 +343,12 @@ def _cells(scene: world.Scene | None) -> np.ndarray:
 
 def _colours(scene: world.Scene | None) -> list[int]:
     if scene is None:
-        return [-100] * 4
-    of = {thing.shape: list(world.COLOURS).index(thing.colour) for thing in scene.things}
-    return [list(world.COLOURS).index(scene.background), *(of.get(shape, NOTHING) for shape in world.SHAPES)]
+        return [UNKNOWN] * ENTITIES
+    of = {thing.shape: world.LABELS.index(thing.colour) for thing in scene.things}
+    return [
+        *(world.LABELS.index(colour) for colour in (scene.background, scene.pebble)),
+        *(of.get(shape, NOTHING) for shape in world.SHAPES),
+    ]
 
 
 class Heads(nn.Module):
@@ -352,7 +357,7 @@ class Heads(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.cells = nn.Linear(WIDTH, len(world.LABELS) + len(world.SHAPES))
-        self.colours = nn.Linear(WIDTH, 2 * 4 * (NOTHING + 1))
+        self.colours = nn.Linear(WIDTH, 3 * ENTITIES * (NOTHING + 1))
 
     def loss(self, at_pictures: Tensor, at_answer: Tensor, seen: Seeing) -> Tensor:
         """Of both, about as large as the answer's.
@@ -453,9 +458,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for the curve, and for what a killed run goes on from")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--batch", type=int, default=64, help="questions a step")
-    parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
+    parser.add_argument("--steps", type=int, default=4500)
+    parser.add_argument("--batch", type=int, default=32, help="questions a step")
+    parser.add_argument("--rate", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--held-out", type=int, default=2048, help="questions of the last figures")
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)

@@ -53,10 +53,21 @@ def test_a_file_without_a_card_is_named(tmp_path: Path) -> None:
         cards.card_of(metadata, "a.safetensors")
 
 
-def test_a_few_step_editor_is_refused() -> None:
+def test_a_few_step_editor_says_its_sampler_and_steps() -> None:
     written = LoraCard(family="flux", position="same", sampler="stochastic", steps=4)
-    with pytest.raises(ValueError, match=r"a edits in 4 stochastic steps, which these nodes do not make"):
-        cards.card_of(written.to_metadata(), "a")
+    card = cards.card_of(written.to_metadata(), "a")
+    assert (card.sampler, card.steps, card.guided) == ("stochastic", 4, False) and cards.SAMPLERS[card.sampler] == "lcm"
+    fit = loader.Fit(loaded=("a",), missing=(), sizes={})
+    assert "a few-step editor: sampler lcm, 4 steps, cfg 1" in loader.report(card, family_named("flux"), "f", fit, 1.0)
+    plain = cards.card_of(LoraCard(family="flux", position="same").to_metadata(), "b")
+    assert plain.guided and "few-step" not in loader.report(plain, family_named("flux"), "f", fit, 1.0)
+    with pytest.raises(ValueError, match=r"f \(flux, same\) does not go with .*before it \(flux, same, stochastic sampler\)"):
+        loader.check_mixture(card, plain, "f")
+
+
+def test_a_sampler_that_the_nodes_have_not_is_named() -> None:
+    with pytest.raises(ValueError, match=r"a edits in 3 heun steps, which these nodes do not make: update them"):
+        cards.card_of({"byg.family": "flux", "byg.position": "same", "byg.sampler": "heun", "byg.steps": "3"}, "a")
 
 
 def test_a_damaged_number_is_named() -> None:

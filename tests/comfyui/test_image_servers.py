@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,9 @@ from diffusers import AutoencoderKLQwenImage
 from safetensors.torch import save_file
 from torch import Tensor
 
+from byg_plugin import sampling
 from byg_plugin.families import SPECS
+from byg_plugin.models import make_family
 from byg_plugin.sampling import seeded_noise
 from tests.support import comfyui_bases as bases
 from tests.support.comfyui import MARKS
@@ -21,6 +24,7 @@ from tests.support.comfyui_server import Server, edit_graph, serve
 
 pytestmark = [*MARKS, pytest.mark.timeout(900)]
 H, W, STEPS, SEED = 4, 8, 3, 5
+FEW = 2  # steps of a few-step editor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +112,10 @@ def world(server: Server, request: pytest.FixtureRequest) -> Iterator[SimpleName
     lora = bases.lora_of(network, list(case.layers), 4)
     for position in SPECS[case.family].positions:
         config = bases.config_of(case.family, server.base, conditioning={"position": position})
-        save_file(lora, server.base / "models" / "loras" / f"{case.family}_{position}.safetensors", bases.card_metadata(config))
+        metadata = bases.card_metadata(config)
+        save_file(lora, server.base / "models" / "loras" / f"{case.family}_{position}.safetensors", metadata)
+    few = {**metadata, "byg.sampler": "stochastic", "byg.steps": str(FEW)}
+    save_file(lora, server.base / "models" / "loras" / f"{case.family}_few.safetensors", few)
     texts = [random(seed, 1, *case.text) for seed in (1, 2)]
     for name, text in zip(("text", "negative"), texts, strict=True):
         server.put(f"{case.family}_{name}.safetensors", cross=text.flatten(2))
@@ -154,3 +161,41 @@ def test_an_edit_is_ours(world: SimpleNamespace, position: str, strength: float)
         other = ours(world, {"same": "reference", "reference": "same"}[position], strength)
         assert (wanted - other).abs().max() > 0.02, "the two positions are one"
     bases.close(edit.reshape(wanted.shape), wanted)
+
+
+def test_a_few_step_editor_is_sampled_as_it_was_trained(world: SimpleNamespace) -> None:
+    """Steps, sampler and no guidance come with the LoRA; the fresh noise is ComfyUI's own."""
+    case, position = world.case, list(SPECS[world.case.family].positions)[-1]
+    graph = edit_graph(
+        f"{case.family}.safetensors",
+        f"{case.family}_source.safetensors",
+        f"{case.family}_text.safetensors",
+        steps=STEPS,
+        position="as trained",
+        lora={"lora": f"{case.family}_few.safetensors"},
+        negative=f"{case.family}_negative.safetensors",
+        seed=SEED,
+        out="few.safetensors",
+    )
+    graph["guider"]["inputs"]["cfg"], graph["times"]["inputs"]["steps"] = ["lora", 4], ["lora", 6]
+    graph["sample"]["inputs"]["sampler"] = ["lora", 9]
+    world.server.run(graph)
+    edit = world.server.result("few.safetensors")["scaled"]
+    wanted = ours_in_few_steps(world, position)
+    bases.close(edit.reshape(wanted.shape), wanted)
+
+
+def ours_in_few_steps(world: SimpleNamespace, position: str) -> Tensor:
+    """Our own few steps, with the fresh noise that ComfyUI draws on a CPU."""
+    family = make_family(bases.config_of(world.case.family, world.server.base, conditioning={"position": position}))
+    noise = seeded_noise(tuple(world.source.shape), SEED, torch.device("cpu"))
+    nodes = sampling.sampling_nodes(family, FEW, "shifted", tuple(noise.shape))
+    fresh = torch.Generator().manual_seed(SEED + 1)
+    bases.merged(world.network, world.lora, 1.0)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sampling, "generator", lambda *key: fresh)
+            velocity = partial(family.velocity, world.network)
+            return sampling.sample_stochastic(velocity, noise, world.text, world.source, nodes, [SEED])
+    finally:
+        bases.merged(world.network, world.lora, -1.0)

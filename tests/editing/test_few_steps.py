@@ -101,7 +101,8 @@ def test_a_batch_of_two_is_two_of_one(few: Path):
 
 def test_other_tools_are_told_to_be_none_for_it():
     card = LoraCard(family="flux", position="kontext", sampler="stochastic", steps=4)
-    assert runtime("comfyui", card) == "no: it edits in 4 stochastic steps, which byg_plugin's edit.py makes"
+    assert runtime("comfyui", card) == "with the nodes of comfyui/, which make its 4 steps: sampler lcm, cfg 1"
+    assert runtime("diffusers", card) == "no: it edits in 4 stochastic steps, which byg_plugin's edit.py makes"
     assert not runtime("comfyui", replace(card, sampler=None)).startswith("no:")
     with pytest.raises(ValueError, match="4 stochastic steps, which this pipeline does not make"):
         pipelines.BygPipeline._fitting(SimpleNamespace(families=("flux",)), card)
