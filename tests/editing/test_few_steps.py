@@ -58,6 +58,13 @@ def test_each_step_predicts_the_data_and_noises_them_anew():
 # --- the file ---
 
 
+def test_the_file_says_what_was_trained_and_not_how_previews_are_made(tmp_path: Path):
+    config = np_config(tmp_path, objective={"sampling_steps": 3, "schedule": "uniform"}, sample={"schedule": "shifted", "steps": 9})
+    assert (config.sample.schedule, config.sample.steps) == ("shifted", 9)
+    card = LoraCard.of(config, 1, "live")
+    assert (card.sampler, card.steps, card.schedule) == ("stochastic", 3, "uniform")
+
+
 def test_the_file_says_how_it_samples(few: Path):
     _, metadata = read_lora(few)
     card = LoraCard.from_metadata(metadata)
