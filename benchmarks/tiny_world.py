@@ -82,6 +82,7 @@ ASKED = (
     "critic.gradient_checkpointing=false",
     "critic.scale_steps=100",
 )
+UPDATES = 380  # of the editor, in about the full method's time
 NP_EDIT = (
     'objective.name="np_edit"',
     "objective.guidance=1.0",  # the base is distilled from a guided model
@@ -89,11 +90,12 @@ NP_EDIT = (
     "objective.fake_updates=2",
     "objective.lambda_vlm=0.02",
     "objective.t_shift=1.0",
-    "train.steps=1000",
     *FOUR,
     'sample.solver="stochastic"',
     'sample.schedule="shifted"',
+    "objective.identity_warmup_steps=60",
 )
+BY_TURNS = (f"train.steps={60 + 3 * UPDATES}",)  # the fake score's two steps and one of the editor
 RUNS: dict[str, Run] = {
     "truth": Run(title="ground truth", kind="truth"),
     "copy": Run(title="copy the source", kind="copy"),
@@ -109,10 +111,12 @@ RUNS: dict[str, Run] = {
     "paired_time": Run(title="paired, equal time", overrides=PAIRED, as_long_as=("full", "paired_steps")),
     "four_full": Run(title="full method", overrides=FOUR),
     "four_paired_steps": Run(title="paired, equal steps", overrides=(*PAIRED, *FOUR)),
-    "four_np_edit": Run(title="NP-Edit", overrides=(*NP_EDIT, *ASKED)),
-    "four_no_dmd": Run(title="NP-Edit w/o DMD", overrides=(*NP_EDIT, *ASKED, "objective.dmd=false")),
-    "four_no_vlm": Run(title="NP-Edit w/o critic", overrides=(*NP_EDIT, "objective.vlm=false")),
-    "four_no_question": Run(title="NP-Edit w/o identity question", overrides=(*NP_EDIT, *ASKED, "objective.identity_question=false")),
+    "four_np_edit": Run(title="NP-Edit", overrides=(*NP_EDIT, *BY_TURNS, *ASKED)),
+    "four_no_dmd": Run(title="NP-Edit w/o DMD", overrides=(*NP_EDIT, f"train.steps={60 + UPDATES}", *ASKED, "objective.dmd=false")),
+    "four_no_vlm": Run(title="NP-Edit w/o critic", overrides=(*NP_EDIT, *BY_TURNS, "objective.vlm=false")),
+    "four_no_question": Run(
+        title="NP-Edit w/o identity question", overrides=(*NP_EDIT, *BY_TURNS, *ASKED, "objective.identity_question=false")
+    ),
     "three_full": Run(title="full method", overrides=FOUR, world="three"),
     "three_critic": Run(
         title="full method + critic on removals",

@@ -9,6 +9,7 @@ from benchmarks import tiny_world as study
 from benchmarks import tiny_world_run as runs
 from byg_plugin.config.loading import load_config
 from byg_plugin.demo import world
+from byg_plugin.objectives.np_edit import NpEdit
 from tests.support import ROOT
 from tests.support.tiny_world_study import small
 
@@ -20,9 +21,9 @@ def whole(tmp_path) -> study.Study:
     return study.Study(study.parse(["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]))
 
 
-def differences(whole: study.Study, name: str) -> dict[str, object]:
-    one, other = (runs.settings(whole.plan(run, 0)) for run in ("full", name))
-    return {f"{s}.{k}": v for s, values in other.items() for k, v in values.items() if one[s][k] != v}
+def differences(whole: study.Study, name: str, beside: str = "full") -> dict[str, object]:
+    one, other = (runs.settings(whole.plan(run, 0)) for run in (beside, name))
+    return {f"{s}.{k}": v for s, values in other.items() for k, v in values.items() if one[s].get(k) != v}
 
 
 @pytest.mark.parametrize(
@@ -41,6 +42,60 @@ def differences(whole: study.Study, name: str) -> dict[str, object]:
 )
 def test_a_row_changes_what_its_name_says_and_nothing_else(whole, name, changed):
     assert differences(whole, name) == changed
+
+
+FLOAT32 = {"lora.forward": "merged", "train.mixed_precision": "no", "sample.steps": 4}
+CRITIC = {"critic.dtype": "float32", "critic.gradient_checkpointing": False, "critic.image_size": 64, "critic.scale_steps": 100}
+
+
+@pytest.mark.parametrize(
+    ("name", "beside", "changed"),
+    [
+        ("four_full", "full", FLOAT32),
+        ("four_paired_steps", "four_full", {"objective.name": "paired"}),
+        ("four_no_vlm", "four_np_edit", {key: runs.default_of(*key.split(".")) for key in CRITIC} | {"objective.vlm": False}),
+        ("four_no_question", "four_np_edit", {"objective.identity_question": False}),
+        ("three_full", "four_full", {}),
+        ("three_critic", "three_full", CRITIC | {"objective.critique_types": ["remove"]}),
+    ],
+)
+def test_a_row_of_four_steps_changes_what_its_name_says_and_nothing_else(whole, name, beside, changed):
+    assert differences(whole, name, beside) == changed
+
+
+def test_without_matching_the_editor_makes_as_many_steps(whole):
+    """All steps are the editor's then."""
+    one, other = (whole.plan(name, 0).config for name in ("four_np_edit", "four_no_dmd"))
+    assert differences(whole, "four_no_dmd", "four_np_edit").keys() <= {
+        "objective.dmd",
+        "train.steps",
+        "train.save_every",
+        "train.log_every",
+    }
+    of_editor = [
+        sum(NpEdit(config.objective).plan(step, 0).adapters == ("edit",) for step in range(config.train.steps)) for config in (one, other)
+    ]
+    assert of_editor[0] == of_editor[1]
+
+
+def test_a_row_names_the_critic_it_asked(whole, tmp_path):
+    """Another one makes it stale; one that asks none has none."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(name, encoding="utf-8")
+    found = []
+    for name in ("one", "two"):
+        whole.options.set = [f'critic.path="{(tmp_path / name).as_posix()}"']
+        plan = whole.plan("four_np_edit", 0)
+        record = {"identity": runs.identity(plan), "config": runs.settings(plan)}
+        found.append((record, plan))
+    (first, plan), (second, other) = found
+    assert runs.changes(first, plan) == [] and runs.changes(first, other) == ["another critic"]
+    whole.options.set = []
+    assert "critic" not in runs.identity(whole.plan("four_no_vlm", 0))
+    whole.options.set = [f'critic.path="{(tmp_path / "none").as_posix()}"']
+    with pytest.raises(ValueError, match=r"critic.path = .*none: no such critic; make one with python -m benchmarks.bases.critic"):
+        runs.identity(whole.plan("four_np_edit", 0))
 
 
 def test_every_row_has_a_valid_configuration_in_every_stage(tmp_path):
