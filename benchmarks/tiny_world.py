@@ -80,22 +80,26 @@ ASKED = (
     'critic.dtype="float32"',
     "critic.image_size=64",
     "critic.gradient_checkpointing=false",
-    "critic.scale_steps=100",
+    "critic.scale_steps=200",
 )
-UPDATES = 380  # of the editor, in about the full method's time
+UPDATES, COPIES = 800, 100  # of the editor, in about the full method's time, and steps before them
 NP_EDIT = (
     'objective.name="np_edit"',
     "objective.guidance=1.0",  # the base is distilled from a guided model
     "objective.strong_types=[]",
     "objective.fake_updates=2",
-    "objective.lambda_vlm=0.02",
+    "objective.lambda_vlm=0.05",
     "objective.t_shift=1.0",
     *FOUR,
     'sample.solver="stochastic"',
     'sample.schedule="shifted"',
-    "objective.identity_warmup_steps=60",
+    f"objective.identity_warmup_steps={COPIES}",
+    "objective.ema_decay=0.985",
+    "train.batch_size=4",
+    "train.global_batch_size=4",
+    "train.lr=5e-3",
 )
-BY_TURNS = (f"train.steps={60 + 3 * UPDATES}",)  # the fake score's two steps and one of the editor
+BY_TURNS = (f"train.steps={COPIES + 3 * UPDATES}",)  # the fake score's two steps and one of the editor
 RUNS: dict[str, Run] = {
     "truth": Run(title="ground truth", kind="truth"),
     "copy": Run(title="copy the source", kind="copy"),
@@ -112,7 +116,7 @@ RUNS: dict[str, Run] = {
     "four_full": Run(title="full method", overrides=FOUR),
     "four_paired_steps": Run(title="paired, equal steps", overrides=(*PAIRED, *FOUR)),
     "four_np_edit": Run(title="NP-Edit", overrides=(*NP_EDIT, *BY_TURNS, *ASKED)),
-    "four_no_dmd": Run(title="NP-Edit w/o DMD", overrides=(*NP_EDIT, f"train.steps={60 + UPDATES}", *ASKED, "objective.dmd=false")),
+    "four_no_dmd": Run(title="NP-Edit w/o DMD", overrides=(*NP_EDIT, f"train.steps={COPIES + UPDATES}", *ASKED, "objective.dmd=false")),
     "four_no_vlm": Run(title="NP-Edit w/o critic", overrides=(*NP_EDIT, *BY_TURNS, "objective.vlm=false")),
     "four_no_question": Run(
         title="NP-Edit w/o identity question", overrides=(*NP_EDIT, *BY_TURNS, *ASKED, "objective.identity_question=false")

@@ -45,7 +45,7 @@ def test_a_row_changes_what_its_name_says_and_nothing_else(whole, name, changed)
 
 
 FLOAT32 = {"lora.forward": "merged", "train.mixed_precision": "no", "sample.steps": 4}
-CRITIC = {"critic.dtype": "float32", "critic.gradient_checkpointing": False, "critic.image_size": 64, "critic.scale_steps": 100}
+CRITIC = {"critic.dtype": "float32", "critic.gradient_checkpointing": False, "critic.image_size": 64, "critic.scale_steps": 200}
 
 
 @pytest.mark.parametrize(
