@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from benchmarks.bases import critic as builder
-from byg_plugin.critics import vlm
-from byg_plugin.critics.questions import EDITED, KEPT, MADE, SOURCE
+from benchmarks.tiny_world import CRITIC
+from byg_plugin.critics import probe, vlm
+from byg_plugin.critics.critic import Critic
+from byg_plugin.critics.questions import EDITED, KEPT, MADE, SOURCE, questions
 from byg_plugin.demo import world
 from tests.support.tiny_critics import critic_config
 
@@ -139,3 +141,42 @@ def test_every_word_of_a_question_is_known(tmp_path: Path):
     for index in range(200):
         question = builder.asked(np.random.default_rng(index)).question
         assert unknown not in described.dialogue.prompt(question, [1] * len(question.pictures)).ids
+
+
+@pytest.fixture(scope="module")
+def shipped() -> Critic:
+    config = critic_config(CRITIC, image_size=world.SIZE)
+    judge = vlm.load(config, vlm.describe(config), torch.device("cpu"))
+    return Critic(judge, None, config)  # type: ignore[arg-type]
+
+
+def test_the_shipped_critic_answers_questions_that_are_not_its_figures(shipped: Critic):
+    figures = json.loads((CRITIC / "figures.json").read_text(encoding="utf-8"))
+    assert figures["accuracy"] >= figures["target"] == builder.TARGET
+    assert sum(path.stat().st_size for path in CRITIC.iterdir()) < 10e6
+    batches = builder.Batches(vlm.describe(critic_config(CRITIC, image_size=world.SIZE)))
+    several = [builder.asked(np.random.default_rng([11, index])) for index in range(256)]
+    batch = batches(several, None)
+    with torch.no_grad():
+        right = builder._logits(shipped.vlm.model, batch).argmax(1) == batch.labels
+    assert right.float().mean() >= 0.95
+
+
+def test_the_shipped_critic_passes_the_probe_of_a_start(shipped: Critic):
+    pictures = [builder._tensor(world.render(world.sample_scene(np.random.default_rng(index), 2))) for index in range(8)]
+    found = probe.probe(shipped, probe.known_pairs(pictures))
+    assert found.right >= 0.9 and min(found.yes, found.no) >= 0.8
+
+
+def test_a_small_step_along_its_gradient_convinces_it_more(shipped: Critic):
+    """The gradient is of use: the unedited picture, moved a little, looks more like the edit."""
+    closer = 0
+    for index in range(8):
+        edit = world.sample_edit(np.random.default_rng([5, index]), "x")
+        before = builder._tensor(world.render(edit.before))
+        source, asked = shipped.source_features(before), questions(edit.instruction, edit.edit_type)
+        loss, gradient, _ = shipped.judge(before, source, asked, differentiate=True)
+        moved = (before - 0.02 * gradient / gradient.abs().max()).clamp(0, 1)
+        after, _, _ = shipped.judge(moved, source, asked, differentiate=False)
+        closer += bool(after < loss)
+    assert closer >= 7

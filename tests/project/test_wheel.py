@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from tests.support import ROOT
 from tests.support.tiny import model_folder, workspace
 
-BASES = ("byg_plugin/demo/base/", "byg_plugin/demo/video_base/")
+BASES = ("byg_plugin/demo/base/", "byg_plugin/demo/critic/", "byg_plugin/demo/video_base/")
 MOVED = ("configs", "dataset_tools", "patches")  # into the package
 METADATA = {
     **{"byg.family": "flux", "byg.position": "same", "byg.guidance": "1.0"},
