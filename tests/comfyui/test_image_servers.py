@@ -136,6 +136,22 @@ def ours(world: SimpleNamespace, position: str, strength: float) -> Tensor:
         bases.merged(world.network, world.lora, -strength)
 
 
+def graph_of(case: Case, lora: dict[str, Any]) -> dict[str, Any]:
+    """An edit whose position and guidance come with the LoRA."""
+    graph = edit_graph(
+        f"{case.family}.safetensors",
+        f"{case.family}_source.safetensors",
+        f"{case.family}_text.safetensors",
+        steps=STEPS,
+        position="as trained",
+        lora=lora,
+        negative=f"{case.family}_negative.safetensors",
+        seed=SEED,
+    )
+    graph["guider"]["inputs"]["cfg"] = ["lora", 4]
+    return graph
+
+
 @pytest.mark.parametrize("position", ["same", "reference"])
 @pytest.mark.parametrize("strength", [0.0, 1.0])
 def test_an_edit_is_ours(world: SimpleNamespace, position: str, strength: float) -> None:
@@ -143,17 +159,7 @@ def test_an_edit_is_ours(world: SimpleNamespace, position: str, strength: float)
     case = world.case
     if position not in SPECS[case.family].positions:
         pytest.skip(f"{case.family} has no {position!r}")
-    graph = edit_graph(
-        f"{case.family}.safetensors",
-        f"{case.family}_source.safetensors",
-        f"{case.family}_text.safetensors",
-        steps=STEPS,
-        position="as trained",
-        lora={"lora": f"{case.family}_{position}.safetensors", "strength": strength},
-        negative=f"{case.family}_negative.safetensors",
-        seed=SEED,
-    )
-    graph["guider"]["inputs"]["cfg"] = ["lora", 4]
+    graph = graph_of(case, {"lora": f"{case.family}_{position}.safetensors", "strength": strength})
     world.server.run(graph)
     edit = world.server.result("edit.safetensors")["scaled"]
     wanted = ours(world, position, strength)
@@ -166,21 +172,11 @@ def test_an_edit_is_ours(world: SimpleNamespace, position: str, strength: float)
 def test_a_few_step_editor_is_sampled_as_it_was_trained(world: SimpleNamespace) -> None:
     """Steps, sampler and no guidance come with the LoRA; the fresh noise is ComfyUI's own."""
     case, position = world.case, list(SPECS[world.case.family].positions)[-1]
-    graph = edit_graph(
-        f"{case.family}.safetensors",
-        f"{case.family}_source.safetensors",
-        f"{case.family}_text.safetensors",
-        steps=STEPS,
-        position="as trained",
-        lora={"lora": f"{case.family}_few.safetensors"},
-        negative=f"{case.family}_negative.safetensors",
-        seed=SEED,
-        out="few.safetensors",
-    )
-    graph["guider"]["inputs"]["cfg"], graph["times"]["inputs"]["steps"] = ["lora", 4], ["lora", 6]
+    graph = graph_of(case, {"lora": f"{case.family}_few.safetensors"})
+    graph["times"]["inputs"]["steps"] = ["lora", 6]
     graph["sample"]["inputs"]["sampler"] = ["lora", 9]
     world.server.run(graph)
-    edit = world.server.result("few.safetensors")["scaled"]
+    edit = world.server.result("edit.safetensors")["scaled"]
     wanted = ours_in_few_steps(world, position)
     bases.close(edit.reshape(wanted.shape), wanted)
 
