@@ -88,14 +88,14 @@ class NpEditConfig(ObjectiveConfig):
 
     def doubts_of_types(self, types: Set[str | None]) -> tuple[str, ...]:
         """See `ObjectiveConfig.doubts_of_types`."""
-        there = f"edit_type in dataset.tuples is {', '.join(sorted(map(repr, types - {None}))) or 'never set'}"
+        found = f"edit_type in dataset.tuples is {', '.join(sorted(map(repr, types - {None}))) or 'never set'}"
         doubts = []
         if self.guided and self.strong_guidance != self.guidance and self.strong_types and not types & set(self.strong_types):
             doubts.append(
-                f"objective.strong_types = {list(self.strong_types)}: no tuple has one of them ({there}); all get objective.guidance"
+                f"objective.strong_types = {list(self.strong_types)}: no tuple has one of them ({found}); all get objective.guidance"
             )
         if self.criticised and REMOVE not in types:
-            doubts.append(f"no tuple has edit_type = {REMOVE!r} ({there}): the critic is asked of removals as of other edits")
+            doubts.append(f"no tuple has edit_type = {REMOVE!r} ({found}): the critic is asked of removals as of other edits")
         return tuple(doubts)
 
     @property
