@@ -204,11 +204,11 @@ def dry_run(config: Config, family: Family, device: Any) -> None:
         data = CachedTuples(config, family, "train")
     except ValueError:
         side, frames = config.dataset.resolution, family.clip_frames(config.dataset.frames)
-        _print_memory(config, family, (side, side, frames))  # needs no caches
+        _print_memory(config, family, device, (side, side, frames))  # needs no caches
         raise
     sizes = [data.bucket(i) for i in range(len(data))]
     whole = [(width, height, *(frames or (1,))) for width, height, *frames in sizes]
-    _print_memory(config, family, max(whole, key=lambda size: family.sequence_tokens(size[1], size[0], size[2])))
+    _print_memory(config, family, device, max(whole, key=lambda size: family.sequence_tokens(size[1], size[0], size[2])))
     buckets = Counter(sizes)
     print(f"tuples: {len(data)} to train, {config.dataset.validation_items} held out")
     for bucket, count in buckets.most_common():
@@ -227,7 +227,7 @@ def dry_run(config: Config, family: Family, device: Any) -> None:
         print(f"  {role}: {text}")
 
 
-def _print_memory(config: Config, family: Family, size: tuple[int, ...]) -> None:
+def _print_memory(config: Config, family: Family, device: Any, size: tuple[int, ...]) -> None:
     """The model, its LoRA and the memory sum of a step at (width, height, frames)."""
     from byg_plugin.hosts.diffusers import lora_shapes
     from byg_plugin.training import memory
@@ -252,24 +252,25 @@ def _print_memory(config: Config, family: Family, size: tuple[int, ...]) -> None
         print(f"engine: {launch.name}, {processes} processes; the memory is one process's")
     lines = memory.memory_sum(config, networks, shapes, tokens, width, blocks, launch, processes)
     if config.objective.criticised:
-        lines = _with_critic(lines, config, family, size)
+        lines = _with_critic(lines, config, family, device, size)
     print("device memory of a step:\n" + memory.report(lines))
 
 
-def _with_critic(lines: Any, config: Config, family: Family, size: tuple[int, ...]) -> Any:
+def _with_critic(lines: Any, config: Config, family: Family, device: Any, size: tuple[int, ...]) -> Any:
     """The memory sum with the critic's parts; says what it is and what it keeps at (width, height)."""
-    from byg_plugin.critics import check_critic
+    from byg_plugin.critics import check_critic, shares_device
     from byg_plugin.critics.memory import critic_memory
     from byg_plugin.training import memory
 
     described = check_critic(config)
     kept = critic_memory(config.critic, described, family, size[0], size[1])
     shown = described.view.size(size[1], size[0])
-    where = "the networks' device" if config.critic.device == "auto" else config.critic.device
+    shared = shares_device(config.critic, device)
+    where = "the networks' device" if shared else config.critic.device
     print(f"critic: {described.config.model_type} on {where}, shown {shown[1]} x {shown[0]} pixels")
     parts = {"its weights": kept.model, "its VAE": kept.vae, "the graph of a question": kept.answer, "of the decoder": kept.decoder}
     print("  " + ", ".join(f"{name} {size / memory.GIB:.2f} GiB" for name, size in parts.items()) + " (the graphs one after the other)")
-    return memory.with_critic(lines, kept, elsewhere=config.critic.device != "auto")
+    return memory.with_critic(lines, kept, elsewhere=not shared)
 
 
 def _write_beside(config: Config, versions: dict[str, str], remedy: str) -> None:

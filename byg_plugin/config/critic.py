@@ -8,6 +8,9 @@ from pydantic import Field
 
 from byg_plugin.config.fields import NonNegative, PathText, Probability, Section, Steps
 
+REMOVE = "remove"
+"""The edit type whose questions have a form of their own."""
+
 CriticDevice = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")]
 Side = Annotated[int, Field(ge=16, le=4096)]
 
@@ -20,10 +23,14 @@ class CriticConfig(Section):
     )
     dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="Dtype of its weights and its computation.")
     quantization: Literal["none", "nf4"] = Field("none", description="nf4 = its linears in 4 bits (bitsandbytes extra).")
-    device: CriticDevice = Field("auto", description="auto = the networks' own; or cpu, cuda, cuda:1: it and its VAE's decoder live here.")
+    device: CriticDevice = Field(
+        "auto",
+        description="auto = the networks' own; or cpu, cuda, cuda:1, which is one and the same for every process: it and its VAE's decoder "
+        "live here.",
+    )
     image_size: Side | None = Field(
         None,
-        description="Pictures are shown with about image_size x image_size pixels; default: 448, or the one square that the model takes.",
+        description="Pictures are shown with at most image_size x image_size pixels; default: 448, or the one square that the model takes.",
     )
     gradient_checkpointing: bool = Field(True, description="Recompute its layers, and those of the VAE's decoder, in backward.")
     tile: Side | None = Field(
@@ -39,5 +46,5 @@ class CriticConfig(Section):
     )
     scale_steps: Steps = Field(2000, description="Updates of the editor from there until that factor is 1.")
     kept_sources: NonNegative = Field(
-        256, description="Sources whose features are kept in main memory, about 1 MiB each of a model of 2B; 0 = none."
+        256, description="Sources whose features are kept in main memory, about 3 MiB each of a model of 2B; 0 = none."
     )

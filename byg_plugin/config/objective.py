@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -71,6 +71,10 @@ class ObjectiveConfig(Section):
 
     def doubts(self, spec: FamilySpec) -> tuple[str, ...]:
         """What may be no good with a family, as warnings."""
+        return ()
+
+    def doubts_of_types(self, types: Set[str | None]) -> tuple[str, ...]:
+        """The same of the values of `edit_type` that the tuples have; None: a tuple has none."""
         return ()
 
     @property

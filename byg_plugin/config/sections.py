@@ -261,7 +261,8 @@ class TrainConfig(Section):
     skip_grad_norm: Weight = Field(
         0.0,
         description="An update whose gradient has a larger norm before clipping is left out: the weights stay, the moments decay, the step "
-        "counts; 0 = none is. One that is not finite ends the run.",
+        "counts; one that is not finite is left out too, and ten in a row of one set of weights end the run. 0 = none is left out, and one "
+        "that is not finite ends the run.",
     )
     mixed_precision: Literal["no", "bf16"] = Field("bf16", description="Autocast of the network's forward passes.")
     seed: Seed = Field(0, description="Seed of data order, t, noise and LoRA initialisation.")

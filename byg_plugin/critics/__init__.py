@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -38,6 +38,25 @@ def check_critic(config: Config) -> Described:
     if critic.quantization == "nf4":
         require("bitsandbytes", 'critic.quantization = "nf4"', "bnb", 'set critic.quantization = "none"')
     return describe(critic)
+
+
+def check_instructions(described: Described, instructions: Iterable[tuple[str, str]]) -> None:
+    """That the critic reads instructions as text.
+
+    Args:
+        described: the critic.
+        instructions: that it is asked about, each after its tuple's id.
+
+    Raises:
+        ValueError: one spells out a mark of the model's own.
+    """
+    marks = described.dialogue.marks()
+    for name, text in instructions:
+        if (mark := next((mark for mark in marks if mark in text), None)) is not None:
+            raise ValueError(
+                f"dataset.tuples: the instruction of tuple {name} holds {mark!r}, which critic.path = {described.path} reads as a mark of "
+                "its own and not as text: take it out of the instruction"
+            )
 
 
 def make_critic(config: Config, family: Family, device: torch.device, sources: Sequence[Tensor]) -> Critic:
@@ -79,6 +98,14 @@ def _different(sources: Sequence[Tensor]) -> list[Tensor]:
         if not any(latents.shape == seen.shape and torch.equal(latents, seen) for seen in found):
             found.append(latents)
     return found
+
+
+def shares_device(critic: CriticConfig, device: torch.device) -> bool:
+    """Whether the critic lives where the networks do; also asked of a device that is not this machine's."""
+    import torch
+
+    where = device if critic.device == "auto" else torch.device(critic.device)
+    return (where.type, where.index or 0) == (device.type, device.index or 0)
 
 
 def critic_device(critic: CriticConfig, device: torch.device) -> torch.device:

@@ -64,8 +64,10 @@ class Critic:
             value = _Known.apply(x0, value, self.decoder.pull_back(latents, of_pixels).to(x0))
         return value.float(), _metrics(asked, answers, x0.device)
 
-    def scale(self, updates: int) -> float:
-        """The factor of the logits after so many updates: from `scale_from` at the first judged one to 1 in `scale_steps`."""
+    def scale(self, updates: int | None) -> float:
+        """The factor of the logits after so many updates: from `scale_from` at the first judged one to 1 in `scale_steps`; None: 1."""
+        if updates is None:
+            return 1.0
         start, steps = self._config.scale_from, self._config.scale_steps
         updates = max(0, updates - self._first)
         return 1.0 if updates >= steps else start + (1 - start) * updates / steps

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import TemplateError
+
 from byg_plugin.critics.questions import Question, kept, made
 
 YES, NO = "Yes", "No"
@@ -63,6 +65,11 @@ class Dialogue:
         for question in (made("a"), kept("a"), made("a", "remove")):
             self.prompt(question, [1] * len(question.pictures))
 
+    def marks(self) -> tuple[str, ...]:
+        """The model's own tokens, a picture's place and a turn's end among them: in a text they are no text."""
+        added = (str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special)
+        return tuple(sorted(mark for mark in {*self.tokenizer.all_special_tokens, *added} if mark.strip()))
+
     def _ids(self, question: Question, answer: str) -> list[int]:
         content: list[dict[str, str]] = [{"type": "image"} for _ in question.pictures]
         content.append({"type": "text", "text": question.text})
@@ -70,7 +77,12 @@ class Dialogue:
             {"role": "user", "content": content},
             {"role": "assistant", "content": [{"type": "text", "text": answer}]},
         ]
-        text = self.tokenizer.apply_chat_template(messages, chat_template=self.template, tokenize=False)
+        try:
+            text = self.tokenizer.apply_chat_template(messages, chat_template=self.template, tokenize=False)
+        except (TypeError, TemplateError) as error:
+            raise ValueError(
+                f"{self.name}: its chat template cannot write a question with pictures ({error}): choose another model"
+            ) from error
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
     def _word(self, token: int) -> str:

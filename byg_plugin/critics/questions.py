@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from byg_plugin.config.critic import REMOVE
+
 VERSION = 1
 """Of the wording: a change of a question is a change of the loss, and of every figure that was measured with it."""
 
@@ -11,8 +13,6 @@ SOURCE, EDITED = "source", "edited"
 """The pictures that a question shows."""
 MADE, KEPT = "made", "kept"
 """The two questions: is the edit made, is the rest preserved."""
-REMOVE = "remove"
-"""The edit type whose questions have a form of their own."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -234,12 +234,20 @@ def load(critic: CriticConfig, described: Described, device: torch.device) -> Vl
 
         options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
     with quiet_loading():
-        model = _read(
+        model, loaded = _read(
             described.path,
             lambda: described.kind.from_pretrained(  # type: ignore[attr-defined]
-                described.path, trust_remote_code=False, use_safetensors=True, dtype=dtype, device_map={"": device}, **options
+                described.path,
+                trust_remote_code=False,
+                use_safetensors=True,
+                dtype=dtype,
+                device_map={"": device},
+                output_loading_info=True,
+                **options,
             ),
         )
+    if missing := sorted(loaded["missing_keys"]):
+        raise ValueError(f"critic.path = {described.path}: {len(missing)} weights are missing, e.g. {missing[0]}: download it again")
     files.refuse_not_finite(model, Path(described.path))
     vlm = Vlm(model, described)
     if critic.gradient_checkpointing:
@@ -266,18 +274,26 @@ def _checkpointed(model: Any) -> None:
 
 def _template(path: str, tokenizer: Any) -> str:
     """The chat template: the tokenizer's, or that of an older processor in a file of its own."""
-    if isinstance(tokenizer.chat_template, str):
-        return tokenizer.chat_template
-    beside = Path(path).expanduser() / "chat_template.json"
-    template = files.read_json(beside).get("chat_template") if beside.is_file() else None
+    from transformers.utils import cached_file
+
+    silent = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    template = tokenizer.chat_template  # also that of chat_template.jinja, which is the processor's
+    if cached_file(path, "chat_template.jinja", **silent) is None and (beside := cached_file(path, "chat_template.json", **silent)):
+        template = files.read_json(Path(beside)).get("chat_template")
+    if isinstance(template, dict):
+        template = template.get("default")
     if not isinstance(template, str):
         raise ValueError(f"critic.path = {path}: has no chat template, so it cannot be asked; choose an instruction-tuned model")
     return template
 
 
 def _read(path: str, load: Callable[[], Any]) -> Any:
+    from safetensors import SafetensorError
+
     try:
         return load()
-    except (OSError, ValueError, KeyError) as error:
+    except torch.cuda.OutOfMemoryError:  # a RuntimeError that is not the files'
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:400]
         raise ValueError(f"critic.path = {path}: cannot be loaded: {reason}; give a folder or hub id of a vision-language model") from error

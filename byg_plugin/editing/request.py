@@ -48,6 +48,8 @@ def sections_of(card: LoraCard, config: Config | None, model: Mapping[str, Any])
         raw = _given_sections(config)
     if family != (expected := raw["model"]["family"]):
         raise ValueError(f"the LoRA was trained for {family!r}, the base model is {expected!r}")
+    if card.sampler is None and raw["sample"].get("solver") == STOCHASTIC:
+        raw["sample"] = _own_sampler(raw["sample"])
     if card.schedule is not None:
         raw["sample"]["schedule"] = card.schedule
     raw["sample"] |= _few_steps_of(card)
@@ -61,10 +63,15 @@ def sections_of_base(config: Config, model: Mapping[str, Any]) -> dict[str, Any]
     """The sections of an edit by the base alone, without `[lora]`'s file; `model` stands above the configuration's `[model]`."""
     raw = _given_sections(config)
     if config.sample.solver == STOCHASTIC:  # of the editor that is trained for it; the base has its family's own
-        raw["sample"] = {key: raw["sample"][key] for key in ("every", "items", "seed", "weights")}
+        raw["sample"] = _own_sampler(raw["sample"])
     raw["conditioning"] = config.conditioning.model_dump()
     raw["lora"] = {"rank": 1}  # a host has one; here it stays out of every pass
     return _of_an_edit(raw, config, model, {})
+
+
+def _own_sampler(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """`[sample]` without the sampler of a few-step editor: the family's own stands in its place."""
+    return {key: sample[key] for key in ("every", "items", "seed", "weights")}
 
 
 def _given_sections(config: Config) -> dict[str, Any]:

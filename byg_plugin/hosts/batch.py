@@ -32,7 +32,7 @@ def draw_batch(
     target: Tensor | None = None,
     words: Sequence[Words] = (),
     beside: Mapping[str, Text] | None = None,
-    updates: int = 0,
+    updates: int | None = 0,
 ) -> Batch:
     """Noise, then t, then more noise, drawn on the CPU, which gives the same numbers for every device; everything on the device.
 

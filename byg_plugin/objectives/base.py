@@ -121,8 +121,8 @@ class Batch:
     """Encodings of B of the texts that no tuple has, by the names of `ObjectiveConfig.texts_beside`."""
     words: tuple[Words, ...] = ()
     """Of each sample; none on a host whose caches have no texts."""
-    updates: int = 0
-    """Optimizer steps that have trained the adapter `EDIT` before this one."""
+    updates: int | None = 0
+    """Optimizer steps that have trained the adapter `EDIT` before this one; None: of a validation, which is the same over a run."""
 
     def rows(self, which: Sequence[int]) -> Batch:
         """Some of its samples."""

@@ -5,11 +5,12 @@ Where a number is from: [N] notes on the paper, [R] its author's public code, [D
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from byg_plugin.config.critic import REMOVE
 from byg_plugin.config.fields import EditTypes, Probability, Scale, Steps, Weight
 from byg_plugin.config.objective import EmaDecay, LawOfT, LeastT, MostT, ObjectiveConfig, ShiftOfT
 from byg_plugin.families.spec import FamilySpec
@@ -45,6 +46,11 @@ class NpEditConfig(ObjectiveConfig):
         ("remove", "shape_adjustment", "style_change", "action_change"),
         description="Values of a tuple's `edit_type` with the stronger guidance.",
     )
+    negative: Annotated[str, Field(max_length=10_000)] | None = Field(  # [R]: "low quality, artifacts"
+        None,
+        description='Text of the teacher\'s other branch, which guidance leads away from, e.g. "low quality, artifacts" as the public code '
+        "has it; default: the family's own.",
+    )
     dmd_t_min: Probability = Field(0.02, description="Smallest t that distribution matching compares scores at.")  # [R] [D]
     dmd_t_max: Probability = Field(0.98, description="Largest t of that.")  # [R] [D]
     t_distribution: LawOfT = "uniform"  # [R]
@@ -69,7 +75,7 @@ class NpEditConfig(ObjectiveConfig):
     def texts_beside(self, spec: FamilySpec) -> dict[str, str]:
         """See `ObjectiveConfig.texts_beside`."""
         texts = {DO_NOTHING: "do nothing."} if self.identity_probability else {}  # [R]
-        return texts | ({NEGATIVE: spec.negative} if self.guided else {})
+        return texts | ({NEGATIVE: spec.negative if self.negative is None else self.negative} if self.guided else {})
 
     def doubts(self, spec: FamilySpec) -> tuple[str, ...]:
         """See `ObjectiveConfig.doubts`."""
@@ -79,6 +85,18 @@ class NpEditConfig(ObjectiveConfig):
             f"{spec.name} is distilled from a guided model: objective.guidance = {self.guidance} and objective.strong_guidance = "
             f"{self.strong_guidance} guide its teacher a second time, beyond conditioning.guidance; 1 and 1 leave it as it is",
         )
+
+    def doubts_of_types(self, types: Set[str | None]) -> tuple[str, ...]:
+        """See `ObjectiveConfig.doubts_of_types`."""
+        found = f"edit_type in dataset.tuples is {', '.join(sorted(map(repr, types - {None}))) or 'never set'}"
+        doubts = []
+        if self.guided and self.strong_guidance != self.guidance and self.strong_types and not types & set(self.strong_types):
+            doubts.append(
+                f"objective.strong_types = {list(self.strong_types)}: no tuple has one of them ({found}); all get objective.guidance"
+            )
+        if self.criticised and REMOVE not in types:
+            doubts.append(f"no tuple has edit_type = {REMOVE!r} ({found}): the critic is asked of removals as of other edits")
+        return tuple(doubts)
 
     @property
     def guided(self) -> bool:
@@ -106,13 +124,15 @@ class NpEditConfig(ObjectiveConfig):
         return self.identity_warmup_steps
 
     def trains_nothing(self, steps: int) -> str | None:
-        """The first steps may all be the fake score's."""
-        first = self.identity_warmup_steps + (self.fake_updates if self.dmd else 0)
-        if steps > first or self.identity_warmup_steps:
+        """Copying and the fake score's first steps may be all."""
+        fake = self.fake_updates if self.dmd else 0
+        first = self.identity_warmup_steps + fake
+        if steps > first:
             return None
+        scored = f" and the fake score's first objective.fake_updates = {fake}" if fake else ""
         return (
-            f"train.steps = {steps} are all steps of the fake score, objective.fake_updates = {self.fake_updates} of which come before "
-            f"each one of the editor: nothing would be edited; set train.steps to {first + 1} or more"
+            f"train.steps = {steps} are all of copying (objective.identity_warmup_steps = {self.identity_warmup_steps}){scored}: no edit "
+            f"would be trained; set train.steps to {first + 1} or more, or lower those"
         )
 
     @model_validator(mode="after")
@@ -125,6 +145,11 @@ class NpEditConfig(ObjectiveConfig):
             raise ValueError("objective.lambda_dmd = 0 would train a fake score that nothing asks: set objective.dmd = false")
         if not self.identity_question and not self.criticised:
             raise ValueError("objective.identity_question = false is a question less for the critic, which is not asked: leave it out")
+        if self.negative is not None and self.dmd and not self.guided:
+            raise ValueError(
+                f"objective.negative = {self.negative!r:.100} is of the branch that guidance leads away from, and objective.guidance = 1 "
+                "without objective.strong_guidance has none: leave it out"
+            )
         if self.dmd_t_min >= self.dmd_t_max:
             raise ValueError(
                 f"objective.dmd_t_min = {self.dmd_t_min} must be below objective.dmd_t_max = {self.dmd_t_max}: the range of t is empty"

@@ -81,6 +81,11 @@ class UnpairedCycleConfig(ObjectiveConfig):
         return bool(self.critique_types)
 
     @property
+    def criticised_from(self) -> int:
+        """See `ObjectiveConfig.criticised_from`."""
+        return self.identity_warmup_steps
+
+    @property
     def joins_passes(self) -> bool:
         """See `ObjectiveConfig.joins_passes`."""
         return self.graph == "joint"

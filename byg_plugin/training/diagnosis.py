@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,12 @@ from byg_plugin.data.rules import ROLES
 from byg_plugin.finite import all_finite, first_not_finite, not_finite
 from byg_plugin.hosts import Host
 from byg_plugin.hosts.sharding import local
-from byg_plugin.objectives.base import Metrics
+from byg_plugin.objectives.base import EDIT, Metrics
 from byg_plugin.training import checkpoint
-from byg_plugin.training.engine import Engine
+from byg_plugin.training.engine import Engine, is_left_out
+
+MOST_LEFT_OUT = 10
+"""Updates of one adapter that `train.skip_grad_norm` may leave out in a row."""
 
 
 class Diagnosis:
@@ -32,19 +36,59 @@ class Diagnosis:
 
     def __init__(self, train: TrainConfig, host: Host, data: CachedTuples, engine: Engine, checkpoints: Path):
         self.train, self.host, self.data, self.engine, self.checkpoints = train, host, data, engine, checkpoints
+        self._in_a_row: Counter[str] = Counter()
+        self._left_out = 0
 
-    def before_step(self, step: int, metrics: Metrics, micro_batches: Sequence[dict[str, Any]], terms: Sequence[Metrics]) -> None:
-        """Before optimizer step `step` (from 1): `metrics` of the whole step, `terms` of each micro-batch.
+    def before_step(
+        self,
+        step: int,
+        metrics: Metrics,
+        norms: Mapping[str, Tensor],
+        micro_batches: Sequence[dict[str, Any]],
+        terms: Sequence[Metrics],
+    ) -> None:
+        """Before an optimizer step.
+
+        Args:
+            step: its number, from 1.
+            metrics: of the whole step.
+            norms: of the gradients of the adapters that it trains, averaged over the processes: the same on each.
+            micro_batches: what it has seen.
+            terms: the metrics of each of them.
 
         Raises:
-            FloatingPointError: one is not finite, on any process.
+            FloatingPointError: a term is not finite, on any process; or a norm, of which `train.skip_grad_norm` leaves out a few.
         """
+        row = None
+        if self.train.skip_grad_norm:
+            row = self._row_left_out(norms)
+        else:
+            metrics = metrics | {"gradient norm" if name == EDIT else f"gradient norm/{name}": norm for name, norm in norms.items()}
         bad = not_finite(metrics)
-        if self.engine.any(bool(bad)):
+        if self.engine.any(bool(bad or row)):
+            what = f"{', '.join(bad) or 'another process'} is not finite" if bad or not row else row
             raise FloatingPointError(
-                f"{', '.join(bad) or 'another process'} is not finite at step {step}; the weights were not changed. "
-                f"{self._why(micro_batches, terms)}. {self._way_back()}"
+                f"{what} at step {step}; the weights were not changed. {self._why(micro_batches, terms)}. {self._way_back()}"
             )
+
+    def _row_left_out(self, norms: Mapping[str, Tensor]) -> str | None:
+        """Counts what is left out; says so when it is too much of one adapter."""
+        limit, too_many = self.train.skip_grad_norm, None
+        for name, norm in norms.items():
+            left_out = is_left_out(norm, limit)
+            self._left_out += left_out
+            self._in_a_row[name] = self._in_a_row[name] + 1 if left_out else 0
+            if self._in_a_row[name] >= MOST_LEFT_OUT:
+                too_many = (
+                    f"train.skip_grad_norm = {limit} has left out {self._in_a_row[name]} updates of the adapter {name} in a row, the last "
+                    f"one with a gradient norm of {norm.item():.3g}"
+                )
+        return too_many
+
+    def left_out(self) -> dict[str, float]:
+        """For the log: the updates that were left out since this was asked before; nothing where none may be."""
+        counted, self._left_out = self._left_out, 0
+        return {"left_out": float(counted)} if self.train.skip_grad_norm else {}
 
     def after_step(self, step: int) -> None:
         """What the optimizer has made of finite gradients (a weight decay of 1e308, a rate of 1e30) must not be saved.

@@ -18,6 +18,11 @@ Trained = tuple[str, str | None]
 """An adapter, and the expert whose part of it is meant; None: all of it."""
 
 
+def is_left_out(norm: Tensor, limit: float) -> bool:
+    """Whether an update of this gradient norm is left out; `limit`: `train.skip_grad_norm`, 0 = none is."""
+    return bool(limit) and not bool(norm <= limit)  # also NaN
+
+
 class Engine(Protocol):
     """Gradients, optimizer steps and agreement over all processes. Implements `objectives.base.Backward` in `backward`."""
 

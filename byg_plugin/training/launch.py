@@ -15,6 +15,7 @@ import torch
 
 from byg_plugin.config.extras import numbers_of, require
 from byg_plugin.hosts.sharding import Sharding
+from byg_plugin.objectives import make_objective
 from byg_plugin.training import deepspeed_settings, fsdp_settings
 
 if TYPE_CHECKING:
@@ -99,7 +100,25 @@ def read_launch(config: Config, family: Family | None = None, environment: Mappi
     else:
         launch = Launch()
     check_sharding(config, launch)
+    _check_zero(config, launch)
     return launch
+
+
+def _check_zero(config: Config, launch: Launch) -> None:
+    """What DeepSpeed's optimizer of a LoRA in shards does not do."""
+    if launch.stage not in (1, 2):
+        return
+    elsewhere = "launch with stage 3, FSDP2 or plain multi-GPU"
+    if len(adapters := make_objective(config.objective).adapters) > 1:
+        raise ValueError(
+            f"objective.name = {config.objective.name!r}: DeepSpeed {launch.name} trains one set of weights, here are "
+            f"{' and '.join(adapters)}; {elsewhere}"
+        )
+    if config.train.skip_grad_norm:
+        raise ValueError(
+            f"train.skip_grad_norm = {config.train.skip_grad_norm}: DeepSpeed {launch.name} leaves out no update; set it to 0, or "
+            f"{elsewhere}"
+        )
 
 
 def _deepspeed(train: TrainConfig, accumulation: int, environment: Mapping[str, str]) -> Launch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
@@ -9,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from byg_plugin.config.sections import Config
-from byg_plugin.critics import check_critic, make_critic
+from byg_plugin.critics import check_critic, check_instructions, make_critic
 from byg_plugin.data.dataset import BucketBatches, CachedTuples, collate
 from byg_plugin.families import EXPERT_SUFFIXES
 from byg_plugin.folders import set_aside
@@ -96,11 +98,13 @@ class Trainer:
         # Cheap checks first: nothing is loaded for a run that cannot start.
         self.resume_from = find_start(self.folder, resume, discard_later)
         self.objective = make_objective(config.objective)
-        if config.objective.criticised and critique is None:
-            check_critic(config)
+        critic = check_critic(config) if config.objective.criticised and critique is None else None
         self.data = CachedTuples(config, family, "train")
         self.validation = CachedTuples(config, family, "validation") if config.dataset.validation_items else None
-        if missing := set(config.objective.asked_types) - {item.edit_type for item in self.data.tuples}:
+        if critic is not None:
+            check_instructions(critic, self._judged())
+        types = {item.edit_type for item in self.data.tuples}
+        if missing := set(config.objective.asked_types) - types:
             raise ValueError(
                 f"objective.critique_types: no tuple has edit_type = {', '.join(map(repr, sorted(missing)))}, so the critic would never be "
                 "asked; name types of dataset.tuples"
@@ -112,9 +116,9 @@ class Trainer:
         if self.resume_from:
             state, layout = load_start(self.resume_from, config, family, self.objective, self.data.digest(), accelerator.device)
         check_start(config, fresh=state is None)
-        for doubt in config.objective.doubts(config.model.spec):
+        for doubt in (*config.objective.doubts(config.model.spec), *config.objective.doubts_of_types(types)):
             logger.warning(doubt)
-        if config.objective.criticised and critique is None:
+        if critic is not None:
             shown = [self.data[index]["source"] for index in range(min(PROBED_SOURCES, len(self.data)))]
             critique = make_critic(config, family, accelerator.device, shown)
 
@@ -154,6 +158,12 @@ class Trainer:
         self._steps_of = Counter(trained for step in range(self.step) for trained in self._trained_by(step))
 
     # --- start and state ---
+
+    def _judged(self) -> list[tuple[str, str]]:
+        """(id, instruction) of the tuples that a critic is asked about."""
+        types = self.config.objective.asked_types
+        every = [*self.data.tuples, *(self.validation.tuples if self.validation else ())]
+        return [(item.id, item.instruction) for item in every if not types or item.edit_type in types]
 
     def _refuse_another_step(self, step: int) -> None:
         """The processes of a second machine may have found another checkpoint, or none."""
@@ -339,7 +349,8 @@ class Trainer:
                 sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value / self._share(name)
 
         def check(norms: Mapping[str, Tensor]) -> None:
-            self.diagnosis.before_step(self.step + 1, sums | _by_adapter("gradient norm", norms), micro_batches, terms)
+            trained = {name: norms[name] for name in plan.adapters}
+            self.diagnosis.before_step(self.step + 1, sums, trained, micro_batches, terms)
             self._moving = True
 
         norms = self.engine.step(learning_rate(config.train, self.step), check)
@@ -403,7 +414,8 @@ class Trainer:
         for name in values:
             if name.startswith("zero_directions"):
                 values[name] *= self.accelerator.num_processes
-        values |= {"lr": learning_rate(self.config.train, self.step - 1), "seconds": seconds}
+        values = {name: value for name, value in values.items() if math.isfinite(value)}  # a norm whose update was left out may not be
+        values |= {"lr": learning_rate(self.config.train, self.step - 1), "seconds": seconds, **self.diagnosis.left_out()}
         if not self.accelerator.is_main_process:
             return
         shown = {k: f"{values[k]:.3g}" for k in ("loss", "cosine_fwd", "cycle", "identity") if k in values}
@@ -491,7 +503,7 @@ class Trainer:
             examples = collate([self.validation[item]])
             for index, t in enumerate(VALIDATION_TIMES):
                 rng = generator(0, "validation", item * len(VALIDATION_TIMES) + index)
-                batch = self._batch(examples, rng, t=torch.tensor([t]))
+                batch = replace(self._batch(examples, rng, t=torch.tensor([t])), updates=None)
                 for name, value in self.objective.step(self.host, batch, None).items():
                     sums[name] = sums.get(name, 0.0) + value.item() / count
         if self.accelerator.is_main_process:

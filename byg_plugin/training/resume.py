@@ -112,11 +112,15 @@ def load_start(
 def _check_same_run(config: Config, saved: dict[str, Any]) -> None:
     """Refuse what cannot continue, and say loudly what makes the run another one."""
     now = config.model_dump(mode="json")
+    chosen = config.model_dump(mode="json", exclude_defaults=True)
     changed = [
         (f"{section}.{key}", saved.get(section, {}).get(key), value)
         for section, values in now.items()
         for key, value in values.items()
-        if saved.get(section, {}).get(key) != value and not (value is None and f"{section}.{key}" in ONCE_ALWAYS_WRITTEN)
+        if saved.get(section, {}).get(key) != value
+        and not (value is None and f"{section}.{key}" in ONCE_ALWAYS_WRITTEN)
+        # What a checkpoint of an earlier version does not know was as its default is.
+        and (key in saved.get(section, {}) or key in chosen.get(section, {}) or f"{section}.{key}" in _FIXED)
     ]
     fixed = [f"{key}: {old!r} -> {new!r}" for key, old, new in changed if key in _FIXED]
     if fixed:

@@ -23,7 +23,7 @@ WORDS = (
 )
 
 
-def batch(size: int = 2, updates: int = 10**6, words: tuple[Words, ...] = WORDS, dtype: torch.dtype = torch.float32) -> Batch:
+def batch(size: int = 2, updates: int | None = 10**6, words: tuple[Words, ...] = WORDS, dtype: torch.dtype = torch.float32) -> Batch:
     rng = torch.Generator().manual_seed(9)
     source = torch.randn(size, 16, 1, 6, 6, generator=rng).to(dtype) * 0.5
     text = tiny_texts(size, 0)
@@ -167,6 +167,13 @@ def test_the_scale_rises_from_the_first_update_that_is_judged():
     judged = critic()
     later = Critic(judged.vlm, judged.decoder, judged._config, first=500)
     assert [later.scale(updates) for updates in (0, 500, 1500, 2500)] == pytest.approx([0.1, 0.1, 0.55, 1.0])
+
+
+def test_of_a_validation_the_logits_are_as_they_are():
+    judged = critic()
+    validated, (late, early) = batch(1, updates=None), (batch(1, updates=updates) for updates in (10**6, 0))
+    losses = [judged(edited(of), of, identity_question=True)[0] for of in (validated, late, early)]
+    assert losses[0] == losses[1] != losses[2]
 
 
 def test_autocast_around_it_changes_nothing():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from byg_plugin import critics
 from byg_plugin.config import extras
 from byg_plugin.config.sections import Config
-from byg_plugin.critics import check_critic, critic_device, make_critic, vlm
+from byg_plugin.critics import check_critic, check_instructions, critic_device, make_critic, shares_device, vlm
 from byg_plugin.critics.questions import made
 from byg_plugin.models import make_family
 from byg_plugin.objectives.paired_config import PairedConfig
@@ -43,6 +44,19 @@ def test_a_critic_of_a_configuration(tmp_path: Path):
     critic = make_critic(one, make_family(one), CPU, sources())
     assert critic.vlm.device == CPU and critic.scale(5) == pytest.approx(0.55)
     assert critic.decoder.pixels(latents(6, 6, 1, torch.float32)).shape == (1, 3, 48, 48)
+
+
+@pytest.mark.parametrize("objective", [{"name": "np_edit"}, {"name": "unpaired_cycle", "critique_types": ["remove"]}])
+def test_its_scale_rises_from_the_end_of_the_warm_up(objective: dict[str, Any], tmp_path: Path):
+    one = tiny_config(
+        tmp_path,
+        model={"path": str(model_folder())},
+        objective=objective | {"identity_warmup_steps": 300},
+        train={"steps": 400},
+        critic={"path": str(critic_folder("qwen3_vl")), "dtype": "float32", "least_accuracy": 0.0, "scale_from": 0.2, "scale_steps": 10},
+    )
+    critic = make_critic(one, make_family(one), CPU, sources())
+    assert [critic.scale(updates) for updates in (299, 300, 305, 310)] == pytest.approx([0.2, 0.2, 0.6, 1.0])
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -93,6 +107,30 @@ def test_its_device(monkeypatch: pytest.MonkeyPatch):
     assert critic_device(critic_config("x", device="cuda"), CPU) == torch.device("cuda")
     with pytest.raises(ValueError, match='critic.device = "cuda:1": this machine has 1 CUDA devices'):
         critic_device(critic_config("x", device="cuda:1"), CPU)
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "shared"),
+    [
+        ("auto", "cuda:1", True),
+        ("cpu", "cpu", True),
+        ("cuda", "cuda", True),
+        ("cuda:0", "cuda", True),
+        ("cuda:1", "cuda", False),
+        ("cpu", "cuda", False),
+        ("cuda", "cpu", False),
+    ],
+)
+def test_where_it_shares_the_networks_device(name: str, device: str, shared: bool):
+    assert shares_device(critic_config("x", device=name), torch.device(device)) is shared
+
+
+def test_an_instruction_with_a_mark_of_its_own_is_refused_by_its_tuple():
+    described = vlm.describe(critic_config(critic_folder("qwen3_vl")))
+    check_instructions(described, [("a", "make it <b>bold</b> | blue"), ("b", "add an image")])
+    for mark in ("<|image|>", "<|im_end|>", "<|vision_start|>"):
+        with pytest.raises(ValueError, match=rf"the instruction of tuple b holds '{re.escape(mark)}', which critic\.path = "):
+            check_instructions(described, [("a", "make it blue"), ("b", f"make {mark} blue")])
 
 
 def test_four_bits_answer_and_have_a_gradient():

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, Qwen2Config
 
 from byg_plugin.critics import vlm
@@ -104,6 +105,43 @@ def test_a_weight_that_is_not_finite_is_refused(tmp_path: Path):
         vlm.load(config, vlm.describe(config), torch.device("cpu"))
 
 
+def damaged(folder: Path, how: str) -> None:
+    (path,) = folder.glob("*.safetensors")
+    if how == "cut off":
+        path.write_bytes(path.read_bytes()[:-1000])
+        return
+    tensors = load_file(path)
+    name = min(name for name in tensors if "visual" in name and name.endswith("weight"))
+    if how == "missing":
+        del tensors[name]
+    else:
+        tensors[name] = torch.zeros(2, 3)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [("missing", r"1 weights are missing, e\.g\. .*visual"), ("cut off", "cannot be loaded"), ("of another shape", "cannot be loaded")],
+)
+def test_damaged_weights_are_refused_by_the_key(tmp_path: Path, how: str, said: str):
+    folder = shutil.copytree(critic_folder("qwen3_vl"), tmp_path / "critic")
+    damaged(folder, how)
+    config = critic_config(folder)
+    with pytest.raises(ValueError, match=rf"critic\.path = .*critic: {said}"):
+        vlm.load(config, vlm.describe(config), torch.device("cpu"))
+
+
+def test_a_full_device_is_no_damage(monkeypatch: pytest.MonkeyPatch):
+    described = vlm.describe(critic_config(critic_folder("qwen3_vl")))
+
+    def full(*inputs: Any, **options: Any) -> None:
+        raise torch.cuda.OutOfMemoryError("full")
+
+    monkeypatch.setattr(described.kind, "from_pretrained", full)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        vlm.load(critic_config(described.path), described, torch.device("cpu"))
+
+
 # --- what is refused, without reading a weight ---
 
 
@@ -157,6 +195,34 @@ def test_no_chat_template(folder: Path):
     assert "has no chat template" in refusal(folder)
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": template(True)}), encoding="utf-8")
     vlm.describe(critic_config(folder))
+
+
+TEXTS_ALONE = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' }}{% endfor %}"
+
+
+def tokenizers_template(folder: Path, template: Any) -> None:
+    """The one inside the tokenizer's own file."""
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | {"chat_template": template}), encoding="utf-8")
+
+
+@pytest.mark.parametrize("chat", [TEXTS_ALONE, "{% for m in messages %", "{{ raise_exception('no pictures') }}"])
+def test_a_chat_template_that_cannot_write_pictures(folder: Path, chat: str):
+    tokenizers_template(folder, chat)
+    assert "its chat template cannot write a question with pictures" in refusal(folder)
+
+
+def test_the_processors_template_stands_above_the_tokenizers_of_texts_alone(folder: Path):
+    tokenizers_template(folder, TEXTS_ALONE)
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": template(True)}), encoding="utf-8")
+    assert vlm.describe(critic_config(folder)).dialogue.template == template(True)
+
+
+def test_of_several_templates_it_is_the_default(folder: Path):
+    other = {"name": "tool_use", "template": TEXTS_ALONE}
+    tokenizers_template(folder, [other, {"name": "default", "template": template(True)}])
+    assert vlm.describe(critic_config(folder)).dialogue.template == template(True)
 
 
 @pytest.mark.parametrize(

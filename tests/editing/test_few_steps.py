@@ -79,6 +79,15 @@ def test_what_the_file_says_stands_above_a_configuration(few: Path):
     assert (made := pipeline(few, config=other).config.sample).solver == "stochastic" and made.steps == 3
 
 
+def test_a_lora_of_another_objective_has_the_familys_own_sampler(tmp_path: Path):
+    """Also beside the configuration of a few-step editor."""
+    config = np_config(tmp_path / "out")
+    card = LoraCard(family="flux", position="same", guidance=3.5, max_text_tokens=8, resolution=64)
+    raw = request.sections_of(card, config, {})
+    assert config.sample.solver == "stochastic" and not {"solver", "steps", "schedule"} & raw["sample"].keys()
+    assert raw["sample"]["weights"] == config.sample.weights
+
+
 def test_of_a_family_with_guidance_it_is_off():
     card = LoraCard(
         family="z-image", position="same", guidance=3.5, max_text_tokens=8, resolution=64, schedule="shifted", sampler="stochastic", steps=4

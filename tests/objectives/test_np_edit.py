@@ -10,7 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from byg_plugin import families
+from byg_plugin.config.loading import parse_config
 from byg_plugin.objectives.base import EDIT, FAKE, Batch
+from byg_plugin.objectives.np_edit_config import NpEditConfig
 from tests.support.np_edit_runs import EXACT, KINDS, STUDENT, VARIANTS, fields_with_critic, objective, transcription
 from tests.support.objective_runs import Loop
 from tests.support.toy_fields import ToyFields, relative_difference, toy_batch
@@ -250,3 +253,52 @@ def test_the_plan_is_a_pure_function_and_draws_every_k_alike_often():
     assert counts.keys() == set("1234") and all(abs(count - 1500) < 150 for count in counts.values())
     drawn = Counter(kind.partition("-")[0] for kind in kinds)
     assert drawn["fake"] == 5000 and abs(drawn["identity"] - 250) < 50
+
+
+# --- its section ---
+
+FLUX, Z_IMAGE = families.named("flux"), families.named("z-image")
+
+
+def test_the_teachers_other_branch_is_the_familys_own_or_the_configurations():
+    assert NpEditConfig().texts_beside(Z_IMAGE)["negative"] == Z_IMAGE.negative
+    assert NpEditConfig(negative="low quality, artifacts").texts_beside(Z_IMAGE)["negative"] == "low quality, artifacts"
+    assert NpEditConfig(negative="").texts_beside(Z_IMAGE)["negative"] == ""
+    assert "negative" not in NpEditConfig(negative="x", dmd=False).texts_beside(FLUX)
+    with pytest.raises(ValueError, match="objective.negative = 'x' is of the branch that guidance leads away from"):
+        NpEditConfig(negative="x", guidance=1.0, strong_types=[])
+
+
+@pytest.mark.parametrize(
+    ("section", "first"), [({}, 1005), ({"dmd": False}, 1000), ({"identity_warmup_steps": 0}, 5), ({"fake_updates": 2}, 1002)]
+)
+def test_steps_that_train_no_edit_are_refused(section: dict[str, Any], first: int):
+    made = NpEditConfig(**section)
+    kinds = [objective(**section).plan(step, 0).kind.partition("-")[0] for step in range(first + 1)]
+    assert made.trains_nothing(first + 1) is None and kinds[-1] in ("full", "identity") and not {"full", "identity"} & {*kinds[:-1]}
+    said = made.trains_nothing(first)
+    assert said is not None and f"train.steps = {first} are all" in said and f"set train.steps to {first + 1} or more" in said
+    raw = {"model": {"path": "m"}, "dataset": {"tuples": "t", "cache_dir": "c"}, "output": {"dir": "o"}}
+    with pytest.raises(ValueError, match="no edit would be trained"):
+        parse_config({**raw, "train": {"steps": first}, "objective": {"name": "np_edit", **section}})
+
+
+@pytest.mark.parametrize(
+    ("types", "section", "said"),
+    [
+        ({"remove", "colour"}, {}, []),
+        ({"style_change", None}, {}, ["no tuple has edit_type = 'remove' (edit_type in dataset.tuples is 'style_change')"]),
+        (
+            {"b", "a"},
+            {"vlm": False},
+            ["objective.strong_types = ['remove', 'shape_adjustment', 'style_change', 'action_change']: no tuple"],
+        ),
+        ({None}, {"vlm": False}, ["(edit_type in dataset.tuples is never set); all get objective.guidance"]),
+        ({None}, {"dmd": False}, ["the critic is asked of removals as of other edits"]),
+        ({None}, {"vlm": False, "strong_types": []}, []),
+        ({None}, {"vlm": False, "guidance": 7.5}, []),
+    ],
+)
+def test_edit_types_that_no_tuple_has_are_doubted(types: set[str | None], section: dict[str, Any], said: list[str]):
+    doubts = NpEditConfig(**section).doubts_of_types(types)
+    assert len(doubts) == len(said) and all(part in doubt for part, doubt in zip(said, doubts, strict=True))

@@ -28,7 +28,7 @@ class LatentCritic:
     def __init__(self, channels: int = 16) -> None:
         rng = torch.Generator().manual_seed(11)
         self.weights = torch.randn(8, 2 * channels, generator=rng) * 0.3
-        self.updates: list[int] = []
+        self.updates: list[int | None] = []
         self.words: list[str] = []
 
     def __call__(self, x0: Tensor, batch: Batch, *, identity_question: bool) -> tuple[Tensor, Metrics]:

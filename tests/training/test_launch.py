@@ -168,6 +168,25 @@ def test_nvme_needs_what_its_reader_is_compiled_with(tmp_path: Path, monkeypatch
     assert read_launch(config(tmp_path), environment=environment).name == "ZeRO-3, nvme offload"
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize(
+    ("sections", "says"),
+    [
+        ({"objective": {"name": "np_edit", "identity_warmup_steps": 0}}, "trains one set of weights, here are edit and fake; launch with"),
+        ({"train": {"skip_grad_norm": 9.0}}, r"train.skip_grad_norm = 9.0: DeepSpeed ZeRO-\d leaves out no update; set it to 0, or"),
+    ],
+)
+def test_what_zero_1_and_2_cannot_train_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int, sections: dict[str, Any], says: str
+):
+    pretend_deepspeed(monkeypatch)
+    environment = DEEPSPEED | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)}
+    assert read_launch(config(tmp_path), environment=environment).stage == stage
+    with pytest.raises(ValueError, match=says):
+        read_launch(config(tmp_path, **sections), environment=environment)
+    assert read_launch(config(tmp_path, **sections), environment=DEEPSPEED).name == "ZeRO-3"
+
+
 def test_an_offloaded_expert_is_no_shard(tmp_path: Path):
     from tests.support import wan_runs
 

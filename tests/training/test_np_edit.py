@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import signal
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ from byg_plugin.lora.card import LoraCard
 from byg_plugin.lora.files import read_lora
 from byg_plugin.objectives.base import EDIT, FAKE
 from byg_plugin.training import checkpoint
-from byg_plugin.training.loop import Trainer
+from byg_plugin.training.diagnosis import MOST_LEFT_OUT
+from byg_plugin.training.loop import VALIDATION_TIMES, Trainer
 from tests.support.engine_runs import in_processes, sgd, use_optimizer, wake_up
 from tests.support.np_edit_training import NP_EDIT, LatentCritic, np_config, np_trainer, np_workspace
 from tests.support.tiny import curve, in_child, run_config
@@ -241,7 +244,11 @@ def test_validation_and_previews_by_the_few_steps(tmp_path: Path, monkeypatch: p
         tmp_path / "out", train={"steps": 4, "validate_every": 4}, dataset={"validation_items": 1}, sample={"every": 4, "items": 1}
     )
     assert (config.sample.solver, config.sample.steps) == ("stochastic", 4)
-    np_trainer(config).run()
+    critic = LatentCritic()
+    trainer = np_trainer(config, critic=critic)
+    trainer.run()
+    assert trainer.validation is not None
+    assert critic.updates.count(None) == len(trainer.validation) * len(VALIDATION_TIMES), "how far the editor is makes no difference"
     (line,) = curve(tmp_path / "out", "validation.jsonl")
     assert {"validation/loss", "validation/dmd", "validation/vlm", "validation/yes"} <= line.keys()
     assert (tmp_path / "out/previews/step-000004/000.png").is_file()
@@ -255,4 +262,77 @@ def test_a_gradient_beyond_the_limit_is_left_out_and_counted(tmp_path: Path):
     after = weights(trainer)
     assert all(torch.equal(before[a][key], after[a][key]) for a in before for key in before[a] if not key.startswith("ema/"))
     np_trainer(np_config(tmp_path / "out", train=train | {"steps": 6}), "latest").run()
-    assert all(line["grad_norm"] + line["grad_norm/fake"] > 1e-6 for line in curve(tmp_path / "out"))
+    lines = curve(tmp_path / "out")
+    assert all(line["grad_norm"] + line["grad_norm/fake"] > 1e-6 and line["left_out"] == 1 for line in lines)
+
+
+def spoiled(trainer: Trainer, steps: set[int], value: float) -> None:
+    """Gradients of these steps hold a number that is none, as a critic in 16 bit makes them; the losses are finite."""
+    original = trainer.engine.backward
+
+    def backward(loss: Tensor, *, last: bool) -> float:
+        scale = original(loss, last=last)
+        if last and trainer.step in steps:
+            (name,) = trainer.objective.plan(trainer.step, 0).adapters
+            gradient = next(p.grad for p in trainer.host.adapters[name].parameters.values() if p.grad is not None)
+            gradient.view(-1)[0] = value
+        return scale
+
+    trainer.engine.backward = backward  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_is_left_out_where_some_are(tmp_path: Path, value: float):
+    train = {"steps": 6, "skip_grad_norm": 1e6, "log_every": 1}
+    trainer = np_trainer(np_config(tmp_path / "out", train=train))
+    spoiled(trainer, {2, 3}, value)
+    seen = [weights(trainer)]
+    trainer.on_step = lambda it: seen.append(weights(it))
+    trainer.run()
+    adapters = [trainer.objective.plan(step, 0).adapters for step in range(6)]
+    assert adapters[2:4] == [(FAKE,), (EDIT,)], "one of each"
+    still = [all(torch.equal(one[a][k], two[a][k]) for a in one for k in one[a] if k[:4] != "ema/") for one, two in pairwise(seen)]
+    assert still == [False, False, True, True, False, False]
+    lines = curve(tmp_path / "out")
+    assert [line["left_out"] for line in lines] == [0, 0, 1, 1, 0, 0]
+    assert ["grad_norm/fake" in line for line in lines] == [True, True, False, True, True, True]
+    assert ["grad_norm" in line for line in lines] == [True, True, True, False, True, True]
+
+
+def test_a_log_line_counts_what_was_left_out_since_the_last_one(tmp_path: Path):
+    trainer = np_trainer(np_config(tmp_path / "out", train={"steps": 6, "skip_grad_norm": 1e6, "log_every": 3}))
+    spoiled(trainer, {1, 2, 3}, float("nan"))
+    trainer.run()
+    assert [(line["step"], line["left_out"]) for line in curve(tmp_path / "out")] == [(3, 2), (6, 1)]
+
+
+def test_without_a_limit_a_gradient_that_is_not_finite_ends_the_run(tmp_path: Path):
+    trainer = np_trainer(np_config(tmp_path / "out"))
+    spoiled(trainer, {2}, float("nan"))
+    with pytest.raises(FloatingPointError, match="gradient norm/fake is not finite at step 3; the weights were not changed"):
+        trainer.run()
+
+
+def test_ten_updates_of_one_adapter_left_out_in_a_row_end_the_run(tmp_path: Path):
+    """The other adapter's updates between them do not help."""
+    trainer = np_trainer(np_config(tmp_path / "out", train={"steps": 20, "skip_grad_norm": 1e6, "save_every": 0}))
+    fake = [step for step in range(20) if trainer.objective.plan(step, 0).adapters == (FAKE,)]
+    spoiled(trainer, {*fake}, float("nan"))
+    last = fake[MOST_LEFT_OUT - 1] + 1
+    message = f"skip_grad_norm = 1000000.0 has left out 10 updates of the adapter fake in a row, .* norm of nan at step {last}; the weights"
+    with pytest.raises(FloatingPointError, match=message):
+        trainer.run()
+    assert len(curve(tmp_path / "out")) == last - 1
+
+
+def test_the_edit_types_that_tuples_lack_are_said_at_the_start(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.WARNING):
+        np_trainer(np_config(tmp_path / "out"))
+    assert "no tuple has edit_type = 'remove' (edit_type in dataset.tuples is never set)" in caplog.text
+    assert "objective.strong_types = ['remove'," in caplog.text
+
+
+def test_the_texts_beside_are_those_of_the_configuration(tmp_path: Path):
+    config = np_config(tmp_path / "out", objective={"negative": "low quality, artifacts", "guidance": 3.0})
+    with pytest.raises(ValueError, match=r"1 of \d+ texts are not cached .*low quality, artifacts"):
+        np_trainer(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -14,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from byg_plugin.training import checkpoint
+from byg_plugin.training import checkpoint, resume
 from byg_plugin.training.loop import Trainer
 from tests.support.tiny import curve, in_child, make_trainer, run_config
 from tests.support.training_runs import assert_same_run, kill, killed_after_save, killed_in_step, tensors_of
@@ -223,3 +224,15 @@ def test_an_ema_can_be_switched_on_in_a_resumed_run(tmp_path: Path):
     for name, value in trainer.host.ema_weights.state().items():
         assert torch.equal(value, trainer.host.parameters[name])
     trainer.run()
+
+
+def test_a_key_that_the_checkpoint_does_not_know_is_a_change_where_it_is_set(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """What an earlier version did not have was as its default is."""
+    plain, chosen = run_config(tmp_path / "out"), run_config(tmp_path / "out", objective={"rollout_solver": "ab2"})
+    saved = plain.model_dump(mode="json")
+    del saved["objective"]["rollout_solver"], saved["critic"], saved["train"]["betas"]
+    with caplog.at_level(logging.WARNING):
+        resume._check_same_run(plain, saved)
+        assert not [line for line in caplog.messages if "train.betas" not in line]
+        resume._check_same_run(chosen, saved)
+    assert "objective.rollout_solver was None and is now 'ab2'" in caplog.text

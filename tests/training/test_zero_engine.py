@@ -121,12 +121,3 @@ def everything() -> None:
 def test_two_processes_step_as_the_plain_engine_does(tmp_path: Path):
     pytest.importorskip("deepspeed", reason='DeepSpeed is not installed: pip install -e ".[deepspeed]"')
     in_processes(2, everything, tmp_path)
-
-
-def test_several_sets_of_weights_are_refused():
-    pytest.importorskip("deepspeed", reason='DeepSpeed is not installed: pip install -e ".[deepspeed]"')
-    from byg_plugin.training.engines.zero import ZeroEngine
-
-    train = TrainConfig(steps=9)
-    with pytest.raises(ValueError, match="DeepSpeed ZeRO-2 trains one set of weights, here are edit, critic"):
-        ZeroEngine(train, {"edit": {}, "critic": {}}, 1, CPU, {"zero_optimization": {"stage": 2}})

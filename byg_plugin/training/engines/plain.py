@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from byg_plugin.config.sections import TrainConfig
-from byg_plugin.training.engine import Adapters, Trained
+from byg_plugin.training.engine import Adapters, Trained, is_left_out
 from byg_plugin.training.engines.processes import Replicas, average_gradients
 from byg_plugin.training.optimizers import make_optimizer
 
@@ -37,7 +37,7 @@ class PlainEngine(Replicas):
         self.accumulation = accumulation
         self.optimizers = {name: make_optimizer(train, parameters) for name, parameters in self.adapters.items()}
         self._max_norm = train.max_grad_norm or math.inf
-        self._most_norm = train.skip_grad_norm or math.inf
+        self._most_norm = train.skip_grad_norm
 
     def begin(self, trained: Collection[Trained]) -> None:
         """See `Engine`. What has gradients is what is trained."""
@@ -57,7 +57,7 @@ class PlainEngine(Replicas):
         try:
             check(norms)
             for name, optimizer in self.optimizers.items():
-                left_out = bool(norms[name] > self._most_norm)
+                left_out = is_left_out(norms[name], self._most_norm)
                 if left_out:
                     _forget(self.adapters[name])
                 for group in optimizer.param_groups:

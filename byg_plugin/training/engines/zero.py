@@ -38,16 +38,7 @@ class ZeroEngine(Replicas):
     def __init__(self, train: TrainConfig, adapters: Adapters, accumulation: int, device: torch.device, settings: Mapping[str, Any]):
         super().__init__(adapters, device)
         self.accumulation = accumulation
-        if len(adapters) > 1:
-            raise ValueError(
-                f"DeepSpeed ZeRO-{settings['zero_optimization']['stage']} trains one set of weights, here are {', '.join(adapters)}: "
-                "launch with stage 3, FSDP2 or plain multi-GPU"
-            )
-        if train.skip_grad_norm:
-            raise ValueError(
-                f"train.skip_grad_norm = {train.skip_grad_norm}: DeepSpeed ZeRO-{settings['zero_optimization']['stage']} leaves out no "
-                "update; set it to 0, or launch with stage 3, FSDP2 or plain multi-GPU"
-            )
+        assert len(adapters) == 1 and not train.skip_grad_norm, "refused by read_launch, before a model is loaded"
         (self._adapter,) = adapters
         named = adapters[self._adapter]
         self._parameters = list(named.values())
