@@ -35,7 +35,7 @@ from benchmarks import tiny_world_run as runs
 from benchmarks.provenance import ROOT
 from benchmarks.tiny_world_run import Plan
 from byg_plugin import _cli
-from byg_plugin.config.loading import load_config, parse_config, read_config
+from byg_plugin.config.loading import parse_config, read_config
 from byg_plugin.config.objective import DEFAULT
 from byg_plugin.config.sections import SECTIONS_OF_OBJECTIVES, Config
 from byg_plugin.demo import world
@@ -151,6 +151,13 @@ class Subject:
     config: Path
     base: Path
     page: report.Page
+    groups: tuple[str, ...] = tuple(report.GROUPS)
+    """Whose runs it has beside the main ones: a critic looks at pictures, and NP-Edit unrolls one network."""
+
+    @property
+    def runs(self) -> list[str]:
+        """Names of the runs that it can have."""
+        return [name for name in RUNS if not name.startswith(tuple(report.GROUPS.keys() - set(self.groups)))]
 
     @property
     def out(self) -> Path:
@@ -240,7 +247,7 @@ class Study:
         recipe = self._train_recipe(run)
         of = self.subject.world
         train_edits = tuple(of.sample_split(recipe["n"], recipe["seed"], recipe["split"], recipe["edit_types"]))
-        overrides = (*run.overrides, *([f"train.steps={steps}"] if steps else []), *self.options.set)
+        given = (*([f"train.steps={steps}"] if steps else []), *self.options.set)
         label = self.label(name)
         eval_types = self.subject.worlds[run.world]
         return Plan(
@@ -250,8 +257,8 @@ class Study:
             kind=run.kind,
             seed=seed,
             stage=self.options.stage,
-            overrides=overrides,
-            config=self._config(run, label, seed, overrides),
+            overrides=(*run.overrides, *given),
+            config=self._config(run, label, seed, given),
             train_edits=train_edits,
             train_recipe=recipe,
             eval_edits=runs.eval_edits(self.stage.eval_edits, self.stage.data_seed, self.stage.split, eval_types, of),
@@ -270,7 +277,8 @@ class Study:
         like, pace = (runs.read_json(self.result(name, seed)) for name in run.as_long_as)
         return max(1, round(like["cpu_seconds"] / pace["seconds_per_step"]))
 
-    def _config(self, run: Run, label: str, seed: int, overrides: tuple[str, ...]) -> Config:
+    def _config(self, run: Run, label: str, seed: int, given: tuple[str, ...]) -> Config:
+        """A run's recipe, its lengths (not those that are `given`) scaled as the stage's are."""
         work = self.options.work
         data = work / "data" / f"{self.options.stage}-{run.world}{'-targets' if run.targets else ''}-{self._world_digest()}"
         paths = {
@@ -280,15 +288,15 @@ class Study:
             "output.dir": work / self.options.stage / f"{label}-{seed}",
         }
         fixed = [f"{key}={_toml(value)}" for key, value in paths.items()] + [*SETTINGS, f"train.seed={seed}"]
-        recipe = load_config(self.options.config, fixed)
+        recipe = _recipe_of(self.options.config, [*fixed, *run.overrides])
         scale = self.stage.scale * self.options.steps
         lengths = {
             "train.steps": recipe.train.steps,
             "train.lr_warmup_steps": recipe.train.lr_warmup_steps,
-            "objective.identity_warmup_steps": recipe.objective.identity_warmup_steps,
+            "objective.identity_warmup_steps": getattr(recipe.objective, "identity_warmup_steps", 0),
         }
         scaled = [f"{key}={max(1, round(value * scale)) if value else 0}" for key, value in lengths.items()]
-        wanted = [*fixed, *scaled, *overrides]
+        wanted = [*fixed, *run.overrides, *scaled, *given]
         steps = _recipe_of(self.options.config, wanted).train.steps
         rhythm = [f"train.save_every={max(1, steps // 10)}", f"train.log_every={max(1, min(10, steps // 50))}"]
         return _recipe_of(self.options.config, [*wanted, *rhythm])
@@ -493,10 +501,10 @@ def parse(words: list[str] | None = None, subject: Subject | None = None, about:
     subject = subject or pictures()
     parser = _parser(subject, about or "")
     options = parser.parse_args(words)
-    options.only = options.only.split(",") if options.only else ["full"] if options.attempt else list(RUNS)
-    unknown = [name for name in options.only if name not in RUNS]
+    options.only = options.only.split(",") if options.only else ["full"] if options.attempt else subject.runs
+    unknown = [name for name in options.only if name not in subject.runs]
     if unknown:
-        parser.error(f"--only {', '.join(unknown)}: no such run; there are {', '.join(RUNS)}")
+        parser.error(f"--only {', '.join(unknown)}: no such run; there are {', '.join(subject.runs)}")
     if not re.fullmatch(r"\d+(,\d+)*", options.seeds):
         parser.error(f"--seeds {options.seeds}: give whole numbers, e.g. 0,1,2")
     options.seeds = list(dict.fromkeys(int(seed) for seed in options.seeds.split(",")))

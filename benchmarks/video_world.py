@@ -31,6 +31,7 @@ SUBJECT = Subject(
     config=ROOT / "configs" / "demo_video.toml",
     base=ROOT / "byg_plugin" / "demo" / "video_base",
     page=report.CLIPS,
+    groups=("six_",),
 )
 
 

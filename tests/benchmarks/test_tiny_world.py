@@ -78,6 +78,18 @@ def test_without_matching_the_editor_makes_as_many_steps(whole):
     assert of_editor[0] == of_editor[1]
 
 
+def test_a_rows_own_lengths_are_scaled_with_the_stage_and_given_ones_are_not(tmp_path):
+    def steps(name: str, *words: str) -> tuple[int, int]:
+        config = study.Study(study.parse(["--out", str(tmp_path), *words])).plan(name, 0).config
+        return config.train.steps, config.objective.identity_warmup_steps
+
+    whole, look = steps("four_np_edit"), steps("four_np_edit", "--steps", "0.02")
+    assert whole == (study.COPIES + 3 * study.UPDATES, study.COPIES) and look == (round(0.02 * whole[0]), round(0.02 * whole[1]))
+    assert steps("four_np_edit", "--stage", "screen")[0] == round(0.4 * whole[0])
+    given = ("--only", "four_np_edit", "--try", "a", "--set", "train.steps=77", "--steps", "0.02")
+    assert steps("four_np_edit", *given) == (77, look[1])
+
+
 def test_a_row_names_the_critic_it_asked(whole, tmp_path):
     """Another one makes it stale; one that asks none has none."""
     for name in ("one", "two"):

@@ -41,6 +41,20 @@ def small(folder: Path, base: Path, *words: str, subject: study.Subject = LITTLE
     return study.Study(options, subject)
 
 
+def test_every_row_of_clips_has_a_valid_configuration(tmp_path, base):
+    every = study.Study(study.parse(["--out", f"{tmp_path}/out", "--work", f"{tmp_path}/work", "--base", str(base)], LITTLE), LITTLE)
+    assert "six_full" in every.names() and not [name for name in every.names() if name.startswith(("four_", "three_"))]
+    for name, seed in every.tasks():
+        if not study.RUNS[name].as_long_as:
+            assert every.plan(name, seed).config.train.seed == seed
+
+
+def test_a_row_of_pictures_alone_is_no_row_of_clips(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        study.parse(["--only", "four_np_edit", "--out", str(tmp_path)], LITTLE)
+    assert "four_np_edit: no such run; there are truth" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("name", "changed"),
     [
