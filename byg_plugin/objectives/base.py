@@ -136,7 +136,8 @@ class Batch:
             return tuple(some(each) for each in value) if isinstance(value, tuple) else value
 
         of_all = {"nodes": self.nodes, "words": tuple(self.words[i] for i in index)}
-        return replace(self, **{each.name: some(getattr(self, each.name)) for each in fields(self)} | of_all)
+        # The nodes are of no sample: a batch may have more samples than a rollout has nodes.
+        return replace(self, **{each.name: some(getattr(self, each.name)) for each in fields(self) if each.name not in of_all}, **of_all)
 
     @property
     def identity_step(self) -> bool:

@@ -114,3 +114,13 @@ def test_refused(section: dict[str, Any], message: str):
     musubi = {"model": {"host": "musubi"}, "dataset": {"tuples": "t"}, "musubi": {"dit": "x"}, "objective": {"critique_types": ["remove"]}}
     with pytest.raises(ValueError, match="objective.critique_types asks a critic, which model.host = 'musubi' has not"):
         parse_config(musubi)
+
+
+def test_some_samples_of_a_batch_that_has_more_of_them_than_the_rollout_has_nodes():
+    batch = toy_batch(t=tuple(0.1 * i for i in range(1, 9)), steps=2)
+    some = batch.rows([1, 7])
+    assert some.t.tolist() == [batch.t[1].item(), batch.t[7].item()] and torch.equal(some.nodes, batch.nodes)
+    for name in ("source", "noise", "target"):
+        assert torch.equal(getattr(some, name), getattr(batch, name)[[1, 7]])
+    assert [words.id for words in some.words] == ["1", "7"] and all(len(noise) == 2 for noise in some.fresh)
+    assert all(torch.equal(some.instruction[key], value[[1, 7]]) for key, value in batch.instruction.items())
