@@ -150,7 +150,7 @@ def _asked_of_the_whole(rng: np.random.Generator) -> Asked:
     instruction, change = EDITS[int(rng.integers(len(EDITS)))]
     right = rng.random() < 0.5
     if rng.random() < 0.5:
-        changed = change(torch.from_numpy(before).permute(2, 0, 1) / 255).permute(1, 2, 0).mul(255).round().byte().numpy()
+        changed = change(_tensor(before)).permute(1, 2, 0).mul(255).round().byte().numpy()
         question, edited, shown = made(instruction), changed if right else before, None if right else scene
     else:
         shown = scene if right else other
