@@ -192,8 +192,10 @@ class BygPipeline:
         dataset, multiple = self._dataset(), self._multiple()
         pixels = torch.stack([torch.stack([to_tensor(as_seen(frame, dataset, multiple, size)) for frame in clip], dim=1) for clip in clips])
         source = self._encode(pixels).repeat_interleave(copies * number, dim=0)
+        # Copies of lists: diffusers' Z-Image writes chat templates into the caller's own lists of texts, and twice into one given twice.
+        own = {name: list(value) if isinstance(value, list) else value for name, value in (arguments | {"prompt": prompt}).items()}
         with self._schedule(), self._source_in_sequence(source):
-            return super().__call__(prompt=prompt, height=size[1], width=size[0], **arguments)  # type: ignore[misc]
+            return super().__call__(height=size[1], width=size[0], **own)  # type: ignore[misc]
 
     _number_argument: ClassVar[str] = "num_images_per_prompt"
 

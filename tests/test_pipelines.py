@@ -158,6 +158,15 @@ def test_several_images_of_a_prompt_have_their_own_source(flux: Any):
     assert (texts[1] - alone[0]).abs().max() <= 1e-5, "one image, several prompts"
 
 
+def test_the_callers_lists_of_texts_stay_as_they_were():
+    """diffusers' Z-Image writes the chat template into the lists that it is given."""
+    pipe, prompts, negative = opened("ZImageBygPipeline"), list(PROMPTS), ["", "blurred"]
+    call = {"prompt": prompts, "negative_prompt": negative, "guidance_scale": 4.0}
+    first, second = (edit(pipe, **call, generator=generators(4, 5)) for _ in range(2))
+    assert prompts == PROMPTS and negative == ["", "blurred"]
+    assert torch.equal(first, second)
+
+
 def test_embeddings_instead_of_a_prompt_and_a_strength_of_the_adapter(flux: Any):
     prompt_embeds, pooled, _ = flux.encode_prompt("add snow", None, max_sequence_length=8)
     usual = edit(flux)
