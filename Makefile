@@ -1,4 +1,5 @@
 # make demo   everything from nothing: environment, tiny world, caches, training, edits, contact sheet, figures
+# make demo-np-edit   the same by the other objective: an editor of four steps, taught by a tiny vision-language model
 # make demo-video   the same with clips, and both experts of a tiny Wan2.2: also mp4s
 # make test   the whole test suite on the CPU, a process a core; the review page's tests skip without Chromium (on the PATH or from `playwright install chromium`)
 #
@@ -15,12 +16,16 @@ STAMP := $(VENV)/.byg-installed
 TORCH_THERE := $(VENV)/torch-constraint.txt
 TORCH_LINE := from importlib.metadata import version; print('torch==' + version('torch'))
 DEMO_OUT ?= demo_out
+DEMO_NP_EDIT_OUT ?= demo_np_edit_out
 DEMO_VIDEO_OUT ?= demo_video_out
 
-.PHONY: demo demo-video test lint install clean
+.PHONY: demo demo-np-edit demo-video test lint install clean
 
 demo: $(STAMP)
 	$(BIN)/python -m byg_plugin.demo --out $(DEMO_OUT)
+
+demo-np-edit: $(STAMP)
+	$(BIN)/python -m byg_plugin.demo --objective np_edit --out $(DEMO_NP_EDIT_OUT)
 
 demo-video: $(STAMP)
 	$(BIN)/python -m byg_plugin.demo.video --out $(DEMO_VIDEO_OUT)
@@ -46,4 +51,4 @@ $(STAMP): pyproject.toml setup.py constraints.txt | $(BIN)/python
 	touch $@
 
 clean:
-	rm -rf $(DEMO_OUT) $(DEMO_VIDEO_OUT) .pytest_cache .ruff_cache .mypy_cache build *.egg-info
+	rm -rf $(DEMO_OUT) $(DEMO_NP_EDIT_OUT) $(DEMO_VIDEO_OUT) .pytest_cache .ruff_cache .mypy_cache build *.egg-info

@@ -1,11 +1,12 @@
 """The demo: data, caching, training, editing and measuring in the tiny world, through the project's own commands.
 
     python -m byg_plugin.demo --out demo_out
+    python -m byg_plugin.demo --objective np_edit      an editor of four steps, taught by a tiny vision-language model
 
 Every stage is a command that the user of a real model runs; each is printed before it runs. A stage that is done is not
 done again: an interrupted demo goes on where it stopped. Delete the folder to start afresh.
 
-The base ships in a clone and in the sdist. A wheel has none: --base names a folder of it.
+The base and the critic ship in a clone and in the sdist. A wheel has none: --base names a folder of it, the critic lies beside it.
 """
 
 from __future__ import annotations
@@ -20,10 +21,16 @@ from byg_plugin.demo import commands, metrics, sheet, world
 
 TRAIN_TUPLES, EVAL_TUPLES = 512, 64
 BASE = Path(__file__).parent / "base"
+RECIPES = {"unpaired_cycle": "demo.toml", "np_edit": "demo_np_edit.toml"}
 
 
 def run_demo(
-    out: Path, overrides: list[str], train_tuples: int = TRAIN_TUPLES, eval_tuples: int = EVAL_TUPLES, base: Path = BASE
+    out: Path,
+    overrides: list[str],
+    train_tuples: int = TRAIN_TUPLES,
+    eval_tuples: int = EVAL_TUPLES,
+    base: Path = BASE,
+    objective: str = "unpaired_cycle",
 ) -> dict[str, metrics.Table]:
     """All stages; returns the tables of figures by method and writes them and the contact sheet into `out`.
 
@@ -33,11 +40,18 @@ def run_demo(
         train_tuples: tuples in the training set.
         eval_tuples: held-out edits that are measured.
         base: diffusers folder of the frozen base.
+        objective: a key of `RECIPES`.
+
+    Raises:
+        ValueError: an override is wrong, the folder was trained with other settings, or there is no critic beside the base.
     """
-    commands.settings(out, "demo.toml", base, overrides)  # a wrong one is told before anything is made
+    recipe = RECIPES[objective]
+    if objective == "np_edit":
+        overrides = commands.with_critic(base, overrides)
+    commands.settings(out, recipe, base, overrides)  # a wrong one is told before anything is made
     commands.write_data(out, world.write_dataset, {"train": train_tuples, "eval": eval_tuples})
     print(f"{train_tuples} training tuples (no targets) in {out / 'train'}, {eval_tuples} held-out edits in {out / 'eval'}")
-    edits, seconds = commands.cache_train_edit(out, "demo.toml", base, overrides, ["--batch-size", "16"])
+    edits, seconds = commands.cache_train_edit(out, recipe, base, overrides, ["--batch-size", "16"])
 
     truths = world.load_scenes(out / "eval")
     files = commands.edited_files(edits, ".png")
@@ -70,8 +84,9 @@ def write_report(out: Path, edits: Path) -> Path:
 
 def main() -> None:
     """The command."""
-    args = commands.parse("python -m byg_plugin.demo", __doc__ or "", "demo_out", BASE)
-    run_demo(args.out, args.set, base=args.base)
+    outs = {"unpaired_cycle": "demo_out", "np_edit": "demo_np_edit_out"}
+    args = commands.parse("python -m byg_plugin.demo", __doc__ or "", outs, BASE)
+    run_demo(args.out, args.set, base=args.base, objective=args.objective)
 
 
 if __name__ == "__main__":

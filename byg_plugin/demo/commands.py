@@ -130,19 +130,49 @@ def _refuse_other_settings(trained: Path, resolved: Config, out: Path) -> None:
         raise ValueError(f"--out {out} was trained with other settings: delete it, or choose another folder")
 
 
-def parse(program: str, about: str, out: str, base: Path) -> argparse.Namespace:
-    """The command line of a demo: `out`, `base` and `set`; `base` is the folder of the one that ships with a clone.
+def with_critic(base: Path, overrides: Sequence[str]) -> list[str]:
+    """The overrides, with `critic.path` of the one that ships beside the base where they name none.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if any(override.startswith("critic.path") for override in overrides):
+        return list(overrides)
+    found = base.resolve().parent / "critic"
+    if not (found / "config.json").is_file():
+        raise ValueError(
+            f"--base {base}: no critic beside it, {found} is missing. It ships in a clone and in the sdist, not in the wheel: run the demo "
+            "there, or name its byg_plugin/demo/critic with --set critic.path=FOLDER"
+        )
+    return [f"critic.path={json.dumps(str(found))}", *overrides]
+
+
+def parse(program: str, about: str, outs: Mapping[str, str], base: Path) -> argparse.Namespace:
+    """The command line of a demo: `out`, `base`, `set` and `objective`.
+
+    Args:
+        program: how the command is called.
+        about: its help.
+        outs: the default of `out` by objective; the first one is the default's, and a single one is not asked for.
+        base: the folder of the base that ships with a clone.
 
     Raises:
         ValueError: there is no base.
     """
+    default, *others = outs
     parser = argparse.ArgumentParser(prog=program, description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(out), help="folder of everything that is made")
+    if others:
+        parser.add_argument("--objective", choices=list(outs), default=default, help=f"how it is trained; default: {default}")
+    else:
+        parser.set_defaults(objective=default)
+    folders = " or ".join(dict.fromkeys(outs.values()))
+    parser.add_argument("--out", type=Path, help=f"folder of everything that is made; default: {folders}")
     parser.add_argument(
         "--base", type=_cli.given_path, default=base, metavar="DIR", help="diffusers folder of the base; default: the clone's"
     )
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override the configuration; repeatable")
     args = parser.parse_args()
+    args.out = args.out or Path(outs[args.objective])
     if not (args.base / "model_index.json").is_file():
         raise ValueError(
             f"--base {args.base}: no base there. Its weights ship in a clone and in the sdist, not in the wheel: run the demo there, "

@@ -74,7 +74,7 @@ def _through_mp4(clips: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def main() -> None:
     """The command."""
-    args = commands.parse("python -m byg_plugin.demo.video", __doc__ or "", "demo_video_out", BASE)
+    args = commands.parse("python -m byg_plugin.demo.video", __doc__ or "", {"unpaired_cycle": "demo_video_out"}, BASE)
     run_demo(args.out, args.set, base=args.base)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from benchmarks import demo_musubi
@@ -126,6 +128,21 @@ def test_the_committed_rows_have_the_settings_that_the_study_has_now(whole, name
     for seed in (0, 1, 2):
         record = runs.read_json(ROOT / f"benchmarks/results/tiny_world/report/{name}-{seed}.json")
         assert [found for found in runs.changes(record, whole.plan(name, seed)) if found != "another data"] == []  # `little_data`
+
+
+def test_the_demo_of_np_edit_is_the_studys_row(whole, tmp_path):
+    paths = [f'{key}="{tmp_path.as_posix()}"' for key in ("dataset.tuples", "dataset.cache_dir", "output.dir", "model.path")]
+    demo = load_config(ROOT / "configs/demo_np_edit.toml", [*paths, f"critic.path={json.dumps(str(study.CRITIC))}"])
+    row = whole.plan("four_np_edit", 0).config
+    for section in ("conditioning", "objective", "critic", "lora"):
+        assert getattr(demo, section) == getattr(row, section), section
+    assert demo.model.model_copy(update={"path": row.model.path}) == row.model
+    # A study previews nothing, holds nothing out and saves seldom; float32 is what the demo takes where bfloat16 is slow.
+    other = {key: getattr(row.train, key) for key in ("mixed_precision", "save_every", "keep_last", "validate_every", "seed")}
+    assert demo.train.model_copy(update=other) == row.train
+    assert demo.sample.model_copy(update={"every": row.sample.every}) == row.sample
+    other = {key: getattr(row.dataset, key) for key in ("tuples", "cache_dir", "validation_items")}
+    assert demo.dataset.model_copy(update=other) == row.dataset
 
 
 def test_the_demo_inside_musubi_tuner_has_the_objective_of_its_committed_figures(tmp_path):

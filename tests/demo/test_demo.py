@@ -7,6 +7,8 @@ import torch
 
 from byg_plugin.demo import commands
 from byg_plugin.demo.__main__ import BASE, run_demo
+from byg_plugin.lora.card import LoraCard
+from byg_plugin.lora.files import read_metadata
 from tests.support.tiny import FEW_STEPS
 
 
@@ -53,6 +55,28 @@ def test_other_settings_are_not_shown_as_these(demo):
     out, _ = demo
     with pytest.raises(ValueError, match="was trained with other settings"):
         run_demo(out, [*FEW_STEPS, "train.lr=0.01"], train_tuples=12, eval_tuples=4)
+
+
+def test_the_other_objective_edits_in_four_steps(tmp_path):
+    """One step of copying, one of the fake score, one of the editor; its critic is the one beside the base."""
+    few = ["train.steps=3", "train.log_every=1", "train.save_every=3", "objective.identity_warmup_steps=1", "objective.fake_updates=1"]
+    few += ["dataset.validation_items=2", "sample.every=0", "train.global_batch_size=2", "train.batch_size=2"]
+    tables = run_demo(tmp_path, few, train_tuples=6, eval_tuples=2, objective="np_edit")
+    assert tables["edited without pairs"]["all"]["n"] == 2
+    lines = [json.loads(line) for line in (tmp_path / "training" / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [{"copy", "fake", "dmd", "vlm"} & set(line) for line in lines] == [{"copy"}, {"fake"}, {"dmd", "vlm"}]
+    card = LoraCard.from_metadata(read_metadata(tmp_path / "training" / "demo-ema.safetensors"))
+    assert (card.sampler, card.steps) == ("stochastic", 4)
+    used = json.loads((tmp_path / "training" / "config.json").read_text(encoding="utf-8"))
+    assert used["critic"]["path"] == str(BASE.parent / "critic")
+
+
+def test_a_critic_that_is_not_there_is_told_before_anything_is_made(tmp_path):
+    base = tmp_path / "base"
+    with pytest.raises(ValueError, match=r"no critic beside it.*critic\.path=FOLDER"):
+        run_demo(tmp_path / "out", [], base=base, objective="np_edit")
+    assert not (tmp_path / "out").exists()
+    assert commands.with_critic(base, ['critic.path="mine"']) == ['critic.path="mine"'], "one that is named is taken"
 
 
 @pytest.mark.parametrize(("decay", "name"), [(0.0, "other.safetensors"), (0.99, "other-ema.safetensors")])
