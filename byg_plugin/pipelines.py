@@ -31,7 +31,7 @@ from byg_plugin.editing.request import native_size
 from byg_plugin.editing.sources import as_seen
 from byg_plugin.families import HIGH, LOW, FamilySpec
 from byg_plugin.lora import formats as lora_formats
-from byg_plugin.lora.card import LoraCard, has_card
+from byg_plugin.lora.card import STOCHASTIC, LoraCard, has_card
 from byg_plugin.lora.files import naming, read_metadata
 from byg_plugin.models import flux2, flux_vae, normalised_vae, wan, zimage
 from byg_plugin.models.one_call import image_positions
@@ -51,12 +51,16 @@ class BygPipeline:
             says which.
         exact_time: module that takes the times, to which diffusers gives them rounded to 16 bits; its first argument is the time times
             `time_unit`.
+        samplers: what a card may name: a few-step editor's, whose steps the pipeline makes by diffusers' Euler scheduler.
+        guided_by: the argument of classifier-free guidance, which a few-step editor has none of.
         position: where the source's tokens stand, as `conditioning.position`. `load_lora_weights` sets it.
     """
 
     families: ClassVar[tuple[str, ...]]
     exact_time: ClassVar[str | None] = None
     time_unit: ClassVar[float] = 1000.0
+    samplers: ClassVar[tuple[str, ...]] = (STOCHASTIC,)
+    guided_by: ClassVar[str] = "guidance_scale"
     position: str = "same"
     scheduler: Any
     _card: LoraCard | None = None
@@ -101,7 +105,7 @@ class BygPipeline:
             tensors, _ = lora_formats.read_named(path, spec.name)
             position = position or card.position or "same"
             self._check_position(position)
-            self._refuse_mixture(position)
+            self._refuse_mixture(position, card.sampler)
             by_expert = self._by_network(tensors)
         for expert, state in by_expert.items():
             into = {"load_into_transformer_2": True} if expert == LOW else {}
@@ -111,7 +115,7 @@ class BygPipeline:
             self.register_to_config(boundary_ratio=card.boundary)
 
     def _fitting(self, card: LoraCard) -> FamilySpec:
-        if card.sampler is not None:
+        if card.sampler is not None and (card.sampler not in self.samplers or card.steps is None):
             raise ValueError(f"the LoRA edits in {card.steps} {card.sampler} steps, which this pipeline does not make: use EditPipeline")
         if card.family not in self.families:
             raise ValueError(f"the LoRA was trained for {card.family!r}, {type(self).__name__} is for {', '.join(self.families)}")
@@ -152,8 +156,10 @@ class BygPipeline:
         if position not in known:
             raise ValueError(f"position = {position!r} is not one of {', '.join(known)}, where {type(self).__name__} can have the source")
 
-    def _refuse_mixture(self, position: str) -> None:
+    def _refuse_mixture(self, position: str, sampler: str | None) -> None:
         loaded = self._card is not None and any(self.get_list_adapters().values())
+        if loaded and sampler != (self._card or LoraCard()).sampler:
+            raise ValueError("one of the LoRAs is a few-step editor and one is not: unload_lora_weights() first")
         if loaded and position != self.position:
             raise ValueError(
                 f"the LoRA needs position {position!r}, the one that is loaded {self.position!r}: "
@@ -187,6 +193,7 @@ class BygPipeline:
     def _edit(self, clips: list[list[Image.Image]], prompt: Any, height: int | None, width: int | None, arguments: Given) -> Any:
         size = self._size(clips, height, width)
         copies = self._copies(len(clips), prompt, arguments)
+        self._refuse_guided(arguments)
         arguments = self._defaults(len(clips) * copies, arguments) | arguments
         number = arguments.get(self._number_argument) or 1
         dataset, multiple = self._dataset(), self._multiple()
@@ -194,7 +201,7 @@ class BygPipeline:
         source = self._encode(pixels).repeat_interleave(copies * number, dim=0)
         # Copies of lists: diffusers' Z-Image writes chat templates into the caller's own lists of texts, and twice into one given twice.
         own = {name: list(value) if isinstance(value, list) else value for name, value in (arguments | {"prompt": prompt}).items()}
-        with self._schedule(), self._source_in_sequence(source):
+        with self._schedule(arguments.get("generator")), self._source_in_sequence(source):
             return super().__call__(height=size[1], width=size[0], **own)  # type: ignore[misc]
 
     _number_argument: ClassVar[str] = "num_images_per_prompt"
@@ -213,7 +220,21 @@ class BygPipeline:
         spec, card = self._spec(), self._card or LoraCard()
         steps = spec.defaults.get("sample", {}).get("steps", SampleConfig.model_fields["steps"].default)
         length = card.max_text_tokens or ConditioningConfig.model_fields["max_text_tokens"].default
-        return {"num_inference_steps": steps, "max_sequence_length": length, **self._guidance(spec, prompts, given)}
+        guidance = self._guidance(spec, prompts, given)
+        if self._few_steps:
+            guidance = {key: value for key, value in guidance.items() if key != "negative_prompt"}
+            steps, guidance = card.steps, guidance | ({self.guided_by: spec.unguided} if self.guided_by in guidance else {})
+        return {"num_inference_steps": steps, "max_sequence_length": length, **guidance}
+
+    @property
+    def _few_steps(self) -> bool:
+        return self._card is not None and self._card.sampler is not None
+
+    def _refuse_guided(self, given: Given) -> None:
+        scale = given.get(self.guided_by)
+        if self._few_steps and (given.get("negative_prompt") is not None or scale not in (None, self._spec().unguided)):
+            name = "negative_prompt" if given.get("negative_prompt") is not None else f"{self.guided_by} = {scale}"
+            raise ValueError(f"{name}: this LoRA edits in few steps without guidance, leave it out")
 
     def _guidance(self, spec: FamilySpec, prompts: int, given: Given) -> Given:
         return {"guidance_scale": spec.guidance_scales[0]}
@@ -229,13 +250,26 @@ class BygPipeline:
         return {name: network for name, network in found.items() if network is not None}
 
     @contextmanager
-    def _schedule(self) -> Iterator[None]:
-        """A LoRA that was trained for a schedule without shift is sampled so."""
+    def _schedule(self, generator: Any = None) -> Iterator[None]:
+        """A LoRA that was trained for a schedule without shift is sampled so, and a few-step editor with fresh noise in every step.
+
+        Raises:
+            ValueError: the scheduler makes no such steps.
+        """
         given = self.scheduler
+        changes: Given = {}
         if self._card is not None and self._card.schedule == "uniform":
-            self.scheduler = type(given).from_config(
-                given.config, **{key: value for key, value in _UNSHIFTED.items() if key in given.config}
-            )
+            changes |= {key: value for key, value in _UNSHIFTED.items() if key in given.config}
+        if self._few_steps:
+            if "stochastic_sampling" not in given.config:
+                name = type(given).__name__
+                raise ValueError(f"{name} has no stochastic steps, which this LoRA was trained for: take FlowMatchEulerDiscreteScheduler")
+            changes["stochastic_sampling"] = True
+        if changes:
+            self.scheduler = type(given).from_config(given.config, **changes)
+        if self._few_steps:
+            # The pipelines give it no generator.
+            self.scheduler.step = partial(self.scheduler.step, generator=generator)
         try:
             yield
         finally:
@@ -343,6 +377,7 @@ class _WithFluxVae(BygPipeline):
 
 class _Flux(_WithFluxVae):
     families = ("flux",)
+    guided_by = "true_cfg_scale"
     exact_time = "time_text_embed"
 
     def _guidance(self, spec: FamilySpec, prompts: int, given: Given) -> Given:
@@ -386,6 +421,7 @@ class _ZImage(_WithFluxVae):
 
 class _QwenImage(BygPipeline):
     families = ("qwen-image",)
+    guided_by = "true_cfg_scale"
     exact_time = "time_text_embed"
     time_unit = 1.0
 
@@ -414,6 +450,7 @@ class _Krea2(BygPipeline):
 
 class _Wan(BygPipeline):
     families = ("wan2.2-t2v-a14b", "wan2.1-t2v-14b", "wan2.1-t2v-1.3b", "wan2.2-ti2v-5b")
+    samplers = ()  # its schedulers take no nodes of ours
     _number_argument = "num_videos_per_prompt"
 
     @torch.no_grad()

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import diffusers
+import diffusers.schedulers.scheduling_flow_match_euler_discrete as flow_match_euler
 import numpy as np
 import pytest
 import torch
 
-from byg_plugin import EditPipeline, families, pipelines
+from byg_plugin import EditPipeline, families, flow, pipelines
 from byg_plugin.lora.files import read_lora, write_lora
 from byg_plugin.lora.formats import convert
 from tests.support.pipelines import IMAGE_FAMILIES, edited, forget, image, image_config, image_folder, opened, wan_saved, write_card_lora
@@ -47,6 +49,77 @@ def test_edits_are_those_of_edit_py(name: str, position: str, tmp_path: Path):
         assert (ours - wanted[:, :, 0]).abs().max() <= 1e-5
         found.append(ours)
     assert (found[0] - found[1]).abs().max() > 1e-3, "the LoRA changes nothing"
+
+
+# --- few steps ---
+
+
+def few_steps_lora(name: str, folder: Path, **card: Any) -> Path:
+    return lora_of(name, folder, sampler="stochastic", steps=3, schedule="shifted", **card)
+
+
+@pytest.mark.parametrize("name", IMAGE_FAMILIES)
+def test_a_few_step_editor_makes_the_steps_of_edit_py(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Nodes, data predictions and no guidance, with the same fresh noise in both; its generators and draws are in the next test."""
+    lora = few_steps_lora(name, tmp_path)
+    draws = iter([0.5, -1.0] * 2)
+    interpolate = flow.interpolate
+    monkeypatch.setattr(flow, "interpolate", lambda x, fresh, t: interpolate(x, torch.full_like(fresh, next(draws)), t))
+    editor = EditPipeline.from_lora(lora, model=str(image_folder(name)), dtype="float32", device="cpu")
+    wanted = edited(editor, [[image(0)], [image(1)]], PROMPTS, steps=3, seeds=[4, 5]) / 2 + 0.5
+    fresh = iter([0.5, -1.0, 0.0])
+    monkeypatch.setattr(flow_match_euler, "randn_tensor", lambda shape, **_: torch.full(shape, next(fresh)))
+    pipe = opened(name)
+    pipe.load_lora_weights(lora)
+    scheduler = pipe.scheduler
+    ours = edit(pipe, image=[image(0), image(1)], prompt=PROMPTS, num_inference_steps=3, generator=generators(4, 5))
+    assert (ours - wanted[:, :, 0]).abs().max() <= 1e-4
+    assert next(fresh, None) is None and pipe.scheduler is scheduler and not scheduler.config.stochastic_sampling
+
+
+def test_fresh_noise_is_the_generators(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pipe = opened("FluxBygPipeline")
+    pipe.load_lora_weights(few_steps_lora("FluxBygPipeline", tmp_path))
+    draws: list[torch.Tensor] = []
+    plain = flow_match_euler.randn_tensor
+    monkeypatch.setattr(flow_match_euler, "randn_tensor", lambda *shape, **given: draws.append(plain(*shape, **given)) or draws[-1])
+    call = {"prompt": PROMPTS, "num_inference_steps": 3}
+    pair = edit(pipe, image=image(1), **call, generator=generators(4, 5))
+    assert len(draws) == 3 and not torch.equal(draws[0], draws[1])
+    start = torch.randn(draws[0][:1].shape, generator=generators(4)[0])
+    assert not torch.allclose(draws[0][0].flatten().sort().values, start.flatten().sort().values), "the noise that it starts from"
+    alone = edit(pipe, image=image(1), prompt=PROMPTS[1], num_inference_steps=3, generator=generators(5)[0])
+    assert (pair[1] - alone[0]).abs().max() <= 1e-5
+    other = edit(pipe, image=image(1), prompt=PROMPTS[1], num_inference_steps=3, generator=generators(6)[0])
+    assert (other - alone).abs().max() > 1e-3
+
+
+def test_a_few_step_editor_brings_its_steps_and_refuses_what_it_was_not_trained_for(flux_lora: Path, tmp_path: Path):
+    pipe = opened("ZImageBygPipeline")
+    pipe.load_lora_weights(few_steps_lora("ZImageBygPipeline", tmp_path))
+    calls: list[int] = []
+    handle = pipe.transformer.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
+    pipe(image=image(), prompt="add snow", output_type="latent")
+    handle.remove()
+    assert calls == [1, 1, 1], "its steps, without a second branch"
+    for options, said in (({"guidance_scale": 4.0}, "guidance_scale = 4.0: "), ({"negative_prompt": "blur"}, "negative_prompt: ")):
+        with pytest.raises(ValueError, match=said + "this LoRA edits in few steps without guidance"):
+            edit(pipe, **options)
+    edit(pipe, guidance_scale=0.0)
+    (tmp_path / "usual").mkdir()
+    usual = lora_of("ZImageBygPipeline", tmp_path / "usual")
+    with pytest.raises(ValueError, match="one of the LoRAs is a few-step editor and one is not"):
+        pipe.load_lora_weights(usual)
+    given = pipe.scheduler
+    pipe.scheduler = diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
+    try:
+        with pytest.raises(ValueError, match="DPMSolverMultistepScheduler has no stochastic steps"):
+            edit(pipe)
+    finally:
+        pipe.scheduler = given
+    with pytest.raises(ValueError, match="edits in 3 stochastic steps, which this pipeline does not make: use EditPipeline"):
+        clips = write_card_lora(wan_config(tmp_path, T2V), tmp_path / "clips.safetensors", sampler="stochastic", steps=3)
+        opened("WanBygPipeline", wan_saved(T2V)).load_lora_weights(clips)
 
 
 # --- Wan ---

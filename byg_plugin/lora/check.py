@@ -199,6 +199,8 @@ def runtime(tool: Format, card: LoraCard) -> str:
     """One sentence: whether a tool runs edits with this LoRA as it ships, by the position it was trained with."""
     if card.sampler is not None and tool == "comfyui":
         return f"with the nodes of comfyui/, which make its {card.steps} steps: sampler lcm, cfg 1"
+    if card.sampler is not None and tool == "diffusers" and card.family in SPECS and not SPECS[card.family].solvers:
+        return f"with byg_plugin.pipelines, which make its {card.steps} steps"
     if card.sampler is not None:
         return f"no: it edits in {card.steps} {card.sampler} steps, which byg_plugin's edit.py makes"
     if card.position is None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from byg_plugin import pipelines, sampling
+from byg_plugin import sampling
 from byg_plugin.editing import request
 from byg_plugin.lora.card import LoraCard
 from byg_plugin.lora.check import runtime
@@ -115,13 +114,13 @@ def test_a_batch_of_two_is_two_of_one(few: Path):
     assert all(difference(edit, one) <= 1 for (_, edit), one in zip(both, alone, strict=True))
 
 
-def test_other_tools_are_told_to_be_none_for_it():
+def test_which_tools_run_it_is_said():
     card = LoraCard(family="flux", position="kontext", sampler="stochastic", steps=4)
     assert runtime("comfyui", card) == "with the nodes of comfyui/, which make its 4 steps: sampler lcm, cfg 1"
-    assert runtime("diffusers", card) == "no: it edits in 4 stochastic steps, which byg_plugin's edit.py makes"
+    assert runtime("diffusers", card) == "with byg_plugin.pipelines, which make its 4 steps"
+    for tool, other in (("diffusers", replace(card, family="wan2.1-t2v-14b", position="same")), ("musubi", card)):
+        assert runtime(tool, other) == "no: it edits in 4 stochastic steps, which byg_plugin's edit.py makes"
     assert not runtime("comfyui", replace(card, sampler=None)).startswith("no:")
-    with pytest.raises(ValueError, match="4 stochastic steps, which this pipeline does not make"):
-        pipelines.BygPipeline._fitting(SimpleNamespace(families=("flux",)), card)
 
 
 def test_a_sampler_of_a_later_version_is_refused(few: Path, tmp_path: Path):
