@@ -13,6 +13,7 @@ and `torch.compile` wrap. A class comes into being, and diffusers is imported, w
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -105,7 +106,7 @@ class BygPipeline:
             tensors, _ = lora_formats.read_named(path, spec.name)
             position = position or card.position or "same"
             self._check_position(position)
-            self._refuse_mixture(position, card.sampler)
+            self._refuse_mixture(position, card)
             by_expert = self._by_network(tensors)
         for expert, state in by_expert.items():
             into = {"load_into_transformer_2": True} if expert == LOW else {}
@@ -156,15 +157,17 @@ class BygPipeline:
         if position not in known:
             raise ValueError(f"position = {position!r} is not one of {', '.join(known)}, where {type(self).__name__} can have the source")
 
-    def _refuse_mixture(self, position: str, sampler: str | None) -> None:
-        loaded = self._card is not None and any(self.get_list_adapters().values())
-        if loaded and sampler != (self._card or LoraCard()).sampler:
-            raise ValueError("one of the LoRAs is a few-step editor and one is not: unload_lora_weights() first")
-        if loaded and position != self.position:
-            raise ValueError(
-                f"the LoRA needs position {position!r}, the one that is loaded {self.position!r}: "
-                "unload_lora_weights() first, or give position="
-            )
+    def _refuse_mixture(self, position: str, card: LoraCard) -> None:
+        if self._card is None or not self._has_loras():
+            return
+        away = "unload_lora_weights() first, of a fused one unfuse_lora() too"
+        if (card.sampler or self._card.sampler) and _steps(card) != _steps(self._card):
+            raise ValueError(f"the LoRA edits in {_steps(card)}, the one that is loaded in {_steps(self._card)}: {away}")
+        if position != self.position:
+            raise ValueError(f"the LoRA needs position {position!r}, the one that is loaded {self.position!r}: {away}, or give position=")
+
+    def _has_loras(self) -> bool:
+        return any(self.get_list_adapters().values()) or bool(getattr(self, "num_fused_loras", 0))
 
     # --- a call ---
 
@@ -193,15 +196,21 @@ class BygPipeline:
     def _edit(self, clips: list[list[Image.Image]], prompt: Any, height: int | None, width: int | None, arguments: Given) -> Any:
         size = self._size(clips, height, width)
         copies = self._copies(len(clips), prompt, arguments)
-        self._refuse_guided(arguments)
+        few_steps = self._few_steps()
+        if few_steps is not None:
+            self._refuse_guided(few_steps, arguments)
+        arguments = {key: value for key, value in arguments.items() if key != self.guided_by or value is not None}
         arguments = self._defaults(len(clips) * copies, arguments) | arguments
         number = arguments.get(self._number_argument) or 1
+        generator, edits = arguments.get("generator"), len(clips) * copies * number
+        if isinstance(generator, list) and len(generator) != edits:
+            raise ValueError(f"{len(generator)} generators for {edits} edits: give one, or as many as there are edits")
         dataset, multiple = self._dataset(), self._multiple()
         pixels = torch.stack([torch.stack([to_tensor(as_seen(frame, dataset, multiple, size)) for frame in clip], dim=1) for clip in clips])
         source = self._encode(pixels).repeat_interleave(copies * number, dim=0)
         # Copies of lists: diffusers' Z-Image writes chat templates into the caller's own lists of texts, and twice into one given twice.
         own = {name: list(value) if isinstance(value, list) else value for name, value in (arguments | {"prompt": prompt}).items()}
-        with self._schedule(arguments.get("generator")), self._source_in_sequence(source):
+        with self._schedule(generator), self._source_in_sequence(source):
             return super().__call__(height=size[1], width=size[0], **own)  # type: ignore[misc]
 
     _number_argument: ClassVar[str] = "num_images_per_prompt"
@@ -221,20 +230,22 @@ class BygPipeline:
         steps = spec.defaults.get("sample", {}).get("steps", SampleConfig.model_fields["steps"].default)
         length = card.max_text_tokens or ConditioningConfig.model_fields["max_text_tokens"].default
         guidance = self._guidance(spec, prompts, given)
-        if self._few_steps:
+        few_steps = self._few_steps()
+        if few_steps is not None:
             guidance = {key: value for key, value in guidance.items() if key != "negative_prompt"}
-            steps, guidance = card.steps, guidance | ({self.guided_by: spec.unguided} if self.guided_by in guidance else {})
+            steps, guidance = few_steps, guidance | ({self.guided_by: spec.unguided} if self.guided_by in guidance else {})
         return {"num_inference_steps": steps, "max_sequence_length": length, **guidance}
 
-    @property
-    def _few_steps(self) -> bool:
-        return self._card is not None and self._card.sampler is not None
+    def _few_steps(self) -> int | None:
+        """Of a few-step editor, as long as it is loaded or fused."""
+        return self._card.steps if self._card is not None and self._card.sampler is not None and self._has_loras() else None
 
-    def _refuse_guided(self, given: Given) -> None:
+    def _refuse_guided(self, steps: int, given: Given) -> None:
+        negative = [key for key, value in given.items() if key.startswith("negative_prompt") and value is not None]
         scale = given.get(self.guided_by)
-        if self._few_steps and (given.get("negative_prompt") is not None or scale not in (None, self._spec().unguided)):
-            name = "negative_prompt" if given.get("negative_prompt") is not None else f"{self.guided_by} = {scale}"
-            raise ValueError(f"{name}: this LoRA edits in few steps without guidance, leave it out")
+        if negative or scale not in (None, self._spec().unguided):
+            name = negative[0] if negative else f"{self.guided_by} = {scale}"
+            raise ValueError(f"{name}: this LoRA edits in {steps} steps without guidance, leave it out")
 
     def _guidance(self, spec: FamilySpec, prompts: int, given: Given) -> Given:
         return {"guidance_scale": spec.guidance_scales[0]}
@@ -257,19 +268,11 @@ class BygPipeline:
             ValueError: the scheduler makes no such steps.
         """
         given = self.scheduler
-        changes: Given = {}
         if self._card is not None and self._card.schedule == "uniform":
-            changes |= {key: value for key, value in _UNSHIFTED.items() if key in given.config}
-        if self._few_steps:
-            if "stochastic_sampling" not in given.config:
-                name = type(given).__name__
-                raise ValueError(f"{name} has no stochastic steps, which this LoRA was trained for: take FlowMatchEulerDiscreteScheduler")
-            changes["stochastic_sampling"] = True
-        if changes:
+            changes = {key: value for key, value in _UNSHIFTED.items() if key in given.config}
             self.scheduler = type(given).from_config(given.config, **changes)
-        if self._few_steps:
-            # The pipelines give it no generator.
-            self.scheduler.step = partial(self.scheduler.step, generator=generator)
+        if self._few_steps() is not None:
+            self.scheduler = _with_fresh_noise(self.scheduler, generator)
         try:
             yield
         finally:
@@ -351,6 +354,29 @@ class BygPipeline:
 
     def _source_id(self) -> int:
         return self._spec().source_id(self.position)
+
+
+def _steps(card: LoraCard) -> str:
+    return "the family's steps" if card.sampler is None else f"{card.steps} {card.sampler} steps of the {card.schedule} schedule"
+
+
+def _with_fresh_noise(scheduler: Any, generator: Any) -> Any:
+    """The scheduler whose every step predicts the data and goes on with fresh noise of `generator`, which the pipelines do not give it.
+
+    Raises:
+        ValueError: it makes no such steps.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        raise ValueError(
+            f"the scheduler is {type(scheduler).__name__}, and this LoRA was trained for stochastic steps, which "
+            "FlowMatchEulerDiscreteScheduler makes: set pipe.scheduler to one"
+        )
+    fresh: Any = copy.copy(scheduler)
+    fresh.register_to_config(stochastic_sampling=True)  # of the copy alone
+    fresh.step = partial(fresh.step, generator=generator)
+    return fresh
 
 
 def _appended(given: Given, tokens: Tensor, ids_key: str | None = None, first: int = 0) -> Given:

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from byg_plugin import _cli
+from byg_plugin.critics import check_critic
 from byg_plugin.demo import commands, metrics, sheet, world
 
 TRAIN_TUPLES, EVAL_TUPLES = 512, 64
@@ -43,12 +44,14 @@ def run_demo(
         objective: a key of `RECIPES`.
 
     Raises:
-        ValueError: an override is wrong, the folder was trained with other settings, or there is no critic beside the base.
+        ValueError: an override is wrong, the folder was trained with other settings, or there is no critic where one is asked.
     """
     recipe = RECIPES[objective]
     if objective == "np_edit":
         overrides = commands.with_critic(base, overrides)
-    commands.settings(out, recipe, base, overrides)  # a wrong one is told before anything is made
+    _, resolved = commands.settings(out, recipe, base, overrides)  # what is wrong is told before anything is made
+    if resolved.objective.criticised:
+        check_critic(resolved)
     commands.write_data(out, world.write_dataset, {"train": train_tuples, "eval": eval_tuples})
     print(f"{train_tuples} training tuples (no targets) in {out / 'train'}, {eval_tuples} held-out edits in {out / 'eval'}")
     edits, seconds = commands.cache_train_edit(out, recipe, base, overrides, ["--batch-size", "16"])

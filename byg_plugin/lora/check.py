@@ -12,7 +12,7 @@ from torch import Tensor
 from byg_plugin.families import SPECS
 from byg_plugin.lora import files as lora_files
 from byg_plugin.lora import formats
-from byg_plugin.lora.card import LoraCard
+from byg_plugin.lora.card import STOCHASTIC, LoraCard
 from byg_plugin.lora.formats import FORMATS, Format, Lost
 from byg_plugin.lora.layout import Layout, Module
 from byg_plugin.lora.layouts import DEFAULT_FAMILY, layout_of
@@ -197,6 +197,8 @@ _TOOLS: dict[Format, Callable[[Module, Sequence[Module], Layout], str | None]] =
 
 def runtime(tool: Format, card: LoraCard) -> str:
     """One sentence: whether a tool runs edits with this LoRA as it ships, by the position it was trained with."""
+    if card.sampler is not None and (card.sampler != STOCHASTIC or card.steps is None):
+        return f"unknown: byg.sampler is {card.sampler!r}, byg.steps {card.steps}; a later byg_plugin may know"
     if card.sampler is not None and tool == "comfyui":
         return f"with the nodes of comfyui/, which make its {card.steps} steps: sampler lcm, cfg 1"
     if card.sampler is not None and tool == "diffusers" and card.family in SPECS and not SPECS[card.family].solvers:

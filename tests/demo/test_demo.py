@@ -71,12 +71,16 @@ def test_the_other_objective_edits_in_four_steps(tmp_path):
     assert used["critic"]["path"] == str(BASE.parent / "critic")
 
 
-def test_a_critic_that_is_not_there_is_told_before_anything_is_made(tmp_path):
-    base = tmp_path / "base"
-    with pytest.raises(ValueError, match=r"no critic beside it.*critic\.path=FOLDER"):
-        run_demo(tmp_path / "out", [], base=base, objective="np_edit")
+@pytest.mark.parametrize(("overrides", "said"), [([], "asks a critic: set critic.path"), (['critic.path="/none"'], "/none")])
+def test_a_critic_that_is_not_there_is_told_before_anything_is_made(tmp_path, overrides, said):
+    with pytest.raises(ValueError, match=said):
+        run_demo(tmp_path / "out", overrides, base=tmp_path / "base", objective="np_edit")
     assert not (tmp_path / "out").exists()
-    assert commands.with_critic(base, ['critic.path="mine"']) == ['critic.path="mine"'], "one that is named is taken"
+
+
+def test_the_critic_beside_the_base_is_taken_where_none_is_named():
+    assert commands.with_critic(BASE, ["train.steps=3"]) == [f"critic.path={json.dumps(str(BASE.parent / 'critic'))}", "train.steps=3"]
+    assert commands.with_critic(BASE, ['critic.path="mine"']) == ['critic.path="mine"']
 
 
 @pytest.mark.parametrize(("decay", "name"), [(0.0, "other.safetensors"), (0.99, "other-ema.safetensors")])

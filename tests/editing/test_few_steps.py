@@ -121,6 +121,8 @@ def test_which_tools_run_it_is_said():
     for tool, other in (("diffusers", replace(card, family="wan2.1-t2v-14b", position="same")), ("musubi", card)):
         assert runtime(tool, other) == "no: it edits in 4 stochastic steps, which byg_plugin's edit.py makes"
     assert not runtime("comfyui", replace(card, sampler=None)).startswith("no:")
+    for unknown in (replace(card, sampler="future"), replace(card, steps=None)):
+        assert all(runtime(tool, unknown).startswith("unknown: byg.sampler is ") for tool in ("diffusers", "comfyui", "musubi"))
 
 
 def test_a_sampler_of_a_later_version_is_refused(few: Path, tmp_path: Path):
