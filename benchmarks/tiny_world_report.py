@@ -137,6 +137,16 @@ def at_rate(path: Sequence[Point], rate: float, key: str) -> float | None:
     return None
 
 
+def at_seconds(record: Record, seconds: float, key: str) -> float | None:
+    """`key` over all edits after so many CPU seconds of training, on straight lines between evaluations; None before the first one.
+
+    A run that was done earlier is read at its end.
+    """
+    path = [(point["cpu_seconds"], point["table"]["all"][key]) for point in record.get("curve", [])]
+    times = [time for time, _ in path]
+    return None if not path or seconds < times[0] else float(np.interp(seconds, times, [value for _, value in path]))
+
+
 def matched(full: Sequence[Point], other: Sequence[Point], key: str) -> tuple[float, float] | None:
     """(edit rate, difference other - full) at the lower of the two final edit rates.
 
@@ -270,8 +280,8 @@ def _heading(results: Results, page: Page) -> str:
         f"# {page.title}, stage {', '.join(stages)}",
         "",
         f"Made by `{page.command}`. Training seeds {', '.join(map(str, seeds)) or 'none'}; {edits} held-out edits, half "
-        "recolour the object, half the background, the same for every run but those on all six types. Cells are the mean over seeds, "
-        "and in brackets the lowest and the highest seed; percentages without their sign. "
+        "recolour the object, half the background, the same for every run but those of tables that say they have their own. Cells are the "
+        "mean over seeds, and in brackets the lowest and the highest seed; percentages without their sign. "
         f"Metrics are exact and read from pixels: `{page.metrics}`.",
     ]
     warnings = _mixtures(results)
@@ -455,8 +465,33 @@ def _by_type(results: Results, prefix: str, limit: float) -> str:
             last = kind == "all"
             cells += [_spread(steps, lambda value: f"{value:.0f}") if last and steps else "", _minutes(records, limit) if last else ""]
             lines.append(_line(cells))
+    lines += _in_the_time_of_pairs(results, prefix)
     lacking = group_lacking(results, prefix)
     return "\n".join([*lines, "", f"**Not measured yet: {'; '.join(lacking)}.**"] if lacking else lines)
+
+
+def _in_the_time_of_pairs(results: Results, prefix: str) -> list[str]:
+    """The group's runs, read where they had taken the CPU seconds of *paired, equal steps* of their seed; none without that run."""
+    pairs = results.get(f"{prefix}paired_steps", {})
+    if not pairs:
+        return []
+    seconds = _spread([record["cpu_seconds"] for record in pairs.values()], lambda value: f"{value:.0f}")
+    edits = _curve_edits({name: results[name] for name in group_names(results, prefix)})
+    lines = [
+        "",
+        f"In the CPU seconds of *{_title(pairs)}* of the same seed ({seconds}), on the {edits} edits of the curves; the other runs' "
+        "learning rates have not ended there:",
+        "",
+        *_header(["run", "**joint**", "edit made", "source preserved"]),
+    ]
+    for name in group_names(results, prefix):
+        both = [(record, pairs[seed]["cpu_seconds"]) for seed, record in results[name].items() if seed in pairs]
+        read = [[at_seconds(record, time, key) for record, time in both] for key in ("joint", "edit", "preserved")]
+        known = [[value for value in values if value is not None] for values in read]
+        if known[0]:
+            joint, *others = [_spread(values, _percent) for values in known]
+            lines.append(_line([_title(results[name]), f"**{joint}**", *others]))
+    return lines
 
 
 def group_lacking(results: Results, prefix: str) -> list[str]:

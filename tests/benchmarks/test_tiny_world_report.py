@@ -218,6 +218,19 @@ def test_all_runs_on_six_types_have_their_table_and_what_lacks_is_named(results)
     assert f"**Not measured yet: {'; '.join(lacking)}.**" in text
 
 
+def test_a_run_in_the_time_of_pairs_is_read_on_straight_lines_between_evaluations(results):
+    """The full method has evaluations at 1 and 2 seconds; pairs take 1.5, and 9 with the next seed, when it is done."""
+    for seed, seconds in ((0, 1.5), (1, 9.0)):
+        runs.write_json(results / f"six_full-{seed}.json", result("six_full", seed, (0.6, 0.5)))
+        runs.write_json(results / f"six_paired_steps-{seed}.json", result("six_paired_steps", seed, (0.8, 1.0)) | {"cpu_seconds": seconds})
+    kept = report.read_results(results)
+    assert report.at_seconds(kept["six_full"][0], 0.5, "edit") is None, "before its first evaluation"
+    text = report.table(kept, limit=5).partition("In the CPU seconds of *paired, equal steps* of the same seed (5 (2 to 9))")[2]
+    assert text, "the pairs' seconds"
+    # (0 + 0.6) / 2 and 0.6; (1 + 0.5) / 2 and 0.5.
+    assert cells(text, "full method", 2) == ["45 (30 to 60)"] and cells(text, "full method", 3) == ["62 (50 to 75)"]
+
+
 def test_every_row_of_the_study_has_a_look_of_its_own():
     assert (
         set(report.STYLES)
