@@ -33,6 +33,8 @@ WAN_SHIFT = {A14B: 12.0, "wan2.1-t2v-1.3b": 8.0}
 BY_TOKENS = {"use_dynamic_shifting": True, "base_image_seq_len": 256, "base_shift": 0.5}
 QWEN_SCHEDULER = BY_TOKENS | {"max_image_seq_len": 8192, "max_shift": 0.9, "shift_terminal": 0.02}
 
+PROMPTS = ["add snow", "remove the dog"]
+
 
 @dataclass(frozen=True)
 class Made:
@@ -156,3 +158,20 @@ def edited(editor: EditPipeline, clips: list[list[Image.Image]], texts: list[str
     pixels = torch.stack([torch.stack([to_tensor(as_seen(frame, dataset, multiple)) for frame in clip], dim=1) for clip in clips])
     with torch.no_grad():
         return editor._edit(pixels, texts, steps=steps, schedule=None, seeds=seeds, guided=True, on_step=None)
+
+
+def lora_of(name: str, folder: Path, position: str = "same", **card: Any) -> Path:
+    """A LoRA of an image family that is awake, with `card` in its header."""
+    config = image_config(name, folder, conditioning={"position": position}, dataset={"resolution": 48})
+    return write_card_lora(config, folder / "lora.safetensors", **card)
+
+
+def generators(*seeds: int) -> list[torch.Generator]:
+    """On the CPU."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def edit(pipe: Any, seed: int = 4, **options: Any) -> Any:
+    """The pictures of a short call of a pipeline."""
+    call = {"image": image(), "prompt": "add snow", "num_inference_steps": 2, "output_type": "pt", "generator": generators(seed)[0]}
+    return pipe(**(call | options)).images
