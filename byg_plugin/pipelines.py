@@ -268,12 +268,12 @@ class BygPipeline:
             ValueError: the scheduler makes no such steps.
         """
         given = self.scheduler
-        if self._card is not None and self._card.schedule == "uniform":
-            changes = {key: value for key, value in _UNSHIFTED.items() if key in given.config}
-            self.scheduler = type(given).from_config(given.config, **changes)
-        if self._few_steps() is not None:
-            self.scheduler = _with_fresh_noise(self.scheduler, generator)
         try:
+            if self._card is not None and self._card.schedule == "uniform":
+                changes = {key: value for key, value in _UNSHIFTED.items() if key in given.config}
+                self.scheduler = type(given).from_config(given.config, **changes)
+            if self._few_steps() is not None:
+                self.scheduler = _with_fresh_noise(self.scheduler, generator)
             yield
         finally:
             self.scheduler = given

@@ -25,7 +25,7 @@ from tests.support.pipelines import (
     opened,
     wan_saved,
     write_card_lora,
-)  # fmt: skip
+)
 from tests.support.tiny_wan import A14B, T2V, wan_config
 
 CASES = [(name, position) for name, made in IMAGE_FAMILIES.items() for position in families.named(made.family).positions]

@@ -24,7 +24,7 @@ from tests.support.pipelines import (
     opened,
     wan_saved,
     write_card_lora,
-)  # fmt: skip
+)
 from tests.support.tiny_wan import T2V, wan_config
 
 
@@ -96,6 +96,20 @@ def test_a_few_step_editor_brings_its_steps_and_is_not_guided(tmp_path: Path):
     ):
         with pytest.raises(ValueError, match=said + "this LoRA edits in 3 steps without guidance"):
             edit(pipe, **options)
+
+
+def test_a_refused_scheduler_keeps_its_shift(tmp_path: Path):
+    """A schedule without shift is set up before the refusal."""
+    pipe = opened("FluxBygPipeline")
+    pipe.load_lora_weights(lora_of("FluxBygPipeline", tmp_path, sampler="stochastic", steps=3, schedule="uniform"))
+    given = pipe.scheduler
+    pipe.scheduler = other = diffusers.DPMSolverMultistepScheduler.from_config(given.config, flow_shift=3.0)
+    try:
+        with pytest.raises(ValueError, match="set pipe.scheduler to one"):
+            edit(pipe)
+        assert pipe.scheduler is other
+    finally:
+        pipe.scheduler = given
 
 
 @pytest.mark.parametrize("name", ["FluxBygPipeline", "QwenImageBygPipeline"])

@@ -195,16 +195,20 @@ _TOOLS: dict[Format, Callable[[Module, Sequence[Module], Layout], str | None]] =
 }
 
 
+def _few_steps_runtime(tool: Format, card: LoraCard) -> str:
+    if card.sampler != STOCHASTIC or card.steps is None:
+        return f"unknown: byg.sampler is {card.sampler!r}, byg.steps {card.steps}; a later byg_plugin may know"
+    if tool == "comfyui":
+        return f"with the nodes of comfyui/, which make its {card.steps} steps: sampler lcm, cfg 1"
+    if tool == "diffusers" and card.family in SPECS and not SPECS[card.family].solvers:
+        return f"with byg_plugin.pipelines, which make its {card.steps} steps"
+    return f"no: it edits in {card.steps} {card.sampler} steps, which byg_plugin's edit.py makes"
+
+
 def runtime(tool: Format, card: LoraCard) -> str:
     """One sentence: whether a tool runs edits with this LoRA as it ships, by the position it was trained with."""
-    if card.sampler is not None and (card.sampler != STOCHASTIC or card.steps is None):
-        return f"unknown: byg.sampler is {card.sampler!r}, byg.steps {card.steps}; a later byg_plugin may know"
-    if card.sampler is not None and tool == "comfyui":
-        return f"with the nodes of comfyui/, which make its {card.steps} steps: sampler lcm, cfg 1"
-    if card.sampler is not None and tool == "diffusers" and card.family in SPECS and not SPECS[card.family].solvers:
-        return f"with byg_plugin.pipelines, which make its {card.steps} steps"
     if card.sampler is not None:
-        return f"no: it edits in {card.steps} {card.sampler} steps, which byg_plugin's edit.py makes"
+        return _few_steps_runtime(tool, card)
     if card.position is None:
         return "unknown: the file does not say how it was conditioned (no byg.position)"
     layout = layout_of(card.family if card.family in SPECS else DEFAULT_FAMILY)
