@@ -50,9 +50,25 @@ FLOAT32 = {"lora.forward": "merged", "train.mixed_precision": "no", "sample.step
 CRITIC = {"critic.dtype": "float32", "critic.gradient_checkpointing": False, "critic.image_size": 64, "critic.scale_steps": 200}
 
 
+CHEAPER = {
+    "lora.forward": "merged", "train.mixed_precision": "no", "train.steps": 4400, "train.save_every": 440, "train.batch_size": 2,
+    "train.global_batch_size": 2, "train.lr": 4e-3, "objective.ema_decay": 0.99, "objective.identity_warmup_steps": 150,
+    "objective.identity_rate": 0.25, "objective.merge_identity": True, "objective.rollout_schedule": "shifted",
+    "objective.rollout_solver": "ab2",
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("name", "beside", "changed"),
     [
+        ("fast_full", "full", CHEAPER),
+        ("fast_no_routing", "fast_full", {"objective.routing": False}),
+        ("fast_no_cycle", "fast_full", {"objective.cycle": False}),
+        ("fast_no_directional", "fast_full", {"objective.directional": False}),
+        ("fast_no_bootstrap", "fast_full", {"objective.bootstrap": False}),
+        ("fast_no_prior", "fast_full", {"objective.prior": False}),
+        ("fast_no_identity", "fast_full", {"objective.identity_probability": 0.0}),
+        ("fast_paired_steps", "fast_full", {"objective.name": "paired"}),
         ("four_full", "full", FLOAT32),
         ("four_paired_steps", "four_full", {"objective.name": "paired"}),
         ("four_no_vlm", "four_np_edit", {key: runs.default_of(*key.split(".")) for key in CRITIC} | {"objective.vlm": False}),
@@ -61,7 +77,7 @@ CRITIC = {"critic.dtype": "float32", "critic.gradient_checkpointing": False, "cr
         ("three_critic", "three_full", CRITIC | {"objective.critique_types": ["remove"]}),
     ],
 )
-def test_a_row_of_four_steps_changes_what_its_name_says_and_nothing_else(whole, name, beside, changed):
+def test_a_row_of_a_group_changes_what_its_name_says_and_nothing_else(whole, name, beside, changed):
     assert differences(whole, name, beside) == changed
 
 
