@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from byg_plugin import timesteps
 from byg_plugin.demo import world
+from byg_plugin.training.muon import Muon
 
 Log = Callable[[str, int, dict[str, float]], None]
 """Stage, step, values."""
@@ -90,10 +91,8 @@ def rate_factor(step: int, steps: int, warmup: int) -> float:
 
 def optimizers(matrices: list[nn.Parameter], rest: list[nn.Parameter], muon_rate: float, adamw_rate: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices, AdamW for all else."""
-    if not hasattr(torch.optim, "Muon"):
-        raise ValueError(f"torch {torch.__version__} has no Muon optimizer: building the base needs torch 2.9 or later")
     return [
-        torch.optim.Muon(matrices, lr=muon_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        Muon(matrices, lr=muon_rate, weight_decay=0.01),
         torch.optim.AdamW(rest, lr=adamw_rate, betas=(0.9, 0.98), weight_decay=0.01),
     ]
 

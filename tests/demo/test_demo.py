@@ -9,6 +9,7 @@ from byg_plugin.demo import commands
 from byg_plugin.demo.__main__ import BASE, run_demo
 from byg_plugin.lora.card import LoraCard
 from byg_plugin.lora.files import read_metadata
+from tests.support.demo_runs import commands_here
 from tests.support.tiny import FEW_STEPS
 
 
@@ -47,7 +48,11 @@ def test_it_ends_with_the_page_of_every_edit(demo):
 def test_a_second_run_trains_nothing(demo):
     out, tables = demo
     before = (out / "training" / "demo-ema.safetensors").stat().st_mtime_ns
-    assert run_demo(out, FEW_STEPS, train_tuples=12, eval_tuples=4) == tables
+    with commands_here():
+        again = run_demo(out, FEW_STEPS, train_tuples=12, eval_tuples=4)
+    assert again.keys() == tables.keys()
+    for method, table in again.items():
+        assert table["all"] == pytest.approx(tables[method]["all"], abs=2e-3)  # another process may round otherwise
     assert (out / "training" / "demo-ema.safetensors").stat().st_mtime_ns == before
 
 
@@ -61,7 +66,8 @@ def test_the_other_objective_edits_in_four_steps(tmp_path):
     """One step of copying, one of the fake score, one of the editor; its critic is the one beside the base."""
     few = ["train.steps=3", "train.log_every=1", "train.save_every=3", "objective.identity_warmup_steps=1", "objective.fake_updates=1"]
     few += ["dataset.validation_items=2", "sample.every=0", "train.global_batch_size=2", "train.batch_size=2"]
-    tables = run_demo(tmp_path, few, train_tuples=6, eval_tuples=2, objective="np_edit")
+    with commands_here():
+        tables = run_demo(tmp_path, few, train_tuples=6, eval_tuples=2, objective="np_edit")
     assert tables["edited without pairs"]["all"]["n"] == 2
     lines = [json.loads(line) for line in (tmp_path / "training" / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [{"copy", "fake", "dmd", "vlm"} & set(line) for line in lines] == [{"copy"}, {"fake"}, {"dmd", "vlm"}]

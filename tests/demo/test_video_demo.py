@@ -10,6 +10,7 @@ from byg_plugin.data.clips import clip_info, read_clip
 from byg_plugin.demo import video_world
 from byg_plugin.demo.video import run_demo
 from byg_plugin.lora.files import read_lora
+from tests.support.demo_runs import commands_here
 from tests.support.tiny import FEW_STEPS
 from tests.support.video_base import write_video_base
 
@@ -22,7 +23,8 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory, base):
     out = tmp_path_factory.mktemp("demo")
-    return out, run_demo(out, FEW_STEPS, train_tuples=10, eval_tuples=3, base=base)
+    with commands_here():  # processes of their own are the pictures' demo's to show: the commands are the same
+        return out, run_demo(out, FEW_STEPS, train_tuples=10, eval_tuples=3, base=base)
 
 
 def test_every_method_is_in_the_table(demo):
