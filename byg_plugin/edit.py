@@ -6,9 +6,11 @@
     python byg_plugin/edit.py --model Wan-AI/Wan2.2-T2V-A14B-Diffusers --lora out/byg_wan_high_noise.safetensors \
         --source in.mp4 --instruction "make it a cartoon" --out edits
 
-Of two experts either LoRA file names both. A clip keeps its frames a second; its length is rounded down to 4n + 1 frames.
-`--source` may be a folder; `--tuples` edits every tuple of a JSONL file. Guidance, resolution, position ids and the sampler's
-schedule are what the LoRA says of its training, whatever `--config` says; the options below override them. `edits.jsonl` beside the
+Of two experts either LoRA file names both. A clip keeps its frames a second; its first 81 frames are edited, or `--frames`, rounded
+down to 4n + 1.
+`--source` may be a folder; `--tuples` edits every tuple of a JSONL file. FLUX's guidance, resolution, position ids and the sampler's
+schedule are what the LoRA says of its training, whatever `--config` says (Wan edits at its native size, and classifier-free guidance is
+that of `--config` or the published one); the options below override them. `edits.jsonl` beside the
 results says what was edited by what (`editing/manifest.py`).
 
 Baselines, to be scored in one table with it (`evaluate.py --compare`), with the same tuples and `--seed`:
@@ -75,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         "--steps",
         type=whole_number(1, 1000),
         help="steps of the sampler, at most 1000 (default: the LoRA's, if it is trained for few; else sample.steps of --config, or 20; "
-        "Wan: the published 40 or 50; flowedit and kontext: the published 28, flowedit with classifier-free guidance 50)",
+        "or the family's published 40 to 52; flowedit and kontext: the published 28, flowedit with classifier-free guidance 50)",
     )
     parser.add_argument(
         "--schedule",
@@ -97,15 +99,17 @@ def _parser() -> argparse.ArgumentParser:
         help="default: the LoRA's, the configuration's, or auto (Wan: unipc, at Wan's own times)",
     )
     parser.add_argument(
-        "--cfg-high", type=number(1, 100), help="Wan: guidance scale of the (high-noise) expert, 1 = none (default: published)"
+        "--cfg-high",
+        type=number(0, 100),
+        help="classifier-free guidance (Wan2.2 A14B: of the high-noise expert), 1 = none, of Krea 2 and Z-Image 0 (default: published)",
     )
-    parser.add_argument("--cfg-low", type=number(1, 100), help="Wan: guidance scale of the low-noise expert (default: published)")
+    parser.add_argument("--cfg-low", type=number(0, 100), help="Wan2.2 A14B: the same of the low-noise expert")
     parser.add_argument(
         "--show-unguided",
         action="store_true",
         help="also the edit without guidance, third in the side-by-side; half as long again",
     )
-    parser.add_argument("--negative", help="Wan: text that guidance leads away from (default: published)")
+    parser.add_argument("--negative", help="text that classifier-free guidance leads away from (default: published)")
     parser.add_argument("--guidance", type=number(0, 1000), help="FLUX: guidance embedding (default: the LoRA's; kontext: 2.5)")
     parser.add_argument(
         "--strength",
@@ -118,7 +122,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--n-avg", type=whole_number(1, 1000), help="flowedit: noises a step is averaged over (default 1)")
     parser.add_argument("--source-guidance", type=number(0, 1000), help=f"flowedit: of the source caption {published}")
     parser.add_argument("--target-guidance", type=number(0, 1000), help=f"flowedit: of the target caption {published}")
-    parser.add_argument("--resolution", type=whole_number(16, 4096), help="about resolution x resolution pixels (default: the LoRA's)")
+    parser.add_argument(
+        "--resolution", type=whole_number(16, 4096), help="about resolution x resolution pixels (default: the LoRA's; Wan: native)"
+    )
     parser.add_argument(
         "--batch-size",
         type=whole_number(1, 1024),

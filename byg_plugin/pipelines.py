@@ -179,7 +179,7 @@ class BygPipeline:
 
         Args:
             image: a picture or a list of them: PIL, or arrays (H, W, 3) and tensors (3, H, W) in [0, 1], which are rounded to 8 bits. It
-                is cropped to the nearest of the sizes that the LoRA was trained at, as `edit.py` does.
+                is cropped to the nearest of the sizes that the LoRA was trained at (Wan: of the native ones), as `edit.py` does.
             prompt: what to change: one text, or a list of as many as there are images. One image may have several.
             height, width: both or neither: the image has this size already, and the edit gets it.
             arguments: all others of the family's pipeline. Steps, guidance and `max_sequence_length` have the LoRA's or the family's

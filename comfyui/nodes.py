@@ -355,7 +355,13 @@ class BygSize:
                 "family": ([AS_TRAINED, *families()], {}),
                 "resolution": (
                     "INT",
-                    {"default": 0, "min": 0, "max": 4096, "step": 16, "tooltip": "side of the square with as many pixels; 0: as trained"},
+                    {
+                        "default": 0,
+                        "min": 0,
+                        "max": 4096,
+                        "step": 16,
+                        "tooltip": "side of the square with as many pixels; 0: as trained, Wan native",
+                    },
                 ),
             }
         }

@@ -2,7 +2,7 @@
 
     python dataset_tools/generate_edits.py --images data/photos --out data/tuples.jsonl --base-url http://127.0.0.1:8000/v1
     python dataset_tools/generate_edits.py --images data/photos --out data/tuples.jsonl --backend rules
-    python dataset_tools/generate_edits.py --config configs/data_images.toml --shard 2/4
+    python dataset_tools/generate_edits.py --config configs/data_images.toml --images data/photos --out data/tuples.jsonl --shard 2/4
 
 Every image ends in exactly one line: of OUT, or of OUT's .rejects.jsonl with the reason. Run the same command again after
 a kill: what is done is not done again. A picture of types and lengths lies beside it at the end.

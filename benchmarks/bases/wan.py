@@ -70,6 +70,9 @@ TRANSFORMER_CONFIG: dict[str, Any] = {
 }
 
 
+STATISTICS_BATCHES = 8  # of 32 clips, whose latents' mean and deviation are the VAE's
+
+
 class VaeStage(NamedTuple):
     """A cosine of the learning rate with its weights of the loss (squared error: 1)."""
 
@@ -257,7 +260,7 @@ def _decode_unclamped(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _normalised(vae: AutoencoderKLWan, rng: np.random.Generator) -> AutoencoderKLWan:
-    modes = torch.cat([vae.encode(_render(sample_clips(rng, 32))).latent_dist.mode() for _ in range(8)])
+    modes = torch.cat([vae.encode(_render(sample_clips(rng, 32))).latent_dist.mode() for _ in range(STATISTICS_BATCHES)])
     over = (0, 2, 3, 4)
     vae.register_to_config(latents_mean=modes.mean(over).tolist(), latents_std=modes.std(over).tolist())
     return vae

@@ -24,11 +24,12 @@ EmaDecay = Annotated[
     Field(
         ge=0.0,
         le=0.99999,
-        description="Decay of the rollout's weights, an optimizer step; 0 = current weights. At most 0.99999: a mean over 100,000 steps.",
+        description="Decay of the rollout's weights, an optimizer step; 0 = current weights (default for Wan). At most 0.99999: a mean "
+        "over 100,000 steps.",
     ),
 ]
-LawOfT = Annotated[Literal["uniform", "logit_normal"], Field(description="Law of the training t.")]
-ShiftOfT = Annotated[Shift, Field(description="t <- s t / (1 + (s - 1) t); 1 = none.")]
+LawOfT = Annotated[Literal["uniform", "logit_normal"], Field(description="Law of the training t; default for Wan: logit_normal.")]
+ShiftOfT = Annotated[Shift, Field(description="t <- s t / (1 + (s - 1) t); 1 = none; default for Wan: 12.")]
 LeastT = Annotated[Probability, Field(description="Smallest t that is drawn.")]
 MostT = Annotated[Probability, Field(description="Largest t that is drawn.")]
 _LEAST_RANGE = 1e-6  # of t, which is float32

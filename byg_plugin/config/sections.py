@@ -215,7 +215,8 @@ class LoraConfig(Section):
         "where the rank is near the width; equal up to rounding.",
     )
     init_from: PathText | None = Field(
-        None, description="Earlier LoRA file to start from (same family and rank); of two experts, either file of the pair."
+        None,
+        description="Earlier LoRA file to start from (same family, rank and conditioning.position); of two experts, either of the pair.",
     )
     experts: Literal["separate", "shared", "high_noise", "low_noise"] = Field(
         "separate", description="Wan2.2-A14B: a LoRA an expert, one in both, or one expert alone beside `other_expert`."
@@ -314,7 +315,8 @@ class SampleConfig(Section):
     )
     steps: SampleSteps = Field(
         20,
-        description="Steps of an edit; at most 1,000: networks tell no more times apart. FLUX.2, Z-Image and Qwen-Image: 50, Krea 2: 52.",
+        description="Steps of an edit; at most 1,000: networks tell no more times apart. FLUX.2, Z-Image and Qwen-Image: 50, Krea 2: 52, "
+        "Wan2.2 A14B: 40, other Wan: 50.",
     )
     schedule: Literal["uniform", "shifted"] = Field("shifted", description="Nodes of the sampler (family's own shift).")
     solver: Literal["auto", "euler", "unipc", "unipc_diffusers", "stochastic"] = Field(

@@ -215,7 +215,7 @@ class EditPipeline:
 
         `instructions` are, of a method without a LoRA, what it reads instead.
 
-        `guided=False` edits at guidance scale 1 whatever the configured scales are.
+        `guided=False` edits without guidance whatever the configured scales are.
 
         Raises:
             ValueError: they do not, an instruction is empty, a seed is out of range, or the numbers of sources, instructions

@@ -28,7 +28,7 @@ class Results:
 
         Args:
             job: what was asked for.
-            columns: frames of source, edit and, where it was asked for, edit at scale 1.
+            columns: frames of source, edit and, where it was asked for, edit without guidance.
             fps: frames a second; None for an image.
             seed: of the noise.
             size: (width, height) of the edit.

@@ -47,8 +47,8 @@ class Critique(Protocol):
             identity_question: whether it is also asked if the rest is as it was.
 
         Returns:
-            the loss, a mean over the batch, float32, differentiable with respect to x0 alone; metrics (yes probability by question), of
-            the same names for every batch: their means are taken over processes.
+            the loss, a mean over the batch, float32, differentiable with respect to x0 alone; metrics (probability of the
+            right answer and share of right ones, by question), of the same names for every batch: their means are taken over processes.
         """
         ...
 

@@ -26,7 +26,9 @@ class UnpairedCycleConfig(ObjectiveConfig):
     rollout_steps: Annotated[int, Field(ge=2, le=1000)] = Field(
         10, description="Euler steps from noise to y_0; each is a pass through the network, at most 1,000."
     )
-    rollout_schedule: Literal["uniform", "shifted"] = Field("uniform", description="Nodes of the rollout (family's shift).")
+    rollout_schedule: Literal["uniform", "shifted"] = Field(
+        "uniform", description="Nodes of the rollout (family's shift); default for Wan: shifted."
+    )
     rollout_solver: Literal["euler", "ab2"] = Field(
         "euler", description="ab2 = Adams-Bashforth of second order on the same nodes: closer to the path at no call more."
     )
@@ -35,7 +37,9 @@ class UnpairedCycleConfig(ObjectiveConfig):
     t_min: LeastT = 0.0
     t_max: MostT = 1.0
     identity_warmup_steps: Steps = Field(200, description="First optimizer steps that train the identity term alone.")
-    identity_probability: Probability = Field(0.15, description="Chance that a later step trains the identity term alone.")
+    identity_probability: Probability = Field(
+        0.15, description="Chance that a later step trains the identity term alone; default for Wan: 0.1."
+    )
     identity_step_weight: Weight = Field(1.0, description="Weight of the identity term on an identity step.")
     identity_rate: Rate = Field(
         1.0, description="Chance that a step which is no identity step has the identity term, then with 1 / rate of its weight; 1 = always."

@@ -90,7 +90,7 @@ def write(
 ) -> None:
     """Edit the first `[sample] items` tuples and write `previews/step-000500/<n>.png`, of clips also `<n>.mp4`.
 
-    Source beside edit; with guidance, the edit at scale 1 comes third. The folder appears whole, in place of an earlier one. A failure
+    Source beside edit; with guidance, the edit without it comes third. The folder appears whole, in place of an earlier one. A failure
     is told, never raised; but in the passes through weights in shards, which the others would wait for.
 
     Args:
@@ -129,7 +129,7 @@ def edited(
         data: whose tuples.
         what: for the log.
         items: at most as many.
-        unguided: where there is guidance, also the edit at scale 1.
+        unguided: where there is guidance, also the edit without it.
         agree: whether any process says yes, of those that take part.
     """
     inputs: list[Inputs] = []
@@ -172,7 +172,7 @@ def _write(
 
 
 Latents = list[Tensor]
-"""Of one tuple: source, edit and, with guidance, the edit at scale 1."""
+"""Of one tuple: source, edit and, with guidance, the edit without it."""
 Inputs = tuple[Tensor, dict[str, Tensor], list[dict[str, Tensor] | None]]
 """Of one tuple: source, instruction, and the negative text of each edit."""
 

@@ -24,6 +24,13 @@ LITTLE = wan.Budget(vae_share=1e-4, vae_batch=1, clips=6, flow_steps=3, high_ste
 COLOURS, SHAPES, WAYS = 0.9, 0.55, 0.95  # of 32 samples; figures.json has 0.96, 0.72, 1.00 of 192
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_clips_for_the_statistics():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(wan, "STATISTICS_BATCHES", 1)
+        yield
+
+
 def config_of(base: Path, folder: Path):
     return parse_config(
         {

@@ -19,6 +19,7 @@ from byg_plugin import EditPipeline, edit, timesteps
 from byg_plugin.config.sections import Config
 from byg_plugin.data import cache, clips
 from byg_plugin.data.tuples import read_tuples
+from byg_plugin.editing import jobs
 from byg_plugin.lora import files as lora_files
 from byg_plugin.lora import formats as lora_formats
 from byg_plugin.models import make_family
@@ -384,6 +385,21 @@ def test_frames_are_checked_before_the_first_edit_and_rounding_is_told(
     assert "a.mp4: 9 of 11 frames are edited, Wan takes 4n + 1" in said and "b.mp4: 5 of 7 frames are edited" in said
     call("five", "--frames", "5")
     assert "frames are edited" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("available", "edited", "asked", "said"),
+    [
+        (81, 81, None, ""),
+        (82, 81, None, "its first 81 of 82 frames are edited; --frames asks for more"),
+        (100, 97, 100, "97 of 100 frames are edited, Wan takes 4n + 1"),
+        (100, 81, 81, ""),
+        (80, 77, None, "77 of 80 frames are edited, Wan takes 4n + 1"),
+    ],
+)
+def test_frames_that_are_not_edited_are_told(capsys: pytest.CaptureFixture[str], available: int, edited: int, asked: int | None, said: str):
+    jobs._report_shortened(Path("a.mp4"), available, edited, asked)
+    assert capsys.readouterr().err == (f"a.mp4: {said}\n" if said else "")
 
 
 def test_the_edit_at_scale_1_is_the_third_column_on_request(lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
