@@ -132,7 +132,11 @@ def _parser() -> argparse.ArgumentParser:
         help="images of one size edited at once (default 1); clips are edited one by one",
     )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], help="default: the configuration's, or auto")
-    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="default: the configuration's, or bfloat16")
+    parser.add_argument(
+        "--dtype",
+        choices=["bfloat16", "float16", "float32"],
+        help="default: the configuration's, or bfloat16; float16 is that of the weights alone",
+    )
     parser.add_argument("--quantization", choices=["none", "fp8", "int8", "nf4"], help="default: the configuration's, or none")
     return parser
 

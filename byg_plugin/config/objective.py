@@ -54,8 +54,8 @@ class ObjectiveConfig(Section):
     """Whether musubi-tuner can be its host."""
     takes_experts: ClassVar[bool] = True
     """Whether it trains a family of two experts."""
-    repeats_passes: ClassVar[bool] = False
-    """Whether a step makes a pass twice and counts on one value of both."""
+    rhythm: ClassVar[tuple[str, ...]] = ()
+    """Keys that say which step trains which adapter: a run that goes on keeps them."""
     may_ask_none: ClassVar[bool] = False
     """Whether `[critic]` may stand where no critic is asked: an ablation by one key leaves the rest of a recipe as it is."""
     fresh_noises: ClassVar[int] = 0
@@ -82,6 +82,15 @@ class ObjectiveConfig(Section):
     def few_steps(self) -> int | None:
         """Steps of the stochastic sampler that it trains for; None: any sampler of the family."""
         return None
+
+    def doubts_of_steps(self, steps: int) -> tuple[str, ...]:
+        """The same of a run of so many steps."""
+        return ()
+
+    @property
+    def repeats_passes(self) -> bool:
+        """Whether a step makes a pass twice and counts on one value of both."""
+        return False
 
     @property
     def criticised_from(self) -> int:

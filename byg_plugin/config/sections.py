@@ -496,6 +496,15 @@ class Config(Section):
             raise ValueError(f"dataset.min_frames = {self.dataset.min_frames} is above dataset.frames = {self.dataset.frames}")
         return self
 
+    def doubts(self) -> tuple[str, ...]:
+        """What is allowed and mostly a mistake, as warnings."""
+        train, found = self.train, [*self.objective.doubts(self.model.spec), *self.objective.doubts_of_steps(self.train.steps)]
+        if train.lr_warmup_steps >= train.steps:
+            found.append(f"train.lr_warmup_steps = {train.lr_warmup_steps}: in train.steps = {train.steps} the rate never reaches train.lr")
+        if self.sample.negative is not None and self.negative is None:
+            found.append("sample.negative is not used: the previews have no classifier-free guidance")
+        return tuple(found)
+
     @property
     def fps(self) -> float | None:
         """Frames a second that clips are read at; None: as they are."""
@@ -565,7 +574,7 @@ class Config(Section):
             self._check_merged_forward()
         if self.objective.repeats_passes and self.lora.dropout:
             raise ValueError(
-                f"lora.dropout = {self.lora.dropout}: objective.name = {self.objective.name!r} makes each pass twice, and dropout "
+                f"lora.dropout = {self.lora.dropout}: objective.name = {self.objective.name!r} makes a pass twice, and dropout "
                 "would make two different ones: set lora.dropout = 0"
             )
         if self.objective.merges_rollout and self.model.offload_inactive_expert:

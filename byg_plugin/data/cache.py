@@ -675,9 +675,13 @@ def _groups(items: Sequence[T], size: int, kind: Callable[[T], Any]) -> Iterable
         yield group
 
 
+def too_many_lost(lost: int, tuples: int, dataset: DatasetConfig) -> bool:
+    """Whether more of so many tuples are lost than `dataset.max_lost` allows: caching and training ask alike."""
+    return lost / max(1, tuples) > dataset.max_lost
+
+
 def _check_lost(dataset: DatasetConfig, problems: Sequence[str], lost: Mapping[int, str], tuples: int, cached: int) -> None:
-    share = len(lost) / max(1, tuples)
-    if problems and share > dataset.max_lost:
+    if problems and too_many_lost(len(lost), tuples, dataset):
         allowed = f"; dataset.max_lost = {dataset.max_lost} allows fewer of {tuples} tuples" if dataset.max_lost else ""
         what = "image(s) or clip(s)" if dataset.frames > 1 else "image(s)"
         raise UnusableImages(

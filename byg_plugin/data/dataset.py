@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from byg_plugin.config.sections import Config
-from byg_plugin.data.cache import Keys, Picture, Spec, Store, latent_store, lost_tuples, read_lost, text_store, texts_beside
+from byg_plugin.data.cache import Keys, Picture, Spec, Store, latent_store, lost_tuples, read_lost, text_store, texts_beside, too_many_lost
 from byg_plugin.data.rules import ROLES
 from byg_plugin.data.tuples import EditTuple, read_tuples
 from byg_plugin.models.base import Family
@@ -65,7 +65,7 @@ class CachedTuples(Dataset[dict[str, Any]]):
         if not lost:
             return
         first = next(iter(lost.values()))
-        if len(lost) > allowed * every or len(lost) == len(self.tuples):
+        if too_many_lost(len(lost), every, self.config.dataset) or len(lost) == len(self.tuples):
             raise ValueError(f"{len(lost)} of {every} tuples cannot be used, dataset.max_lost = {allowed} allows fewer; the first: {first}")
         logger.warning("%d of %d tuples are left out, the first because: %s", len(lost), len(self.tuples), first)
         self.tuples = [item for index, item in enumerate(self.tuples) if index not in lost]

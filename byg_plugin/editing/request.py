@@ -88,8 +88,10 @@ def _of_an_edit(raw: dict[str, Any], config: Config | None, model: Mapping[str, 
     raw["model"] = section | model | {"gradient_checkpointing": False} | more
     raw["dataset"] |= native_size(section["family"])
     raw["objective"] = {"ema_decay": 0.0}
-    in_float32 = raw["model"].get("dtype") == "float32"
-    raw["train"] = {"steps": 1, "mixed_precision": config.train.mixed_precision if config else "no" if in_float32 else "bf16"}
+    precision = "no" if raw["model"].get("dtype") == "float32" else "bf16"
+    if config and "dtype" not in model:  # a dtype that is asked for is that of the passes too
+        precision = config.train.mixed_precision
+    raw["train"] = {"steps": 1, "mixed_precision": precision}
     return raw
 
 

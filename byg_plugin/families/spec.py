@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any, Literal
 
 # The networks of a family: one, or the high-noise expert before the low-noise expert; and what follows the stem of a LoRA file of each.
@@ -58,7 +57,7 @@ class MusubiSpec:
     """
 
     adapter: str
-    decided: Mapping[str, str | bool] = field(default_factory=lambda: MappingProxyType({}))
+    decided: Mapping[str, str | bool] = field(default_factory=dict)
     network_module: str
     text_encoders: tuple[str, ...]
     most_swapped: int
@@ -137,7 +136,7 @@ class FamilySpec:
     fps: int | None = None
     native: int | None = None
     vae_tiling: bool = False
-    defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: MappingProxyType({}))
+    defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     distilled: str | None = None
     diffusers: tuple[int, int] = (0, 32)
     musubi: MusubiSpec | None = None

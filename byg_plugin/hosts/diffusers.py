@@ -300,21 +300,10 @@ class DiffusersHost:
         self._set(self.parameters, tensors)
 
     def _set(self, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]) -> None:
-        missing = sorted(parameters.keys() - tensors.keys())
-        unknown = sorted(tensors.keys() - parameters.keys())
-        if missing or unknown:
-            raise ValueError(
-                f"this LoRA does not fit the model and lora.targets: {len(missing)} modules' tensors are missing (e.g. "
-                f"{missing[:2]}), {len(unknown)} are unknown (e.g. {unknown[:2]}); set lora.targets to what it was trained with"
-            )
+        start_lora.refuse_misfit(tensors, {name: tuple(parameter.shape) for name, parameter in parameters.items()})
         scale = self.config.lora.scale_numerator / self.config.lora.rank
         for name, parameter in parameters.items():
             value = tensors[name]
-            if value.shape != parameter.shape:
-                raise ValueError(
-                    f"{name} has shape {tuple(value.shape)} in the LoRA and {tuple(parameter.shape)} here: "
-                    f"set lora.rank to the LoRA's rank, or use the model it was trained on"
-                )
             if name.endswith(".lora_B.weight"):
                 value = value.float() / scale
             parameter.data.copy_(value)

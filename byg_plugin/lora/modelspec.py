@@ -11,7 +11,7 @@ from byg_plugin.lora.card import LoraCard
 from byg_plugin.lora.check import runtime
 from byg_plugin.lora.files import HASHES
 
-_PREFIX = "modelspec."
+PREFIX = "modelspec."
 
 
 def metadata_of(card: LoraCard, title: str, *, date: str, thumbnail: str | None = None) -> dict[str, str]:
@@ -40,4 +40,4 @@ def metadata_of(card: LoraCard, title: str, *, date: str, thumbnail: str | None 
     }
     if thumbnail is not None:
         keys["thumbnail"] = thumbnail
-    return {_PREFIX + key: value for key, value in keys.items()} | dict.fromkeys(HASHES, "")
+    return {PREFIX + key: value for key, value in keys.items()} | dict.fromkeys(HASHES, "")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -19,20 +19,45 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def check_start(config: Config, *, fresh: bool) -> None:
+def check_start(config: Config, layout: Callable[[], Mapping[str, Mapping[str, tuple[int, ...]]]] | None) -> None:
     """Read what `[lora]` names and drop it: loading the models takes minutes, and only then is it read to be used.
 
     Args:
         config: the whole configuration.
-        fresh: as of `hosts.make_host`: a resumed run needs no `lora.init_from`.
+        layout: names and shapes of each adapter's parameters, e.g. of `hosts.adapter_shapes`, which is asked where they may be wrong;
+            None: a resumed run, which needs no `lora.init_from`, and whose checkpoint has told.
 
     Raises:
-        ValueError: see `read_init` and `read_other_expert`.
+        ValueError: see `read_init`, `read_other_expert`, `refuse_misfit` and `layout`.
     """
-    if config.lora.init_from and fresh:
-        read_init(config, tell=False)
+    if layout is not None and (config.lora.targets or config.lora.init_from):
+        for shapes in layout().values():
+            if config.lora.init_from:
+                tensors = read_init(config, tell=False)
+                with fitting(config.lora, "init_from"):
+                    refuse_misfit(tensors, shapes)
     if config.lora.other_expert:
         read_other_expert(config, tell=False)
+
+
+def refuse_misfit(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Tensors of a LoRA must be a network's parameters, by our names.
+
+    Raises:
+        ValueError: some are missing, unknown or of another shape.
+    """
+    missing, unknown = sorted(shapes.keys() - tensors.keys()), sorted(tensors.keys() - shapes.keys())
+    if missing or unknown:
+        raise ValueError(
+            f"this LoRA does not fit the model and lora.targets: {len(missing)} modules' tensors are missing (e.g. "
+            f"{missing[:2]}), {len(unknown)} are unknown (e.g. {unknown[:2]}); set lora.targets to what it was trained with"
+        )
+    for name, shape in shapes.items():
+        if tuple(tensors[name].shape) != tuple(shape):
+            raise ValueError(
+                f"{name} has shape {tuple(tensors[name].shape)} in the LoRA and {tuple(shape)} here: "
+                f"set lora.rank to the LoRA's rank, or use the model it was trained on"
+            )
 
 
 def read_init(config: Config, *, tell: bool = True) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ class NpEditConfig(ObjectiveConfig):
 
     implementation: ClassVar[str] = "byg_plugin.objectives.np_edit:NpEdit"
     takes_experts: ClassVar[bool] = False
-    repeats_passes: ClassVar[bool] = True
+    rhythm: ClassVar[tuple[str, ...]] = ("fake_updates", "identity_warmup_steps", "dmd")
     may_ask_none: ClassVar[bool] = True
     fresh_noises: ClassVar[int] = 2
 
@@ -85,6 +85,11 @@ class NpEditConfig(ObjectiveConfig):
             f"{spec.name} is distilled from a guided model: objective.guidance = {self.guidance} and objective.strong_guidance = "
             f"{self.strong_guidance} guide its teacher a second time, beyond conditioning.guidance; 1 and 1 leave it as it is",
         )
+
+    @property
+    def repeats_passes(self) -> bool:
+        """See `ObjectiveConfig.repeats_passes`: what is unrolled is made again, with gradient."""
+        return True
 
     def doubts_of_types(self, types: Set[str | None]) -> tuple[str, ...]:
         """See `ObjectiveConfig.doubts_of_types`."""

@@ -94,6 +94,20 @@ class UnpairedCycleConfig(ObjectiveConfig):
         """See `ObjectiveConfig.joins_passes`."""
         return self.graph == "joint"
 
+    @property
+    def repeats_passes(self) -> bool:
+        """See `ObjectiveConfig.repeats_passes`: without routing y_hat is made once for its value, once for its gradient."""
+        return not self.routing and self.graph == "sequential"
+
+    def doubts_of_steps(self, steps: int) -> tuple[str, ...]:
+        """See `ObjectiveConfig.doubts_of_steps`."""
+        if self.identity_warmup_steps < steps:
+            return ()
+        return (
+            f"objective.identity_warmup_steps = {self.identity_warmup_steps} makes all of train.steps = {steps} identity steps: copying "
+            "is trained, and no edit",
+        )
+
     def trains_nothing(self, steps: int) -> str | None:
         """All steps may be identity steps of the weight 0."""
         if self.identity_step_weight or self.identity_warmup_steps < steps:

@@ -261,6 +261,9 @@ def _record(path: Path) -> dict[str, Any]:
         states = optimizer.get("state") if isinstance(optimizer, dict) else None
         if not isinstance(states, dict) or not all(isinstance(values, dict) for values in states.values()):
             raise ValueError(f"{STATE}: {key} = {_shown(optimizer)} is not an optimizer's state")
+        idle = optimizer.get("idle", [])
+        if not isinstance(idle, list) or not all(type(index) is int for index in idle):
+            raise ValueError(f"{STATE}: {key}.idle = {_shown(idle)} is no list of parameters' numbers")
     if not isinstance(record.get("data", ""), str):
         raise ValueError(f"{STATE}: data = {_shown(record['data'])} is no text")
     return record
@@ -325,7 +328,7 @@ def _compared(found: Mapping[Any, Any], wanted: Mapping[Any, str]) -> Iterator[s
 
 
 def _optimizer_difference(optimizer: Mapping[str, Any], layout: AdapterLayout, steps: int, prefix: str) -> str | None:
-    """An expert that no step has trained yet has no state; a parameter alone always has one after a step."""
+    """An expert that no step has trained yet has no state; after a step a parameter has one, or is `idle`: no gradient reaches it."""
     names = list(layout.lora)
     groups, states = optimizer["param_groups"], optimizer["state"]
     numbers = [group.get("params") if isinstance(group, dict) else None for group in groups] if isinstance(groups, list) else groups
@@ -339,6 +342,9 @@ def _optimizer_difference(optimizer: Mapping[str, Any], layout: AdapterLayout, s
     trained = {expert: members for expert, members in experts.items() if any(states.get(index) for index in members)}
     if steps and not trained:
         trained = experts
+    else:
+        idle = set(optimizer.get("idle", ()))
+        trained = {expert: [index for index in members if index not in idle or states.get(index)] for expert, members in trained.items()}
     for index in (index for members in trained.values() for index in members):
         for text in _compared(states.get(index, {}), layout.optimizer[names[index]]):
             return f"the optimizer's {names[index]}/{text} ({prefix}/{index})"
@@ -418,7 +424,10 @@ def tensors_of(adapter: AdapterState) -> dict[str, Tensor]:
 
 
 def split_optimizer(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """state_dict() -> flat tensors and JSON scalars. Works for torch's and bitsandbytes' AdamW: any per-parameter state."""
+    """state_dict() -> flat tensors and JSON scalars. Works for torch's and bitsandbytes' AdamW: any per-parameter state.
+
+    `idle`, where there are some, are the parameters without a state: no gradient reached them, or their expert's turn has not come.
+    """
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, Any] = {"param_groups": state["param_groups"], "state": {}}
     for index, values in state["state"].items():
@@ -428,6 +437,8 @@ def split_optimizer(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[s
                 tensors[f"optimizer/{index}/{name}"] = value
             else:
                 scalars["state"][str(index)][name] = value
+    if idle := [index for group in state["param_groups"] for index in group["params"] if index not in state["state"]]:
+        scalars["idle"] = idle
     return tensors, scalars
 
 
@@ -445,7 +456,7 @@ def _join_optimizer(tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -
     for key, value in tensors.items():
         index, _, name = key.partition("/")
         state.setdefault(_index(index), {})[name] = value
-    return {"param_groups": scalars.get("param_groups"), "state": state}
+    return {"param_groups": scalars.get("param_groups"), "state": state, "idle": scalars.get("idle", [])}
 
 
 def _index(text: str) -> int:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import datetime
+from pathlib import Path
 
+from safetensors.torch import save
 from torch import Tensor
 
-from byg_plugin.config.sections import Config
+from byg_plugin.config.sections import Config, OutputConfig
 from byg_plugin.lora import modelspec
 from byg_plugin.lora.card import LoraCard
-from byg_plugin.lora.files import hashed
+from byg_plugin.lora.files import hashed, read_lora
 from byg_plugin.models.base import Family
 from byg_plugin.training import preview
 
@@ -32,3 +34,12 @@ def header(
     picture = preview.thumbnail(config.output) if config.output.thumbnail else None
     shown = modelspec.metadata_of(card, title, date=datetime.now().isoformat(timespec="seconds"), thumbnail=picture)
     return hashed(tensors, card.to_metadata() | shown)
+
+
+def exported(path: Path, output: OutputConfig) -> bytes:
+    """A checkpoint's LoRA file as the run leaves it: it was saved before the previews of its step, whose picture it gets."""
+    picture = preview.thumbnail(output) if output.thumbnail else None
+    if picture is None:
+        return path.read_bytes()
+    tensors, metadata = read_lora(path)
+    return save(tensors, metadata={"format": "pt", **metadata, f"{modelspec.PREFIX}thumbnail": picture})

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,7 +27,7 @@ from byg_plugin.critics import check_critic, check_instructions, make_critic
 from byg_plugin.data.dataset import BucketBatches, CachedTuples, collate
 from byg_plugin.families import EXPERT_SUFFIXES
 from byg_plugin.folders import set_aside
-from byg_plugin.hosts import make_host
+from byg_plugin.hosts import adapter_shapes, make_host
 from byg_plugin.hosts.batch import draw_batch
 from byg_plugin.hosts.blocks import blocks_of
 from byg_plugin.hosts.sharding import bytes_held
@@ -41,7 +42,7 @@ from byg_plugin.training import best, checkpoint, logs, preview
 from byg_plugin.training.checkpoint import naming_a_full_disk
 from byg_plugin.training.diagnosis import Diagnosis
 from byg_plugin.training.engines import make_engine
-from byg_plugin.training.headers import header
+from byg_plugin.training.headers import exported, header
 from byg_plugin.training.launch import Launch
 from byg_plugin.training.optimizers import learning_rate
 from byg_plugin.training.resume import find_start, is_in, load_start
@@ -115,8 +116,8 @@ class Trainer:
         state = None
         if self.resume_from:
             state, layout = load_start(self.resume_from, config, family, self.objective, self.data.digest(), accelerator.device)
-        check_start(config, fresh=state is None)
-        for doubt in (*config.objective.doubts(config.model.spec), *config.objective.doubts_of_types(types)):
+        check_start(config, None if state else partial(adapter_shapes, config, family, (EDIT,)))
+        for doubt in (*config.doubts(), *config.objective.doubts_of_types(types)):
             logger.warning(doubt)
         if critic is not None:
             shown = [self.data[index]["source"] for index in range(min(PROBED_SOURCES, len(self.data)))]
@@ -478,7 +479,7 @@ class Trainer:
         return [f"{self.config.output.name}{suffix}.safetensors" for suffix in (EXPERT_SUFFIXES.values() if separate else ("",))]
 
     def _export(self) -> Path:
-        """Copies of the last checkpoint's LoRA files beside the checkpoints folder."""
+        """The last checkpoint's LoRA files beside the checkpoints folder."""
         if self.accelerator.is_main_process:
             last = checkpoint.checkpoints(self.checkpoints)[-1]
             for path in last.glob("*.safetensors"):
@@ -486,7 +487,7 @@ class Trainer:
                     continue
                 partial = self.folder / f".partial-{path.name}"
                 try:
-                    partial.write_bytes(path.read_bytes())
+                    partial.write_bytes(exported(path, self.config.output))
                     os.replace(partial, self.folder / path.name)
                 except OSError as error:
                     partial.unlink(missing_ok=True)

@@ -65,12 +65,20 @@ def set_aside_later(beside: Path, step: int) -> list[Path]:
 
 
 def thumbnail(output: OutputConfig) -> str | None:
-    """The first picture of the last previews as `data:image/jpeg;base64,...`, at most 512 pixels a side; None: there are none yet."""
-    written = sorted(folder(output, 0).parent.glob("step-*/000.png"), key=lambda path: int(path.parent.name.removeprefix("step-")))
+    """The first picture of the last previews as `data:image/jpeg;base64,...`, at most 512 pixels a side; None: there are none yet.
+
+    One that cannot be read is warned of: it is no reason to lose the file that it was to be in.
+    """
+    numbered = [(_NAME.fullmatch(path.parent.name), path) for path in folder(output, 0).parent.glob("step-*/000.png")]
+    written = sorted((int(match[1]), path) for match, path in numbered if match)
     if not written:
         return None
-    with Image.open(written[-1]) as image:
-        small = image.convert("RGB")
+    try:
+        with Image.open(written[-1][1]) as image:
+            small = image.convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:  # of Pillow: what a broken file is
+        logger.warning("output.thumbnail: %s cannot be read (%s), the LoRA has none", written[-1][1], error)
+        return None
     small.thumbnail((THUMBNAIL, THUMBNAIL))
     jpeg = BytesIO()
     small.save(jpeg, format="JPEG", quality=85)

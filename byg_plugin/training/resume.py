@@ -111,6 +111,7 @@ def load_start(
 
 def _check_same_run(config: Config, saved: dict[str, Any]) -> None:
     """Refuse what cannot continue, and say loudly what makes the run another one."""
+    kept = {*_FIXED, *(f"objective.{key}" for key in config.objective.rhythm)}
     now = config.model_dump(mode="json")
     chosen = config.model_dump(mode="json", exclude_defaults=True)
     changed = [
@@ -120,9 +121,9 @@ def _check_same_run(config: Config, saved: dict[str, Any]) -> None:
         if saved.get(section, {}).get(key) != value
         and not (value is None and f"{section}.{key}" in ONCE_ALWAYS_WRITTEN)
         # What a checkpoint of an earlier version does not know was as its default is.
-        and (key in saved.get(section, {}) or key in chosen.get(section, {}) or f"{section}.{key}" in _FIXED)
+        and (key in saved.get(section, {}) or key in chosen.get(section, {}) or f"{section}.{key}" in kept)
     ]
-    fixed = [f"{key}: {old!r} -> {new!r}" for key, old, new in changed if key in _FIXED]
+    fixed = [f"{key}: {old!r} -> {new!r}" for key, old, new in changed if key in kept]
     if fixed:
         raise ValueError(f"--resume: the checkpoint was trained with other values of {'; '.join(fixed)}; set them back, or start a new run")
     for key, old, new in changed:

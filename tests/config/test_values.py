@@ -208,3 +208,12 @@ def test_video_has_its_own_defaults_and_a_named_key_wins():
 def test_impossible_video_options_are_refused(sections, message):
     with pytest.raises(ValueError, match=message):
         wan(**sections)
+
+
+def test_dropout_where_a_pass_is_made_twice_is_refused():
+    """Without routing y_hat is made for its value and again for its gradient: two masks would make two edits of it."""
+    for objective in ({"routing": False}, {"name": "np_edit", "vlm": False, "identity_warmup_steps": 0, "fake_updates": 1}):
+        with pytest.raises(ValueError, match=r"lora.dropout = 0.1: objective.name = .* makes a pass twice"):
+            parse_config(raw(objective=objective, lora={"dropout": 0.1}))
+    parse_config(raw(objective={"routing": False, "graph": "joint"}, lora={"dropout": 0.1}))
+    parse_config(raw(objective={}, lora={"dropout": 0.1}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import time
 from collections import Counter
 from dataclasses import replace
@@ -14,10 +15,11 @@ import torch
 from safetensors.torch import save
 
 from byg_plugin.config.sections import Config
-from byg_plugin.data.cache import Keys, cache_latents, cache_texts, texts_of
+from byg_plugin.data.cache import Keys, cache_latents, cache_texts, texts_of, too_many_lost
 from byg_plugin.data.dataset import BucketBatches, CachedTuples, collate, split_tuples
 from byg_plugin.data.rules import ROLES
 from byg_plugin.data.tuples import EditTuple, read_tuples
+from byg_plugin.families import SPECS
 from tests.support.data_fakes import CPU, FakeFamily, data_set, hashed, picture, record, write_tuples
 from tests.support.tiny import tiny_config
 
@@ -361,3 +363,21 @@ def test_an_entry_of_a_size_of_its_own_is_compared_by_its_channels(tmp_path: Pat
     path.write_bytes(save({"latents": torch.ones(4, 1, 6, 10)}))
     said = refused(config)
     assert "1 entries have other tensors" in said and str(path) in said
+
+
+def test_a_loader_s_process_that_is_started_anew_reads_the_same(tmp_path: Path):
+    """Where processes are not forked (Windows, macOS) the data set goes to them as a pickle, and with it the family."""
+    for spec in SPECS.values():
+        assert pickle.loads(pickle.dumps(spec)) == spec
+    data = CachedTuples(mixed(tmp_path), FakeFamily(), "train")
+    there = pickle.loads(pickle.dumps(data))
+    assert len(there) == len(data)
+    for name, value in data[3].items():
+        assert torch.equal(there[3][name], value) if isinstance(value, torch.Tensor) else there[3][name] is not None
+
+
+@pytest.mark.parametrize(("lost", "share"), [(29, 0.29), (57, 0.57), (58, 0.58)])
+def test_the_share_that_may_be_lost_is_reckoned_as_it_is_written(tmp_path: Path, lost: int, share: float):
+    """0.29 x 100 is less than 29 in binary."""
+    dataset = tiny_config(tmp_path, dataset={"max_lost": share}).dataset
+    assert not too_many_lost(lost, 100, dataset) and too_many_lost(lost + 1, 100, dataset)

@@ -123,6 +123,9 @@ def test_a_configuration_gives_the_model_and_options_override_it(lora: Path):
     pipe = EditPipeline.from_lora(lora, config=config)
     assert pipe.config.model.path == str(model_folder()) and pipe.config.model.dtype == "float32"
     assert pipe.config.train.mixed_precision == "no"
+    mixed = run_config(Path("unused-output"), train={"mixed_precision": "bf16"})
+    for dtype, precision in ((None, "bf16"), ("float32", "no"), ("bfloat16", "bf16")):
+        assert EditPipeline.from_lora(lora, config=mixed, dtype=dtype).config.train.mixed_precision == precision
     changed = EditPipeline.from_lora(lora, config=config, quantization="fp8")
     assert changed.config.model.quantization == "fp8"
     same, stored = (p(photo(), "add the snow", steps=2) for p in (pipe, changed))

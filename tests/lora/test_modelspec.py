@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 from base64 import b64decode
 from datetime import datetime
 from io import BytesIO
@@ -19,6 +20,7 @@ from byg_plugin.lora.card import LoraCard, has_card
 from byg_plugin.lora.files import HASHES, hashed, read_lora, write_lora
 from byg_plugin.lora.modelspec import metadata_of
 from byg_plugin.training import preview
+from byg_plugin.training.loop import Trainer
 from tests.support.musubi_host import CHECKOUT, needs_host
 from tests.support.tiny import make_trainer, run_config, tiny_config
 
@@ -108,3 +110,27 @@ def test_the_thumbnail_is_the_last_preview_in_512_pixels(tmp_path: Path):
 def test_a_thumbnail_without_previews_is_refused(tmp_path: Path):
     with pytest.raises(ValueError, match=r"output.thumbnail needs previews: set sample.every"):
         tiny_config(tmp_path, output={"thumbnail": True})
+
+
+def test_the_last_preview_is_in_the_lora_that_a_run_leaves(tmp_path: Path):
+    """A step is saved before its preview; what a file manager copies beside them hinders nothing."""
+    config = run_config(tmp_path / "out", train={"steps": 2}, sample={"every": 2, "items": 1, "steps": 1}, output={"thumbnail": True})
+    trainer = make_trainer(config)
+
+    def copied(trainer: Trainer) -> None:
+        if trainer.step == 1:
+            shutil.copytree(preview.folder(config.output, 0), tmp_path / "out/previews/step-000000 - Copy")
+
+    trainer.on_step = copied
+    tensors, metadata = read_lora(trainer.run())
+    assert metadata["modelspec.thumbnail"] == preview.thumbnail(config.output)
+    saved, before = read_lora(tmp_path / "out/checkpoints/step-000002/byg_lora.safetensors")
+    assert before["modelspec.thumbnail"] != metadata["modelspec.thumbnail"] and before.keys() == metadata.keys()
+    assert saved.keys() == tensors.keys() and all(torch.equal(value, tensors[name]) for name, value in saved.items())
+
+
+def test_a_preview_that_cannot_be_read_is_no_thumbnail(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    output = tiny_config(tmp_path).output
+    preview.folder(output, 3).mkdir(parents=True)
+    (preview.folder(output, 3) / "000.png").write_bytes(b"no picture")
+    assert preview.thumbnail(output) is None and "the LoRA has none" in caplog.text

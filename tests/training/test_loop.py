@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from byg_plugin.objectives import make_objective
 from byg_plugin.objectives.base import IDENTITY
 from byg_plugin.randomness import coin, generator
+from byg_plugin.training import loop
 from tests.support.tiny import curve, make_trainer, run_config, wake
 from tests.support.training_runs import assert_same_run
 
@@ -116,3 +119,26 @@ def test_identity_steps_follow_warm_up_and_coin(tmp_path: Path):
 def test_paired_needs_targets(tmp_path: Path):
     with pytest.raises(ValueError, match="needs a `target`"):
         make_trainer(run_config(tmp_path / "out", objective={"name": "paired"}))
+
+
+def test_what_does_not_fit_the_network_is_told_before_it_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    earlier = make_trainer(run_config(tmp_path / "earlier", train={"steps": 1})).run()
+    monkeypatch.setattr(loop, "make_host", None)
+    for lora, message in (
+        ({"targets": "nothing"}, "lora.targets = 'nothing' matches no module"),
+        ({"init_from": str(earlier), "rank": 8}, rf"lora.init_from = {re.escape(str(earlier))}: .* has shape \(4, \d+\) in the LoRA"),
+        ({"init_from": str(earlier), "targets": r"transformer_blocks\.0\.attn\.to_q"}, r"lora.init_from = .* does not fit .* lora.targets"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_trainer(run_config(tmp_path / "out", lora=lora))
+
+
+def test_what_is_mostly_a_mistake_is_said_at_the_start(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    config = run_config(tmp_path / "out", objective={"identity_warmup_steps": 6}, train={"steps": 6, "lr_warmup_steps": 6})
+    with caplog.at_level(logging.WARNING):
+        make_trainer(config)
+    assert "objective.identity_warmup_steps = 6 makes all of train.steps = 6 identity steps: copying is trained, and no edit" in caplog.text
+    assert "train.lr_warmup_steps = 6: in train.steps = 6 the rate never reaches train.lr" in caplog.text
+    caplog.clear()
+    make_trainer(run_config(tmp_path / "other", objective={"identity_warmup_steps": 5}, train={"steps": 6, "lr_warmup_steps": 5}))
+    assert "makes all of" not in caplog.text and "never reaches" not in caplog.text

@@ -162,10 +162,11 @@ def test_damage_of_the_fake_score_is_named(tmp_path: Path, whole: Path, change: 
         np_trainer(np_config(out), "latest")
 
 
-def test_a_run_that_had_a_fake_score_goes_on_without_one_by_no_accident(tmp_path: Path, whole: Path):
+def test_whose_turn_a_step_is_stays_as_it_was(tmp_path: Path, whole: Path):
     out = Path(shutil.copytree(whole, tmp_path / "out"))
-    with pytest.raises(ValueError, match="adapter fake is not part of this run"):
-        np_trainer(np_config(out, objective={"dmd": False}), "latest")
+    for key, value in (("dmd", False), ("fake_updates", 3), ("identity_warmup_steps", 4)):
+        with pytest.raises(ValueError, match=rf"trained with other values of objective.{key}: .* -> {value}; set them back"):
+            np_trainer(np_config(out, objective={key: value}), "latest")
 
 
 # --- processes ---

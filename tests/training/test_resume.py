@@ -15,9 +15,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from byg_plugin.config.sections import Config
 from byg_plugin.training import checkpoint, resume
 from byg_plugin.training.loop import Trainer
-from tests.support.tiny import curve, in_child, make_trainer, run_config
+from tests.support.checkpoint_damage import state_changed
+from tests.support.tiny import curve, fill_caches, in_child, make_trainer, run_config, tiny_config, write_tuples
+from tests.support.tiny_qwen import qwen_folder
 from tests.support.training_runs import assert_same_run, kill, killed_after_save, killed_in_step, tensors_of
 
 # --- kill -9 and resume ---
@@ -236,3 +239,41 @@ def test_a_key_that_the_checkpoint_does_not_know_is_a_change_where_it_is_set(tmp
         assert not [line for line in caplog.messages if "train.betas" not in line]
         resume._check_same_run(chosen, saved)
     assert "objective.rollout_solver was None and is now 'ab2'" in caplog.text
+
+
+# A text's stream of the last block: nothing is read of it.
+WITH_TEXT = r"transformer_blocks\.\d+\.attn\.(to_q|to_add_out)"
+
+
+def test_parameters_that_no_gradient_reaches_do_not_hinder_going_on(tmp_path: Path):
+    write_tuples(tmp_path)
+
+    def config(out: str, steps: int) -> Config:
+        return tiny_config(
+            tmp_path,
+            model={"family": "qwen-image", "path": str(qwen_folder())},
+            lora={"targets": WITH_TEXT},
+            objective={"rollout_steps": 2, "identity_warmup_steps": 1, "ema_decay": 0.9},
+            train={"steps": steps, "save_every": 2, "keep_last": 0, "lr_schedule": "constant"},
+            output={"dir": str(tmp_path / out)},
+        )
+
+    fill_caches(config("whole", 4))
+    make_trainer(config("whole", 4)).run()
+    trainer = make_trainer(config("halves", 2))
+    trainer.run()
+    idle = [name for name, p in trainer.host.parameters.items() if not trainer.engine.optimizers["edit"].state.get(p)]
+    assert {name.split(".")[2] + name.split(".")[4] for name in idle} == {"1to_add_out"}
+    make_trainer(config("halves", 4), "latest").run()
+    a, b = tensors_of(tmp_path / "halves"), tensors_of(tmp_path / "whole")
+    assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+    # One that has a state, and one that says that it has none and is not believed, are told from these.
+    for damage, message in (
+        (lambda record: record["optimizer"].pop("idle"), "to_add_out.lora_A.weight/.* is missing"),
+        (lambda record: record["optimizer"].update(idle=[True]), "idle = a list is no list of parameters' numbers"),
+    ):
+        shutil.rmtree(tmp_path / "spoilt", ignore_errors=True)
+        shutil.copytree(tmp_path / "halves", tmp_path / "spoilt")
+        state_changed(damage)(tmp_path / "spoilt")
+        with pytest.raises(ValueError, match=message):
+            make_trainer(config("spoilt", 6), "latest")
