@@ -94,15 +94,12 @@ def test_every_refusal_names_key_and_file(tmp_path: Path, key: str, case: str):
 
 
 @pytest.mark.parametrize("key", ["init_from", "other_expert"])
-def test_good_files_of_every_naming_are_taken_where_they_fit(tmp_path: Path, key: str):
+def test_good_files_of_every_naming_are_taken(tmp_path: Path, key: str):
+    """Trained ones: of zeros a fused file does not say which rank belongs to which part."""
     tensors, metadata = good(key)
+    tensors = {name: torch.randn(tensor.shape) for name, tensor in tensors.items()}
     for to in ("diffusers", "musubi", "comfyui"):
         path = tmp_path / f"{to}.safetensors"
         save_file({n: t.contiguous() for n, t in convert(tensors, to, family=metadata["byg.family"]).items()}, path, metadata=metadata)
         config = config_of(key, path)
-        layout = partial(adapter_shapes, config, make_family(config), ("edit",))
-        if key == "init_from" and to != "diffusers":  # one matrix for q, k and v: three times the rank, which no network here has
-            with pytest.raises(ValueError, match=r"lora.init_from = .*safetensors: .* has shape \(12, 32\) in the LoRA and \(4, 32\)"):
-                start_lora.check_start(config, layout)
-            continue
-        start_lora.check_start(config, layout)
+        start_lora.check_start(config, partial(adapter_shapes, config, make_family(config), ("edit",)))
