@@ -218,6 +218,19 @@ def test_all_runs_on_six_types_have_their_table_and_what_lacks_is_named(results)
     assert f"**Not measured yet: {'; '.join(lacking)}.**" in text
 
 
+def test_a_group_of_ablations_has_its_own_tables(results):
+    """Against its own full method and not the study's."""
+    for seed in range(2):
+        for name, ends in {"fast_full": (0.96, 0.7), "fast_no_cycle": (0.98, 0.6), "fast_no_routing": (0.96, 0.75)}.items():
+            runs.write_json(results / f"{name}-{seed}.json", result(name, seed, ends))
+    text = report.table(report.read_results(results), limit=5)
+    own = text.partition("## The cheaper step in smaller batches")[2].partition("\n## ")[0]
+    assert "### Against Table 4 of the paper" in own and "### What was to be shown" in own
+    assert cells(own, "w/o cycle", 3)[-1] == "down: -10" and cells(own, "w/o gradient routing", 3)[-1] == "up: +5"
+    assert "Not measured yet: w/o directional term" in own or "fast_no_directional" in own
+    assert "| without cycle: preserves less than full at equal edit rate, every seed | -9 at 96 % edits | yes |" in own
+
+
 def test_a_run_in_the_time_of_pairs_is_read_on_straight_lines_between_evaluations(results):
     """The full method has evaluations at 1 and 2 seconds; pairs take 1.5, and 9 with the next seed, when it is done."""
     for seed, seconds in ((0, 1.5), (1, 9.0)):
