@@ -49,7 +49,7 @@ GROUPS: dict[str, Group] = {
     "fast_": Group(
         title="The cheaper step in smaller batches",
         about="The data of the main table, {edits} edits of each type. Batches of 2 for 8, the identity term in a quarter of the steps, "
-        "second-order rollout steps on shifted nodes, no weight delta multiplied twice; trained in float32, in the CPU seconds that the "
+        "second-order rollout steps on shifted nodes, the LoRA multiplied into the weights; trained in float32, in about the CPU seconds that the "
         "recipe's 800 steps took in float32 before the step was cheaper.",
         runs=("full", "no_routing", "no_cycle", "no_directional", "no_bootstrap", "no_prior", "no_identity", "paired_steps"),
         ablations=True,
@@ -485,7 +485,7 @@ def _by_type(results: Results, prefix: str, limit: float) -> str:
 def _ablations(results: Results, prefix: str) -> list[str]:
     """The two tables below the main one, of a group's own full method and the runs beside it."""
     own = {name.removeprefix(prefix): results[name] for name in group_names(results, prefix)}
-    if not GROUPS[prefix].ablations or "full" not in own:
+    if not GROUPS[prefix].ablations or "full" not in own or len(own) == 1:
         return []
     return [f"#{part}" for part in (_beside_paper(own), _targets(own))]
 
@@ -505,13 +505,22 @@ def _in_the_time_of_pairs(results: Results, prefix: str) -> list[str]:
         *_header(["run", "**joint**", "edit made", "source preserved"]),
     ]
     for name in group_names(results, prefix):
-        both = [(record, pairs[seed]["cpu_seconds"]) for seed, record in results[name].items() if seed in pairs]
+        both = [(record, pairs[seed]["cpu_seconds"]) for seed, record in results[name].items() if _timed_alike(record, pairs.get(seed))]
         read = [[at_seconds(record, time, key) for record, time in both] for key in ("joint", "edit", "preserved")]
         known = [[value for value in values if value is not None] for values in read]
         if known[0]:
             joint, *others = [_spread(values, _percent) for values in known]
             lines.append(_line([_title(results[name]), f"**{joint}**", *others]))
     return lines
+
+
+def _timed_alike(record: Record, pairs: Record | None) -> bool:
+    """Seconds of float32 and of bfloat16 were taken on machines that are fast with one of them."""
+    return pairs is not None and _precision(record) == _precision(pairs)
+
+
+def _precision(record: Record) -> str | None:
+    return record.get("config", {}).get("train", {}).get("mixed_precision")
 
 
 def group_lacking(results: Results, prefix: str) -> list[str]:

@@ -240,6 +240,8 @@ def test_a_run_in_the_time_of_pairs_is_read_on_straight_lines_between_evaluation
     assert report.at_seconds(kept["six_full"][0], 0.5, "edit") is None, "before its first evaluation"
     text = report.table(kept, limit=5).partition("In the CPU seconds of *paired, equal steps* of the same seed (5 (2 to 9))")[2]
     assert text, "the pairs' seconds"
+    other = result("six_full+float32", 0, (0.6, 0.5)) | {"title": "another machine", "config": {"train": {"mixed_precision": "no"}}}
+    assert "another machine" not in report._in_the_time_of_pairs(kept | {"six_full+float32": {0: other}}, "six_")[-1]
     # (0 + 0.6) / 2 and 0.6; (1 + 0.5) / 2 and 0.5.
     assert cells(text, "full method", 2) == ["45 (30 to 60)"] and cells(text, "full method", 3) == ["62 (50 to 75)"]
 
