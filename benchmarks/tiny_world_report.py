@@ -49,8 +49,8 @@ GROUPS: dict[str, Group] = {
     "fast_": Group(
         title="The cheaper step in smaller batches",
         about="The data of the main table, {edits} edits of each type. Batches of 2 for 8, the identity term in a quarter of the steps, "
-        "second-order rollout steps on shifted nodes, the LoRA multiplied into the weights; trained in float32, in about the CPU seconds that the "
-        "recipe's 800 steps took in float32 before the step was cheaper.",
+        "second-order rollout steps on shifted nodes, the LoRA multiplied into the weights; trained in float32, in about the CPU seconds "
+        "that the recipe's 800 steps took in float32 before the step was cheaper.",
         runs=("full", "no_routing", "no_cycle", "no_directional", "no_bootstrap", "no_prior", "no_identity", "paired_steps"),
         ablations=True,
     ),

@@ -55,7 +55,7 @@ class ObjectiveConfig(Section):
     takes_experts: ClassVar[bool] = True
     """Whether it trains a family of two experts."""
     rhythm: ClassVar[tuple[str, ...]] = ()
-    """Keys that say which step trains which adapter: a run that goes on keeps them."""
+    """Keys that say which step trains which adapter: a run that goes on changes nothing of the steps that were made."""
     may_ask_none: ClassVar[bool] = False
     """Whether `[critic]` may stand where no critic is asked: an ablation by one key leaves the rest of a recipe as it is."""
     fresh_noises: ClassVar[int] = 0

@@ -207,8 +207,8 @@ def _report_cut(source: Path, size: Size, bucket: Size, dataset: DatasetConfig) 
 
 def _report_shortened(source: Path, available: int, edited: int, asked: int | None) -> None:
     """Say on stderr that fewer frames are edited than the clip has, or than `asked` for, and why."""
-    wanted = min(available, MOST_FRAMES) if asked is None else asked
-    if asked is None and available > MOST_FRAMES:
+    wanted = available if asked is None else asked
+    if asked is None and available >= MOST_FRAMES + 4:
         Progress.write(f"{source}: its first {edited} of {available} frames are edited; --frames asks for more", file=sys.stderr)
     elif edited < wanted:
         Progress.write(f"{source}: {edited} of {wanted} frames are edited, Wan takes 4n + 1", file=sys.stderr)

@@ -99,9 +99,8 @@ class DiffusersHost:
             self.parameters = self._freeze_other_expert()
         if config.lora.init_from and fresh:
             started = start_lora.read_init(config)
-            # Of a pair, an expert that is trained alone takes its own.
             with start_lora.fitting(config.lora, "init_from"):
-                self.load_lora({n: v for n, v in started.items() if n in self.parameters or not config.lora.other_expert})
+                self.load_lora(start_lora.own_part(config.lora, started, self.parameters))
         self.ema_weights = EmaWeights(self.parameters, config.objective.ema_decay)
         self._fake: _SecondLora | None = None
         if FAKE in adapters:

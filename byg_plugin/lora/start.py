@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -33,7 +33,7 @@ def check_start(config: Config, layout: Callable[[], Mapping[str, Mapping[str, t
     if layout is not None and (config.lora.targets or config.lora.init_from):
         for shapes in layout().values():
             if config.lora.init_from:
-                tensors = read_init(config, tell=False)
+                tensors = own_part(config.lora, read_init(config, tell=False), shapes)
                 with fitting(config.lora, "init_from"):
                     refuse_misfit(tensors, shapes)
     if config.lora.other_expert:
@@ -72,6 +72,11 @@ def read_init(config: Config, *, tell: bool = True) -> dict[str, Tensor]:
     if tell:
         _report_other_guidance(config.conditioning, "init_from", card)
     return tensors
+
+
+def own_part(lora: LoraConfig, tensors: Mapping[str, Tensor], names: Container[str]) -> dict[str, Tensor]:
+    """Of a pair, an expert that is trained alone takes its own tensors, which `names` has."""
+    return {name: tensor for name, tensor in tensors.items() if name in names or not lora.other_expert}
 
 
 def read_other_expert(config: Config, *, tell: bool = True) -> dict[str, Tensor]:

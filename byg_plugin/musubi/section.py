@@ -3,6 +3,7 @@ are filled from them. No torch: every command reads a configuration."""
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from byg_plugin import families
@@ -98,6 +99,13 @@ def check(config: Config) -> None:
         raise ValueError(f"objective.name = {objective.name!r}: with model.host = 'musubi' only {able}; set model.host = 'diffusers'")
     if objective.criticised:
         raise ValueError("objective.critique_types asks a critic, which model.host = 'musubi' has not: leave it out")
+    dropped = [key for key in ("network_dropout",) if config.musubi.get(key)]
+    dropped += [word for word in config.musubi.get("network_args") or [] if re.match(r"(rank|module)_dropout=(?!0*\.?0*$)", str(word))]
+    if objective.repeats_passes and dropped:
+        raise ValueError(
+            f"musubi: {dropped[0]}: with objective.routing = false a pass is made twice, and dropout would make two different ones: leave "
+            "it out"
+        )
     if objective.merges_rollout:
         raise ValueError("objective.rollout_weights = 'merged' is not for model.host = 'musubi': set it to 'swap'")
     if objective.joins_passes and config.musubi.get("blocks_to_swap"):

@@ -343,12 +343,19 @@ def _optimizer_difference(optimizer: Mapping[str, Any], layout: AdapterLayout, s
     if steps and not trained:
         trained = experts
     else:
-        idle = set(optimizer.get("idle", ()))
-        trained = {expert: [index for index in members if index not in idle or states.get(index)] for expert, members in trained.items()}
+        idle = set(idle_weights(optimizer, names))
+        trained = {expert: [index for index in members if names[index] not in idle] for expert, members in trained.items()}
     for index in (index for members in trained.values() for index in members):
         for text in _compared(states.get(index, {}), layout.optimizer[names[index]]):
             return f"the optimizer's {names[index]}/{text} ({prefix}/{index})"
     return _count_difference(states, trained, steps)
+
+
+def idle_weights(optimizer: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    """Of an adapter's parameters those that no gradient reaches: without a state, in an expert that has been trained."""
+    idle, states = optimizer.get("idle", ()), optimizer["state"]
+    trained = {name.partition(".")[0] for index, name in enumerate(names) if states.get(index)}
+    return [name for index, name in enumerate(names) if index in idle and not states.get(index) and name.partition(".")[0] in trained]
 
 
 def _count_difference(states: Mapping[int, Mapping[str, Any]], trained: Mapping[str, list[int]], steps: int) -> str | None:

@@ -6,7 +6,7 @@ For an engine that holds its weights in shards: every method is called by every 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -77,3 +77,16 @@ class Engine(Protocol):
         The parameters hold the checkpoint's weights already.
         """
         ...
+
+
+def refuse_idle(names: Sequence[str]) -> None:
+    """DeepSpeed's ZeRO-1/2 takes no gradient for one of zeros, by which momentum and weight decay would move the weight.
+
+    Raises:
+        ValueError: there is a weight that no gradient reaches.
+    """
+    if names:
+        raise ValueError(
+            f"{names[0]} has no gradient, and DeepSpeed ZeRO-1/2 would move it all the same: take it out of lora.targets, or "
+            "launch with ZeRO-3, FSDP2 or plain multi-GPU"
+        )

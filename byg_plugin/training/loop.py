@@ -93,7 +93,7 @@ class Trainer:
     ):
         self.config, self.family, self.accelerator = config, family, accelerator
         self.on_step, self.evaluate = on_step, evaluate
-        self.accumulation = config.accumulation(accelerator.num_processes)
+        self.accumulation, launch = config.accumulation(accelerator.num_processes), launch or Launch()
         self.folder = Path(config.output.dir)
         self.high_share = share_of_high_noise(config, family.boundary)
         # Cheap checks first: nothing is loaded for a run that cannot start.
@@ -115,7 +115,8 @@ class Trainer:
         self.batches = BucketBatches(self.data, config.train.batch_size, config.train.seed)
         state = None
         if self.resume_from:
-            state, layout = load_start(self.resume_from, config, family, self.objective, self.data.digest(), accelerator.device)
+            run = config, family, self.objective, self.data.digest(), accelerator.device
+            state, layout = load_start(self.resume_from, *run, launch.stage)
         check_start(config, None if state else partial(adapter_shapes, config, family, (EDIT,)))
         for doubt in (*config.doubts(), *config.objective.doubts_of_types(types)):
             logger.warning(doubt)
@@ -124,7 +125,6 @@ class Trainer:
             critique = make_critic(config, family, accelerator.device, shown)
 
         # A resumed run has its weights: it needs no file that it started from.
-        launch = launch or Launch()
         self.host = make_host(
             config, family, accelerator.device, fresh=state is None, adapters=self.objective.adapters, sharding=launch.sharding
         )

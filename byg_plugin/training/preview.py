@@ -77,7 +77,7 @@ def thumbnail(output: OutputConfig) -> str | None:
         with Image.open(written[-1][1]) as image:
             small = image.convert("RGB")
     except (OSError, SyntaxError, ValueError) as error:  # of Pillow: what a broken file is
-        logger.warning("output.thumbnail: %s cannot be read (%s), the LoRA has none", written[-1][1], error)
+        logger.warning("output.thumbnail: %s cannot be read (%s) and is left out", written[-1][1], error)
         return None
     small.thumbnail((THUMBNAIL, THUMBNAIL))
     jpeg = BytesIO()

@@ -14,8 +14,10 @@ from byg_plugin.config.sections import ONCE_ALWAYS_WRITTEN, Config, TrainConfig
 from byg_plugin.folders import DISCARDED, make_writable
 from byg_plugin.hosts import adapter_shapes
 from byg_plugin.models.base import Family
+from byg_plugin.objectives import make_objective
 from byg_plugin.objectives.base import Objective
 from byg_plugin.training import checkpoint
+from byg_plugin.training.engine import refuse_idle
 from byg_plugin.training.optimizers import make_optimizer
 
 logger = get_logger(__name__)
@@ -81,7 +83,7 @@ def is_in(folder: Path, path: Path) -> bool:
 
 
 def load_start(
-    path: Path, config: Config, family: Family, objective: Objective, data: str, device: torch.device
+    path: Path, config: Config, family: Family, objective: Objective, data: str, device: torch.device, stage: int = 0
 ) -> tuple[checkpoint.TrainingState, checkpoint.Layout]:
     """A checkpoint that this run can go on from, and what it must hold.
 
@@ -92,12 +94,14 @@ def load_start(
         objective: what is trained.
         data: the digest of the run's tuples.
         device: where the run's optimizers will be.
+        stage: DeepSpeed's, as of `Launch`.
 
     Raises:
-        ValueError: it is damaged, another run's, or at its end.
+        ValueError: it is damaged, another run's, at its end, or has weights that this engine cannot leave alone.
     """
     state = checkpoint.load(path)
     _check_same_run(config, state.config)
+    _check_rhythm(config, state)
     if state.step > config.train.steps:
         raise ValueError(
             f"train.steps = {config.train.steps} is below the checkpoint's {state.step} steps: raise it, nothing is left to do"
@@ -106,12 +110,14 @@ def load_start(
         logger.warning("--resume: the tuples are not those of the checkpoint; the order of batches differs from an uninterrupted run")
     layout = _layout(config, family, objective, device)
     checkpoint.compare(path, state, layout)
+    if stage in (1, 2):
+        for name, adapter in layout.items():
+            refuse_idle(checkpoint.idle_weights(state.adapters[name].optimizer, [*adapter.lora]))
     return state, layout
 
 
 def _check_same_run(config: Config, saved: dict[str, Any]) -> None:
     """Refuse what cannot continue, and say loudly what makes the run another one."""
-    kept = {*_FIXED, *(f"objective.{key}" for key in config.objective.rhythm)}
     now = config.model_dump(mode="json")
     chosen = config.model_dump(mode="json", exclude_defaults=True)
     changed = [
@@ -121,14 +127,29 @@ def _check_same_run(config: Config, saved: dict[str, Any]) -> None:
         if saved.get(section, {}).get(key) != value
         and not (value is None and f"{section}.{key}" in ONCE_ALWAYS_WRITTEN)
         # What a checkpoint of an earlier version does not know was as its default is.
-        and (key in saved.get(section, {}) or key in chosen.get(section, {}) or f"{section}.{key}" in kept)
+        and (key in saved.get(section, {}) or key in chosen.get(section, {}) or f"{section}.{key}" in _FIXED)
     ]
-    fixed = [f"{key}: {old!r} -> {new!r}" for key, old, new in changed if key in kept]
+    fixed = [f"{key}: {old!r} -> {new!r}" for key, old, new in changed if key in _FIXED]
     if fixed:
         raise ValueError(f"--resume: the checkpoint was trained with other values of {'; '.join(fixed)}; set them back, or start a new run")
     for key, old, new in changed:
         if key not in _FREE and key.partition(".")[0] not in _FREE:
             logger.warning("--resume: %s was %r and is now %r; the curve will differ from an uninterrupted run", key, old, new)
+
+
+def _check_rhythm(config: Config, state: checkpoint.TrainingState) -> None:
+    """Refuse a change by which the steps so far would have trained other adapters than they have: nobody could tell it from damage."""
+    saved, seed = state.config["objective"], config.train.seed
+    before = {key: saved[key] for key in config.objective.rhythm if key in saved and saved[key] != getattr(config.objective, key)}
+    if not before:
+        return
+    then, now = (make_objective(section) for section in (config.objective.model_copy(update=before), config.objective))
+    if any(then.plan(step, seed).adapters != now.plan(step, seed).adapters for step in range(state.step)):
+        changes = "; ".join(f"objective.{key}: {old!r} -> {getattr(config.objective, key)!r}" for key, old in before.items())
+        raise ValueError(
+            f"--resume: the checkpoint's {state.step} steps trained what other values of {changes} would not have; set them back, or "
+            "start a new run"
+        )
 
 
 def _layout(config: Config, family: Family, objective: Objective, device: torch.device) -> checkpoint.Layout:

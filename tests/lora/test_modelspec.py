@@ -133,4 +133,4 @@ def test_a_preview_that_cannot_be_read_is_no_thumbnail(tmp_path: Path, caplog: p
     output = tiny_config(tmp_path).output
     preview.folder(output, 3).mkdir(parents=True)
     (preview.folder(output, 3) / "000.png").write_bytes(b"no picture")
-    assert preview.thumbnail(output) is None and "the LoRA has none" in caplog.text
+    assert preview.thumbnail(output) is None and "is left out" in caplog.text

@@ -103,3 +103,20 @@ def test_good_files_of_every_naming_are_taken(tmp_path: Path, key: str):
         save_file({n: t.contiguous() for n, t in convert(tensors, to, family=metadata["byg.family"]).items()}, path, metadata=metadata)
         config = config_of(key, path)
         start_lora.check_start(config, partial(adapter_shapes, config, make_family(config), ("edit",)))
+
+
+def test_of_a_pair_an_expert_that_is_trained_alone_takes_its_own(tmp_path: Path):
+    config = tiny_wan.wan_config(Path("unused"), tiny_wan.A14B)
+    host = DiffusersHost(config, make_family(config), CPU)
+    for suffix, tensors in host.lora_files(host.parameters).items():
+        tensors = {name: torch.randn(tensor.shape) for name, tensor in tensors.items()}
+        save_file(tensors, tmp_path / f"pair{suffix}.safetensors", metadata={"byg.family": config.model.family})
+    low, high = (str(tmp_path / f"pair_{side}_noise.safetensors") for side in ("low", "high"))
+    for half in (low, high):
+        started = tiny_wan.wan_config(tmp_path, tiny_wan.A14B, lora={"experts": "low_noise", "other_expert": high, "init_from": half})
+        family = make_family(started)
+        start_lora.check_start(started, partial(adapter_shapes, started, family, ("edit",)))
+        DiffusersHost(started, family, CPU)
+    wider = tiny_wan.wan_config(tmp_path, tiny_wan.A14B, lora={"experts": "low_noise", "other_expert": high, "init_from": low, "rank": 9})
+    with pytest.raises(ValueError, match=r"lora.init_from = .*pair_low_noise.safetensors: .* has shape .* set lora.rank"):
+        start_lora.check_start(wider, partial(adapter_shapes, wider, make_family(wider), ("edit",)))

@@ -247,6 +247,16 @@ def test_one_graph_is_refused_with_swapped_blocks(folder: Path):
         host_config(folder, T2V, objective={"graph": "joint"}, musubi={"blocks_to_swap": 2})
 
 
+def test_dropout_is_refused_where_a_pass_is_made_twice(folder: Path):
+    routing = {"routing": False}
+    for given in ({"network_dropout": 0.1}, {"network_args": ["rank_dropout=0.1"]}, {"network_args": ["x=1", "module_dropout=0.05"]}):
+        with pytest.raises(ValueError, match=r"musubi: (network_dropout|(rank|module)_dropout=0.*): with objective.routing = false"):
+            musubi_section.check(host_config(folder, "flux", objective=routing, musubi=given))
+        musubi_section.check(host_config(folder, "flux", musubi=given))
+    for none in ({"network_dropout": 0.0}, {"network_args": ["rank_dropout=0", "module_dropout=0.0"]}):
+        musubi_section.check(host_config(folder, "flux", objective=routing, musubi=none))
+
+
 def test_another_objective_needs_none_of_the_keys_of_the_first(folder: Path):
     class Other(PairedConfig):
         on_musubi: ClassVar[bool] = True

@@ -19,7 +19,7 @@ from byg_plugin.hosts.diffusers import DiffusersHost
 from byg_plugin.lora.card import LoraCard
 from byg_plugin.lora.files import read_lora
 from byg_plugin.objectives.base import EDIT, FAKE
-from byg_plugin.training import checkpoint
+from byg_plugin.training import checkpoint, resume
 from byg_plugin.training.diagnosis import MOST_LEFT_OUT
 from byg_plugin.training.loop import VALIDATION_TIMES, Trainer
 from tests.support.engine_runs import in_processes, sgd, use_optimizer, wake_up
@@ -165,8 +165,21 @@ def test_damage_of_the_fake_score_is_named(tmp_path: Path, whole: Path, change: 
 def test_whose_turn_a_step_is_stays_as_it_was(tmp_path: Path, whole: Path):
     out = Path(shutil.copytree(whole, tmp_path / "out"))
     for key, value in (("dmd", False), ("fake_updates", 3), ("identity_warmup_steps", 4)):
-        with pytest.raises(ValueError, match=rf"trained with other values of objective.{key}: .* -> {value}; set them back"):
+        with pytest.raises(ValueError, match=rf"10 steps trained what other values of objective.{key}: .* -> {value} would not have; set"):
             np_trainer(np_config(out, objective={key: value}), "latest")
+
+
+def test_a_rhythm_that_changes_no_step_so_far_may_change(tmp_path: Path):
+    """A longer warm-up within it, and keys that are without effect."""
+    copied = np_config(tmp_path / "out", objective={"identity_warmup_steps": 4})
+    saved = checkpoint.TrainingState(step=3, adapters={}, config=copied.model_dump(mode="json"), data="")
+    resume._check_rhythm(np_config(tmp_path / "out", objective={"identity_warmup_steps": 5}), saved)
+    with pytest.raises(ValueError, match="identity_warmup_steps: 4 -> 2 would not have"):
+        resume._check_rhythm(np_config(tmp_path / "out", objective={"identity_warmup_steps": 2}), saved)
+    alone = {"dmd": False, "fake_updates": 2}
+    saved.config["objective"] |= alone
+    saved.step = 100
+    resume._check_rhythm(np_config(tmp_path / "out", objective=alone | {"identity_warmup_steps": 3, "fake_updates": 3}), saved)
 
 
 # --- processes ---

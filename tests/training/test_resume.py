@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from byg_plugin.config.sections import Config
+from byg_plugin.models import make_family
 from byg_plugin.training import checkpoint, resume
 from byg_plugin.training.loop import Trainer
 from tests.support.checkpoint_damage import state_changed
@@ -267,7 +268,20 @@ def test_parameters_that_no_gradient_reaches_do_not_hinder_going_on(tmp_path: Pa
     make_trainer(config("halves", 4), "latest").run()
     a, b = tensors_of(tmp_path / "halves"), tensors_of(tmp_path / "whole")
     assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
-    # One that has a state, and one that says that it has none and is not believed, are told from these.
+    # DeepSpeed's ZeRO-1/2 would move them, and says so before anything is loaded.
+    again = config("halves", 6)
+    family = make_family(again)
+    with pytest.raises(ValueError, match="to_add_out.lora_A.weight has no gradient, and DeepSpeed ZeRO-1/2 would move it"):
+        resume.load_start(tmp_path / "halves/checkpoints/step-000004", again, family, trainer.objective, "", torch.device("cpu"), stage=2)
+    # Damage is told from these, also where all are said to have no state.
+    spoilt = tmp_path / "halves/checkpoints/step-000004" / checkpoint.TENSORS
+    whole = load_file(spoilt)
+    shutil.copytree(tmp_path / "halves", tmp_path / "lacking")
+    state_changed(lambda record: record["optimizer"].update(idle=list(range(99))))(tmp_path / "lacking")
+    lacking = {name: value for name, value in whole.items() if name != "edit/optimizer/0/exp_avg"}
+    save_file(lacking, tmp_path / "lacking/checkpoints/step-000004" / checkpoint.TENSORS)
+    with pytest.raises(ValueError, match="to_q.lora_A.weight/exp_avg is missing"):
+        make_trainer(config("lacking", 6), "latest")
     for damage, message in (
         (lambda record: record["optimizer"].pop("idle"), "to_add_out.lora_A.weight/.* is missing"),
         (lambda record: record["optimizer"].update(idle=[True]), "idle = a list is no list of parameters' numbers"),

@@ -391,7 +391,8 @@ def test_frames_are_checked_before_the_first_edit_and_rounding_is_told(
     ("available", "edited", "asked", "said"),
     [
         (81, 81, None, ""),
-        (82, 81, None, "its first 81 of 82 frames are edited; --frames asks for more"),
+        (84, 81, None, "81 of 84 frames are edited, Wan takes 4n + 1"),
+        (85, 81, None, "its first 81 of 85 frames are edited; --frames asks for more"),
         (100, 97, 100, "97 of 100 frames are edited, Wan takes 4n + 1"),
         (100, 81, 81, ""),
         (80, 77, None, "77 of 80 frames are edited, Wan takes 4n + 1"),

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from byg_plugin.config.sections import TrainConfig
 from byg_plugin.hosts.deepspeed import start_deepspeed
-from byg_plugin.training.engine import Adapters, Trained
+from byg_plugin.training.engine import Adapters, Trained, refuse_idle
 from byg_plugin.training.engines.processes import Replicas
 from byg_plugin.training.optimizers import make_optimizer
 
@@ -84,12 +84,7 @@ class ZeroEngine(Replicas):
 
     def _refuse_idle(self, part: _ExpertEngine) -> None:
         """DeepSpeed takes no gradient for one of zeros, by which momentum and weight decay would move the weight."""
-        idle = [self._names[id(p)] for p in part.parameters if id(p) not in part.reached]
-        if idle:
-            raise ValueError(
-                f"{idle[0]} has no gradient, and DeepSpeed ZeRO-1/2 would move it all the same: take it out of lora.targets, or "
-                "launch with ZeRO-3, FSDP2 or plain multi-GPU"
-            )
+        refuse_idle([self._names[id(p)] for p in part.parameters if id(p) not in part.reached])
 
     def broadcast(self) -> None:
         """See `Engine`."""
