@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import signal
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -178,7 +179,7 @@ def test_a_rhythm_that_changes_no_step_so_far_may_change(tmp_path: Path):
         resume._check_rhythm(np_config(tmp_path / "out", objective={"identity_warmup_steps": 2}), saved)
     alone = {"dmd": False, "fake_updates": 2}
     saved.config["objective"] |= alone
-    saved.step = 100
+    saved = replace(saved, step=100)
     resume._check_rhythm(np_config(tmp_path / "out", objective=alone | {"identity_warmup_steps": 3, "fake_updates": 3}), saved)
 
 
