@@ -136,6 +136,9 @@ RUNS: dict[str, Run] = {
         title="NP-Edit w/o identity question", overrides=(*NP_EDIT, *BY_TURNS, *ASKED, "objective.identity_question=false")
     ),
     "three_full": Run(title="full method", overrides=FOUR, world="three"),
+    "three_guided": Run(
+        title="full method, removals guided by 3", overrides=(*FOUR, "objective.prior_guidance={remove=3.0}"), world="three"
+    ),
     "three_critic": Run(
         title="full method + critic on removals",
         overrides=(*FOUR, *ASKED, 'objective.critique_types=["remove"]'),

@@ -61,10 +61,10 @@ GROUPS: dict[str, Group] = {
         runs=("full", "paired_steps", "np_edit", "no_dmd", "no_vlm", "no_question"),
     ),
     "three_": Group(
-        title="A critic for removals",
+        title="Removals: a critic, and a guided prior",
         about="Recolouring and removing, with training and evaluation edits of their own, {edits} of each type. Sampled in four steps by "
         "Euler; trained in float32.",
-        runs=("full", "critic"),
+        runs=("full", "critic", "guided"),
     ),
     "six_": Group(
         title="All six edit types",

@@ -78,5 +78,6 @@ Scale = Annotated[float, Field(ge=0.0, le=100.0)]
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]  # what torch's generators take
 PathText = Annotated[str, AfterValidator(_path_text)]
 Pattern = Annotated[str, Field(min_length=1), AfterValidator(_pattern)]
-EditTypes = Annotated[tuple[Annotated[str, Field(min_length=1, max_length=100)], ...], Field(strict=False)]  # a list in TOML
+EditType = Annotated[str, Field(min_length=1, max_length=100)]
+EditTypes = Annotated[tuple[EditType, ...], Field(strict=False)]  # a list in TOML
 Stem = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9_-])?$", max_length=MOST_STEM), AfterValidator(_stem)]

@@ -99,8 +99,13 @@ class ObjectiveConfig(Section):
 
     @property
     def asked_types(self) -> tuple[str, ...]:
-        """Edit types that a user has named, each of which some tuple must have."""
+        """Edit types that a user has named for a critic; none: all."""
         return ()
+
+    @property
+    def named_types(self) -> dict[str, tuple[str, ...]]:
+        """By key the edit types that a user has named, each of which some tuple must have."""
+        return {}
 
     @property
     def criticised(self) -> bool:

@@ -23,6 +23,8 @@ Two options compute less, neither is the paper's. `rollout_solver = "ab2"` makes
 `reverse_rate` below 1 a coin of the optimizer step leaves a term out, and where it stays it counts 1 / rate: the mean over the coins is
 the whole gradient. A step without the reverse pass needs no y_0 and no frozen velocities at x_t.
 
+With `prior_guidance` the forward prior of some edit types asks for more than the base's difference. Not the paper's.
+
 With `critique_types` a critic judges y_hyb of the samples of those edit types: its gradient with respect to y_hyb, taken in a graph of its
 own, is added to g. Not the paper's.
 
@@ -142,7 +144,8 @@ class UnpairedCycle:
             y_t, y_0 = self._rollout(fields, batch, reverse=bool(weights.reverse))
             if not self.config.bootstrap:
                 y_t = x_t
-            states = States(x_t, y_t, y_0, *self._frozen_velocities(fields, batch, y_t, x_t, reverse=bool(weights.reverse)))
+            forward, reverse = self._frozen_velocities(fields, batch, y_t, x_t, reverse=bool(weights.reverse))
+            states = States(x_t, y_t, y_0, self._guided(forward, batch), reverse)
             if self.config.graph == "joint":
                 return self._joint(fields, batch, states, weights, backward)
             return self._sequential(fields, batch, states, weights, backward)
@@ -185,6 +188,14 @@ class UnpairedCycle:
                 velocities += velocity(noisy, t, cat_text(*[text for _, text in some]), None).chunk(len(some))
         at_y, at_x = velocities[:2], velocities[2:]
         return Frozen(*(v.clone() for v in at_y)), Frozen(*(v.clone() for v in at_x)) if reverse else unused  # clones as in the rollout
+
+    def _guided(self, frozen: Frozen, batch: Batch) -> Frozen:
+        """v_src + g (v_tgt - v_src) for v_tgt where the edit type has a g in `prior_guidance`: the MSE asks for more, the cosine alike."""
+        if not self.config.prior_guidance or not self.lambda_prior:
+            return frozen
+        scales = [self.config.prior_guidance.get(words.edit_type or "", 1.0) for words in batch.words]
+        g = flow.expand(torch.tensor(scales, device=frozen.v_tgt.device), frozen.v_tgt)
+        return Frozen(frozen.v_src, frozen.v_src + g * (frozen.v_tgt - frozen.v_src))
 
     # --- 2. the terms, as pure functions of a velocity ---
 

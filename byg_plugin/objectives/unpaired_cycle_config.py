@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from byg_plugin.config.fields import EditTypes, Probability, Rate, Steps, Weight
+from byg_plugin.config.fields import EditType, EditTypes, Probability, Rate, Steps, Weight
 from byg_plugin.config.objective import EmaDecay, LawOfT, LeastT, MostT, ObjectiveConfig, ShiftOfT
 
 
@@ -22,6 +23,11 @@ class UnpairedCycleConfig(ObjectiveConfig):
     lambda_prior: Weight = Field(1.0, description="Weight of forward and reverse prior losses.")
     lambda_id: Weight = Field(0.2, description="Weight of the identity loss.")
     alpha: Weight = Field(0.1, description="Weight of the MSE inside the prior loss.")
+    prior_guidance: Mapping[EditType, Annotated[float, Field(gt=0.0, le=100.0)]] = Field(
+        {},
+        description="By a tuple's `edit_type`: g of v_src + g (v_tgt - v_src), which the forward prior's MSE pulls to in place of v_tgt, "
+        "e.g. { remove = 3.0 }; types that are not named have 1.",
+    )
     ema_decay: EmaDecay = 0.99
     rollout_steps: Annotated[int, Field(ge=2, le=1000)] = Field(
         10, description="Euler steps from noise to y_0; each is a pass through the network, at most 1,000."
@@ -78,6 +84,11 @@ class UnpairedCycleConfig(ObjectiveConfig):
     def asked_types(self) -> tuple[str, ...]:
         """See `ObjectiveConfig.asked_types`."""
         return self.critique_types
+
+    @property
+    def named_types(self) -> dict[str, tuple[str, ...]]:
+        """See `ObjectiveConfig.named_types`."""
+        return {"critique_types": self.critique_types, "prior_guidance": tuple(self.prior_guidance)}
 
     @property
     def criticised(self) -> bool:

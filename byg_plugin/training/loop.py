@@ -105,11 +105,12 @@ class Trainer:
         if critic is not None:
             check_instructions(critic, self._judged())
         types = {item.edit_type for item in self.data.tuples}
-        if missing := set(config.objective.asked_types) - types:
-            raise ValueError(
-                f"objective.critique_types: no tuple has edit_type = {', '.join(map(repr, sorted(missing)))}, so the critic would never be "
-                "asked; name types of dataset.tuples"
-            )
+        for key, named in config.objective.named_types.items():
+            if missing := set(named) - types:
+                raise ValueError(
+                    f"objective.{key}: no tuple has edit_type = {', '.join(map(repr, sorted(missing)))}, so it would never be used; name "
+                    "types of dataset.tuples"
+                )
         beside = config.objective.texts_beside(config.model.spec)
         self.beside = {name: self.data.encoding(text) for name, text in beside.items()}
         self.batches = BucketBatches(self.data, config.train.batch_size, config.train.seed)

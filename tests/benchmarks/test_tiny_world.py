@@ -74,6 +74,7 @@ CHEAPER = {
         ("four_no_vlm", "four_np_edit", {key: runs.default_of(*key.split(".")) for key in CRITIC} | {"objective.vlm": False}),
         ("four_no_question", "four_np_edit", {"objective.identity_question": False}),
         ("three_full", "four_full", {}),
+        ("three_guided", "three_full", {"objective.prior_guidance": {"remove": 3.0}}),
         ("three_critic", "three_full", CRITIC | {"objective.critique_types": ["remove"]}),
     ],
 )

@@ -139,6 +139,7 @@ NO_PATHS = {
     ("critic", "device"),
     ("objective", "strong_types"),
     ("objective", "critique_types"),
+    ("objective", "prior_guidance"),
     ("objective", "negative"),
     ("lora", "targets"),
     ("sample", "negative"),

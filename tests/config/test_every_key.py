@@ -68,7 +68,7 @@ CHOICES = [
 CHOICES += [Choice("flux", name) for name in OBJECTIVES if name not in {choice.objective for choice in CHOICES}]
 
 
-CANDIDATES = (True, False, 3, 2, 64, 0.5, 0.25, 1.5, 7.0, "other", "cpu", [0.5, 0.5], ["replace"], ["error"])
+CANDIDATES = (True, False, 3, 2, 64, 0.5, 0.25, 1.5, 7.0, "other", "cpu", [0.5, 0.5], ["replace"], ["error"], {"replace": 3.0})
 
 
 def others(section: str, key: str, raw: dict[str, dict[str, Any]]) -> list[Any]:

@@ -247,6 +247,12 @@ def test_one_graph_is_refused_with_swapped_blocks(folder: Path):
         host_config(folder, T2V, objective={"graph": "joint"}, musubi={"blocks_to_swap": 2})
 
 
+def test_what_goes_by_the_type_of_an_edit_is_refused(folder: Path):
+    for key, value in (("critique_types", ["remove"]), ("prior_guidance", {"remove": 3.0})):
+        with pytest.raises(ValueError, match=rf"objective.{key} .* leave it out"):
+            musubi_section.check(host_config(folder, "flux", objective={key: value}))
+
+
 def test_dropout_is_refused_where_a_pass_is_made_twice(folder: Path):
     routing = {"routing": False}
     for given in ({"network_dropout": 0.1}, {"network_args": ["rank_dropout=0.1"]}, {"network_args": ["x=1", "module_dropout=0.05"]}):

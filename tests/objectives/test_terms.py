@@ -88,6 +88,28 @@ def test_a_descent_step_turns_the_velocity_towards_the_edit(batch, velocities):
 
 
 @pytest.mark.parametrize("graph", GRAPHS)
+def test_a_guided_prior_asks_for_more_of_the_same_of_its_types_forwards_alone(graph, batch, velocities):
+    """The toy's first sample is a removal, the others are not; the reverse prior (an object comes back) is as without."""
+    assert [words.edit_type for words in batch.words] == ["remove", "add", None]
+    src, tgt = velocities["src"], velocities["tgt"]
+    guided = torch.cat([src[:1] + 3 * (tgt - src)[:1], tgt[1:]])
+    options = {"prior_guidance": {"remove": 3.0}, "cycle": False, "lambda_id": 0.0, **GRAPHS[graph]}
+    fields, leaves = constant_fields(batch, forward=guided, reverse=src, src=src, tgt=tgt)
+    metrics = objective(**options).step(fields, batch, Loop(fields))
+    for name in ("loss", "prior_fwd", "prior_rev", "mse_fwd", "mse_rev"):
+        assert abs(metrics[name].item()) < 1e-13, name
+    assert all(leaf.grad.norm() < 1e-12 for leaf in leaves.values())
+    fields, leaves = constant_fields(batch, forward=tgt, reverse=src, src=src, tgt=tgt)
+    metrics = objective(**options).step(fields, batch, Loop(fields))
+    assert metrics["cosine_fwd"].item() == pytest.approx(1) and abs(metrics["mse_rev"].item()) < 1e-13
+    assert metrics["mse_fwd"].item() == pytest.approx(4 * (tgt - src)[0].square().mean().item() / 3)
+    # Downhill is further along the direction.
+    assert (leaves["forward"].grad[0] * (tgt - src)[0]).sum() < 0 and not leaves["forward"].grad[1:].abs().max() > 1e-12
+    plain, _ = constant_fields(batch, forward=tgt, reverse=src, src=src, tgt=tgt)
+    assert abs(objective(**options | {"prior_guidance": {"replace": 3.0}}).step(plain, batch, None)["mse_fwd"].item()) < 1e-13
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
 @pytest.mark.parametrize("zero", ["equal captions", "no edit"])
 def test_a_zero_direction_counts_as_one_has_no_gradient_and_is_counted(graph, zero, batch, velocities):
     """Sample 1 alone has no direction: captions that say the same, or an edit velocity that is the source's."""

@@ -142,3 +142,8 @@ def test_what_is_mostly_a_mistake_is_said_at_the_start(tmp_path: Path, caplog: p
     caplog.clear()
     make_trainer(run_config(tmp_path / "other", objective={"identity_warmup_steps": 5}, train={"steps": 6, "lr_warmup_steps": 5}))
     assert "makes all of" not in caplog.text and "never reaches" not in caplog.text
+
+
+def test_types_of_edits_that_no_tuple_has_are_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"objective.prior_guidance: no tuple has edit_type = 'removal', so it would never be used; name"):
+        make_trainer(run_config(tmp_path / "out", objective={"prior_guidance": {"removal": 3.0}}))
