@@ -19,10 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.provenance import ROOT, commit
-from benchmarks.rollout_error import BASES, Frozen
+from benchmarks.provenance import commit
+from benchmarks.rollout_error import Frozen, config_of
 from byg_plugin import flow
-from byg_plugin.config.loading import load_config
 from byg_plugin.demo import world
 from byg_plugin.models import make_family
 from byg_plugin.objectives.base import Text
@@ -57,21 +56,16 @@ def strengths(direction: Tensor, v_src: Tensor) -> tuple[Tensor, Tensor]:
 
 def measure(edits_per_type: int, types: Sequence[str] = tuple(world.EDIT_TYPES)) -> list[dict[str, Any]]:
     """A row for each state, type and time."""
-    toml, base, _ = BASES["flux"]
-    paths = [f'{key}="x"' for key in ("dataset.tuples", "dataset.cache_dir", "output.dir")]
-    config = load_config(ROOT / toml, [f'model.path="{(ROOT / base).as_posix()}"', *paths])
-    family, cpu = make_family(config), torch.device("cpu")
+    family, cpu = make_family(config_of("flux")), torch.device("cpu")
     fields, vae, encoders = Frozen(family), family.load_vae(cpu), family.load_text_encoders(cpu)
     rows = []
     for kind in types:
         edits = world.sample_split(edits_per_type, 0, "direction", (kind,))
-        before, after = (
-            np.stack([world.render(scene) for scene in scenes]) for scenes in zip(*((e.before, e.after) for e in edits), strict=True)
-        )
+        before = np.stack([world.render(edit.before) for edit in edits])
+        after = np.stack([world.render(edit.after) for edit in edits])
         change = (np.abs(before.astype(int) - after).max(-1) > CHANGED).astype(float)
-        src, tgt = (
-            family.encode_texts(encoders, list(texts)) for texts in zip(*((e.src_caption, e.tgt_caption) for e in edits), strict=True)
-        )
+        src = family.encode_texts(encoders, [edit.src_caption for edit in edits])
+        tgt = family.encode_texts(encoders, [edit.tgt_caption for edit in edits])
         for state, pixels in zip(STATES, (before, after), strict=True):
             clean = family.encode_pixels(vae, torch.from_numpy(pixels).permute(0, 3, 1, 2)[:, :, None] / 127.5 - 1)
             share = cells(change, clean.shape[-1])

@@ -19,6 +19,7 @@ from torch import Tensor
 from benchmarks.provenance import ROOT
 from byg_plugin import sampling
 from byg_plugin.config.loading import load_config
+from byg_plugin.config.sections import Config
 from byg_plugin.data.rules import ROLES
 from byg_plugin.demo import video_world, world
 from byg_plugin.hosts.experts import by_expert
@@ -68,6 +69,13 @@ def rolled(fields: Frozen, batch: Batch, steps: int, schedule: str, solver: str)
     return y_t, y_0
 
 
+def config_of(name: str) -> Config:
+    """The recipe of a tiny base, without data."""
+    toml, base, _ = BASES[name]
+    paths = [f'{key}="x"' for key in ("dataset.tuples", "dataset.cache_dir", "output.dir")]
+    return load_config(ROOT / toml, [f'model.path="{(ROOT / base).as_posix()}"', *paths])
+
+
 def error(found: Tensor, reference: Tensor) -> float:
     difference, norm = ((x.flatten(1).norm(dim=1)) for x in (found - reference, reference))
     return (difference / norm).mean().item()
@@ -75,9 +83,7 @@ def error(found: Tensor, reference: Tensor) -> float:
 
 def measure(name: str, samples: int, reference_steps: int) -> list[dict[str, Any]]:
     """A row for each schedule, number of steps and solver."""
-    toml, base, split = BASES[name]
-    paths = [f'{key}="x"' for key in ("dataset.tuples", "dataset.cache_dir", "output.dir")]
-    config = load_config(ROOT / toml, [f'model.path="{(ROOT / base).as_posix()}"', *paths])
+    split, config = BASES[name][2], config_of(name)
     family = make_family(config)
     captions = [edit.tgt_caption for edit in split(samples, 0, "rollout error")]
     text = family.encode_texts(family.load_text_encoders(torch.device("cpu")), captions)

@@ -101,7 +101,7 @@ def check(config: Config) -> None:
         raise ValueError("objective.critique_types asks a critic, which model.host = 'musubi' has not: leave it out")
     if objective.named_types.get("prior_guidance"):
         raise ValueError("objective.prior_guidance goes by a tuple's edit_type, which musubi-tuner's data sets have not: leave it out")
-    dropped = [key for key in ("network_dropout",) if config.musubi.get(key)]
+    dropped = ["network_dropout"] if config.musubi.get("network_dropout") else []
     dropped += [word for word in config.musubi.get("network_args") or [] if re.match(r"(rank|module)_dropout=(?!0*\.?0*$)", str(word))]
     if objective.repeats_passes and dropped:
         raise ValueError(

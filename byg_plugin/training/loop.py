@@ -116,8 +116,9 @@ class Trainer:
         self.batches = BucketBatches(self.data, config.train.batch_size, config.train.seed)
         state = None
         if self.resume_from:
-            run = config, family, self.objective, self.data.digest(), accelerator.device
-            state, layout = load_start(self.resume_from, *run, launch.stage)
+            state, layout = load_start(
+                self.resume_from, config, family, self.objective, self.data.digest(), accelerator.device, launch.stage
+            )
         check_start(config, None if state else partial(adapter_shapes, config, family, (EDIT,)))
         for doubt in (*config.doubts(), *config.objective.doubts_of_types(types)):
             logger.warning(doubt)
@@ -486,12 +487,12 @@ class Trainer:
             for path in last.glob("*.safetensors"):
                 if path.name == checkpoint.TENSORS:
                     continue
-                partial = self.folder / f".partial-{path.name}"
+                unfinished = self.folder / f".partial-{path.name}"
                 try:
-                    partial.write_bytes(exported(path, self.config.output))
-                    os.replace(partial, self.folder / path.name)
+                    unfinished.write_bytes(exported(path, self.config.output))
+                    os.replace(unfinished, self.folder / path.name)
                 except OSError as error:
-                    partial.unlink(missing_ok=True)
+                    unfinished.unlink(missing_ok=True)
                     raise ValueError(f"cannot write {self.folder / path.name}: {error.strerror}; the same file is {path}") from error
         return self.folder / next(iter(self._lora_names()))
 
