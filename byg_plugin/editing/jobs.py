@@ -159,12 +159,15 @@ def check_overrides(args: argparse.Namespace, given: Config | None, resolved: Co
 
 
 def check_out(out: Path, jobs: Sequence[Job]) -> None:
-    """Before the long work: the folder can be written, and no result would overwrite a source or another result.
+    """Before the long work: the folder can be written, and no result would overwrite a source, another result or a file of the user's.
+
+    A folder of edits has a manifest, and its edits may be made again; in any other folder every file is the user's.
 
     Raises:
         ValueError: it cannot, one would, or the manifest there is none of ours.
     """
     sources = {job.source.resolve() for job in jobs}
+    edited_into = (out / manifest.NAME).exists()
     made_by: dict[Path, Path] = {}
     for job in jobs:
         for file in job.files(out):
@@ -172,8 +175,13 @@ def check_out(out: Path, jobs: Sequence[Job]) -> None:
                 raise ValueError(f"--out {out}: {file.name} would overwrite a source; choose another folder")
             if file in made_by:
                 raise ValueError(f"--source: {made_by[file].name} and {job.source.name} would both become {file.name}; rename one")
+            if not edited_into and file.exists():
+                raise ValueError(
+                    f"--out {out}: {file.name} is there, and without {manifest.NAME} it is no edit of edit.py's; move it, or choose "
+                    "another folder"
+                )
             made_by[file] = job.source
-    if (out / manifest.NAME).exists():
+    if edited_into:
         manifest.read_manifest(out)
     try:
         make_writable(out)

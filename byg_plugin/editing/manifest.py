@@ -90,17 +90,17 @@ def read_manifest(folder: str | Path) -> list[Edit]:
 def take_out(folder: Path, names: Collection[str]) -> None:
     """Remove the lines of these files, edits or side-by-sides, before they are written anew.
 
+    Afterwards there is a manifest, though it may be empty: it marks the files beside it as edits, also those of an interrupted run.
+
     Raises:
         OSError: it cannot be written; what was there still is.
     """
     path = folder / NAME
     if not path.exists():
-        return
+        path.touch()
     lines = list(_lines(folder))
     kept = [line for line, edit in lines if edit.edit.name not in names and edit.side_by_side.name not in names]
-    if not kept:
-        path.unlink()
-    elif len(kept) < len(lines) or not path.read_bytes().endswith(b"\n"):  # where nothing goes, another run may be adding
+    if len(kept) < len(lines) or (kept and not path.read_bytes().endswith(b"\n")):  # where nothing goes, another run may be adding
         write_text(path, "".join(f"{line}\n" for line in kept))
 
 

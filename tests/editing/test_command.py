@@ -72,6 +72,8 @@ def test_a_tuples_file(lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (["--source", "{tmp}/empty", "--instruction", "add"], "no image or clip in this folder"),
         (["--source", "{tmp}/twins", "--instruction", "add"], "a.bmp and a.png would both become a.png"),
         (["--source", "{tmp}/twins/a.png", "--instruction", "add", "--out", "{tmp}/twins"], "a.png would overwrite a source"),
+        (["--source", "{work}/photo0.png", "--instruction", "add", "--out", "{tmp}/mine"], "photo0.png is there, .* no edit of edit.py's"),
+        (["--source", "{work}/photo1.png", "--instruction", "add", "--out", "{tmp}/mine"], "photo1_side_by_side.png is there"),
         (["--source", "{work}/photo0.png", "--instruction", "add", "--out", "{tmp}/file"], "--out .*file: cannot be written"),
         (["--tuples", "{work}/tuples.jsonl", "--source", "x"], "leave out --source"),
         (["--tuples", "{tmp}/none.jsonl"], "none.jsonl"),
@@ -84,6 +86,9 @@ def test_wrong_commands(lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "twins").mkdir()
     for name in ("a.png", "a.bmp"):
         Image.new("RGB", (64, 64)).save(tmp_path / "twins" / name)
+    (tmp_path / "mine").mkdir()
+    for name in ("photo0.png", "photo1_side_by_side.png"):
+        (tmp_path / "mine" / name).write_text("not an edit")
     (tmp_path / "file").write_text("in the way")
     (tmp_path / "text.png").write_text("no image")
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}

@@ -80,8 +80,13 @@ def test_lines_of_edits_that_are_made_anew_are_taken_out(out: Path):
     manifest.take_out(out, {"b.png"})
     assert (out / "edits.jsonl").read_text(encoding="utf-8").splitlines() == [before[0], before[2]]
     manifest.take_out(out, {"a.png", "c.png"})
-    assert not list(out.iterdir())
+    assert read_manifest(out) == []
+
+
+def test_a_folder_that_is_edited_into_has_a_manifest_before_its_first_file(out: Path):
+    """A run that is stopped in its first edit, or before it has reached all that are made anew, can be started again."""
     manifest.take_out(out, {"a.png"})
+    assert [path.name for path in out.iterdir()] == ["edits.jsonl"] and read_manifest(out) == []
 
 
 def test_a_file_of_either_kind_that_is_made_anew_takes_the_line_out(out: Path):

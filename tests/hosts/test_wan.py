@@ -291,6 +291,13 @@ def test_half_a_pair_and_swapped_names_are_refused(tmp_path: Path):
         lora_formats.read_named(paths["_low_noise"], T2V)
 
 
+@pytest.mark.parametrize("expert", ["high_noise", "low_noise"])
+def test_one_experts_file_under_another_name_is_no_shared_lora(tmp_path: Path, expert: str):
+    renamed = saved(host_of(tmp_path), tmp_path)[f"_{expert}"].rename(tmp_path / "mine.safetensors")
+    with pytest.raises(ValueError, match=f"{expert.replace('_', '-')} expert; was it renamed. .* end in _{expert}.safetensors"):
+        lora_formats.read_named(renamed, A14B)
+
+
 def test_a_shared_lora_and_one_networks_are_one_file(tmp_path: Path):
     for family, sections in ((A14B, {"lora": {"experts": "shared"}}), (T2V, {})):
         host = host_of(tmp_path, family, **sections)
