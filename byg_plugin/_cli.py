@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import io
+import os
 import re
 import sys
 import traceback
@@ -20,7 +21,7 @@ _OURS = (shipped.PACKAGE, shipped.folder("dataset_tools"))
 def common_parser(description: str, *, config_required: bool = True) -> argparse.ArgumentParser:
     """A parser with `--config FILE` and repeatable `--set section.key=value`."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--config", required=config_required, type=not_empty, metavar="FILE", help="TOML configuration")
+    parser.add_argument("--config", required=config_required, type=given_place, metavar="FILE", help="TOML configuration")
     parser.add_argument(
         "--set",
         action="append",
@@ -38,9 +39,17 @@ def not_empty(text: str) -> str:
     return text
 
 
+def given_place(text: str) -> str:
+    """An argument's type: the text of a path, `~` as the user's folder, which not every shell makes of it (`--out=~/x`, Windows).
+
+    See `not_empty`: an empty path is the folder that one happens to be in.
+    """
+    return os.path.expanduser(not_empty(text))
+
+
 def given_path(text: str) -> Path:
-    """An argument's type; see `not_empty`: an empty path is the folder that one happens to be in."""
-    return Path(not_empty(text))
+    """An argument's type; see `given_place`."""
+    return Path(given_place(text))
 
 
 def run(main: Callable[[], object]) -> None:

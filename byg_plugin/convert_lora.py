@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         SystemExit: with 1 when a tool would lose something.
     """
     args = _parser().parse_args(argv)
-    if not args.lora.expanduser().is_file():
+    if not args.lora.is_file():
         raise ValueError(f"{args.lora}: no such file; give a LoRA as .safetensors")
     if not args.check:
         _convert(args)
@@ -42,11 +42,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="convert_lora.py", description=__doc__.splitlines()[0])
-    parser.add_argument("lora", type=Path, help="LoRA file (.safetensors)")
+    parser.add_argument("lora", type=_cli.given_path, help="LoRA file (.safetensors)")
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--to", choices=families.LORA_FORMATS, help="format to convert to")
     action.add_argument("--check", action="store_true", help="report what each tool would load of the file as it is")
-    parser.add_argument("--out", type=Path, help="file to write (with --to)")
+    parser.add_argument("--out", type=_cli.given_path, help="file to write (with --to)")
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
     parser.add_argument("--allow-loss", action="store_true", help="leave out what the target tool would not load")
     parser.add_argument(

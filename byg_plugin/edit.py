@@ -64,15 +64,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", type=_cli.not_empty, help="base model: diffusers folder or hub id (instead of the one in --config)")
     parser.add_argument("--method", choices=[*OF_METHOD], default="lora", help="what edits (default: lora)")
     parser.add_argument("--lora", type=_cli.not_empty, help="LoRA file (.safetensors)")
-    parser.add_argument("--source", type=_cli.not_empty, help="image or clip, or folder of them")
+    parser.add_argument("--source", type=_cli.given_place, help="image or clip, or folder of them")
     parser.add_argument("--instruction", help="what to change")
     parser.add_argument(
         "--tuples",
-        type=_cli.not_empty,
+        type=_cli.given_place,
         help="JSONL or folder of tuples: edit each source by its instruction; relative sources start from dataset.image_root of --config, "
         "or the file's folder",
     )
-    parser.add_argument("--out", type=_cli.not_empty, default="edits", help="folder of the results (default: edits)")
+    parser.add_argument("--out", type=_cli.given_place, default="edits", help="folder of the results (default: edits)")
     parser.add_argument(
         "--steps",
         type=whole_number(1, 1000),

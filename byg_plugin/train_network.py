@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 def _parser() -> argparse.ArgumentParser:
     parser = _cli.common_parser(__doc__ or "")
-    parser.add_argument("--resume", metavar="latest|FOLDER", help="go on from the newest, or this, checkpoint")
+    parser.add_argument("--resume", type=os.path.expanduser, metavar="latest|FOLDER", help="go on from the newest, or this, checkpoint")
     parser.add_argument(
         "--discard-later",
         action="store_true",

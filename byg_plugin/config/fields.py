@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import unicodedata
 from typing import Annotated
@@ -77,6 +78,7 @@ Shift = Annotated[float, Field(ge=1e-3, le=1e3)]
 Scale = Annotated[float, Field(ge=0.0, le=100.0)]
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]  # what torch's generators take
 PathText = Annotated[str, AfterValidator(_path_text)]
+LocalPath = Annotated[str, AfterValidator(_path_text), AfterValidator(os.path.expanduser)]  # no hub id: `~` is the user's folder
 Pattern = Annotated[str, Field(min_length=1), AfterValidator(_pattern)]
 EditType = Annotated[str, Field(min_length=1, max_length=100)]
 EditTypes = Annotated[tuple[EditType, ...], Field(strict=False)]  # a list in TOML

@@ -18,6 +18,7 @@ from byg_plugin.config.fields import (
     LEAST,
     MOST,
     Decay,
+    LocalPath,
     NonNegative,
     PathText,
     Pattern,
@@ -124,12 +125,12 @@ AtOnce = Annotated[int, Field(ge=1, le=1024)]
 class DatasetConfig(Section):
     """What is trained on, and where its encodings are cached."""
 
-    tuples: PathText = Field(description="JSONL of edit tuples, or a folder of images with same-stem .json tuples.")
+    tuples: LocalPath = Field(description="JSONL of edit tuples, or a folder of images with same-stem .json tuples.")
     rules: Literal["error", "warn"] = Field(
         "error", description="What becomes of texts that break a hard rule of Appendix D.1 (byg_plugin/data/rules.py)."
     )
-    image_root: PathText | None = Field(None, description="Folder that relative `source` paths start from; default: the tuples' own.")
-    cache_dir: PathText = Field(description="Folder of cached latents and text encodings.")
+    image_root: LocalPath | None = Field(None, description="Folder that relative `source` paths start from; default: the tuples' own.")
+    cache_dir: LocalPath = Field(description="Folder of cached latents and text encodings.")
     resolution: Annotated[int, Field(ge=16, le=4096)] = Field(
         512, description="Target size: buckets have about resolution x resolution pixels, never more than the image or clip has."
     )
@@ -367,7 +368,7 @@ class EvaluateConfig(Section):
 class OutputConfig(Section):
     """Where results go."""
 
-    dir: PathText = Field(description="Folder of checkpoints, logs, previews and the final LoRA.")
+    dir: LocalPath = Field(description="Folder of checkpoints, logs, previews and the final LoRA.")
     # No full stop at the end: Windows drops it.
     name: Stem = Field(
         "byg_lora",

@@ -375,8 +375,8 @@ def read_named(path: str | Path, family: str, label: str = "") -> tuple[dict[str
                 raise ValueError(f"{file} was trained for {card.family!r}, model.family is {family!r}")
             if card.expert in ("high_noise", "low_noise") and (len(files) == 1 or f"_{card.expert}" != EXPERT_SUFFIXES[expert]):
                 raise ValueError(
-                    f"{file}: its metadata say that it is for the {card.expert.replace('_', '-')} expert; was it renamed? Its name is to end "
-                    f"in _{card.expert}.safetensors, and the other expert's file lies beside it"
+                    f"{file}: its metadata say that it is for the {card.expert.replace('_', '-')} expert; was it renamed? Its name is to "
+                    f"end in _{card.expert}.safetensors, with the other expert's file beside it"
                 )
             for name, tensor in convert(tensors, "diffusers", family=family).items():
                 named[expert + name.removeprefix("transformer")] = tensor

@@ -218,3 +218,13 @@ def test_every_option_has_a_sentence_and_is_in_the_reference():
         for key, option in keys_of(section).items():
             assert option.description and option.description[0].isalnum() and len(option.description) > 8, f"{section}.{key}"
             assert f"| `{key}` |" in text and option.description in text
+
+
+def test_the_users_folder_in_paths(minimal: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A run must not train into a folder that is called `~`; what may be a hub id is expanded where it is looked for."""
+    for variable in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(variable, str(tmp_path))
+    keys = ("dataset.tuples", "dataset.cache_dir", "dataset.image_root", "output.dir", "model.path")
+    config = load_config(minimal, [f'{key}="~/{key}"' for key in keys])
+    found = [getattr(getattr(config, section), name) for section, name in (key.split(".") for key in keys)]
+    assert [Path(one) for one in found] == [*(tmp_path / key for key in keys[:-1]), Path("~/model.path")]

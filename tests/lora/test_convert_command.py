@@ -31,6 +31,19 @@ def test_the_command_converts_keeps_metadata_and_refuses(tmp_path: Path, capsys:
     assert status(str(tmp_path / "no.safetensors"), "--check") == 2
 
 
+def test_the_users_folder_is_no_way_around_overwrite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """bash leaves the `~` of `--out=~/x`, and Windows' shells leave every one."""
+    for variable in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(variable, str(tmp_path))
+    lora_files.write_lora(tmp_path / "lora.safetensors", peft_lora()[0], METADATA)
+    (tmp_path / "mine.safetensors").write_bytes(b"mine")
+    assert status("~/lora.safetensors", "--to", "musubi", "--out=~/mine.safetensors") == 2
+    assert "mine.safetensors exists" in capsys.readouterr().err
+    assert (tmp_path / "mine.safetensors").read_bytes() == b"mine"
+    assert status("~/lora.safetensors", "--to", "musubi", "--out=~/other.safetensors") == 0
+    assert (tmp_path / "other.safetensors").is_file()
+
+
 def test_the_command_checks(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     source = tmp_path / "lora.safetensors"
     lora_files.write_lora(source, peft_lora()[0], METADATA)
