@@ -210,7 +210,7 @@ def dry_run(config: Config, family: Family, device: Any) -> None:
     whole = [(width, height, *(frames or (1,))) for width, height, *frames in sizes]
     _print_memory(config, family, device, max(whole, key=lambda size: family.sequence_tokens(size[1], size[0], size[2])))
     buckets = Counter(sizes)
-    print(f"tuples: {len(data)} to train, {config.dataset.validation_items} held out")
+    print(f"tuples: {len(data)} to train, {data.held_out} held out")
     for bucket, count in buckets.most_common():
         print(f"  {count:6d} in bucket {bucket}")
     example, item = data[0], data.tuples[0]

@@ -156,7 +156,8 @@ class DatasetConfig(Section):
     )
     validation_items: NonNegative = Field(
         0,
-        description="Tuples held out for validation loss and previews (whole sources), unless tuples name a `split` of their own.",
+        description="Tuples held out for validation loss and previews, whole sources. Where tuples name a `split` of their own it decides "
+        "which, and any number above 0 says that they are used.",
     )
     cache_batch_size: AtOnce = Field(1, description="Images or texts encoded at once while caching; at most 1,024, all are in memory.")
     workers: Annotated[int, Field(ge=0, le=256)] = Field(

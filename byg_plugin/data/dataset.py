@@ -33,7 +33,7 @@ class CachedTuples(Dataset[dict[str, Any]]):
     Args:
         config: the whole configuration.
         family: for keys only; no weights are loaded.
-        split: `validation` holds out about `dataset.validation_items` tuples, whole sources.
+        split: `validation` holds out about `dataset.validation_items` tuples, whole sources; `held_out` says how many, on either side.
 
     Raises:
         ValueError: tuples are wrong, or the cache lacks what they need now (changed image, text, model or size); it says
@@ -50,6 +50,7 @@ class CachedTuples(Dataset[dict[str, Any]]):
         every = read_tuples(config.dataset)
         train, validation = split_tuples(every, config.dataset.validation_items)
         self.tuples = train if split == "train" else validation
+        self.held_out = len(validation)
         if self.targets and (without := [item for item in every if item.target is None]):
             raise ValueError(
                 f'objective.name = "{config.objective.name}" needs a `target` in every tuple; '

@@ -287,6 +287,14 @@ def test_tuples_that_name_their_split_decide(tmp_path: Path) -> None:
         split_tuples(items[2:4], 0)
 
 
+def test_either_side_knows_how_many_are_held_out(tmp_path: Path) -> None:
+    """A source is held out whole: 2 tuples where 1 is asked for."""
+    config = cached(data_set(tmp_path, images=3, tuples_each=2))
+    config = config.model_copy(update={"dataset": config.dataset.model_copy(update={"validation_items": 1})})
+    train, validation = (CachedTuples(config, FakeFamily(), split) for split in ("train", "validation"))  # type: ignore[arg-type]
+    assert (len(train), len(validation), train.held_out, validation.held_out) == (4, 2, 2, 2)
+
+
 # --- entries that are whole and yet no good ---
 
 
