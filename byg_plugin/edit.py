@@ -42,21 +42,17 @@ from functools import partial
 from byg_plugin import _cli
 from byg_plugin.config.loading import load_config
 from byg_plugin.config.sections import Config, DatasetConfig
-from byg_plugin.data.buckets import Size
-from byg_plugin.data.clips import is_clip
+from byg_plugin.data.clips import clip_info, is_clip
 from byg_plugin.editing.copies import Copies
 from byg_plugin.editing.editor import Editor, texts_of
-from byg_plugin.editing.jobs import OF_METHOD, Job, check_arguments, check_out, check_overrides, jobs_of, report_losses
+from byg_plugin.editing.jobs import OF_METHOD, Sized, check_arguments, check_out, check_overrides, jobs_of, report_losses
 from byg_plugin.editing.kontext import Kontext
 from byg_plugin.editing.methods import Base, FlowEdit
 from byg_plugin.editing.pipeline import MAX_SEED, MOST_STRENGTH, EditPipeline
 from byg_plugin.editing.results import Results
 from byg_plugin.families import FamilySpec
-from byg_plugin.places import ENCODERS, NETWORKS, check_model, check_path
+from byg_plugin.places import ENCODERS, NETWORKS, check_model, check_path, lora_at
 from byg_plugin.progress import Progress
-
-Sized = tuple[Size, int, Job]
-"""A job with its edit's (width, height) and its place among all jobs, which its seed follows."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -131,6 +127,12 @@ def _parser() -> argparse.ArgumentParser:
         default=1,
         help="images of one size edited at once (default 1); clips are edited one by one",
     )
+    parser.add_argument(
+        "--skip-done",
+        action="store_true",
+        help="go on where a run was stopped: leave out what edits.jsonl in --out tells of with the same source, words, seed and settings, "
+        "and a LoRA of the same name that is no newer",
+    )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], help="default: the configuration's, or auto")
     parser.add_argument(
         "--dtype",
@@ -190,18 +192,25 @@ def main() -> None:
     out = Path(args.out)
     check_out(out, jobs)
     pipe = editor_of(args, config)
-    # All texts first: then the encoders leave for good. Sizes too: an unreadable image stops before the long work.
+    # Sizes first: an unreadable image stops before the long work.
     sized = [(pipe.sources.size(job.source), index, job) for index, job in enumerate(jobs)]
     for bucket, _, job in sized:
         report_losses(pipe, job, bucket, args.frames)
-    pipe.encode(texts_of(job.words(pipe.reads) for job in jobs))
     steps = args.steps or pipe.steps
-    results = Results(out, jobs, pipe, steps=steps, schedule=args.schedule)
+    results = Results(out, pipe, steps=steps, schedule=args.schedule)
+    if args.skip_done:
+        since = max((file.stat().st_mtime for file in lora_at(args.lora or "")), default=0.0)
+        frames = partial(_frames, pipe, asked=args.frames)
+        sized = results.without_done(sized, first_seed=args.seed, frames=frames, since=since)
+        print(f"{len(jobs) - len(sized)} of {len(jobs)} edits are in {out} already", flush=True)
+    results.start([job for _, _, job in sized])
+    # All texts at once: then the encoders leave for good.
+    pipe.encode(texts_of(job.words(pipe.reads) for _, _, job in sized))
     passes = [True, False] if args.show_unguided else [True]
-    with Progress(total=len(jobs) * len(passes) * steps, desc="edit", unit="step") as bar:
+    with Progress(total=len(sized) * len(passes) * steps, desc="edit", unit="step") as bar:
         _edit_clips(pipe, [item for item in sized if is_clip(item[2].source)], args, passes, results, bar)
         _edit_images(pipe, [item for item in sized if not is_clip(item[2].source)], args, passes, results, bar)
-    print(f"{len(jobs)} edits in {out}")
+    print(f"{len(sized)} edits in {out}")
 
 
 def editor_of(args: argparse.Namespace, config: Config | None) -> Editor:
@@ -243,6 +252,11 @@ def editor_of(args: argparse.Namespace, config: Config | None) -> Editor:
 def _flowedit(args: argparse.Namespace, spec: FamilySpec) -> FlowEdit:
     scales = {"source_guidance": args.source_guidance, "target_guidance": args.target_guidance}
     return FlowEdit.of(spec, steps=args.steps, n_max=args.n_max, n_min=args.n_min, n_avg=args.n_avg, **scales)
+
+
+def _frames(pipe: Editor, source: Path, *, asked: int | None) -> int | None:
+    """Of the edit of a source; None of an image."""
+    return pipe.sources.clip_length(source, clip_info(source), asked) if is_clip(source) else None
 
 
 def _edit_clips(

@@ -105,12 +105,17 @@ def check_path(path_or_id: str, label: str) -> None:
 
 
 def check_lora(lora: str, label: str) -> None:
-    """Whether a LoRA is there: the file itself, either file of a pair, or one of those that a pair's common name means.
+    """Whether a LoRA is there: see `lora_at`.
 
     Raises:
         ValueError: it is not.
     """
+    if not lora_at(lora):
+        raise ValueError(f"{label}{lora}: no such file; give a LoRA as .safetensors")
+
+
+def lora_at(lora: str) -> list[Path]:
+    """What is there of a LoRA: the file itself, either file of a pair, or those of a pair that its common name means."""
     path = Path(lora).expanduser()
     names = (path.name, *(f"{path.stem}{suffix}.safetensors" for suffix in families.EXPERT_SUFFIXES.values()))
-    if not any(path.with_name(name).is_file() for name in names):
-        raise ValueError(f"{label}{lora}: no such file; give a LoRA as .safetensors")
+    return [path.with_name(name) for name in names if path.with_name(name).is_file()]

@@ -68,6 +68,10 @@ class Job:
         return out / f"{self.name}{suffix}", out / f"{self.name}_side_by_side{suffix}"
 
 
+Sized = tuple[Size, int, Job]
+"""A job with its edit's (width, height) and its place among all jobs, which its seed follows."""
+
+
 def jobs_of(args: argparse.Namespace, dataset: DatasetConfig | None = None) -> list[Job]:
     """What the command line asks for; relative sources of `--tuples` start from the configuration's dataset.image_root.
 
@@ -116,6 +120,8 @@ def check_arguments(args: argparse.Namespace, jobs: Sequence[Job]) -> None:
     if args.seed + len(jobs) - 1 > MAX_SEED:
         raise ValueError(f"--seed {args.seed}: edit i uses seed + i, and {len(jobs)} edits go beyond {MAX_SEED}; lower it")
     _check_method(args)
+    if args.skip_done and args.show_unguided:
+        raise ValueError("--skip-done cannot tell whether what is there shows --show-unguided's column: leave one of them out")
     if args.model is None and not args.config:
         raise ValueError(NO_MODEL)
     if args.method == "lora":

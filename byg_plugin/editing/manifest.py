@@ -110,13 +110,22 @@ def append(folder: Path, edit: Edit) -> None:
     Raises:
         OSError: the line cannot be written; then nothing of it is there.
     """
-    paths = {"source": _relative(edit.source, folder), "edit": edit.edit.name, "side_by_side": edit.side_by_side.name}
-    line = json.dumps(asdict(edit) | paths | {"card": edit.card.to_metadata()}).encode("ascii") + b"\n"
+    line = _text(edit, folder).encode("ascii") + b"\n"
     with (folder / NAME).open("ab", buffering=0) as file:
         start = file.tell()
         if file.write(line) < len(line):  # the disk is full
             file.truncate(start)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / NAME))
+
+
+def same(one: Edit, other: Edit, folder: Path) -> bool:
+    """Whether two edits have the same line in a folder's manifest."""
+    return _text(one, folder) == _text(other, folder)
+
+
+def _text(edit: Edit, folder: Path) -> str:
+    paths = {"source": _relative(edit.source, folder), "edit": edit.edit.name, "side_by_side": edit.side_by_side.name}
+    return json.dumps(asdict(edit) | paths | {"card": edit.card.to_metadata()})
 
 
 def _relative(source: Path, folder: Path) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +15,9 @@ from PIL import Image
 from byg_plugin import EditPipeline
 from byg_plugin.data.rules import ROLES
 from byg_plugin.editing import manifest
+from byg_plugin.editing.jobs import Job
 from byg_plugin.editing.manifest import Edit, read_manifest
+from byg_plugin.editing.results import Results
 from byg_plugin.lora.card import LoraCard
 from byg_plugin.lora.files import read_lora
 from tests.support.editing import command, difference, photo, pipeline
@@ -271,3 +275,48 @@ def test_a_file_of_that_name_that_is_none_of_ours_stops_before_the_work(lora: Pa
     with pytest.raises(ValueError, match=r"edits\.jsonl, line 1: .* is missing"):
         command(monkeypatch, lora, "--source", photo(), "--instruction", "add", "--out", tmp_path)
     assert own.read_bytes() == before and list(tmp_path.iterdir()) == [own]
+
+
+def test_a_stopped_run_goes_on_with_what_is_not_done(lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    own = tmp_path / "own.safetensors"
+    own.write_bytes(lora.read_bytes())
+    given = ["--source", workspace(), "--instruction", "add", "--out", tmp_path / "out", "--steps", 1]
+
+    def made_by(*more: Any) -> set[str]:
+        """Names of the edits that a run wrote."""
+        before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.png")}
+        command(monkeypatch, own, *given, *more)
+        written = {path for path in (tmp_path / "out").glob("*.png") if path.stat().st_mtime_ns != before.get(path)}
+        assert len(read_manifest(tmp_path / "out")) == 4
+        return {path.name for path in written if "side" not in path.name}
+
+    every = {f"photo{index}.png" for index in range(4)}
+    assert made_by("--skip-done") == every
+    seeds = {one.edit.name: one.seed for one in read_manifest(tmp_path / "out")}
+    assert made_by("--skip-done") == set()
+    manifest.take_out(tmp_path / "out", {"photo1.png"})  # as a stopped run leaves it
+    (tmp_path / "out" / "photo2_side_by_side.png").unlink()
+    assert made_by("--skip-done") == {"photo1.png", "photo2.png"}
+    assert {one.edit.name: one.seed for one in read_manifest(tmp_path / "out")} == seeds
+    assert made_by("--skip-done", "--seed", 1) == every
+    assert made_by("--skip-done", "--seed", 1, "--steps", 2) == every
+    os.utime(own, (later := time.time() + 60, later))  # trained anew
+    assert made_by("--skip-done", "--seed", 1, "--steps", 2) == every
+
+
+def test_what_is_done_cannot_show_another_column(lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(ValueError, match="--skip-done cannot tell whether .* --show-unguided"):
+        command(monkeypatch, lora, "--source", photo(), "--instruction", "add", "--out", tmp_path, "--skip-done", "--show-unguided")
+
+
+def test_frames_that_are_asked_for_count(out: Path, tmp_path: Path):
+    """A clip that was cut shorter is another edit."""
+    job = Job(source=tmp_path / "a.mp4", instruction="add", name="a")
+    pipe = SimpleNamespace(settings=lambda steps, schedule: ({}, {}), card=LoraCard())
+    results = Results(out, pipe, steps=1, schedule=None)  # type: ignore[arg-type]
+    for file in job.files(out):
+        file.touch()
+    manifest.append(out, results._line(job, seed=3, size=(64, 64), frames=9, fps=8.0))
+    jobs = [((64, 64), 0, job)]
+    left = [results.without_done(jobs, first_seed=3, frames=lambda _, n=n: n, since=0.0) for n in (9, 5)]
+    assert left == [[], jobs]
