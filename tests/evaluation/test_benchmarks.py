@@ -250,6 +250,18 @@ def test_other_bad_input(tmp_path: Path):
     assert "no task in its data" in refused(*words)
 
 
+def test_tuples_that_are_no_benchmarks_are_not_overwritten(tmp_path: Path):
+    data = write_imgedit(tmp_path / "data")
+    words = ("--benchmark", "imgedit", "--data", data, "--out", data)
+    (data / "tuples.jsonl").write_text("of training\n", encoding="utf-8")
+    assert "its tuples.jsonl, with no benchmark.json beside it, is not ours to overwrite; choose another folder" in refused(*words)
+    assert (data / "tuples.jsonl").read_text(encoding="utf-8") == "of training\n" and not (data / "benchmark.json").exists()
+    (data / "tuples.jsonl").unlink()
+    for _ in range(2):
+        run(*words)
+    assert len(read_tuples_file(data / "tuples.jsonl")) == 10, "its own are written anew"
+
+
 def test_the_pages_export_of_gedit_is_what_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from PIL import Image
 

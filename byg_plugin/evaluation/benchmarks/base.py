@@ -66,12 +66,15 @@ class Benchmark:
         """`tuples.jsonl`, for edit.py, and `benchmark.json`, which says the groups; returns the first.
 
         Raises:
-            ValueError: they cannot be written.
+            ValueError: they cannot be written, or would overwrite tuples that are no benchmark's.
         """
+        if (folder / TUPLES).exists() and not (folder / MANIFEST).exists():
+            raise ValueError(f"--out {folder}: its {TUPLES}, with no {MANIFEST} beside it, is not ours to overwrite; choose another folder")
         folder.mkdir(parents=True, exist_ok=True)
-        write_records(folder / TUPLES, (_record(task) for task in self.tasks))
         groups = {name: sorted(ids) for name, ids in self.groups().items()}
+        # First, for it says whose the tuples are, after a kill too.
         write_text(folder / MANIFEST, json.dumps({"benchmark": self.name, "groups": groups}, indent=1) + "\n")
+        write_records(folder / TUPLES, (_record(task) for task in self.tasks))
         return folder / TUPLES
 
     def items(self, edits: Sequence[Item]) -> list[Item]:
