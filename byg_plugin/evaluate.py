@@ -34,7 +34,7 @@ from byg_plugin.evaluation import benchmarks, frames
 from byg_plugin.evaluation.benchmarks.base import Benchmark
 from byg_plugin.evaluation.items import Item, items_of, missing_files, refuse
 from byg_plugin.evaluation.metrics import METRICS, Options, classes
-from byg_plugin.evaluation.metrics.base import missing_texts
+from byg_plugin.evaluation.metrics.base import check_device, missing_texts
 from byg_plugin.folders import make_writable, write_text
 from byg_plugin.progress import Progress
 
@@ -73,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command; see the module."""
     args = _parser().parse_args(arguments)
+    check_device(args.device, f"--device {args.device}", "give --device cpu")
     benchmark = _benchmark(args)
     if benchmark is not None and args.edits is None and args.results is None:
         return

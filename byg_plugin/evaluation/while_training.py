@@ -14,7 +14,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.logging import get_logger
 from PIL import Image
 
@@ -26,6 +25,7 @@ from byg_plugin.evaluation import page, scores
 from byg_plugin.evaluation.items import Item
 from byg_plugin.evaluation.metrics import METRICS, Options, classes
 from byg_plugin.evaluation.metrics.answers import JudgedMetric
+from byg_plugin.evaluation.metrics.base import check_device
 from byg_plugin.evaluation.scores import Row
 from byg_plugin.evaluation.statistics import ALL, Mean, by_type, mean_of
 from byg_plugin.images import save_png
@@ -61,8 +61,7 @@ class TrainingScores:
         self._options = _options(section)
         columns = {column: more for one in self._made.values() for column, more in one.columns.items()}
         self._higher = _direction(section, columns)
-        if section.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError('evaluate.device = "cuda": torch finds no CUDA device; set evaluate.device = "cpu"')
+        check_device(section.device, f'evaluate.device = "{section.device}"', 'set evaluate.device = "cpu"')
         if os.environ.get("RANK", "0") == "0":
             for name, made in self._made.items():
                 try:

@@ -256,6 +256,12 @@ def test_other_bad_input(tmp_path: Path, words: tuple[str, ...], says: str):
         run("--edits", edits, "--out", tmp_path / "out", *words)
 
 
+def test_cuda_where_there_is_none_is_told_before_anything_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    said = refused("--edits", tmp_path / "nothing", "--metrics", "clip", "--device", "cuda")
+    assert said == "--device cuda: torch finds no CUDA device; give --device cpu"
+
+
 def test_an_empty_manifest_and_a_damaged_file_of_scores_are_named(tmp_path: Path):
     edits, out = write_edits(tmp_path, 1), tmp_path / "out"
     run("--edits", edits, "--out", out)

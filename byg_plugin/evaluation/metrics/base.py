@@ -62,6 +62,20 @@ class Metric(Protocol):
         ...
 
 
+def check_device(device: str, said: str, remedy: str) -> None:
+    """Refuse CUDA where there is none; `said` names the option with its value.
+
+    Raises:
+        ValueError: it is asked for and torch finds no such device; with the remedy.
+    """
+    if device != "cuda":
+        return
+    import torch  # not above: it takes seconds
+
+    if not torch.cuda.is_available():
+        raise ValueError(f"{said}: torch finds no CUDA device; {remedy}")
+
+
 def missing_texts(metric: str, texts: tuple[str, ...], item: Item) -> list[str]:
     """Problems: what a metric needs of an item's texts and does not find."""
     lacking = [name for name in texts if known(name, getattr(item, name)) is None]
