@@ -75,13 +75,13 @@ def from_manifest(path: Path, tuples: Path | None = None) -> list[Item]:
     """The edits of a folder that edit.py has written, or of its `edits.jsonl`; targets of `tuples` are references, by id.
 
     Raises:
-        ValueError: there is no manifest, it is empty or damaged, or the tuples are none.
+        ValueError: there is no manifest, it is empty or damaged, or the tuples are none, or have no target of an edit here.
     """
     folder = path.parent if path.name == NAME else path
     edits = read_manifest(folder)
     if not edits:
         raise ValueError(f"{folder / NAME}: no edits in it; make some with byg_plugin/edit.py")
-    targets = {} if tuples is None else {one.id: one.target for one in read_tuples_file(tuples, rules="warn")}
+    targets = {} if tuples is None else _targets(tuples, [edit.id or edit.edit.stem for edit in edits])
     names = [edit.id or edit.edit.stem for edit in edits]
     if len({*names}) < len(names):  # a tuple edited with several seeds
         names = [edit.edit.stem for edit in edits]
@@ -99,6 +99,19 @@ def from_manifest(path: Path, tuples: Path | None = None) -> list[Item]:
         )
         for name, edit in zip(names, edits, strict=True)
     )
+
+
+def _targets(tuples: Path, edited: Sequence[str]) -> dict[str, Path]:
+    """By id, at least one of them of an edit; `edited` are the edits' ids."""
+    targets = {one.id: one.target for one in read_tuples_file(tuples, rules="warn") if one.target is not None}
+    if not targets:
+        raise ValueError(f"--tuples {tuples}: no tuple in it has a target, and beside --edits it is read for these alone: leave it out")
+    if not targets.keys() & {*edited}:
+        ids = f"their ids are such as {next(iter(targets))}, the edits' such as {edited[0]}"
+        raise ValueError(
+            f"--tuples {tuples}: none of its targets is of one of these edits ({ids}): give the tuples that were edited, or leave it out"
+        )
+    return targets
 
 
 def from_tuples(tuples: Path, results: Path) -> list[Item]:

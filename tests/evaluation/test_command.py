@@ -114,6 +114,17 @@ def test_targets_of_tuples_and_masks_are_used(tmp_path: Path):
     assert lines(out)[-1]["scores"]["error_outside"] == pytest.approx(52 / 255)
 
 
+def test_tuples_that_give_no_edit_a_ground_truth_are_refused(tmp_path: Path):
+    words = ("--edits", write_edits(tmp_path, 2), "--out", tmp_path / "out", "--tuples")
+    save(tmp_path / "truth.png", noise(0))
+    assert "no tuple in it has a target, and beside --edits it is read for these alone" in refused(*words, write_tuples_of(tmp_path, 2))
+    others = write_tuples_of(tmp_path, 2, target="truth.png")
+    others.write_text(others.read_text(encoding="utf-8").replace('"id": "t', '"id": "other'), encoding="utf-8")
+    said = refused(*words, others)
+    assert "none of its targets is of one of these edits (their ids are such as other0, the edits' such as t0): give the tuples" in said
+    assert not (tmp_path / "out").exists()
+
+
 def test_results_by_the_tuples_ids_and_two_folders_by_stem(tmp_path: Path):
     write_edits(tmp_path, 2)
     tuples, results = write_tuples_of(tmp_path, 2), tmp_path / "results"
