@@ -130,7 +130,7 @@ def check_arguments(args: argparse.Namespace, jobs: Sequence[Job]) -> None:
 
 def _check_method(args: argparse.Namespace) -> None:
     own = OF_METHOD[args.method]
-    given = [name for names in OF_METHOD.values() for name in names if getattr(args, name) not in (None, False)]
+    given = [name for names in OF_METHOD.values() for name in names if _given(args, name)]
     if foreign := [f"--{name.replace('_', '-')}" for name in dict.fromkeys(given) if name not in own]:
         raise ValueError(f"--method {args.method} has no use for {', '.join(foreign)}: leave it out")
     if args.method == "lora" and args.lora is None:
@@ -145,6 +145,12 @@ def _check_method(args: argparse.Namespace) -> None:
         raise ValueError("--method kontext: give --config, for the sizes of the methods it is compared with, or --resolution")
     if args.method == "kontext" and args.batch_size > 1:
         raise ValueError(f"--batch-size {args.batch_size}: --method kontext edits images one by one, leave it out")
+
+
+def _given(args: argparse.Namespace, name: str) -> bool:
+    """0 is given too, and equals False."""
+    value = getattr(args, name)
+    return value is not None and value is not False
 
 
 def check_overrides(args: argparse.Namespace, given: Config | None, resolved: Config) -> None:
