@@ -75,6 +75,8 @@ Sized = tuple[Size, int, Job]
 def jobs_of(args: argparse.Namespace, dataset: DatasetConfig | None = None) -> list[Job]:
     """What the command line asks for; relative sources of `--tuples` start from the configuration's dataset.image_root.
 
+    Texts that break a rule of training's are edited by all the same, unless a configuration's dataset.rules forbids it.
+
     Raises:
         ValueError: nothing, too much, or something missing.
     """
@@ -83,7 +85,7 @@ def jobs_of(args: argparse.Namespace, dataset: DatasetConfig | None = None) -> l
             raise ValueError("--tuples has its own sources and instructions: leave out --source and --instruction")
         # A folder of tuples has its images beside them, wherever those of training are.
         if dataset is None or Path(args.tuples).is_dir():
-            tuples = read_tuples_file(Path(args.tuples))
+            tuples = read_tuples_file(Path(args.tuples), rules=dataset.rules if dataset else "warn")
         else:
             tuples = read_tuples(dataset.model_copy(update={"tuples": args.tuples}))
         return [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -12,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 from byg_plugin import EditPipeline, edit
-from byg_plugin.editing.jobs import Job, check_arguments
+from byg_plugin.config.sections import DatasetConfig
+from byg_plugin.editing.jobs import Job, check_arguments, jobs_of
 
 METADATA = {"byg.position": "same", "byg.guidance": "3.5", "byg.max_text_tokens": "8", "byg.resolution": "64", "byg.schedule": "shifted"}
 
@@ -59,6 +61,20 @@ def test_values_of_metadata_that_no_option_has_are_told_with_the_file(tmp_path: 
 
 def jobs(*names: str) -> list[Job]:
     return [Job(source=Path(name), instruction="add", name=Path(name).stem) for name in names]
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_rules_for_training_forbid_an_edit_only_where_a_configuration_says_so(tmp_path: Path, folder: bool):
+    (tmp_path / "a.png").touch()
+    same = {"src_caption": "a house", "tgt_caption": "a house", "instruction": "add", "reverse_instruction": "remove"}
+    file = tmp_path / ("a.json" if folder else "t.jsonl")
+    file.write_text(json.dumps(same if folder else {"source": "a.png", **same}), encoding="utf-8")
+    place = tmp_path if folder else file
+    args = Namespace(tuples=str(place), source=None, instruction=None)
+    forbidding, taking = (DatasetConfig(tuples="t", cache_dir="c", rules=rules) for rules in ("error", "warn"))
+    assert [job.instruction for dataset in (None, taking) for job in jobs_of(args, dataset)] == ["add", "add"]
+    with pytest.raises(ValueError, match='caption must differ(.|\n)*dataset.rules = "warn"'):
+        jobs_of(args, forbidding)
 
 
 def arguments(folder: Path, *words: str) -> Namespace:
