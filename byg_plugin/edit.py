@@ -243,7 +243,7 @@ def editor_of(args: argparse.Namespace, config: Config | None) -> Editor:
     else:
         assert config is not None, "checked with the arguments"
         pipe = EditPipeline.from_base(config, _flowedit(args, config.model.spec) if args.method == "flowedit" else Base(), **options)
-    check_overrides(args, config, pipe.config)
+    check_overrides(args, config, pipe.config, few_steps=pipe.card.sampler is not None)
     if args.show_unguided and pipe.config.negative is None:
         raise ValueError("--show-unguided: nothing is guided here (FLUX.1 takes guidance as an input; else drop --cfg-high, --cfg-low)")
     return Copies(pipe.sources) if args.method == "copy" else pipe

@@ -25,7 +25,6 @@ from byg_plugin.progress import Progress
 from byg_plugin.user_files import files_in, hidden_in
 
 _REPORTED_CUT = 0.2  # of a picture's pixels
-# Keys that the LoRA knows better than --config, and the options that stand above it.
 _SAMPLER = ("device", "dtype", "quantization", "steps", "schedule", "negative")
 # Options of edit.py that only some methods honour.
 OF_METHOD = {
@@ -35,7 +34,21 @@ OF_METHOD = {
     "flowedit": (*_SAMPLER, "n_max", "n_min", "n_avg", "source_guidance", "target_guidance"),
     "kontext": ("device", "dtype", "steps", "guidance"),
 }
-_FROM_LORA = {"conditioning.guidance": "guidance", "dataset.resolution": "resolution", "sample.schedule": "schedule"}
+# Keys that the LoRA may know better than --config, and the options that stand above it; None: there is none.
+_FROM_LORA = {
+    "conditioning.guidance": "guidance",
+    "conditioning.max_text_tokens": None,
+    "conditioning.position": None,
+    "dataset.resolution": "resolution",
+    "model.boundary": None,
+    "sample.cfg_high_noise": "cfg_high",
+    "sample.cfg_low_noise": "cfg_low",
+    "sample.negative": "negative",
+    "sample.schedule": "schedule",
+    "sample.solver": "solver",
+    "sample.steps": "steps",
+}
+_GUIDED = ("cfg_high", "cfg_low", "negative")  # which few-step LoRAs are not
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,21 +168,24 @@ def _given(args: argparse.Namespace, name: str) -> bool:
     return value is not None and value is not False
 
 
-def check_overrides(args: argparse.Namespace, given: Config | None, resolved: Config) -> None:
-    """A `--set` whose value the LoRA's own has replaced is an error.
+def check_overrides(args: argparse.Namespace, given: Config | None, resolved: Config, *, few_steps: bool = False) -> None:
+    """A `--set` whose value the LoRA's own has replaced is an error; `few_steps`: it is trained for few, without guidance.
 
     Raises:
-        ValueError: names key, both values and the option that has the last word.
+        ValueError: names key, both values and the option that has the last word, if there is one.
     """
     for override in args.set:
         key = override.partition("=")[0].replace(" ", "")
         option = _FROM_LORA.get(key)
-        if option is None or getattr(args, option) is not None:
+        if key not in _FROM_LORA or (option is not None and getattr(args, option) is not None):
             continue
         section, name = key.split(".")
         asked, used = (getattr(getattr(config, section), name) for config in (given, resolved))
         if asked != used:
-            raise ValueError(f"--set {override}: edits do not take it from --config, and use {used!r}; give --{option} {asked}")
+            own = option is None or (few_steps and option in _GUIDED)
+            remedy = "leave it out" if own else f"give --{str(option).replace('_', '-')} {asked}"
+            whose = "the LoRA's own value, " if own else ""
+            raise ValueError(f"--set {override}: edits do not take it from --config, and use {whose}{used!r}; {remedy}")
 
 
 def check_out(out: Path, jobs: Sequence[Job]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -125,17 +126,48 @@ def test_edit_needs_a_base_model(tmp_path: Path):
         ("conditioning.guidance=3.5", [], None),
         ("conditioning.guidance=7.0", ["--guidance", "5"], None),
         ("sample.steps=7", [], None),
+        ("conditioning.position=kontext", [], "use the LoRA.s own value, .same.; leave it out"),
+        ("conditioning.max_text_tokens=16", [], "use the LoRA.s own value, 8; leave it out"),
+        ("conditioning.max_text_tokens=8", [], None),
     ],
 )
 def test_an_override_that_the_lora_decides(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, override: str, option: list[str], says: str | None
 ):
-    toml = tmp_path / "c.toml"
-    toml.write_text('model.path = "."\ndataset = {tuples = "t", cache_dir = "c"}\ntrain.steps = 1\noutput.dir = "o"', encoding="utf-8")
-    (tmp_path / "a.png").touch()
-    words = ["--config", toml, "--set", override, "--lora", lora_file(tmp_path, "flux"), "--source", tmp_path / "a.png"]
-    monkeypatch.setattr(sys, "argv", ["edit.py", *map(str, words), "--instruction", "add", "--out", str(tmp_path / "o"), *option])
+    said = overridden(monkeypatch, tmp_path, "flux", lora_file(tmp_path, "flux"), override, *option)
     # Without a complaint about the override the next thing that is wrong is told: there is no model, or no picture.
-    with pytest.raises(ValueError, match=says or "config.json|a.png") as caught:
+    assert re.search(says or "config.json|a.png", said) and (says is None) != ("--set" in said)
+
+
+def overridden(monkeypatch: pytest.MonkeyPatch, folder: Path, family: str, lora: Path, override: str, *more: str) -> str:
+    """What edit.py says of `--set` beside a LoRA."""
+    toml, model = folder / "c.toml", f'model = {{path = ".", family = "{family}"}}'
+    toml.write_text(f'{model}\ndataset = {{tuples = "t", cache_dir = "c"}}\ntrain.steps = 1\noutput.dir = "o"', encoding="utf-8")
+    (folder / "a.png").touch()
+    words = ["--config", toml, "--set", override, "--lora", lora, "--source", folder / "a.png", "--instruction", "add", *more]
+    monkeypatch.setattr(sys, "argv", ["edit.py", *map(str, words), "--out", str(folder / "o")])
+    with pytest.raises(ValueError) as caught:
         edit.main()
-    assert (says is None) != ("--set" in str(caught.value))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("sample.steps=7", "and use 4; give --steps 7"),
+        ("sample.solver=euler", "and use 'stochastic'; give --solver euler"),
+        ("sample.cfg_high_noise=3", "and use the LoRA's own value, 1.0; leave it out"),
+        ("sample.negative=blur", "and use the LoRA's own value, None; leave it out"),
+    ],
+)
+def test_an_override_that_a_few_step_lora_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, override: str, says: str):
+    family = "wan2.1-t2v-1.3b"
+    lora = lora_file(tmp_path, family, **{"byg.sampler": "stochastic", "byg.steps": "4"})
+    assert says in overridden(monkeypatch, tmp_path, family, lora, override)
+    assert "--set" not in overridden(monkeypatch, tmp_path, family, lora_file(tmp_path, family), override), "of a LoRA of any steps"
+
+
+def test_an_override_of_the_boundary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    family = "wan2.2-t2v-a14b"
+    lora = lora_file(tmp_path, family, **{"byg.boundary": "0.75"})
+    assert "use the LoRA's own value, 0.75; leave it out" in overridden(monkeypatch, tmp_path, family, lora, "model.boundary=0.5")
