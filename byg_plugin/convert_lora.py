@@ -23,6 +23,8 @@ from byg_plugin import _cli, families
 if TYPE_CHECKING:
     from byg_plugin.lora.formats import Lost
 
+_OF_TO, _OF_CHECK = ("out", "overwrite", "allow_loss"), ("tools", "modules")  # options that one of the two honours
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command.
@@ -32,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         SystemExit: with 1 when a tool would lose something.
     """
     args = _parser().parse_args(argv)
+    _check_options(args)
     if not args.lora.is_file():
         raise ValueError(f"{args.lora}: no such file; give a LoRA as .safetensors")
     if not args.check:
@@ -57,6 +60,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--modules", action="store_true", help="with --check: list every layer, also those that load")
     return parser
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    mode, others = ("--check", _OF_TO) if args.check else ("--to", _OF_CHECK)
+    if foreign := [f"--{name.replace('_', '-')}" for name in others if getattr(args, name)]:
+        raise ValueError(f"{mode} has no use for {', '.join(foreign)}: leave it out")
 
 
 def _convert(args: argparse.Namespace) -> None:

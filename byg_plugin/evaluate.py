@@ -24,7 +24,7 @@ if __package__ in (None, ""):
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING
 
@@ -33,13 +33,16 @@ from byg_plugin.config.extras import require
 from byg_plugin.evaluation import benchmarks, frames
 from byg_plugin.evaluation.benchmarks.base import Benchmark
 from byg_plugin.evaluation.items import Item, items_of, missing_files, refuse
-from byg_plugin.evaluation.metrics import METRICS, Options, classes
+from byg_plugin.evaluation.metrics import METRICS, READ_BY, Options, classes
 from byg_plugin.evaluation.metrics.base import check_device, missing_texts
 from byg_plugin.folders import make_writable, write_text
 from byg_plugin.progress import Progress
 
 if TYPE_CHECKING:
     from byg_plugin.evaluation.scores import Row
+
+_WITHOUT_MODEL = ("error", "psnr", "flicker")
+_TO_WRITE = ("benchmark", "data", "captions", "out")  # what a benchmark's tuples are made of
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -54,26 +57,27 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--benchmark", choices=benchmarks.NAMES, help="score by the groups of this one; without edits: write its tuples")
     parser.add_argument("--data", **path, metavar="DIR", help="folder of the benchmark's data")
     parser.add_argument("--captions", **path, metavar="FILE", help="JSONL of id, src_caption, tgt_caption, for a benchmark that has none")
-    without_model = ["error", "psnr", "flicker"]
-    parser.add_argument("--metrics", nargs="+", choices=[*METRICS], default=without_model, help=f"default: {' '.join(without_model)}")
+    parser.add_argument("--metrics", nargs="+", choices=[*METRICS], help=f"default: {' '.join(_WITHOUT_MODEL)}")
     parser.add_argument("--out", **path, default=Path("scores"), metavar="DIR", help="folder of the results (default: scores)")
     parser.add_argument("--compare", **path, nargs="+", metavar="DIR", help="--out of other runs or methods, scored on the same items")
     parser.add_argument("--sort-by", type=_cli.not_empty, metavar="COLUMN", help="whose worst come first on the page (default: the first)")
-    parser.add_argument("--clip", type=_cli.not_empty, default=Options.clip, help=f"folder or hub id (default: {Options.clip})")
-    parser.add_argument("--dino", type=_cli.not_empty, default=Options.dino, help=f"folder or hub id (default: {Options.dino})")
-    parser.add_argument("--lpips-net", choices=["alex", "vgg", "squeeze"], default=Options.lpips_net, help="default: alex")
+    parser.add_argument("--clip", type=_cli.not_empty, help=f"folder or hub id (default: {Options.clip})")
+    parser.add_argument("--dino", type=_cli.not_empty, help=f"folder or hub id (default: {Options.dino})")
+    parser.add_argument("--lpips-net", choices=["alex", "vgg", "squeeze"], help="default: alex")
     parser.add_argument("--aesthetic", **path, metavar="FILE", help="of aesthetic: LAION's linear head, .safetensors")
     parser.add_argument("--cotracker", **path, metavar="FILE", help="of motion: CoTracker3's offline weights, .safetensors (CC-BY-NC)")
-    parser.add_argument("--judged", **path, nargs="+", default=[], metavar="FILE", help="of viescore, imgedit: judge.py's files")
-    parser.add_argument("--vie-reading", choices=["official", "paper"], default=Options.vie_reading, help="of viescore (default: official)")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of the models (default: cpu)")
+    parser.add_argument("--judged", **path, nargs="+", metavar="FILE", help="of viescore, imgedit: judge.py's files")
+    parser.add_argument("--vie-reading", choices=["official", "paper"], help="of viescore (default: official)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="of the models (default: cpu)")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command; see the module."""
     args = _parser().parse_args(arguments)
-    check_device(args.device, f"--device {args.device}", "give --device cpu")
+    _check_options(args)
+    if args.device is not None:
+        check_device(args.device, f"--device {args.device}", "give --device cpu")
     benchmark = _benchmark(args)
     if benchmark is not None and args.edits is None and args.results is None:
         return
@@ -98,14 +102,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _evaluate(args, items, columns, benchmark)
 
 
+def _check_options(args: argparse.Namespace) -> None:
+    """Refuse what is given and nothing would read; then the default metrics stand where none are given."""
+    given = [name for name, value in vars(args).items() if value is not None]
+    if args.benchmark is None and (args.data is not None or args.captions is not None):
+        raise ValueError("--data and --captions are a benchmark's: give --benchmark, or leave them out")
+    if args.benchmark is not None:
+        _refuse_options("--benchmark has its own sources and tuples, and no references", given, ("sources", "tuples", "references"))
+        if args.edits is None and args.results is None:
+            unread = [name for name in given if name not in _TO_WRITE]
+            _refuse_options(f"--benchmark {args.benchmark} without --edits or --results writes tuples and scores nothing", given, unread)
+    args.metrics = args.metrics or [*_WITHOUT_MODEL]
+    for name in given:
+        if name in READ_BY and not {*READ_BY[name]} & {*args.metrics}:
+            raise ValueError(f"{_option(name)} is read by --metrics {', '.join(READ_BY[name])} alone: add one, or leave it out")
+
+
+def _refuse_options(why: str, given: Sequence[str], refused: Collection[str]) -> None:
+    if foreign := [_option(name) for name in given if name in refused]:
+        raise ValueError(f"{why}: leave {', '.join(foreign)} out")
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def _benchmark(args: argparse.Namespace) -> Benchmark | None:
     """What `--benchmark` names, with its tuples written; edits of other tools (`--results`) are named by their ids."""
     if args.benchmark is None:
-        if args.data is not None or args.captions is not None:
-            raise ValueError("--data and --captions are a benchmark's: give --benchmark, or leave them out")
         return None
-    if args.tuples is not None or args.sources is not None:
-        raise ValueError("--benchmark has its own sources and tuples: leave --sources and --tuples out")
     benchmark = benchmarks.read(args.benchmark, args.data, args.captions)
     tuples = benchmark.write(args.out)
     if args.results is not None:
@@ -164,7 +189,8 @@ def _named(folder: Path) -> str:
 
 
 def _options(args: argparse.Namespace) -> Options:
-    return Options(**{field.name: getattr(args, field.name) for field in fields(Options)} | {"judged": tuple(args.judged)})
+    given = {field.name: value for field in fields(Options) if (value := getattr(args, field.name)) is not None}
+    return Options(**given | {"judged": tuple(args.judged or ())})
 
 
 def _json(path: Path, value: object) -> None:

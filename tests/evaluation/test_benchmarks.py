@@ -238,7 +238,11 @@ def test_missing_data_are_told_with_where_they_are_published(tmp_path: Path, nam
 def test_other_bad_input(tmp_path: Path):
     data, words = write_gedit(tmp_path / "gedit", 2), ("--benchmark", "gedit", "--data", tmp_path / "gedit", "--out", tmp_path / "out")
     assert "give --benchmark" in refused("--data", data)
-    assert "leave --sources and --tuples out" in refused(*words, "--tuples", tmp_path)
+    own = "--benchmark has its own sources and tuples, and no references: leave --sources, --references out"
+    assert own in refused(*words, "--sources", tmp_path, "--references", tmp_path, "--results", tmp_path)
+    unread = "writes tuples and scores nothing: leave --masks, --metrics, --compare, --judged out"
+    idle = ("--compare", "nowhere", "--judged", "nofile", "--metrics", "viescore", "--masks", tmp_path)
+    assert unread in refused(*words, *idle) and not (tmp_path / "out").exists()
     (data / "images" / "k1.png").unlink()
     assert "k1: no such file" in refused(*words)
     lines = (data / "gedit.jsonl").read_text(encoding="utf-8")

@@ -9,6 +9,7 @@ import re
 import shutil
 import time
 import weakref
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from byg_plugin import evaluate
 from byg_plugin.evaluation import frames, scores
+from byg_plugin.evaluation.metrics import METRICS, READ_BY
 from tests.support.evaluation import noise, save, tiny_clip, tiny_dino, write_edits, write_tuples_of
 
 
@@ -271,6 +273,30 @@ def test_cuda_where_there_is_none_is_told_before_anything_else(tmp_path: Path, m
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     said = refused("--edits", tmp_path / "nothing", "--metrics", "clip", "--device", "cuda")
     assert said == "--device cuda: torch finds no CUDA device; give --device cpu"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--clip", "none"), "--clip is read by --metrics clip, aesthetic alone: add one, or leave it out"),
+        (("--metrics", "dino", "--aesthetic", "none"), "--aesthetic is read by --metrics aesthetic alone"),
+        (("--metrics", "imgedit", "--vie-reading", "paper"), "--vie-reading is read by --metrics viescore alone"),
+        (("--judged", "none"), "--judged is read by --metrics viescore, imgedit alone"),
+        (("--device", "cpu"), "--device is read by --metrics clip, dino, lpips, dynamic, aesthetic, motion alone"),
+        (("--metrics", "clip", "--masks", "none"), "--masks is read by --metrics error, psnr, ssim, lpips alone"),
+    ],
+)
+def test_options_that_no_metric_reads_are_refused(words: tuple[str, ...], says: str):
+    assert says in refused("--edits", "nothing", *words)
+
+
+def test_the_options_of_metrics_are_those_that_they_read():
+    """In each metric's file; of frames that are compared the masks are the shared class's."""
+    for name in METRICS:
+        text = Path(str(import_module(f"byg_plugin.evaluation.metrics.{name}").__file__)).read_text(encoding="utf-8")
+        read = {*re.findall(r"options\.(\w+)", text)} | ({"masks"} if "Compared" in text else set())
+        read |= {"judged"} if "JudgedMetric" in text else set()
+        assert {option for option, metrics in READ_BY.items() if name in metrics} == read, name
 
 
 def test_an_empty_manifest_and_a_damaged_file_of_scores_are_named(tmp_path: Path):

@@ -55,6 +55,17 @@ def test_the_command_checks(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert "loaded  transformer.single_transformer_blocks.2.proj_out" in shown
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--check", "--out", "x", "--overwrite", "--allow-loss"), "--check has no use for --out, --overwrite, --allow-loss: leave it out"),
+        (("--to", "musubi", "--out", "x", "--tools", "musubi", "--modules"), "--to has no use for --tools, --modules: leave it out"),
+    ],
+)
+def test_options_of_the_other_mode_are_refused(words: tuple[str, ...], says: str, capsys: pytest.CaptureFixture[str]):
+    assert status("none.safetensors", *words) == 2 and says in capsys.readouterr().err
+
+
 def test_the_command_runs_as_a_file_from_anywhere(tmp_path: Path):
     lora_files.write_lora(tmp_path / "lora.safetensors", kohya(), METADATA)
     script = Path(convert_lora.__file__).resolve()

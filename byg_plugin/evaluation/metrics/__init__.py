@@ -24,6 +24,20 @@ METRICS = {
 }
 """Name of the file and of the class in it."""
 
+_MODELS = ("clip", "dino", "lpips", "dynamic", "aesthetic", "motion")
+READ_BY = {
+    "masks": ("error", "psnr", "ssim", "lpips"),
+    "clip": ("clip", "aesthetic"),
+    "dino": ("dino",),
+    "lpips_net": ("lpips",),
+    "aesthetic": ("aesthetic",),
+    "cotracker": ("motion",),
+    "judged": ("viescore", "imgedit"),
+    "vie_reading": ("viescore",),
+    "device": _MODELS,
+}
+"""Options of evaluate.py that only some metrics read, and which."""
+
 
 def classes(names: Sequence[str]) -> dict[str, Any]:
     """The class of each metric, a `base.Metric` once it is called with `base.Options`."""
