@@ -19,7 +19,7 @@ from PIL import Image
 
 from byg_plugin import folders
 from byg_plugin.config.sections import Config, EvaluateConfig
-from byg_plugin.data.clips import write_clip
+from byg_plugin.data.clips import is_clip, write_clip
 from byg_plugin.data.tuples import EditTuple
 from byg_plugin.evaluation import page, scores
 from byg_plugin.evaluation.items import Item
@@ -34,6 +34,7 @@ from byg_plugin.training.loop import Trainer
 
 logger = get_logger(__name__)
 LOG = "evaluation.jsonl"
+_OF_CLIPS = ("flicker", "dynamic", "motion")  # metrics that images have no value of
 _TEXTS = ("instruction", "src_caption", "tgt_caption", "edit_type")
 
 
@@ -59,8 +60,9 @@ class TrainingScores:
                 f"checkpoint's edits with evaluate.py"
             )
         self._options = _options(section)
-        columns = {column: more for one in self._made.values() for column, more in one.columns.items()}
-        self._higher = _direction(section, columns)
+        self._columns = {column: more for one in self._made.values() for column, more in one.columns.items()}
+        self._higher = _direction(section, self._columns)
+        _check_defined(config, {column: name for name, one in self._made.items() for column in one.columns})
         check_device(section.device, f'evaluate.device = "{section.device}"', 'set evaluate.device = "cpu"')
         if os.environ.get("RANK", "0") == "0":
             for name, made in self._made.items():
@@ -70,7 +72,13 @@ class TrainingScores:
                     raise ValueError(f"evaluate.metrics: {name}: {error}; what is an option there is a key of [evaluate]") from error
 
     def start(self, trainer: Trainer) -> None:
-        """What lies after the step that the run goes on from is set aside."""
+        """What lies after the step that the run goes on from is set aside.
+
+        Raises:
+            ValueError: `select` compares with ground truths, and no item that is scored has one.
+        """
+        assert trainer.validation is not None, "the configuration asks for validation items"
+        _check_truths(self._config, trainer.validation.tuples)
         if trainer.accelerator.is_main_process:
             with preview.logged("going on with earlier evaluations"):
                 logs.drop_lines_after(self._log(trainer), trainer.step)
@@ -143,12 +151,15 @@ class TrainingScores:
         means = by_type(rows)[ALL]
         if len(select) > 1 and (values := [value for row in rows if (value := joint(row, select)) is not None]):
             means[_name(select)] = mean_of(values)
+        if _name(select) not in means:
+            logger.warning("evaluate.select = %s has no value at step %d: this checkpoint is no candidate", [*select], trainer.step)
         if not means:
-            return  # every metric has said why
+            return
         trainer.append(self._log(trainer), _line(means))
         self._choose(trainer)
-        sort_by, higher = (select[0], self._higher) if select[0] in means else (next(iter(means)), True)
-        page.write_page(_folder(trainer, trainer.step) / "report.html", f"step {trainer.step}", items, rows, sort_by, higher)
+        sort_by = select[0] if select[0] in means else next(iter(means))
+        folder, title = _folder(trainer, trainer.step), f"step {trainer.step}"
+        page.write_page(folder / "report.html", title, items, rows, sort_by, self._columns[sort_by])
 
     # --- the best of all steps ---
 
@@ -197,6 +208,27 @@ def _direction(section: EvaluateConfig, columns: Mapping[str, bool]) -> bool:
     if len(section.select) > 1 and (lower := [column for column in section.select if not columns[column]]):
         raise ValueError(f"{key}: of {lower[0]} less is better, it goes into no geometric mean; select it alone, or leave it out")
     return columns[section.select[0]]
+
+
+def _check_defined(config: Config, metrics: Mapping[str, str]) -> None:
+    """Refuse what selects and never has a value in training; `metrics` are the columns' own."""
+    for column in config.evaluate.select:
+        key = f"evaluate.select = {list(config.evaluate.select)}: {column}"
+        if column.endswith("_outside"):
+            raise ValueError(f"{key} needs masks, which there are none of while training; select {column.removesuffix('outside')}source")
+        if metrics[column] in _OF_CLIPS and config.dataset.frames == 1:
+            raise ValueError(f"{key} is of clips alone, and with dataset.frames = 1 edits are images; select a column of another metric")
+
+
+def _check_truths(config: Config, tuples: Sequence[EditTuple]) -> None:
+    """Ground truths count for images alone."""
+    scored = tuples[: config.evaluate.items]
+    known = any(one.target is not None and not (config.dataset.frames > 1 and is_clip(one.source)) for one in scored)
+    if not known and (truths := [column for column in config.evaluate.select if column.endswith("_truth")]):
+        raise ValueError(
+            f"evaluate.select = {list(config.evaluate.select)}: {truths[0]} needs an image with a target, and the {len(scored)} validation "
+            f"item(s) that are scored have none; select {truths[0].removesuffix('truth')}source"
+        )
 
 
 def _options(section: EvaluateConfig, **changes: Any) -> Options:

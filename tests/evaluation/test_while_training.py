@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,9 @@ from PIL import Image
 
 from byg_plugin import evaluate, train_network
 from byg_plugin.config.sections import Config
+from byg_plugin.data.tuples import EditTuple
 from byg_plugin.evaluation.metrics.error import Error
+from byg_plugin.evaluation.metrics.psnr import Psnr
 from byg_plugin.evaluation.scores import Row
 from byg_plugin.evaluation.while_training import TrainingScores, joint
 from byg_plugin.models.flux import FluxFamily
@@ -181,6 +185,36 @@ def test_a_metric_that_fails_ends_nothing(whole: Path, tmp_path: Path, monkeypat
     assert not (tmp_path / "out" / "best.json").exists()
 
 
+def test_a_step_without_the_selected_column_is_told_and_shows_another_ones_worst(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    def broken(self: Psnr, seen: Any) -> None:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(Psnr, "__call__", broken)
+    with caplog.at_level(logging.WARNING):
+        train(config(tmp_path / "out", train={"steps": 2}, metrics=["psnr", "error"], select=["psnr_source"]))
+    assert "evaluate.select = ['psnr_source'] has no value at step 2: this checkpoint is no candidate" in caplog.text
+    folder = tmp_path / "out" / "evaluations" / "step-000002"
+    errors = [float(value) for value in re.findall(r'data-value="([^"]+)"', (folder / "report.html").read_text(encoding="utf-8"))]
+    assert len({*errors}) == 2 and errors == sorted(errors, reverse=True)
+
+
+@pytest.mark.parametrize(("frames", "clips", "targets"), [(1, False, False), (1, False, True), (5, True, True), (5, False, True)])
+def test_ground_truths_select_where_an_image_has_one(tmp_path: Path, frames: int, clips: bool, targets: bool):
+    texts = {"src_caption": "a", "tgt_caption": "b", "instruction": "add", "reverse_instruction": "remove"}
+    source = Path("a.mp4" if clips else "a.png")
+    items = [EditTuple(id="a", source=source, target=source if targets else None, **texts)]
+    made = config(tmp_path / "out", select=["error_truth"])
+    made = made.model_copy(update={"dataset": made.dataset.model_copy(update={"frames": frames})})
+    trainer: Any = SimpleNamespace(validation=SimpleNamespace(tuples=items), accelerator=SimpleNamespace(is_main_process=False))
+    if targets and not clips:
+        TrainingScores(made).start(trainer)
+        return
+    with pytest.raises(ValueError, match="error_truth needs an image with a target, and the 1 validation .* select error_source"):
+        TrainingScores(made).start(trainer)
+
+
 def test_the_watchdog_waits_for_the_edits_of_shards_and_for_no_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A long metric is the main process's own; the others wait at a barrier of their own."""
     waits: dict[str, list[str | None]] = {"edits": [], "metric": []}
@@ -251,6 +285,11 @@ def test_what_it_writes_is_what_the_command_says_of_it(whole: Path, tmp_path: Pa
             {"metrics": ["dino"], "select": ["dino"], "dino": "nowhere/none"},
             "evaluate.metrics: dino: --dino nowhere/none: is not on this machine; fetch it with: hf download",
         ),
+        ({"select": ["error_outside"]}, "error_outside needs masks, which there are none of while training; select error_source"),
+        (
+            {"metrics": ["flicker", "psnr"], "select": ["psnr_source", "flicker"]},
+            "flicker is of clips alone, and with dataset.frames = 1 edits are images",
+        ),
         ({"metrics": ["error", "viescore"]}, "viescore needs a judge: not while training"),
         ({"metrics": ["imgedit"], "select": ["imgedit"]}, "imgedit needs a judge: not while training"),
         (
@@ -258,7 +297,7 @@ def test_what_it_writes_is_what_the_command_says_of_it(whole: Path, tmp_path: Pa
             "evaluate.metrics: aesthetic: --aesthetic nowhere.head.safetensors: no such file",
         ),
         (
-            {"metrics": ["motion"], "select": ["motion_fidelity"], "cotracker": "nowhere/c.safetensors"},
+            {"metrics": ["error", "motion"], "cotracker": "nowhere/c.safetensors"},
             "motion: --cotracker nowhere.c.safetensors: no such file",
         ),
         ({"device": "cuda"}, 'evaluate.device = "cuda": torch finds no CUDA device'),
