@@ -151,8 +151,8 @@ def markdown_runs(table: Table) -> str:
 def _markdown(head: str, columns: Sequence[str], table: Table) -> str:
     lines = [f"| {head} | n | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
     for kind, means in table.items():
-        cells = [_cell(means.get(column)) for column in columns]
         most = max((mean.n for mean in means.values()), default=0)
+        cells = [_cell(means.get(column), most) for column in columns]
         lines.append(f"| {kind} | {most} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -164,10 +164,11 @@ def markdown_differences(other: str, found: Mapping[str, Difference]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _cell(mean: Mean | None) -> str:
+def _cell(mean: Mean | None, most: int) -> str:
+    """Of fewer values than the row's it says how many."""
     if mean is None:
         return "-"
-    return f"{mean.mean:.4g}" + ("" if mean.sem is None else f" +- {mean.sem:.2g}")
+    return f"{mean.mean:.4g}" + ("" if mean.sem is None else f" +- {mean.sem:.2g}") + ("" if mean.n == most else f" (n={mean.n})")
 
 
 def _values(rows: Sequence[Row], column: str) -> list[float]:

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from byg_plugin.evaluation.scores import Row
-from byg_plugin.evaluation.statistics import by_type, differences, interval, markdown, mean_of
+from byg_plugin.evaluation.statistics import by_run, by_type, differences, interval, markdown, markdown_runs, mean_of
 
 
 def rows(*values: float | None, kinds: tuple[str | None, ...] = ("a",)) -> list[Row]:
@@ -29,6 +29,13 @@ def test_types_in_order_all_last_and_what_has_no_value_is_left_out():
     named = by_type(rows(1, 5, kinds=("add", "all")))
     assert {name: means["x"].mean for name, means in named.items()} == {"add": 1, "all (type)": 5, "all": 3}
     assert "| a | 1 | 5 |\n| b | 2 | 2 +- 1 |" in markdown(table)
+
+
+def test_a_cell_of_fewer_values_than_its_row_says_how_many():
+    some = [Row(id=str(number), scores={"x": float(number), "y": 1.0 if number else None, "z": None}) for number in range(3)]
+    assert "| all | 3 | 1 +- 0.58 | 1 +- 0 (n=2) |\n" in markdown(by_type(some))
+    runs = markdown_runs(by_run({"a": some, "b": some}))
+    assert "| b | 3 | 1 +- 0.58 | 1 +- 0 (n=2) |\n" in runs
 
 
 def test_a_difference_takes_the_items_that_both_have():
