@@ -20,7 +20,7 @@ from pathlib import Path
 
 from byg_plugin import _cli
 from byg_plugin.config.extras import require
-from byg_plugin.evaluation.vote.ballots import Pair, Vote, Votes, common_root, read_pairs, read_votes
+from byg_plugin.evaluation.vote.ballots import Pair, Vote, Votes, read_pairs, read_votes
 from byg_plugin.folders import write_text
 
 _PORT = 7861
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from byg_plugin.local_page.guard import LOOPBACK_NAMES
 
     with Votes(args.votes) as votes, serving.listen(args.host, args.port, args.allow_host) as listening:
-        app = make_app(pairs, votes, common_root(pairs), [*LOOPBACK_NAMES, args.host, *args.allow_host])
+        app = make_app(pairs, votes, [*LOOPBACK_NAMES, args.host, *args.allow_host])
         _cli.say(f"{len(pairs)} pairs; votes go to {args.votes}, {len(votes.votes)} are there")
         serving.serve(app, args.host, listening)
 

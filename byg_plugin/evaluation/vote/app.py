@@ -27,11 +27,9 @@ _FILES = {
 _SIDES = ("left", "right")
 
 
-def make_app(
-    pairs: Sequence[Pair], votes: Votes, root: Path, names: Collection[str] = LOOPBACK_NAMES, patience: float = PATIENCE
-) -> ASGIApp:
-    """The server of one vote; arguments as of the review page's."""
-    served = _Served(pairs, votes, root.resolve(strict=True), patience)
+def make_app(pairs: Sequence[Pair], votes: Votes, names: Collection[str] = LOOPBACK_NAMES, patience: float = PATIENCE) -> ASGIApp:
+    """The server of one vote, of its own files alone; the other arguments as of the review page's."""
+    served = _Served(pairs, votes, patience)
     routes = [
         Route("/api/raters/{rater}", served.session, methods=["GET"]),
         Route("/api/raters/{rater}/{position}", served.write, methods=["POST"]),
@@ -41,8 +39,11 @@ def make_app(
 
 
 class _Served:
-    def __init__(self, pairs: Sequence[Pair], votes: Votes, root: Path, patience: float):
-        self._pairs, self._votes, self._root, self._patience = pairs, votes, root, patience
+    def __init__(self, pairs: Sequence[Pair], votes: Votes, patience: float):
+        self._pairs, self._votes, self._patience = pairs, votes, patience
+        files = {file for pair in pairs for file in (pair.a.source, pair.a.edit, pair.b.edit)}
+        # Each file's own: on Windows those of two drives have no folder in common.
+        self._folders = {file: file.resolve(strict=True).parent for file in files}
 
     async def session(self, request: Request) -> Response:
         """All that a rater sees, in order, with the votes so far."""
@@ -81,7 +82,8 @@ class _Served:
         if role not in files:
             raise HTTPException(HTTPStatus.NOT_FOUND)
         try:
-            return await serving.send(await run_in_threadpool(serving.find, self._root, str(files[role].absolute()), role))
+            file = files[role]
+            return await serving.send(await run_in_threadpool(serving.find, self._folders[file], str(file.absolute()), role))
         except ValueError as error:
             raise HTTPException(HTTPStatus.NOT_FOUND, str(error)) from error
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import random
 import threading
 from collections.abc import Sequence
@@ -137,9 +136,3 @@ class Votes:
         with self._change:
             self._journal.append([said | about])
             self.votes.append(vote)
-
-
-def common_root(pairs: Sequence[Pair]) -> Path:
-    """The folder that holds all files that are shown."""
-    files = [path for pair in pairs for path in (pair.a.source, pair.a.edit, pair.b.edit)]
-    return Path(os.path.commonpath([str(path.resolve().parent) for path in files]))
