@@ -47,7 +47,7 @@ def import_kontext(targets: Path, controls: Path, out: Path) -> Imported:
     """Write `out` and, where texts are missing, `<out stem>.incomplete.jsonl` beside it.
 
     Paths in both files are relative to the folder of `out` where the images lie below it, absolute otherwise. Both files
-    are replaced; an incomplete one that is no longer needed is removed.
+    are replaced; an incomplete one that is no longer needed is removed. Without a complete tuple `out` stays as it is.
 
     Raises:
         ValueError: a folder is missing or holds no image, images have no partner, or a text cannot be read; nothing is written.
@@ -74,8 +74,12 @@ def import_kontext(targets: Path, controls: Path, out: Path) -> Imported:
             complete.append(record)
     if problems:
         raise ValueError(f"{len(problems)} problem(s), nothing was written:\n{listed(problems, _SHOWN)}")
-    _write(out, complete)
-    _write(incomplete_out, incomplete)
+    if complete:
+        _write(out, complete)
+    if incomplete:
+        _write(incomplete_out, incomplete)
+    else:
+        _remove(incomplete_out)
     return Imported(complete=len(complete), incomplete=len(incomplete), out=out, incomplete_out=incomplete_out)
 
 
@@ -119,15 +123,12 @@ def _relative(path: Path, base: Path) -> str:
 
 
 def _write(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Write JSONL whole or not at all; no file for no records."""
-    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    """Write JSONL whole or not at all."""
     partial = path.with_name(f".partial-{path.name}-{os.getpid()}")
     try:
-        if not lines:
-            path.unlink(missing_ok=True)
-            return
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
             partial.write_text("".join(lines), encoding="utf-8", newline="\n")
             os.replace(partial, path)
         except BaseException:
@@ -135,6 +136,19 @@ def _write(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
             raise
     except OSError as error:
         raise ValueError(f"--out {path}: cannot be written: {error.strerror or error}; make room or choose another place") from error
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out: {path} is no longer true and cannot be removed: {error.strerror or error}; remove it") from error
+
+
+def _said(done: Imported) -> str:
+    if done.complete:
+        return f"{done.complete} tuples in {done.out}"
+    return f"no complete tuple, {done.out} is {'left as it was' if done.out.exists() else 'not written'}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -150,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", required=True, type=_cli.given_path, metavar="FILE", help="JSONL to write")
     args = parser.parse_args(arguments)
     done = import_kontext(args.targets, args.controls, args.out)
-    _cli.say(f"{done.complete} tuples in {done.out}" if done.complete else f"no complete tuple, {done.out} is not written")
+    _cli.say(_said(done))
     if done.incomplete:
         names = ", ".join(f"NAME{SUFFIXES[role]} ({role})" for role in ROLES)
         _cli.say(

@@ -82,6 +82,21 @@ def test_filling_in_and_running_again_completes_it(layout: Path) -> None:
     assert len(read_tuples_file(out)) == 3 and not (layout / "tuples.incomplete.jsonl").exists()
 
 
+def test_finished_tuples_outlive_an_import_without_a_complete_one(layout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = layout / "tuples.jsonl"
+    options = ["--targets", str(layout / "targets"), "--controls", str(layout / "controls"), "--out", str(out)]
+    for name in "ab":
+        (layout / "targets" / f"{name}.src.txt").unlink()
+    with pytest.raises(SystemExit):
+        main(options)
+    assert f"no complete tuple, {out} is not written" in capsys.readouterr().out and not out.exists()
+    out.write_text("mine\n")
+    with pytest.raises(SystemExit):
+        main(options)
+    assert f"no complete tuple, {out} is left as it was" in capsys.readouterr().out
+    assert out.read_text() == "mine\n" and len(lines(layout / "tuples.incomplete.jsonl")) == 3
+
+
 def test_no_instruction_is_missing_too(layout: Path) -> None:
     (layout / "targets" / "a.txt").unlink()
     import_kontext(layout / "targets", layout / "controls", layout / "tuples.jsonl")
