@@ -35,7 +35,7 @@ from .backend import Backend, Chat, encode_image, seed_of
 from .backends import make_backend
 from .balance import PRIORITY, Balance
 from .inputs import TABLES, ImageInput, folder_images, in_shard, is_table, passed_over, shard_file, table_images
-from .pool import Feed, Outcome, Results, run_pool
+from .pool import Feed, Outcome, Results, refuse_inputs, run_pool
 from .settings import GenerateSettings, read_settings
 
 
@@ -182,7 +182,8 @@ def generate(settings: GenerateSettings) -> Done:
     others: Counter[str] = Counter()
     items = inputs(settings, others)
     out = shard_file(Path(settings.out), settings.shard_and_count)
-    results = Results(out, name="source", label=lambda record: str(record.get("edit_type", "")), retry=settings.retry)
+    refuse_inputs(out, {"images": settings.images})
+    results = Results(out, name="source", label=lambda record: str(record.get("edit_type", "")), fields=ROLES, retry=settings.retry)
     try:
         priority = dict.fromkeys(backend_rules.TYPES, 1.0) if settings.backend == "rules" else PRIORITY
         balance = Balance(priority, {name: results.tally.labels[name] for name in priority})

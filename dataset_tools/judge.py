@@ -42,7 +42,7 @@ from .backends import make_backend
 from .inputs import in_shard, shard_file
 from .judge_prompts import Words, words_of
 from .parsing import Unparsable, Values
-from .pool import Feed, Outcome, Results, run_pool
+from .pool import Feed, Outcome, Results, refuse_inputs, run_pool
 from .settings import JudgeSettings, read_settings
 
 _FIELDS = ("score",)
@@ -236,10 +236,17 @@ def judge(settings: JudgeSettings, say: Callable[[str], None] = _cli.say) -> Res
     out = shard_file(Path(settings.out), settings.shard_and_count)
     by = {"model": settings.model, "words": words.version, "image_side": settings.image_side, "frames": settings.frames}
     tasks = tasks_of(settings, words)
-    known, seconds = _known(out, by)
-    results = Results(out, name="of", label=lambda record: str(record.get("metric", "")), retry=settings.retry)
+    refuse_inputs(out, {name: getattr(settings, name) for name in ("edits", "tuples", "prompts")})
+    results = Results(
+        out,
+        name="of",
+        label=lambda record: str(record.get("metric", "")),
+        fields=("scores",),
+        retry=settings.retry,
+        check=lambda path, record: _refuse_another(path, record, by),
+    )
     try:
-        _refuse_another(results.rejects, by)
+        known, seconds = _known(out)
         known |= {str(record.get("of")) for record in read_records(results.rejects)}
         due = [task for task in tasks if task.key not in known]
         say(plan(due[: settings.limit or None], settings, words, seconds))
@@ -253,11 +260,10 @@ def judge(settings: JudgeSettings, say: Callable[[str], None] = _cli.say) -> Res
     return results
 
 
-def _known(out: Path, by: Mapping[str, Any]) -> tuple[set[str], float | None]:
+def _known(out: Path) -> tuple[set[str], float | None]:
     """Keys that have answers, and how many seconds those took on average."""
     keys: set[str] = set()
     took: list[float] = []
-    _refuse_another(out, by)
     for record in read_records(out):
         keys.add(str(record.get("of")))
         meta = record.get("meta")
@@ -266,10 +272,9 @@ def _known(out: Path, by: Mapping[str, Any]) -> tuple[set[str], float | None]:
     return keys, sum(took) / len(took) if took else None
 
 
-def _refuse_another(path: Path, by: Mapping[str, Any]) -> None:
-    for record in read_records(path):
-        if (other := record.get("by", by)) != by:
-            raise ValueError(f"out: {path} holds answers by {other}, and these would be by {dict(by)}; give them a file of their own")
+def _refuse_another(path: Path, record: Mapping[str, Any], by: Mapping[str, Any]) -> None:
+    if (other := record.get("by", by)) != by:
+        raise ValueError(f"out: {path} holds answers by {other}, and these would be by {dict(by)}; give them a file of their own")
 
 
 async def _run(feed: Feed[Task], work: Judge, results: Results) -> None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from threading import Lock
 from typing import Any, Generic, TypeVar
 
 from byg_plugin.folders import make_writable
-from byg_plugin.journal import Done, Journal, mend_last_line, only_process, read_records, write_records
+from byg_plugin.journal import Done, Journal, mend_last_line, numbered_records, only_process, write_records
 from byg_plugin.progress import Progress
 
 T = TypeVar("T")
@@ -53,47 +54,108 @@ class Tally:
         return f"{self.accepted} accepted ({self.repaired} of them after a repair), {self.rejected} rejected"
 
 
+def only_writer(out: Path, remedy: str) -> Any:
+    """The lock of a file of results, taken; it ends with `release` or with the process.
+
+    Raises:
+        ValueError: another process has it.
+    """
+    return only_process(out.with_name(f".{out.name}.lock"), f"out = {out}: another process is writing it; {remedy}")
+
+
+def refuse_inputs(out: Path, inputs: Mapping[str, str | None]) -> None:
+    """What is read must not be written; `inputs` are paths by their settings' names.
+
+    Raises:
+        ValueError: `out` is one of the inputs.
+    """
+    for name, path in inputs.items():
+        if path is not None and out.exists() and Path(path).exists() and out.samefile(path):
+            raise ValueError(f"out = {out}: is the file that {name} = {path} reads, and would be spoilt; name another file to write")
+
+
 class Results:
     """The two files that results go to, and the names of the inputs that are in them.
 
     Args:
         out: file of what is accepted; rejects go beside it.
-        name: field that names the input in both.
+        name: field that names the input in both, the first of each line.
         label: what of an accepted record is counted.
+        fields: more that each accepted record has.
         retry: kind of rejects to take back first; "" = none, "all".
+        check: raises for a record of either file that these results must not stand beside.
 
     Raises:
-        ValueError: another process writes them, a line is no JSON, `out` is a folder, or they cannot be written.
+        ValueError: another process writes them, a line is no JSON or no result, `out` is a folder, or they cannot be written.
     """
 
-    def __init__(self, out: Path, *, name: str, label: Callable[[Mapping[str, Any]], str], retry: str = ""):
+    def __init__(
+        self,
+        out: Path,
+        *,
+        name: str,
+        label: Callable[[Mapping[str, Any]], str],
+        fields: Sequence[str] = (),
+        retry: str = "",
+        check: Callable[[Path, Mapping[str, Any]], None] | None = None,
+    ):
         if out.is_dir():
             raise ValueError(f"out = {out}: is a folder; name the JSONL file to write")
         self.out, self.rejects = out, out.with_name(f"{out.stem}.rejects.jsonl")
-        self.name = name
+        self.name, self._fields = name, (name, *fields)
         self.tally = Tally()
+        self._refuse_another_file()
         try:
             make_writable(out.parent)
-            problem = f"out = {out}: another process is writing it; for several machines give each its --shard"
-            self._lock = only_process(out.with_name(f".{out.name}.lock"), problem)
-            mend_last_line(self.rejects)
+            self._lock = only_writer(out, "for several machines give each its --shard")
+            for path in (self.out, self.rejects):
+                mend_last_line(path)
         except OSError as error:
             raise ValueError(f"out = {out}: cannot be written: {error.strerror or error}; choose another place") from error
-        if retry and self.rejects.is_file():
-            write_records(self.rejects, (r for r in read_records(self.rejects) if retry not in ("all", r.get("kind"))))
-        self._accepted, self._rejected = Journal(self.out), Journal(self.rejects)
         self.done = Done()
-        self.done.add(self._recall(label))
+        try:
+            self.done.add(self._recall(label, retry, check))
+            if retry and self.rejects.is_file():
+                write_records(self.rejects, (record for _, record in numbered_records(self.rejects) if not _is_taken_back(record, retry)))
+            self._accepted, self._rejected = Journal(self.out), Journal(self.rejects)
+        except BaseException:
+            self.done.close()
+            self._lock.release()
+            raise
 
-    def _recall(self, label: Callable[[Mapping[str, Any]], str]) -> Iterator[str]:
-        for record in read_records(self.out):
-            meta = record.get("meta")
-            repaired = isinstance(meta, dict) and bool(meta.get("repaired"))
-            self.tally.add(Outcome(record=record, accepted=True, repaired=repaired, label=label(record)))
-            yield str(record.get(self.name))
-        for record in read_records(self.rejects):
-            self.tally.add(Outcome(record=record, accepted=False, label=str(record.get("reason", ""))))
-            yield str(record.get(self.name))
+    def _refuse_another_file(self) -> None:
+        """Before it is mended: the last line of a file that is none of results must not be cut off as a torn one."""
+        if not self.out.is_file():
+            return
+        with self.out.open("rb") as file:
+            first = file.readline()
+        head = f'{{"{self.name}": '.encode()
+        if first.endswith(b"\n") or not (first.startswith(head) or head.startswith(first)):
+            for number, record in islice(numbered_records(self.out), 1):
+                self._refuse_another_line(number, record)
+
+    def _refuse_another_line(self, number: int, record: Mapping[str, Any]) -> None:
+        if lacking := [name for name in self._fields if name not in record]:
+            raise ValueError(
+                f"out = {self.out}: line {number} has no {', '.join(lacking)}, so this command did not write it; name another file"
+            )
+
+    def _recall(
+        self, label: Callable[[Mapping[str, Any]], str], retry: str, check: Callable[[Path, Mapping[str, Any]], None] | None
+    ) -> Iterator[str]:
+        for path, accepted in ((self.out, True), (self.rejects, False)):
+            for number, record in numbered_records(path) if path.is_file() else ():
+                if check is not None:
+                    check(path, record)
+                if accepted:
+                    self._refuse_another_line(number, record)
+                elif _is_taken_back(record, retry):
+                    continue
+                meta = record.get("meta")
+                repaired = isinstance(meta, dict) and bool(meta.get("repaired"))
+                counted = label(record) if accepted else str(record.get("reason", ""))
+                self.tally.add(Outcome(record=record, accepted=accepted, repaired=repaired, label=counted))
+                yield str(record.get(self.name))
 
     def write(self, outcomes: list[Outcome]) -> None:
         """Put outcomes on the disk."""
@@ -111,6 +173,10 @@ class Results:
             self.rejects.unlink()
         self.done.close()
         self._lock.release()
+
+
+def _is_taken_back(record: Mapping[str, Any], retry: str) -> bool:
+    return bool(retry) and retry in ("all", record.get("kind"))
 
 
 class Feed(Generic[T]):

@@ -26,7 +26,7 @@ from typing import Any
 from byg_plugin import _cli
 from byg_plugin.config.extras import require
 from byg_plugin.data import clips
-from byg_plugin.data.rules import Finding
+from byg_plugin.data.rules import ROLES, Finding
 from byg_plugin.data.tuples import is_unicode, unwritable
 
 from . import prompts
@@ -34,7 +34,7 @@ from .asking import Attempt
 from .backend import Backend, Chat, Picture, encode_frame, seed_of
 from .backends import make_backend
 from .inputs import column, files_below, in_shard, passed_over, shard_file, source_name, table_rows
-from .pool import Feed, Outcome, Results, run_pool
+from .pool import Feed, Outcome, Results, refuse_inputs, run_pool
 from .settings import CaptionsSettings, read_settings
 from .video import STYLES, check_caption, hold_out, plain_style, style_of, video_tuple, wrap
 
@@ -169,9 +169,9 @@ def prepare(settings: CaptionsSettings) -> tuple[Path, str]:
     rows = clip_inputs(settings, others) if of_clips else iter(table_inputs(settings))
     shard = (row for row in rows if in_shard(row.name, settings.shard_and_count))
     out = shard_file(Path(settings.out), settings.shard_and_count)
-    results = Results(
-        out, name=_NAME[of_clips], label=style_of if of_clips else lambda record: str(record.get("style", "")), retry=settings.retry
-    )
+    refuse_inputs(out, {"table": settings.table, "clips": settings.clips})
+    label = style_of if of_clips else lambda record: str(record.get("style", ""))
+    results = Results(out, name=_NAME[of_clips], label=label, fields=ROLES if of_clips else ("prompt",), retry=settings.retry)
     try:
         backend = make_backend(settings, proven=results.tally.accepted > 0)
         captioner = Captioner(settings=settings, backend=backend)

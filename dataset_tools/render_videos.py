@@ -41,9 +41,11 @@ from byg_plugin.folders import make_writable
 from byg_plugin.journal import numbered_records, replacing, write_records
 
 from .backend import seed_of
+from .pool import refuse_inputs
 from .settings import RenderSettings, read_settings
 from .video import hold_out, video_tuple
 
+TUPLES = "tuples.jsonl"
 _LIBRARIES = (["diffusers"], ["transformers"], [None])  # that parts of a pipeline come from
 # What the picture depends on; a clip made with others is not taken for one of these.
 _OF_THE_PICTURE = ("model", "width", "height", "frames", "fps", "steps", "guidance", "guidance_2", "negative", "dtype")
@@ -71,11 +73,12 @@ def jobs(settings: RenderSettings) -> list[Job]:
     """All prompts in the order of the file.
 
     Raises:
-        ValueError: no such file, or a line is no prompt.
+        ValueError: no such file, a line is no prompt, or the tuples would be written over it.
     """
     path, out = Path(settings.captions), Path(settings.out)
     if not path.is_file():
         raise ValueError(f"captions = {path}: no such file; prepare_captions.py writes it")
+    refuse_inputs(out / TUPLES, {"captions": settings.captions})
     made = []
     for number, record in numbered_records(path):
         texts = {}
@@ -200,7 +203,7 @@ def _refuse_foreign_code(index: Mapping[str, Any]) -> None:
 def write_tuples(settings: RenderSettings, every: Sequence[Job]) -> tuple[Path, int]:
     """Write OUT/tuples.jsonl of the clips that are there; returns (file, how many)."""
     out = Path(settings.out)
-    path = out / "tuples.jsonl"
+    path = out / TUPLES
     rendered = [job for job in every if job.clip.is_file()]
 
     def records() -> Iterator[Mapping[str, Any]]:

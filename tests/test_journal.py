@@ -51,6 +51,31 @@ def test_rejects_are_taken_back_from_a_file_with_a_torn_line(tmp_path: Path) -> 
     assert list(read_records(rejects)) == [{"source": "b", "kind": "rules"}]
 
 
+@pytest.mark.parametrize(
+    ("contents", "says"),
+    [
+        ('{"image": "a.png"}\n', "line 1 has no source, instruction, so this command did not write it; name another file"),
+        ('{"source": "a", "instruction": "b"}\n{"source": "c"}\n', "line 2 has no instruction"),
+        ("image,caption\na.png,a car", "line 1 is not JSON"),
+        ("a note without a line feed", "line 1 is not JSON"),
+    ],
+)
+def test_a_file_of_something_else_is_refused_and_left_as_it_is(tmp_path: Path, contents: str, says: str) -> None:
+    out = tmp_path / "t.jsonl"
+    out.write_text(contents)
+    with pytest.raises(ValueError, match=says):
+        Results(out, name="source", label=str, fields=("instruction",))
+    assert out.read_text() == contents and [path.name for path in tmp_path.glob("[!.]*")] == ["t.jsonl"]
+
+
+def test_a_first_line_that_is_torn_is_of_these_results(tmp_path: Path) -> None:
+    whole = '{"source": "a", "instruction": "b"}'
+    for end in range(1, len(whole)):
+        (tmp_path / "t.jsonl").write_text(whole[:end])
+        Results(tmp_path / "t.jsonl", name="source", label=str, fields=("instruction",)).close()
+        assert not (tmp_path / "t.jsonl").read_text()
+
+
 def test_a_torn_line_longer_than_a_block(tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl"
     path.write_bytes(b'{"n": 1}\n{"x": "' + b"y" * 200_000)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from byg_plugin.data.rules import EDIT_TYPES, RULES
+from byg_plugin.data.rules import EDIT_TYPES, ROLES, RULES
 from byg_plugin.data.tuples import read_tuples_file
 from dataset_tools.settings import GenerateSettings, read_settings
 from tests.support.answer_corpus import FORM, KINDS
@@ -186,7 +186,8 @@ def test_shards_share_the_inputs_and_write_apart(tmp_path: Path) -> None:
 
 def test_balance_is_restored_when_a_run_goes_on(tmp_path: Path) -> None:
     photos(tmp_path / "photos", 40)
-    used = [{"source": f"gone{k}.jpg", "edit_type": EDIT_TYPES[k % 5], "meta": {"repaired": k < 7}} for k in range(5000)]
+    texts = dict.fromkeys(ROLES, "x")
+    used = [{"source": f"gone{k}.jpg", **texts, "edit_type": EDIT_TYPES[k % 5], "meta": {"repaired": k < 7}} for k in range(5000)]
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(record) + "\n" for record in used))
     with stub(tmp_path / "s", "good") as server:
         done = run("generate_edits", "--images", tmp_path / "photos", "--out", tmp_path / "t.jsonl", "--base-url", server.url)

@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from dataset_tools.generate_edits import generate
 from dataset_tools.inputs import files_below, folder_images, table_images, table_rows
+from dataset_tools.prepare_captions import prepare
+from dataset_tools.render_videos import jobs
+from dataset_tools.settings import CaptionsSettings, GenerateSettings, RenderSettings
 
 
 def test_links_to_folders_are_followed_but_not_in_circles(tmp_path: Path) -> None:
@@ -103,3 +108,25 @@ def test_half_a_character_in_a_text_is_the_image_s_problem(tmp_path: Path) -> No
     of_row, whole = table_images(tmp_path / "t.jsonl", tmp_path, root=None, image="image", caption="caption", style="style")
     assert beside.problem == r"its caption holds a broken character: 'a car \ud83d'"
     assert of_row.problem == r"its style holds a broken character: '\ud83d'" and whole.problem is None
+
+
+def _generated(table: Path) -> None:
+    generate(GenerateSettings(images=str(table), out=str(table), backend="rules"))
+
+
+def _cleaned(table: Path) -> None:
+    prepare(CaptionsSettings(table=str(table), out=str(table), caption_column="caption"))
+
+
+def _rendered(table: Path) -> None:
+    jobs(RenderSettings(captions=str(table), out=str(table.parent)))
+
+
+@pytest.mark.parametrize("write", [_generated, _cleaned, _rendered])
+def test_a_table_is_never_written_over(tmp_path: Path, write: Callable[[Path], None]) -> None:
+    table = tmp_path / "tuples.jsonl"
+    table.write_text('{"id": "a", "image": "a.png", "caption": "c", "prompt": "p", "style": "s"}\n')
+    before = table.read_bytes()
+    with pytest.raises(ValueError, match=r"out = .*tuples.jsonl: is the file that (images|table|captions) = .* reads, and would be spoilt"):
+        write(table)
+    assert table.read_bytes() == before

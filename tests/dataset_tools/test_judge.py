@@ -14,7 +14,7 @@ import pytest
 
 from byg_plugin.evaluation.items import Item
 from byg_plugin.evaluation.judged import IMGEDIT, QUALITY, SEMANTIC
-from dataset_tools.judge import pictures, plan, tasks_of
+from dataset_tools.judge import judge, pictures, plan, tasks_of
 from dataset_tools.judge_prompts import VERSION, words_of
 from dataset_tools.settings import JudgeSettings
 from tests.support.evaluation import noise, save, write_edits, write_tuples_of
@@ -74,6 +74,36 @@ def test_a_second_run_asks_nothing_and_a_changed_edit_is_judged_anew(tmp_path: P
         assert "in the currency of --price-in" in done.stdout and "s an answer as so far" in done.stdout
         done = run("judge", *words, "--model", "another")
     assert done.returncode == 2 and "holds answers by" in done.stderr and "give them a file of their own" in done.stderr
+
+
+def test_a_torn_last_answer_is_asked_for_again(tmp_path: Path) -> None:
+    edits, out = write_edits(tmp_path, 2), tmp_path / "judged.jsonl"
+    words = ("--edits", edits, "--out", out, *ONCE)
+    with stub(tmp_path / "s", "good") as server:
+        assert run("judge", *words, "--base-url", server.url).returncode == 0
+        out.write_bytes(out.read_bytes()[:-40])
+        done = run("judge", *words, "--base-url", server.url)
+        assert done.returncode == 0 and "1 questions" in done.stdout and len(server.requests) == 5, done.stderr
+    assert len(files(out)[0]) == 4
+
+
+def test_another_judge_takes_no_rejects_back(tmp_path: Path) -> None:
+    edits, rejects = write_edits(tmp_path, 1), tmp_path / "judged.rejects.jsonl"
+    rejects.write_text('{"of": "x", "kind": "parse", "by": {"model": "a"}}\n')
+    with pytest.raises(ValueError, match="rejects.jsonl holds answers by {'model': 'a'}"):
+        judge(JudgeSettings(edits=str(edits), out=str(tmp_path / "judged.jsonl"), retry="all"), lambda text: None)
+    assert len(records(rejects)) == 1
+
+
+@pytest.mark.parametrize("option", ["edits", "tuples", "prompts"])
+def test_what_it_reads_is_never_written(tmp_path: Path, option: str) -> None:
+    edits = write_edits(tmp_path, 1)
+    given = {"edits": edits / "edits.jsonl", "tuples": write_tuples_of(tmp_path, 1), "prompts": numbered(tmp_path)}
+    before = given[option].read_bytes()
+    same = edits / ".." / given[option].relative_to(tmp_path)
+    with pytest.raises(ValueError, match=f"is the file that {option} = .* reads, and would be spoilt"):
+        judge(JudgeSettings(**{name: str(path) for name, path in given.items()}, out=str(same)), lambda text: None)
+    assert given[option].read_bytes() == before
 
 
 def test_what_one_judge_left_unread_is_no_answer_of_another(tmp_path: Path) -> None:
