@@ -2,7 +2,8 @@
 
     python dataset_tools/hold_out.py data/clips/tuples.jsonl --per-style 4
 
-Run it after clips were discarded: earlier marks are replaced. The trainer holds the marked ones out.
+Run it after clips were discarded: earlier marks are replaced. The trainer holds the marked ones out. A style with no more
+sources than that is passed over, and named.
 """
 
 from __future__ import annotations
@@ -32,8 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise ValueError(f"{args.tuples}: no such file")
     if args.per_style < 0:
         raise ValueError(f"--per-style {args.per_style}: at least 0")
-    held = hold_out(args.tuples, args.per_style)
-    _cli.say("held out: " + ", ".join(f"{count} {style or 'of no known style'}" for style, count in sorted(held.items())))
+    _cli.say(str(hold_out(args.tuples, args.per_style)))
 
 
 if __name__ == "__main__":

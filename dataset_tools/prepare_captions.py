@@ -197,8 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     out, counts = prepare(settings)
     _cli.say(f"{counts}: {out}")
     if settings.clips is not None and settings.hold_out:
-        held = hold_out(out, settings.hold_out)
-        _cli.say("held out for validation: " + ", ".join(f"{count} {style}" for style, count in sorted(held.items())))
+        _cli.say(str(hold_out(out, settings.hold_out, required=False)))
 
 
 if __name__ == "__main__":

@@ -270,8 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     path, count = write_tuples(settings, every)
     _cli.say(f"{count} clips, their tuples: {path}")
     if settings.hold_out and count:
-        held = hold_out(path, settings.hold_out)
-        _cli.say("held out for validation: " + ", ".join(f"{number} {style}" for style, number in sorted(held.items())))
+        _cli.say(str(hold_out(path, settings.hold_out, required=False)))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from byg_plugin.data.video_styles import INSTRUCTIONS, STYLES, wrap
 from byg_plugin.journal import numbered_records, read_records, write_records
 
 from .backend import seed_of
+from .pool import only_writer
 
 _HINTS = re.compile(
     r"\b(?:cartoon\w*|anime|animat(?:ed|ion)s?|illustrat(?:ed|ion)s?|photo-?realis\w*|hyper-?realis\w*|realistic(?:ally)?|cinematic\w*|CGI|"
@@ -68,29 +70,59 @@ def check_caption(caption: str, style: str) -> Iterator[Finding]:
     yield from check_texts(video_tuple("x", "x", caption, style, {}), source_style=style)
 
 
-def hold_out(path: Path, per_style: int) -> dict[str, int]:
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """Sources marked for validation.
+
+    Attributes:
+        marked: how many, by style.
+        passed_over: how many sources there are of styles with too few of them to hold any out.
+    """
+
+    marked: Mapping[str, int]
+    passed_over: Mapping[str, int]
+
+    def __str__(self) -> str:
+        passed_over = f"; passed over for too few sources: {_counted(self.passed_over)}" if self.passed_over else ""
+        return f"held out for validation: {_counted(self.marked) or 'none'}{passed_over}"
+
+
+def _counted(styles: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {style or 'of no known style'}" for style, count in sorted(styles.items()))
+
+
+def hold_out(path: Path, per_style: int, *, required: bool = True) -> HeldOut:
     """Mark `per_style` tuples of each source style (whole sources) with split = "validation", all others with none; atomically.
 
-    The choice hangs on the sources' names alone: other tuples do not change it.
+    The choice hangs on the sources' names alone: other tuples do not change it. A style with no more sources than that is passed
+    over: nothing would be left of it to train on.
 
-    Returns:
-        How many sources are held out by style.
+    Args:
+        required: an error where no style has enough; otherwise no tuple is marked then.
 
     Raises:
-        ValueError: a style has no more sources than are to be held out, or a line is no tuple.
+        ValueError: see `required`; another process is writing the file; or a line is no tuple.
     """
-    by_style: dict[str, set[str]] = defaultdict(set)
-    for number, record in numbered_records(path):
-        if not isinstance(record.get("source"), str):
-            raise ValueError(f"{path}: line {number} has no source; validate.py says what is wrong with the file")
-        by_style[style_of(record)].add(record["source"])
-    chosen: set[str] = set()
-    for style, sources in by_style.items():
-        if per_style >= len(sources):
-            raise ValueError(f"{path}: {per_style} clips of style {style!r} are to be held out, there are {len(sources)}; hold out fewer")
-        chosen |= set(sorted(sources, key=lambda source: hashlib.sha256(source.encode(errors="surrogatepass")).hexdigest())[:per_style])
-    write_records(path, (_marked(record, record["source"] in chosen) for record in read_records(path)))
-    return {style: len(sources & chosen) for style, sources in by_style.items()}
+    lock = only_writer(path, "hold out when it has ended")
+    try:
+        by_style: dict[str, set[str]] = defaultdict(set)
+        for number, record in numbered_records(path):
+            if not isinstance(record.get("source"), str):
+                raise ValueError(f"{path}: line {number} has no source; validate.py says what is wrong with the file")
+            by_style[style_of(record)].add(record["source"])
+        few = {style: len(sources) for style, sources in by_style.items() if per_style >= len(sources)}
+        if required and len(few) == len(by_style):
+            raise ValueError(f"{path}: {per_style} sources of each style are to be held out, there are {_counted(few)}; hold out fewer")
+        chosen = {source for style in by_style.keys() - few.keys() for source in _first(by_style[style], per_style)}
+        write_records(path, (_marked(record, record["source"] in chosen) for record in read_records(path)))
+    finally:
+        lock.release()
+    return HeldOut(marked={style: len(by_style[style] & chosen) for style in by_style.keys() - few.keys()}, passed_over=few)
+
+
+def _first(sources: Iterable[str], count: int) -> list[str]:
+    """So many in a stable random order."""
+    return sorted(sources, key=lambda source: hashlib.sha256(source.encode(errors="surrogatepass")).hexdigest())[:count]
 
 
 def style_of(record: Mapping[str, Any]) -> str:

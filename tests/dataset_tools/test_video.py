@@ -17,7 +17,9 @@ from byg_plugin.data import clips
 from byg_plugin.data.dataset import split_tuples
 from byg_plugin.data.rules import ROLES, check_texts
 from byg_plugin.data.tuples import read_tuples_file
+from dataset_tools import hold_out as hold_out_command
 from dataset_tools import render_videos
+from dataset_tools.pool import Results
 from dataset_tools.prepare_captions import sampled_frames, table_inputs
 from dataset_tools.settings import CaptionsSettings, RenderSettings
 from dataset_tools.video import STYLES, hold_out, other_style, plain_style, style_hint, video_tuple, wrap
@@ -147,7 +149,7 @@ def test_rows_with_half_a_character_end_no_run(tmp_path: Path) -> None:
 
 def test_holding_out_takes_any_name(tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").write_text('{"source": "\\ud800"}\n{"source": "b"}\n')
-    assert sum(hold_out(tmp_path / "t.jsonl", 1).values()) == 1
+    assert sum(hold_out(tmp_path / "t.jsonl", 1).marked.values()) == 1
 
 
 def test_frames_are_sampled_over_the_whole_clip(tmp_path: Path) -> None:
@@ -164,6 +166,9 @@ def test_existing_clips_become_tuples_with_some_held_out(tmp_path: Path) -> None
     (tmp_path / "clips" / "broken.mp4").write_bytes(b"no clip")
     out = tmp_path / "tuples.jsonl"
     with stub(tmp_path / "s", "good") as server:
+        given = ("--clips", tmp_path / "clips", "--out", out, "--base-url", server.url, "--in-flight", 1)
+        trial = run("prepare_captions", *given, "--limit", 3, "--frames", 4)
+        assert trial.returncode == 0 and "held out for validation: none; passed over" in trial.stdout, trial.stderr
         done = run(
             "prepare_captions",
             "--clips",
@@ -200,13 +205,37 @@ def test_holding_out_is_by_name_and_replaces_earlier_marks(tmp_path: Path) -> No
 
     write(20)
     path.write_text(path.read_text().rstrip("\n"))  # as editors leave it: the last line is one all the same
-    assert hold_out(path, 4) == {"cartoon": 4, "photo-realistic": 4}
+    assert hold_out(path, 4).marked == {"cartoon": 4, "photo-realistic": 4}
     first = marked()
     assert len(records(path)) == 20
     hold_out(path, 2)
     assert len(marked()) == 4 and marked() < first
-    with pytest.raises(ValueError, match="10 clips of style 'cartoon' are to be held out, there are 10"):
+    with pytest.raises(ValueError, match="10 sources of each style are to be held out, there are 10 cartoon, 10 photo-realistic"):
         hold_out(path, 10)
+    assert len(marked()) == 4
+
+
+def test_a_style_with_too_few_clips_is_passed_over_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "t.jsonl"
+    styles = ["cartoon"] * 4 + ["stop motion"] * 2 + ["cartoon"]
+    lines = [video_tuple(f"{k}.mp4", f"c{k}", "A dog runs on a beach", style, {}) for k, style in enumerate(styles)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    hold_out_command.main([str(path), "--per-style", "2"])
+    assert capsys.readouterr().out == "held out for validation: 2 cartoon; passed over for too few sources: 2 stop motion\n"
+    held = [record for record in records(path) if "split" in record]
+    assert [record["meta"]["source_style"] for record in held] == ["cartoon"] * 2
+    assert not hold_out(path, 9, required=False).marked and not [record for record in records(path) if "split" in record]
+
+
+def test_what_another_process_writes_is_not_marked(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"source": "a"}\n{"source": "b"}\n')
+    results = Results(path, name="source", label=str)
+    with pytest.raises(ValueError, match=r"out = .*t.jsonl: another process is writing it; hold out when it has ended"):
+        hold_out(path, 1)
+    results.close()
+    assert sum(hold_out(path, 1).marked.values()) == 1
+    Results(path, name="source", label=str).close()  # the lock is given back
 
 
 # --- rendering ---
@@ -270,6 +299,15 @@ def test_other_settings_are_refused_and_tuples_alone_can_be_written(tmp_path: Pa
     next((tmp_path / "out" / "clips").iterdir()).unlink()
     render_videos.main(arguments(tmp_path, pipeline, "--hold-out", "0", "--tuples-only"))
     assert len(records(tmp_path / "out" / "tuples.jsonl")) == 1
+
+
+def test_too_few_clips_for_validation_end_no_rendering(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts(tmp_path / "p.jsonl", 2)
+    given = arguments(tmp_path, tmp_path / "no pipeline", "--tuples-only")
+    for job in render_videos.jobs(RenderSettings(captions=str(tmp_path / "p.jsonl"), out=str(tmp_path / "out"))):
+        clip(job.clip)
+    render_videos.main(given)
+    assert "held out for validation: none; passed over for too few sources: 1 cartoon, 1 photo-realistic" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
