@@ -9,6 +9,7 @@ from byg_plugin import _cli, places
 from byg_plugin.config.loading import load_config
 from byg_plugin.config.sections import Config
 from byg_plugin.data.tuples import read_tuples
+from byg_plugin.processes import joined
 
 
 def run(what: Literal["latents", "texts"], config_path: str, overrides: Sequence[str], *, prune: bool) -> None:
@@ -25,7 +26,6 @@ def run(what: Literal["latents", "texts"], config_path: str, overrides: Sequence
     places.check_model(config.model, "vae", *(places.ENCODERS if what == "texts" else ()))
 
     # After what may be wrong in configuration and tuples: these import torch, seconds.
-    from accelerate import PartialState
     from accelerate.utils import gather_object
 
     from byg_plugin.config.device import resolve_device
@@ -35,7 +35,7 @@ def run(what: Literal["latents", "texts"], config_path: str, overrides: Sequence
 
     require_model_extras(config.model)
     device = resolve_device(config.model.device)
-    state = PartialState(cpu=device.type == "cpu")
+    state = joined(cpu=device.type == "cpu")
     processes = cache.Processes(rank=state.process_index, world=state.num_processes, gather=gather_object)
     work = cache.cache_latents if what == "latents" else cache.cache_texts
     try:

@@ -125,6 +125,7 @@ def train(config: Config, family: Family, device: Any, resume: str | None, *, di
 
     from byg_plugin.config.extras import require_training_extras
     from byg_plugin.folders import alone_in
+    from byg_plugin.processes import PATIENCE
     from byg_plugin.training.checkpoint import make_room
     from byg_plugin.training.launch import check_processes, read_launch, take_over
     from byg_plugin.training.loop import Interrupted, Trainer
@@ -137,7 +138,7 @@ def train(config: Config, family: Family, device: Any, resume: str | None, *, di
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     tracker = None if config.train.tracker == "none" else config.train.tracker
     # The other processes wait while the first one saves, validates and previews. In what they do together the watchdog is sooner.
-    patience = InitProcessGroupKwargs(timeout=max(timedelta(hours=3), timedelta(minutes=2 * config.train.collective_timeout)))
+    patience = InitProcessGroupKwargs(timeout=max(PATIENCE, timedelta(minutes=2 * config.train.collective_timeout)))
     accelerator = Accelerator(cpu=device.type == "cpu", log_with=tracker, project_dir=config.output.dir, kwargs_handlers=[patience])
     check_processes(accelerator)
     folder = Path(config.output.dir)

@@ -39,6 +39,7 @@ from byg_plugin.documents import json_value
 from byg_plugin.families import wan
 from byg_plugin.folders import make_writable
 from byg_plugin.journal import numbered_records, replacing, write_records
+from byg_plugin.processes import joined
 
 from .backend import seed_of
 from .pool import refuse_inputs
@@ -251,11 +252,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     first = os.environ.get("RANK", "0") == "0"
     if left:
-        from accelerate import PartialState
-
         from byg_plugin.config.device import resolve_device
 
-        state = PartialState(cpu=resolve_device(settings.device).type == "cpu")
+        state = joined(cpu=resolve_device(settings.device).type == "cpu")
         first = state.is_main_process
         _cli.say(f"{len(left)} of {len(every)} clips to render, {state.num_processes} at once", first)
         try:

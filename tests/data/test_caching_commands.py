@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from byg_plugin import caching
 from byg_plugin.config.sections import Config
 from byg_plugin.data import buckets
 from byg_plugin.data.cache import Keys, cache_latents, cache_texts, latent_store
@@ -29,6 +31,7 @@ from byg_plugin.data.tuples import read_tuples
 from byg_plugin.models import make_family
 from tests.support import ROOT
 from tests.support.data_fakes import CPU, FakeFamily, data_set, entries, record, write_tuples
+from tests.support.processes import patience_of
 from tests.support.tiny import tiny_config
 
 BASE = ROOT / "byg_plugin" / "demo" / "base"
@@ -58,6 +61,11 @@ def wait_for_entries(config: Config, count: int, process: subprocess.Popen[str])
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_processes_wait_for_shares_that_take_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = toml(data_set(tmp_path), tmp_path / "c.toml")
+    assert patience_of(lambda: caching.run("latents", str(config), [], prune=False), monkeypatch) >= timedelta(hours=3)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows cannot send these signals to a process")

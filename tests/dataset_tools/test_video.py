@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from dataset_tools.pool import Results
 from dataset_tools.prepare_captions import sampled_frames, table_inputs
 from dataset_tools.settings import CaptionsSettings, RenderSettings
 from dataset_tools.video import STYLES, hold_out, other_style, plain_style, style_hint, video_tuple, wrap
+from tests.support.processes import patience_of
 from tests.support.tiny_wan import tiny_wan, write_pipeline
 from tests.support.tools_helpers import ENVIRONMENT, KEY, ROOT, full_disk, records, run, stub
 
@@ -322,6 +324,11 @@ def test_bad_settings(tmp_path: Path, pipeline: Path, more: tuple[str, ...], sai
     prompts(tmp_path / "p.jsonl", 2)
     with pytest.raises(ValueError, match=said):
         render_videos.main(arguments(tmp_path, pipeline, *more))
+
+
+def test_processes_wait_for_shares_that_take_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts(tmp_path / "p.jsonl", 2)
+    assert patience_of(lambda: render_videos.main(arguments(tmp_path, tmp_path / "no pipeline")), monkeypatch) >= timedelta(hours=3)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="torchrun on Windows needs libuv builds")
