@@ -67,7 +67,7 @@ _NO_NAME = frozenset(re.findall(r"\w+", "a an the one two three four five six so
 # At the beginning alone: a photo that somebody in a painting holds says nothing of the painting.
 _MEDIUM = re.compile(
     r"(?:(?:an?|the)\s+)?((?:(?:black[- ]and[- ]white|monochrome|sepia|colou?r|close-?up|aerial|macro|old|vintage|blurry|grainy)\s+)*)"
-    r"(photo|photograph|snapshot|picture|image)\s+of\s+",
+    r"(photo|photograph|snapshot|picture|image)\s+of(?:\s+|$)",
     re.IGNORECASE,
 )
 
@@ -89,6 +89,8 @@ def propose(caption: str | None, style: str | None, order: Sequence[str], rng: r
     if not caption:
         raise NotServed("no_caption", "there is no caption: give a .txt of the same name, or a caption column")
     caption = " ".join(caption.split()).rstrip(".")
+    if not re.search(r"\w", caption):
+        raise NotServed("no_caption", f"the caption {caption!r} has no word; say what the image shows")
     for edit_type in order:
         make = {"color_change": _color, "background_change": _background}.get(edit_type)
         texts = make(caption, rng) if make else _style(caption, style, rng) if edit_type == "style_change" else None
@@ -125,7 +127,10 @@ def _color(caption: str, rng: random.Random) -> FourTexts | None:
         return None
     start, old, noun = rng.choice(candidates)
     used = {color.casefold() for color in _ANY_COLOR.findall(caption)}
-    new = rng.choice([color for color in COLORS if color not in used and not (color == "gray" and "grey" in used)])
+    others = [color for color in COLORS if color not in used and not (color == "gray" and "grey" in used)]
+    if not others:
+        return None
+    new = rng.choice(others)
     tgt = _with_article(caption[:start], new) + (new.capitalize() if old[0].isupper() else new) + caption[start + len(old) :]
     command = f"change the color of the {noun} to "
     return caption, command + new, tgt, command + old.casefold()
@@ -162,6 +167,8 @@ def _style(caption: str, style: str | None, rng: random.Random) -> FourTexts | N
     """A photograph to a style, or a picture of a known style to a photograph."""
     medium = _MEDIUM.match(caption)
     content = caption[medium.end() :] if medium else caption
+    if not re.search(r"\w", content):
+        return None
     content = content[0].lower() + content[1:] if content.split()[0].casefold() in _NO_NAME else content
     if style and not is_photorealistic(style):
         drawn = f"{content}, {style} style"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from byg_plugin.data.rules import check_texts
-from dataset_tools.backend_rules import TYPES, NotServed, propose
+from dataset_tools.backend_rules import COLORS, TYPES, NotServed, propose
 from tests.support.tools_helpers import photos, records, run
 
 
@@ -95,6 +95,21 @@ def test_style_of_a_photograph_and_back() -> None:
     assert one("A photo of Paris", "style_change")["src_caption"] == "a photo of Paris"  # type: ignore[index]
     for caption in ("a dog on a beach", "a picture of a dog", "a painting of a man with a photo of a dog"):  # nobody knows what it is
         assert one(caption, "style_change") is None
+
+
+@pytest.mark.parametrize("style", [None, "photo", "anime"])
+@pytest.mark.parametrize("caption", ["...", ".", "-", "a photo of .", "a photo of...", "photo of -", "a photo of"])
+def test_a_caption_that_says_nothing_is_refused(caption: str, style: str | None) -> None:
+    with pytest.raises(NotServed) as refused:
+        propose(caption, style, TYPES, random.Random(0))
+    assert refused.value.reason in ("no_caption", "no_rule")
+
+
+def test_a_caption_of_all_colors_leaves_none_to_change_to() -> None:
+    nouns = ["car", "dog", "cat", "hat", "cup", "bed", "pen", "box", "bag", "tree", "fish", "bird"]
+    things = " and ".join(f"a {color} {noun}" for color, noun in zip(COLORS, nouns, strict=True))
+    assert one(things.replace("a gray", "a grey"), "color_change") is None is one(things, "color_change")
+    assert one(things.replace("a red car and ", ""), "color_change")["instruction"].endswith(" to red")  # type: ignore[index]
 
 
 def test_every_edit_passes_the_rules() -> None:
