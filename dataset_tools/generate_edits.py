@@ -34,7 +34,7 @@ from .asking import Attempt
 from .backend import Backend, Chat, encode_image, seed_of
 from .backends import make_backend
 from .balance import PRIORITY, Balance
-from .inputs import TABLES, ImageInput, folder_images, in_shard, is_table, passed_over, shard_file, table_images
+from .inputs import TABLES, ImageInput, base_of, folder_images, in_shard, is_table, passed_over, shard_file, table_images
 from .pool import Feed, Outcome, Results, refuse_inputs, run_pool
 from .settings import GenerateSettings, read_settings
 
@@ -45,7 +45,7 @@ def inputs(settings: GenerateSettings, others: Counter[str]) -> Iterator[ImageIn
     Raises:
         ValueError: no such folder or table; while they are read: no such column.
     """
-    path, base = Path(settings.images), Path(settings.out).absolute().parent
+    path, base = Path(settings.images), base_of(settings.out)
     if not (path.is_file() if is_table(path) else path.is_dir()):
         raise ValueError(f"images = {path}: no such folder or table ({', '.join(TABLES)})")
     if is_table(path):

@@ -51,6 +51,11 @@ def source_name(path: Path, base: Path) -> str:
     return _relative(path, base).encode(errors="backslashreplace").decode()
 
 
+def base_of(out: str) -> Path:
+    """The folder of a file of tuples, as `source_name` wants it: without `..`, or no path would lie below it."""
+    return Path(os.path.abspath(out)).parent
+
+
 def _relative(path: Path, base: Path) -> str:
     absolute = Path(os.path.abspath(path))
     return absolute.relative_to(base).as_posix() if absolute.is_relative_to(base) else absolute.as_posix()

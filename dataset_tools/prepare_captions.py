@@ -33,8 +33,8 @@ from . import prompts
 from .asking import Attempt
 from .backend import Backend, Chat, Picture, encode_frame, seed_of
 from .backends import make_backend
-from .inputs import column, files_below, in_shard, passed_over, shard_file, source_name, table_rows
-from .pool import Feed, Outcome, Results, refuse_inputs, run_pool
+from .inputs import base_of, column, files_below, in_shard, passed_over, shard_file, source_name, table_rows
+from .pool import Feed, Outcome, Results, Tally, refuse_inputs, run_pool
 from .settings import CaptionsSettings, read_settings
 from .video import STYLES, check_caption, hold_out, plain_style, style_of, video_tuple, wrap
 
@@ -87,7 +87,7 @@ def clip_inputs(settings: CaptionsSettings, others: Counter[str]) -> Iterator[Ro
         ValueError: no such folder.
     """
     assert settings.clips is not None
-    folder, base = Path(settings.clips), Path(settings.out).absolute().parent
+    folder, base = Path(settings.clips), base_of(settings.out)
     if not folder.is_dir():
         raise ValueError(f"clips = {folder}: no such folder")
     return (Row(name=source_name(path, base), clip=path) for path in files_below(folder, clips.SUFFIXES, others))
@@ -157,8 +157,8 @@ def _record(row: Row, caption: str, style: str) -> dict[str, Any]:
 _NAME: Mapping[bool, str] = {True: "source", False: "id"}
 
 
-def prepare(settings: CaptionsSettings) -> tuple[Path, str]:
-    """Make prompts or tuples of all that have none; returns (file, counts in words).
+def prepare(settings: CaptionsSettings) -> tuple[Path, str, Tally]:
+    """Make prompts or tuples of all that have none; returns (file, counts in words, counts).
 
     Raises:
         ValueError: settings, server or files are wrong; what was done before is on the disk.
@@ -179,7 +179,7 @@ def prepare(settings: CaptionsSettings) -> tuple[Path, str]:
         asyncio.run(_run(feed, captioner.make, backend, results, settings.in_flight))
         unread = f" (not read: {left})" if (left := passed_over(others)) else ""
         known = f", {feed.passed_over} done before or named more than once" if feed.passed_over else ""
-        return out, f"{feed.given} done in this run{known}{unread}; in all {results.tally}"
+        return out, f"{feed.given} done in this run{known}{unread}; in all {results.tally}", results.tally
     finally:
         results.close()
 
@@ -191,11 +191,23 @@ async def _run(feed: Feed[Row], work: Callable[[Row], Any], backend: Backend, re
         await backend.close()
 
 
+def _nothing(settings: CaptionsSettings, out: Path, tally: Tally) -> str:
+    """Why there is no result."""
+    if tally.rejected:
+        what = "row was cleaned" if settings.clips is None else "clip was described"
+        return f"no {what}: all were rejected, {out.stem}.rejects.jsonl beside {out} says why"
+    if settings.clips is None:
+        return f"table = {settings.table}: no row in it"
+    return f"clips = {settings.clips}: no clip in it ({', '.join(clips.SUFFIXES)})"
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command; see the module."""
     settings = read_settings(CaptionsSettings, "captions", __doc__ or "", arguments)
-    out, counts = prepare(settings)
+    out, counts, tally = prepare(settings)
     _cli.say(f"{counts}: {out}")
+    if not tally.accepted:
+        raise ValueError(_nothing(settings, out, tally))
     if settings.clips is not None and settings.hold_out:
         _cli.say(str(hold_out(out, settings.hold_out, required=False)))
 

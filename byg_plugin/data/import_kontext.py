@@ -57,7 +57,7 @@ def import_kontext(targets: Path, controls: Path, out: Path) -> Imported:
     incomplete_out = out.with_name(f"{out.stem}.incomplete.jsonl")
     problems: list[str] = []
     pairs = _pairs(_images(targets, "--targets", problems), _images(controls, "--controls", problems), controls, targets, problems)
-    base = out.absolute().parent
+    base = Path(os.path.abspath(out)).parent
     complete: list[Mapping[str, Any]] = []
     incomplete: list[Mapping[str, Any]] = []
     for target, control in pairs:
@@ -118,7 +118,7 @@ def _text(path: Path, problems: list[str]) -> str | None:
 
 
 def _relative(path: Path, base: Path) -> str:
-    absolute = path.absolute()
+    absolute = Path(os.path.abspath(path))
     return absolute.relative_to(base).as_posix() if absolute.is_relative_to(base) else absolute.as_posix()
 
 

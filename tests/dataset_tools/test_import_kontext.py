@@ -103,6 +103,12 @@ def test_no_instruction_is_missing_too(layout: Path) -> None:
     assert lines(layout / "tuples.incomplete.jsonl")[0]["missing"] == ["instruction"]
 
 
+def test_images_below_the_list_are_relative_however_it_is_written(layout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(layout / "targets")
+    import_kontext(Path("../targets"), layout / "controls", Path("../tuples.jsonl"))
+    assert (lines(layout / "tuples.jsonl")[0]["source"], lines(layout / "tuples.jsonl")[0]["target"]) == ("controls/a.jpg", "targets/a.png")
+
+
 def test_images_elsewhere_are_absolute(layout: Path) -> None:
     out = layout / "lists" / "deep" / "tuples.jsonl"
     import_kontext(layout / "targets", layout / "controls", out)

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from dataset_tools.generate_edits import generate
+from dataset_tools.generate_edits import generate, inputs
 from dataset_tools.inputs import files_below, folder_images, table_images, table_rows
-from dataset_tools.prepare_captions import prepare
+from dataset_tools.prepare_captions import clip_inputs, prepare
 from dataset_tools.render_videos import jobs
 from dataset_tools.settings import CaptionsSettings, GenerateSettings, RenderSettings
+from tests.support.tools_helpers import photos
 
 
 def test_links_to_folders_are_followed_but_not_in_circles(tmp_path: Path) -> None:
@@ -108,6 +109,18 @@ def test_half_a_character_in_a_text_is_the_image_s_problem(tmp_path: Path) -> No
     of_row, whole = table_images(tmp_path / "t.jsonl", tmp_path, root=None, image="image", caption="caption", style="style")
     assert beside.problem == r"its caption holds a broken character: 'a car \ud83d'"
     assert of_row.problem == r"its style holds a broken character: '\ud83d'" and whole.problem is None
+
+
+def test_images_have_one_name_however_the_output_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    photos(tmp_path / "data" / "photos", 1)
+    (tmp_path / "data" / "c.mp4").touch()
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    for out in ("../data/t.jsonl", "../work/../data/t.jsonl", str(tmp_path / "data" / "t.jsonl")):
+        generated = inputs(GenerateSettings(images="../data/photos", out=out, backend="rules"), Counter())
+        assert [item.source for item in generated] == ["photos/p0000.jpg"]
+        described = clip_inputs(CaptionsSettings(clips="../data", out=out), Counter())
+        assert [row.name for row in described] == ["c.mp4"]
 
 
 def _generated(table: Path) -> None:

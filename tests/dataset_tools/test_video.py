@@ -19,7 +19,7 @@ from byg_plugin.data.dataset import split_tuples
 from byg_plugin.data.rules import ROLES, check_texts
 from byg_plugin.data.tuples import read_tuples_file
 from dataset_tools import hold_out as hold_out_command
-from dataset_tools import render_videos
+from dataset_tools import prepare_captions, render_videos
 from dataset_tools.pool import Results
 from dataset_tools.prepare_captions import sampled_frames, table_inputs
 from dataset_tools.settings import CaptionsSettings, RenderSettings
@@ -193,6 +193,21 @@ def test_existing_clips_become_tuples_with_some_held_out(tmp_path: Path) -> None
     assert Counter(record["meta"]["source_style"] for record in records(out)) == {"cartoon": 4, "photo-realistic": 4, "3d-cgi": 4}
     train, validation = split_tuples(tuples, 0)
     assert (len(train), len(validation)) == (6, 6)
+
+
+def test_a_folder_without_clips_and_a_table_without_rows_are_errors(tmp_path: Path) -> None:
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "clips" / "notes.txt").touch()
+    (tmp_path / "t.jsonl").touch()
+    for given, says in (
+        (["--clips", str(tmp_path / "clips")], r"clips = .*clips: no clip in it \(\.mp4, "),
+        (["--table", str(tmp_path / "t.jsonl")], r"table = .*t.jsonl: no row in it"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            prepare_captions.main([*given, "--out", str(tmp_path / "o.jsonl")])
+    (tmp_path / "clips" / "a.mp4").write_bytes(b"no clip")
+    with pytest.raises(ValueError, match="no clip was described: all were rejected, o.rejects.jsonl beside .*o.jsonl says why"):
+        prepare_captions.main(["--clips", str(tmp_path / "clips"), "--out", str(tmp_path / "o.jsonl")])
 
 
 def test_holding_out_is_by_name_and_replaces_earlier_marks(tmp_path: Path) -> None:
