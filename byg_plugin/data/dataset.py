@@ -197,10 +197,11 @@ def words_of(item: EditTuple) -> Words:
 def split_tuples(tuples: Sequence[EditTuple], validation_items: int) -> tuple[list[EditTuple], list[EditTuple]]:
     """(training, validation): whole sources in a stable random order go to validation until it has enough tuples.
 
-    Where tuples say `split = "validation"` themselves, these are the held-out ones, whatever `validation_items` is.
+    Where tuples say `split = "validation"` themselves, these are the held-out ones, whatever `validation_items` is. Otherwise a source
+    of which a tuple says `split = "train"` is trained on whole, and the choice is among the others.
 
     Raises:
-        ValueError: nothing would be left to train on, or a source is on both sides.
+        ValueError: nothing would be left to train on, there are too few to choose from, or a source is on both sides.
     """
     by_source: dict[str, list[EditTuple]] = defaultdict(list)
     for item in tuples:
@@ -208,7 +209,7 @@ def split_tuples(tuples: Sequence[EditTuple], validation_items: int) -> tuple[li
     if any(item.split == "validation" for item in tuples):
         return _marked(tuples, by_source)
     # The order hangs on each source's own name: new tuples do not reshuffle what was held out, nor does a move of the folder.
-    order = sorted(by_source, key=_held_out_rank)
+    order = sorted((source for source, items in by_source.items() if not any(item.split for item in items)), key=_held_out_rank)
     held_out: set[str] = set()
     count = 0
     for source in order:
@@ -220,6 +221,11 @@ def split_tuples(tuples: Sequence[EditTuple], validation_items: int) -> tuple[li
     if not train:
         raise ValueError(
             f"dataset.validation_items = {validation_items} leaves nothing to train on: {len(tuples)} tuples of {len(by_source)} sources"
+        )
+    if count < validation_items:
+        raise ValueError(
+            f"dataset.validation_items = {validation_items}: {count} of {len(tuples)} tuples can be held out, the sources of the others have "
+            f"split = 'train'; set at most {count}, or leave `split` out of more tuples"
         )
     return train, [item for item in tuples if str(item.source) in held_out]
 

@@ -195,6 +195,19 @@ def test_split_of_sources_with_one_file_name_is_random_too() -> None:
     assert {item.source for item in held} == {item.source for item in again} != {Path(name) for name in names[:10]}
 
 
+def test_sources_that_are_to_be_trained_on_are_not_held_out() -> None:
+    tuples = items({f"/d/{k}.png": 2 for k in range(20)})
+    _, held = split_tuples(tuples, 6)
+    wanted = {item.source for item in held}
+    # One tuple of a source says it for all of them.
+    marked = [replace(item, split="train") if item.source in wanted and item.id.endswith("-1") else item for item in tuples]
+    train, held = split_tuples(marked, 6)
+    assert len(held) == 6 and len(train) == 34 and not {item.source for item in held} & wanted
+    with pytest.raises(ValueError, match=r"validation_items = 40: 34 of 40 tuples can be held out, .*; set at most 34"):
+        split_tuples(marked, 40)
+    assert not split_tuples([replace(item, split="train") for item in tuples], 0)[1]
+
+
 def test_split_with_nothing_left_to_train_on(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"dataset\.validation_items = 8 leaves nothing to train on: 6 tuples of 2 sources"):
         split_tuples(items({"/a.png": 3, "/b.png": 3}), 8)
