@@ -224,7 +224,7 @@ def split_tuples(tuples: Sequence[EditTuple], validation_items: int) -> tuple[li
         )
     if count < validation_items:
         raise ValueError(
-            f"dataset.validation_items = {validation_items}: {count} of {len(tuples)} tuples can be held out, the sources of the others have "
+            f"dataset.validation_items = {validation_items}: {count} of {len(tuples)} tuples can be held out, the others' sources have "
             f"split = 'train'; set at most {count}, or leave `split` out of more tuples"
         )
     return train, [item for item in tuples if str(item.source) in held_out]
