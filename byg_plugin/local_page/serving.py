@@ -28,13 +28,13 @@ from byg_plugin.local_page.guard import Guard
 from byg_plugin.local_page.wire import server_config
 
 _MAX_BODY = 512 * 1024  # bytes; four texts of the longest allowed size
-# What is sent as what; anything else is not sent. Browsers take a .mov for a film only under MP4's name.
+# What is sent as what; other images that are read go out as PNG, nothing else does. Browsers take a .mov for a film only under MP4's name.
 _CONTENT_TYPES = {
     **{".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp", ".bmp": "image/bmp"},
+    ".avif": "image/avif",
     **{".mp4": "video/mp4", ".m4v": "video/mp4", ".mov": "video/mp4", ".webm": "video/webm"},
     **{".mkv": "video/x-matroska", ".avi": "video/x-msvideo"},
 }
-_TO_PNG = (".tif", ".tiff")  # formats of the trainer's that browsers do not show
 
 
 def guarded(routes: Sequence[Route], folder: Path, files: Mapping[str, tuple[str, str]], names: Collection[str]) -> ASGIApp:
@@ -59,7 +59,7 @@ def find(root: Path, name: str, role: str) -> Path:
     """The file of a name, relative to `root` or absolute.
 
     Raises:
-        ValueError: one that is not sent: missing, no image or clip by its name, outside the root folder.
+        ValueError: one that is not sent: missing, no image or clip, outside the root folder.
     """
     try:
         # Joining with an absolute path gives that path: both kinds are checked alike, after every link is followed.
@@ -68,11 +68,19 @@ def find(root: Path, name: str, role: str) -> Path:
         raise ValueError(f"{role}: no such file") from error
     if not path.is_relative_to(root):
         raise ValueError(f"{role}: lies outside the root folder, so it is not shown; start with a --root that holds it")
-    if path.suffix.lower() not in _CONTENT_TYPES and path.suffix.lower() not in _TO_PNG:
-        raise ValueError(f"{role}: no image or clip by its name ({', '.join((*_CONTENT_TYPES, *_TO_PNG))})")
     if not path.is_file():
         raise ValueError(f"{role}: is not a file")
+    if path.suffix.lower() not in _CONTENT_TYPES and not _is_image(path):
+        raise ValueError(f"{role}: no image or clip by its name ({', '.join(_CONTENT_TYPES)}), and no image by its contents")
     return path
+
+
+def _is_image(path: Path) -> bool:
+    try:
+        media.image_size(path)
+    except ValueError:
+        return False
+    return True
 
 
 def shown_as(path: Path) -> str:
@@ -86,9 +94,10 @@ async def send(path: Path) -> Response:
     Raises:
         ValueError: it cannot be read.
     """
-    if path.suffix.lower() in _TO_PNG:
+    known = _CONTENT_TYPES.get(path.suffix.lower())
+    if known is None:
         return Response(await run_in_threadpool(_as_png, path), media_type="image/png")
-    return FileResponse(path, media_type=_CONTENT_TYPES[path.suffix.lower()])
+    return FileResponse(path, media_type=known)
 
 
 async def json_body(request: Request, patience: float) -> Any:

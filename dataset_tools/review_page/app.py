@@ -138,7 +138,7 @@ class _Served:
         """The file that a tuple names.
 
         Raises:
-            ValueError: it has none, or one that is not sent: missing, no image or clip by its name, outside the root folder.
+            ValueError: it has none, or one that is not sent: missing, no image or clip, outside the root folder.
         """
         name = item.record.get(role)
         if not name:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import io
 import json
 import select
 import shutil
@@ -66,6 +67,23 @@ def test_files_outside_the_root_are_not_served(tmp_path: Path, serve: Callable[.
         assert server.post(index, "kept") == 422, source  # nobody can have looked at it
         assert server.post(index, "discarded") == 200
     assert server.ask("/media/0/target")[0] == 404
+
+
+def test_every_image_that_is_read_is_shown_and_can_be_kept(tmp_path: Path, serve: Callable[..., Server]):
+    picture = Image.new("RGB", (8, 4), "red")
+    formats = {"a.jfif": "JPEG", "b": "PNG", "c.ppm": "PPM", "d.tif": "TIFF"}
+    if "AVIF" in Image.registered_extensions().values():
+        formats["e.avif"] = "AVIF"
+    for name, format_ in formats.items():
+        picture.save(tmp_path / name, format_)
+    server = serve(write_tuples(tmp_path, [record(number, name) for number, name in enumerate(formats)]))
+    for index, (name, format_) in enumerate(formats.items()):
+        status, headers, body = server.ask(f"/media/{index}/source")
+        sent = "AVIF" if format_ == "AVIF" else "PNG"
+        assert (status, headers["content-type"]) == (200, f"image/{sent.lower()}"), name
+        with Image.open(io.BytesIO(body)) as shown:
+            assert (shown.format, shown.size) == (sent, (8, 4)), name
+        assert server.post(index, "kept") == 200, name
 
 
 @pytest.mark.parametrize(
