@@ -24,7 +24,7 @@ if __package__ in (None, ""):  # started as a script: the repository must be imp
 import argparse
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from byg_plugin import _cli
 from byg_plugin.config.extras import require
@@ -41,6 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("tuples", type=_cli.given_path, metavar="FILE", help="JSONL file of tuples")
     parser.add_argument("--root", type=_cli.given_path, metavar="DIR", help="folder of the images and clips; default: the file's folder")
     parser.add_argument("--export", type=_cli.given_path, metavar="OUT", help="write the kept and fixed tuples to OUT, serve nothing")
+    parser.add_argument(
+        "--rules",
+        choices=("error", "warn"),
+        help="with --export: warn = also write tuples whose texts break a rule, to train on with dataset.rules (default error)",
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine only)")
     parser.add_argument("--port", type=int, default=_PORT, help=f"default {_PORT}; 0: any free one")
     parser.add_argument(
@@ -49,19 +54,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     for package in ("filelock", "starlette", "uvicorn"):
         require(package, "the review page", "review")
+    if args.rules is not None and args.export is None:
+        raise ValueError(f"--rules {args.rules}: is of --export, the page shows all tuples; leave it out")
     root = args.root if args.root is not None else args.tuples.parent
     if not root.is_dir():
         raise ValueError(f"--root {root}: no such folder")
     if args.export is not None:
-        _export(args.tuples, args.export, root)
+        _export(args.tuples, args.export, root, args.rules or "error")
     else:
         _serve(args.tuples, root, args.host, args.port, args.allow_host)
 
 
-def _export(tuples: Path, target: Path, root: Path) -> None:
+def _export(tuples: Path, target: Path, root: Path, rules: Literal["error", "warn"]) -> None:
     from .review_page.export import export_reviewed
 
-    counts = export_reviewed(tuples, target, root)
+    counts = export_reviewed(tuples, target, root, rules=rules)
     _cli.say(f"{target}: {counts['kept'] + counts['fixed']} tuples ({_counted(counts)})")
     if target.parent.resolve() != root.resolve():
         _cli.say(f'where sources are relative paths, train with dataset.image_root = "{root}"')

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from byg_plugin.data.tuples import read_tuples_file
 from byg_plugin.journal import write_records
@@ -16,11 +17,12 @@ from .store import journal_path, read_decisions
 REVIEWED = ("kept", "fixed")
 
 
-def export_reviewed(tuples: Path, target: Path, root: Path) -> Counter[str]:
+def export_reviewed(tuples: Path, target: Path, root: Path, *, rules: Literal["error", "warn"] = "error") -> Counter[str]:
     """Write the kept and fixed tuples as a tuples file that the trainer takes; of a review that goes on, what is decided so far.
 
     Args:
         root: what relative sources start from; the trainer needs the same as dataset.image_root, or the file in that folder.
+        rules: as dataset.rules, which the trainer needs then too: whether texts that break a hard rule are refused.
 
     Returns:
         How many tuples have each status.
@@ -39,7 +41,7 @@ def export_reviewed(tuples: Path, target: Path, root: Path) -> Counter[str]:
 
     def trainer_takes(written: Path) -> None:
         try:
-            read_tuples_file(written, root)
+            read_tuples_file(written, root, rules=rules)
         except ValueError as error:
             raise ValueError(_about_lines(str(error), lines, written, tuples)) from error
 
@@ -51,4 +53,5 @@ def _about_lines(message: str, lines: Sequence[int], written: Path, tuples: Path
     """A message on the file that was to be written, with the line numbers of the file under review."""
     named = r"(?m)(?<=^  - )line (\d+)(?=:)|(?<=of |as )line (\d+)(?=;)"
     message = re.sub(named, lambda m: f"line {lines[int(m[1] or m[2]) - 1]}", message)
+    message = message.replace('dataset.rules = "warn"', '--rules warn here, and dataset.rules = "warn"')
     return message.replace(str(written), f"kept tuples of {tuples}") + "\nfix or discard them on the page, then export again"

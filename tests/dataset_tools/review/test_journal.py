@@ -207,6 +207,20 @@ def test_an_export_that_the_trainer_would_refuse_is_not_written(tuples: Path):
             export_reviewed(tuples, own, tuples.parent)
 
 
+def test_texts_that_break_a_rule_are_exported_if_the_reviewer_says_so(tmp_path: Path):
+    tuples = write_tuples(tmp_path, [record(0, reverse_instruction="restore the original cup")])
+    target = tmp_path / "out.jsonl"
+    with Review(tuples) as review:
+        decide(review, 0, "kept")
+        with pytest.raises(ValueError, match='to train on such texts all the same: --rules warn here, and dataset.rules = "warn"'):
+            export_reviewed(tuples, target, tmp_path)
+    assert not target.exists()
+    done = command(tuples, "--export", target, "--rules", "warn")
+    assert done.returncode == 0 and len(read_tuples_file(target, rules="warn")) == 1, done.stderr
+    done = command(tuples, "--rules", "warn")
+    assert done.returncode == 2 and "--rules warn: is of --export" in done.stderr
+
+
 # ---- the server
 
 
