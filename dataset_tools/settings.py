@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -25,6 +26,11 @@ Seconds = Annotated[float, Field(gt=0.0, le=7 * 86400.0)]
 Count = Annotated[int, Field(gt=0, le=10_000)]
 Tokens = Annotated[int, Field(gt=0, le=10_000_000)]
 Side = Annotated[int, Field(gt=0, le=16_384)]
+
+
+def _of_home(path: str | None) -> str | None:
+    """A path with the user's own folder for `~`, which a shell leaves as it is in `--out=~/x` and nobody else expands."""
+    return None if path is None else os.path.expanduser(path)
 
 
 class BackendSettings(Section):
@@ -63,6 +69,8 @@ class BackendSettings(Section):
         "", description="First take rejects of this kind back from the rejects file and try them again."
     )
 
+    _home = field_validator("model")(_of_home)
+
     @field_validator("shard")
     @classmethod
     def _check_shard(cls, text: str) -> str:
@@ -95,6 +103,8 @@ class GenerateSettings(BackendSettings):
         0.15, description="Chance that an image known to be no photograph is turned into one."
     )
 
+    _places = field_validator("images", "out", "image_root")(_of_home)
+
 
 class CaptionsSettings(BackendSettings):
     """Captions of a table to prompts for video, or clips to tuples."""
@@ -110,6 +120,8 @@ class CaptionsSettings(BackendSettings):
     count: NonNegative = Field(400, description="Rows drawn from the table at random; 0 = all.")
     frames: Annotated[int, Field(ge=1, le=64)] = Field(6, description="Clips: frames shown to the model.")
     hold_out: NonNegative = Field(4, description="Clips: clips a style marked for validation.")
+
+    _places = field_validator("table", "clips", "out")(_of_home)
 
     @model_validator(mode="after")
     def _check(self) -> CaptionsSettings:
@@ -143,6 +155,8 @@ class RenderSettings(Section):
     hold_out: NonNegative = Field(4, description="Clips a style marked for validation (paper: 4).")
     tuples_only: bool = Field(False, description="Render nothing; write tuples.jsonl of the clips that are there.")
 
+    _home = field_validator("captions", "out", "model")(_of_home)
+
     @model_validator(mode="after")
     def _check(self) -> RenderSettings:
         if (self.frames - 1) % 4:
@@ -171,6 +185,8 @@ class JudgeSettings(BackendSettings):
     temperature: Annotated[float, Field(ge=0.0)] = Field(0.0, description="Sampling temperature; 0 = greedy.")
     max_tokens: Tokens = Field(1024, description="Tokens an answer may have, thinking included.")
 
+    _places = field_validator("edits", "tuples", "results", "out", "prompts")(_of_home)
+
     @model_validator(mode="after")
     def _check(self) -> JudgeSettings:
         if self.backend == "rules":
@@ -192,7 +208,9 @@ def read_settings(model: type[S], section: str, description: str, arguments: Seq
     parser = argparse.ArgumentParser(
         prog=Path(sys.argv[0]).name, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--config", type=Path, metavar="FILE", help=f"TOML file whose [{section}] has the same keys")
+    parser.add_argument(
+        "--config", type=lambda text: Path(text).expanduser(), metavar="FILE", help=f"TOML file whose [{section}] has the same keys"
+    )
     for name, option in model.model_fields.items():
         default = "required" if option.is_required() else f"default: {_shown(option.get_default(call_default_factory=True))}"
         text = f"{option.description} ({default})".replace("%", "%%")

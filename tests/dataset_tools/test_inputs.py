@@ -14,7 +14,7 @@ from dataset_tools.generate_edits import generate, inputs
 from dataset_tools.inputs import files_below, folder_images, table_images, table_rows
 from dataset_tools.prepare_captions import clip_inputs, prepare
 from dataset_tools.render_videos import jobs
-from dataset_tools.settings import CaptionsSettings, GenerateSettings, RenderSettings
+from dataset_tools.settings import CaptionsSettings, GenerateSettings, JudgeSettings, RenderSettings, read_settings
 from tests.support.tools_helpers import photos
 
 
@@ -121,6 +121,23 @@ def test_images_have_one_name_however_the_output_is_written(tmp_path: Path, monk
         assert [item.source for item in generated] == ["photos/p0000.jpg"]
         described = clip_inputs(CaptionsSettings(clips="../data", out=out), Counter())
         assert [row.name for row in described] == ["c.mp4"]
+
+
+@pytest.mark.parametrize("from_file", [False, True])
+def test_every_place_may_begin_in_the_users_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, from_file: bool) -> None:
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path))
+    for model, section, names in (
+        (GenerateSettings, "generate", ("images", "out", "image_root", "model")),
+        (CaptionsSettings, "captions", ("table", "out", "model")),
+        (CaptionsSettings, "captions", ("clips", "out", "model")),
+        (RenderSettings, "render", ("captions", "out", "model")),
+        (JudgeSettings, "judge", ("edits", "tuples", "results", "out", "prompts", "model")),
+    ):
+        (tmp_path / "c.toml").write_text(f"[{section}]\n" + "".join(f'{name} = "~/q/{name}"\n' for name in names if from_file))
+        given = () if from_file else [f"--{name.replace('_', '-')}=~/q/{name}" for name in names]
+        settings = read_settings(model, section, "", ["--config=~/c.toml", *given])
+        assert [getattr(settings, name) for name in names] == [str(tmp_path / "q" / name) for name in names]
 
 
 def _generated(table: Path) -> None:
