@@ -58,6 +58,11 @@ def run(what: Literal["latents", "texts"], config_path: str, overrides: Sequence
             f"note: {len(summary.lost)} are left out, dataset.max_lost = {config.dataset.max_lost} allows it:{listed}",
             state.is_main_process,
         )
+        if prune:
+            _cli.say(
+                "not pruned: entries of what is left out cannot be told from unused ones; mend or remove its tuples and run this again",
+                state.is_main_process,
+            )
     if what == "latents" and (frames := family.clip_frames(config.dataset.frames)) != config.dataset.frames:
         _cli.say(
             f"note: clips have {frames} frames: dataset.frames = {config.dataset.frames} is rounded down to 4n + 1", state.is_main_process

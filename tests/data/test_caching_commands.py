@@ -50,6 +50,19 @@ def toml(config: Config, path: Path) -> Path:
     return path
 
 
+def test_entries_that_are_not_pruned_are_said(tmp_path: Path) -> None:
+    config = data_set(tmp_path, images=3)
+    config = config.model_copy(update={"dataset": config.dataset.model_copy(update={"max_lost": 0.5})})
+    (tmp_path / "2.png").write_bytes(b"no image")
+    file = toml(config, tmp_path / "c.toml")
+    command = [sys.executable, str(ROOT / "tests" / "support" / "data_fakes.py"), "latents", "0", str(file), "--prune"]
+    for left_out in (True, False):
+        done = subprocess.run(command, env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, check=True)
+        assert ("1 are left out" in done.stdout) == ("not pruned: entries of what is left out" in done.stdout) == left_out, done.stdout
+        write_tuples(tmp_path / "tuples.jsonl", [record("0.png")])
+    assert "1 unused entries removed" in done.stdout
+
+
 def faked(what: str, seconds: float, config: Path, *launcher: str) -> subprocess.Popen[str]:
     command = [sys.executable, *launcher, str(ROOT / "tests" / "support" / "data_fakes.py"), what, str(seconds), str(config)]
     return subprocess.Popen(command, env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -1,6 +1,6 @@
 """A tiny deterministic family that counts its calls, and small data sets; run as a program it is the caching command with it.
 
-PYTHONPATH=. python tests/support/data_fakes.py latents|texts SECONDS_A_BATCH CONFIG.toml
+PYTHONPATH=. python tests/support/data_fakes.py latents|texts SECONDS_A_BATCH CONFIG.toml [--prune]
 """
 
 from __future__ import annotations
@@ -129,4 +129,4 @@ if __name__ == "__main__":
         return family
 
     byg_plugin.models.make_family = slow_family
-    _cli.run(lambda: run_cache.run(sys.argv[1], sys.argv[3], [], prune=False))
+    _cli.run(lambda: run_cache.run(sys.argv[1], sys.argv[3], [], prune="--prune" in sys.argv))
