@@ -17,6 +17,12 @@ def folder(name: str) -> Path:
     return inside if inside.is_dir() else PACKAGE.parent / name
 
 
+def command(name: str) -> str:
+    """What a shell runs a module of one of these folders by, e.g. `dataset_tools.validate`; a clone's own from its folder."""
+    inside = folder(name.partition(".")[0]).is_relative_to(PACKAGE)
+    return f"python -m {__package__}.{name}" if inside else f"python -m {name}"
+
+
 def module(name: str) -> ModuleType:
     """A module of one of these folders: `patches.musubi` is `byg_plugin.patches.musubi`, also in a clone.
 

@@ -102,11 +102,12 @@ def validate(
     report, memory = Report(), _Memory()
     too_long = TooLong(max_tokens)
     report.notes += too_long.notes
+    names = Counter(path.name for path in paths)
     with ThreadPoolExecutor(max_workers=jobs) as pool:
         for path in paths:
             if not path.exists():
                 raise ValueError(f"{path}: no such file or folder")
-            prefix = f"{path.name} " if len(paths) > 1 else ""
+            prefix = "" if len(paths) == 1 else f"{path} " if names[path.name] > 1 else f"{path.name} "
             work = _inspected(pool, path, root, decode, thorough, jobs)
             for seen, files in work:
                 report.records += 1

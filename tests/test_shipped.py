@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
 import pytest
 
 from byg_plugin import shipped
+from byg_plugin.data.tuples import read_tuples_file
 from tests.support import ROOT
 
 
@@ -22,6 +24,19 @@ def test_installed_the_folder_beside_the_package_is_anothers(tmp_path: Path, mon
     for folder in ("byg_plugin/configs", "configs"):
         (tmp_path / folder).mkdir(parents=True)
     assert shipped.folder("configs") == tmp_path / "byg_plugin" / "configs"
+
+
+def test_the_command_of_a_tool_is_where_the_tool_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    (tmp_path / "a.png").touch()
+    texts = {"src_caption": "a car", "tgt_caption": "a car, not red", "instruction": "paint it", "reverse_instruction": "paint it red"}
+    tuples = tmp_path / "t.jsonl"
+    tuples.write_text(json.dumps({"source": "a.png", **texts}), encoding="utf-8")
+    read_tuples_file(tuples)
+    assert "; python -m dataset_tools.validate names the lines" in caplog.text
+    (tmp_path / "byg_plugin" / "dataset_tools").mkdir(parents=True)
+    monkeypatch.setattr(shipped, "PACKAGE", tmp_path / "byg_plugin")
+    read_tuples_file(tuples)
+    assert "; python -m byg_plugin.dataset_tools.validate names the lines" in caplog.text
 
 
 def test_their_modules_have_one_name_everywhere(monkeypatch: pytest.MonkeyPatch):

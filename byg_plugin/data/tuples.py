@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from byg_plugin import shipped
 from byg_plugin.data import clips
 from byg_plugin.data.rules import ROLES, RULES, Finding, check_texts
 from byg_plugin.documents import json_value, other_encoding, utf8
@@ -118,7 +119,7 @@ def read_tuples_file(path: Path, root: Path | None = None, *, rules: Literal["er
         raise ValueError(f"{path}: no tuples in it; each line is a JSON object with source, {', '.join(ROLES)}")
     if discouraged:
         counts = ", ".join(f"{count} {reason}" for reason, count in discouraged.most_common())
-        logger.warning("%s: texts in discouraged forms (%s); python -m dataset_tools.validate names the lines", path, counts)
+        logger.warning("%s: texts in discouraged forms (%s); %s names the lines", path, counts, shipped.command("dataset_tools.validate"))
     return tuples
 
 

@@ -155,6 +155,11 @@ def test_several_files_and_a_root(folder: Path, tmp_path: Path) -> None:
     shutil.copy(lists / "one.jsonl", lists / "three.jsonl")
     twice = validate([lists / "one.jsonl", lists / "three.jsonl"], folder)
     assert [where for where, _ in twice.by_reason["same_edit"]] == ["three.jsonl line 1"]
+    (lists / "more").mkdir()
+    same = shutil.copy(lists / "one.jsonl", lists / "more" / "one.jsonl")
+    named = validate([lists / "one.jsonl", lists / "two.jsonl", same], folder)
+    assert named.by_reason["same_edit"] == [(f"{same} line 1", f"'paint it one' as in {lists / 'one.jsonl'} line 1")]
+    assert "two.jsonl line 1" in [where for where, _ in named.by_reason["reverse_refers_back"]]
     assert [where for where, _ in report.by_reason["reverse_refers_back"]] == ["one.jsonl line 1", "two.jsonl line 1"]
 
 
