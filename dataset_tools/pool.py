@@ -70,7 +70,7 @@ def refuse_inputs(out: Path, inputs: Mapping[str, str | None]) -> None:
         ValueError: `out` is one of the inputs.
     """
     for name, path in inputs.items():
-        if path is not None and out.exists() and Path(path).exists() and out.samefile(path):
+        if path is not None and out.is_file() and Path(path).exists() and out.samefile(path):
             raise ValueError(f"out = {out}: is the file that {name} = {path} reads, and would be spoilt; name another file to write")
 
 
