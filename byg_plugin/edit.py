@@ -199,7 +199,7 @@ def main() -> None:
     steps = args.steps or pipe.steps
     results = Results(out, pipe, steps=steps, schedule=args.schedule)
     if args.skip_done:
-        since = max((file.stat().st_mtime for file in lora_at(args.lora or "")), default=0.0)
+        since = max((file.stat().st_mtime for file in (lora_at(args.lora) if args.lora else ())), default=0.0)
         frames = partial(_frames, pipe, asked=args.frames)
         sized = results.without_done(sized, first_seed=args.seed, frames=frames, since=since)
         print(f"{len(jobs) - len(sized)} of {len(jobs)} edits are in {out} already", flush=True)

@@ -22,6 +22,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from byg_plugin import _cli
 from byg_plugin.config.extras import require
@@ -34,7 +35,7 @@ from .asking import Attempt
 from .backend import Backend, Chat, encode_image, seed_of
 from .backends import make_backend
 from .balance import PRIORITY, Balance
-from .inputs import TABLES, ImageInput, base_of, folder_images, in_shard, is_table, passed_over, shard_file, table_images
+from .inputs import TABLES, ImageInput, base_of, folder_images, in_shard, is_table, name_now, passed_over, shard_file, table_images
 from .pool import Feed, Outcome, Results, refuse_inputs, run_pool
 from .settings import GenerateSettings, read_settings
 
@@ -183,7 +184,14 @@ def generate(settings: GenerateSettings) -> Done:
     items = inputs(settings, others)
     out = shard_file(Path(settings.out), settings.shard_and_count)
     refuse_inputs(out, {"images": settings.images})
-    results = Results(out, name="source", label=lambda record: str(record.get("edit_type", "")), fields=ROLES, retry=settings.retry)
+    results = Results(
+        out,
+        name="source",
+        label=lambda record: str(record.get("edit_type", "")),
+        fields=ROLES,
+        retry=settings.retry,
+        alias=partial(name_now, base=base_of(settings.out)),
+    )
     try:
         priority = dict.fromkeys(backend_rules.TYPES, 1.0) if settings.backend == "rules" else PRIORITY
         balance = Balance(priority, {name: results.tally.labels[name] for name in priority})

@@ -56,6 +56,11 @@ def base_of(out: str) -> Path:
     return Path(os.path.abspath(out)).parent
 
 
+def name_now(name: str, base: Path) -> str:
+    """What `source_name` calls a recorded source: versions before this one named those below an `out` with `..` in full."""
+    return source_name(Path(name), base) if os.path.isabs(name) else name
+
+
 def _relative(path: Path, base: Path) -> str:
     absolute = Path(os.path.abspath(path))
     return absolute.relative_to(base).as_posix() if absolute.is_relative_to(base) else absolute.as_posix()

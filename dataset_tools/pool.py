@@ -83,7 +83,9 @@ class Results:
         label: what of an accepted record is counted.
         fields: more that each accepted record has.
         retry: kind of rejects to take back first; "" = none, "all".
-        check: raises for a record of either file that these results must not stand beside.
+        check: raises for a record of either file that these results must not stand beside; not for rejects that are taken back where
+            nothing is accepted yet.
+        alias: another name that a recalled one may have now.
 
     Raises:
         ValueError: another process writes them, a line is no JSON or no result, `out` is a folder, or they cannot be written.
@@ -98,11 +100,12 @@ class Results:
         fields: Sequence[str] = (),
         retry: str = "",
         check: Callable[[Path, Mapping[str, Any]], None] | None = None,
+        alias: Callable[[str], str] | None = None,
     ):
         if out.is_dir():
             raise ValueError(f"out = {out}: is a folder; name the JSONL file to write")
         self.out, self.rejects = out, out.with_name(f"{out.stem}.rejects.jsonl")
-        self.name, self._fields = name, (name, *fields)
+        self.name, self._fields, self._alias = name, (name, *fields), alias
         self.tally = Tally()
         self._refuse_another_file()
         try:
@@ -145,17 +148,21 @@ class Results:
     ) -> Iterator[str]:
         for path, accepted in ((self.out, True), (self.rejects, False)):
             for number, record in numbered_records(path) if path.is_file() else ():
-                if check is not None:
+                taken_back = not accepted and _is_taken_back(record, retry)
+                if check is not None and not (taken_back and not self.tally.accepted):
                     check(path, record)
                 if accepted:
                     self._refuse_another_line(number, record)
-                elif _is_taken_back(record, retry):
+                elif taken_back:
                     continue
                 meta = record.get("meta")
                 repaired = isinstance(meta, dict) and bool(meta.get("repaired"))
                 counted = label(record) if accepted else str(record.get("reason", ""))
                 self.tally.add(Outcome(record=record, accepted=accepted, repaired=repaired, label=counted))
-                yield str(record.get(self.name))
+                recalled = str(record.get(self.name))
+                yield recalled
+                if self._alias is not None:
+                    yield self._alias(recalled)
 
     def write(self, outcomes: list[Outcome]) -> None:
         """Put outcomes on the disk."""

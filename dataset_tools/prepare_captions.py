@@ -21,6 +21,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from byg_plugin import _cli
@@ -33,7 +34,7 @@ from . import prompts
 from .asking import Attempt
 from .backend import Backend, Chat, Picture, encode_frame, seed_of
 from .backends import make_backend
-from .inputs import base_of, column, files_below, in_shard, passed_over, shard_file, source_name, table_rows
+from .inputs import base_of, column, files_below, in_shard, name_now, passed_over, shard_file, source_name, table_rows
 from .pool import Feed, Outcome, Results, Tally, refuse_inputs, run_pool
 from .settings import CaptionsSettings, read_settings
 from .video import STYLES, check_caption, hold_out, plain_style, style_of, video_tuple, wrap
@@ -171,7 +172,14 @@ def prepare(settings: CaptionsSettings) -> tuple[Path, str, Tally]:
     out = shard_file(Path(settings.out), settings.shard_and_count)
     refuse_inputs(out, {"table": settings.table, "clips": settings.clips})
     label = style_of if of_clips else lambda record: str(record.get("style", ""))
-    results = Results(out, name=_NAME[of_clips], label=label, fields=ROLES if of_clips else ("prompt",), retry=settings.retry)
+    results = Results(
+        out,
+        name=_NAME[of_clips],
+        label=label,
+        fields=ROLES if of_clips else ("prompt",),
+        retry=settings.retry,
+        alias=partial(name_now, base=base_of(settings.out)) if of_clips else None,
+    )
     try:
         backend = make_backend(settings, proven=results.tally.accepted > 0)
         captioner = Captioner(settings=settings, backend=backend)
@@ -206,9 +214,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = read_settings(CaptionsSettings, "captions", __doc__ or "", arguments)
     out, counts, tally = prepare(settings)
     _cli.say(f"{counts}: {out}")
-    if not tally.accepted:
+    if not tally.accepted and settings.shard_and_count[1] == 1:  # a shard may have nothing
         raise ValueError(_nothing(settings, out, tally))
-    if settings.clips is not None and settings.hold_out:
+    if settings.clips is not None and settings.hold_out and tally.accepted:
         _cli.say(str(hold_out(out, settings.hold_out, required=False)))
 
 

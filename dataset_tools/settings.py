@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from byg_plugin import _cli
 from byg_plugin.config.fields import NonNegative, Section, Seed
 from byg_plugin.documents import json_value, toml_table
 
@@ -208,9 +209,7 @@ def read_settings(model: type[S], section: str, description: str, arguments: Seq
     parser = argparse.ArgumentParser(
         prog=Path(sys.argv[0]).name, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument(
-        "--config", type=lambda text: Path(text).expanduser(), metavar="FILE", help=f"TOML file whose [{section}] has the same keys"
-    )
+    parser.add_argument("--config", type=_cli.given_path, metavar="FILE", help=f"TOML file whose [{section}] has the same keys")
     for name, option in model.model_fields.items():
         default = "required" if option.is_required() else f"default: {_shown(option.get_default(call_default_factory=True))}"
         text = f"{option.description} ({default})".replace("%", "%%")

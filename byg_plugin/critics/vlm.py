@@ -6,6 +6,7 @@ Which models: those whose image processor is a `View` (`pixels.py`), a line each
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -192,7 +193,7 @@ def describe(critic: CriticConfig) -> Described:
     """
     from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig, AutoImageProcessor, AutoTokenizer
 
-    path = str(critic.path)
+    path = os.path.expanduser(str(critic.path))
     config = _read(path, lambda: AutoConfig.from_pretrained(path, trust_remote_code=False))
     name, takes_pictures = config.model_type, type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     if name not in KINDS:

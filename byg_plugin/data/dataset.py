@@ -222,6 +222,11 @@ def split_tuples(tuples: Sequence[EditTuple], validation_items: int) -> tuple[li
         raise ValueError(
             f"dataset.validation_items = {validation_items} leaves nothing to train on: {len(tuples)} tuples of {len(by_source)} sources"
         )
+    if not count and validation_items:
+        raise ValueError(
+            f"dataset.validation_items = {validation_items}: every source has split = 'train', so none can be held out; mark some with "
+            "split = 'validation', or leave `split` out"
+        )
     if count < validation_items:
         raise ValueError(
             f"dataset.validation_items = {validation_items}: {count} of {len(tuples)} tuples can be held out, the others' sources have "

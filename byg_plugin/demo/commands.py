@@ -157,7 +157,7 @@ def parse(program: str, about: str, outs: Mapping[str, str], base: Path) -> argp
     else:
         parser.set_defaults(objective=default)
     folders = " or ".join(dict.fromkeys(outs.values()))
-    parser.add_argument("--out", type=Path, help=f"folder of everything that is made; default: {folders}")
+    parser.add_argument("--out", type=_cli.given_path, help=f"folder of everything that is made; default: {folders}")
     parser.add_argument(
         "--base", type=_cli.given_path, default=base, metavar="DIR", help="diffusers folder of the base; default: the clone's"
     )

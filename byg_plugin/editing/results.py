@@ -34,7 +34,7 @@ class Results:
             jobs: (size of the edit, index, job).
             first_seed: job i has this plus i.
             frames: of the edit of a source; None of an image.
-            since: time (`st_mtime`) of the LoRA; what is older was made with another one of its name.
+            since: time (`st_mtime`) of the LoRA. What is older than it, or than its source, was made of others of these names.
         """
         if not (self._out / manifest.NAME).exists():
             return list(jobs)
@@ -42,7 +42,8 @@ class Results:
 
         def made(size: Size, index: int, job: Job) -> bool:
             edit = done.get(job.files(self._out)[0].name)
-            if edit is None or not all(file.is_file() and file.stat().st_mtime >= since for file in (edit.edit, edit.side_by_side)):
+            least = max(since, job.source.stat().st_mtime)
+            if edit is None or not all(file.is_file() and file.stat().st_mtime >= least for file in (edit.edit, edit.side_by_side)):
                 return False
             wanted = self._line(job, seed=first_seed + index, size=size, frames=frames(job.source), fps=edit.fps)
             return manifest.same(edit, wanted, self._out)

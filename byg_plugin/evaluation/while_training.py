@@ -20,7 +20,8 @@ from PIL import Image
 from byg_plugin import folders
 from byg_plugin.config.sections import Config, EvaluateConfig
 from byg_plugin.data.clips import is_clip, write_clip
-from byg_plugin.data.tuples import EditTuple
+from byg_plugin.data.dataset import split_tuples
+from byg_plugin.data.tuples import EditTuple, read_tuples
 from byg_plugin.evaluation import page, scores
 from byg_plugin.evaluation.items import Item
 from byg_plugin.evaluation.metrics import METRICS, Options, classes
@@ -45,7 +46,8 @@ class TrainingScores:
         config: the whole configuration; `evaluate.every` is not 0.
 
     Raises:
-        ValueError: a metric is unknown, or its model or package is not on this machine; or `select` names what none gives.
+        ValueError: a metric is unknown, or its model or package is not on this machine; `select` names what none gives; or it compares
+            with ground truths, and no held-out item that is scored has one.
     """
 
     def __init__(self, config: Config):
@@ -63,6 +65,8 @@ class TrainingScores:
         self._columns = {column: more for one in self._made.values() for column, more in one.columns.items()}
         self._higher = _direction(section, self._columns)
         _check_defined(config, {column: name for name, one in self._made.items() for column in one.columns})
+        if any(column.endswith("_truth") for column in section.select):
+            _check_truths(config, split_tuples(read_tuples(config.dataset), config.dataset.validation_items)[1])
         check_device(section.device, f'evaluate.device = "{section.device}"', 'set evaluate.device = "cpu"')
         if os.environ.get("RANK", "0") == "0":
             for name, made in self._made.items():
@@ -72,13 +76,7 @@ class TrainingScores:
                     raise ValueError(f"evaluate.metrics: {name}: {error}; what is an option there is a key of [evaluate]") from error
 
     def start(self, trainer: Trainer) -> None:
-        """What lies after the step that the run goes on from is set aside.
-
-        Raises:
-            ValueError: `select` compares with ground truths, and no item that is scored has one.
-        """
-        assert trainer.validation is not None, "the configuration asks for validation items"
-        _check_truths(self._config, trainer.validation.tuples)
+        """What lies after the step that the run goes on from is set aside."""
         if trainer.accelerator.is_main_process:
             with preview.logged("going on with earlier evaluations"):
                 logs.drop_lines_after(self._log(trainer), trainer.step)
@@ -224,10 +222,11 @@ def _check_truths(config: Config, tuples: Sequence[EditTuple]) -> None:
     """Ground truths count for images alone."""
     scored = tuples[: config.evaluate.items]
     known = any(one.target is not None and not (config.dataset.frames > 1 and is_clip(one.source)) for one in scored)
-    if not known and (truths := [column for column in config.evaluate.select if column.endswith("_truth")]):
+    if not known:
+        truth = next(column for column in config.evaluate.select if column.endswith("_truth"))
         raise ValueError(
-            f"evaluate.select = {list(config.evaluate.select)}: {truths[0]} needs an image with a target, and the {len(scored)} validation "
-            f"item(s) that are scored have none; select {truths[0].removesuffix('truth')}source"
+            f"evaluate.select = {list(config.evaluate.select)}: {truth} needs an image with a target, and the {len(scored)} validation "
+            f"item(s) that are scored have none; select {truth.removesuffix('truth')}source"
         )
 
 

@@ -354,10 +354,11 @@ def expert_files(path: str | Path) -> dict[str, Path]:
     return present or {"transformer": path}
 
 
-def read_named(path: str | Path, family: str, label: str = "") -> tuple[dict[str, Tensor], LoraCard]:
+def read_named(path: str | Path, family: str, label: str = "", *, alone: str | None = None) -> tuple[dict[str, Tensor], LoraCard]:
     """A LoRA of a family by our names (`<expert>.<layer>.lora_A.weight`), from one file or a pair; the card of the first.
 
-    Every message names the file; `label` stands before its path.
+    Every message names the file; `label` stands before its path. `alone`: the expert (`high_noise`, `low_noise`) whose file will do,
+    under any name that is no half of a pair's.
 
     Raises:
         ValueError: see `files.read_lora`, `convert`, `expert_files` and `LoraCard.from_metadata`; it was trained for another family; or
@@ -373,7 +374,9 @@ def read_named(path: str | Path, family: str, label: str = "") -> tuple[dict[str
             card = LoraCard.from_metadata(metadata)
             if card.family not in (None, family):
                 raise ValueError(f"{file} was trained for {card.family!r}, model.family is {family!r}")
-            if card.expert in ("high_noise", "low_noise") and (len(files) == 1 or f"_{card.expert}" != EXPERT_SUFFIXES[expert]):
+            if len(files) == 1 and card.expert is not None and card.expert == alone:
+                expert = next(one for one, suffix in EXPERT_SUFFIXES.items() if suffix == f"_{alone}")
+            elif card.expert in ("high_noise", "low_noise") and (len(files) == 1 or f"_{card.expert}" != EXPERT_SUFFIXES[expert]):
                 raise ValueError(
                     f"{file}: its metadata say that it is for the {card.expert.replace('_', '-')} expert; was it renamed? Its name is to "
                     f"end in _{card.expert}.safetensors, with the other expert's file beside it"

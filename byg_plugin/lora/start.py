@@ -67,7 +67,7 @@ def read_init(config: Config, *, tell: bool = True) -> dict[str, Tensor]:
         ValueError: it is unreadable, or was trained for another family or position.
     """
     assert config.lora.init_from is not None
-    tensors, card = read_named(config.lora.init_from, config.model.family, "lora.init_from = ")
+    tensors, card = read_named(config.lora.init_from, config.model.family, "lora.init_from = ", alone=config.lora.experts)
     _check_trained_alike(config, "init_from", card)
     if tell:
         _report_other_guidance(config.conditioning, "init_from", card)

@@ -304,6 +304,19 @@ def test_a_stopped_run_goes_on_with_what_is_not_done(lora: Path, tmp_path: Path,
     assert made_by("--skip-done", "--seed", 1, "--steps", 2) == every
 
 
+def test_edits_of_a_source_that_is_newer_are_made_again(lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    source = tmp_path / "a.png"
+    source.write_bytes(photo().read_bytes())
+    given = ["--source", source, "--instruction", "add", "--out", tmp_path / "out", "--steps", 1, "--skip-done"]
+    written = []
+    for wait in (0.0, 0.0, 60.0):
+        if wait:
+            os.utime(source, (later := time.time() + wait, later))
+        command(monkeypatch, lora, *given)
+        written.append((tmp_path / "out" / "a.png").stat().st_mtime_ns)
+    assert written[0] == written[1] != written[2]
+
+
 def test_what_is_done_cannot_show_another_column(lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ValueError, match="--skip-done cannot tell whether .* --show-unguided"):
         command(monkeypatch, lora, "--source", photo(), "--instruction", "add", "--out", tmp_path, "--skip-done", "--show-unguided")
@@ -312,6 +325,7 @@ def test_what_is_done_cannot_show_another_column(lora: Path, tmp_path: Path, mon
 def test_frames_that_are_asked_for_count(out: Path, tmp_path: Path):
     """A clip that was cut shorter is another edit."""
     job = Job(source=tmp_path / "a.mp4", instruction="add", name="a")
+    job.source.touch()
     pipe = SimpleNamespace(settings=lambda steps, schedule: ({}, {}), card=LoraCard())
     results = Results(out, pipe, steps=1, schedule=None)  # type: ignore[arg-type]
     for file in job.files(out):

@@ -85,6 +85,9 @@ def test_the_methods_make_the_same_items_with_the_same_seeds_and_sizes(
     for method, words in own.items():
         run(monkeypatch, method, *common, *words, "--out", tmp_path / method)
         made[method] = sorted(read_manifest(tmp_path / method), key=lambda one: one.edit.name)
+        before = {path: path.stat().st_mtime_ns for path in (tmp_path / method).iterdir()}
+        run(monkeypatch, method, *common, *words, "--out", tmp_path / method, "--skip-done")
+        assert {path: path.stat().st_mtime_ns for path in (tmp_path / method).iterdir()} == before
     for method, edits in made.items():
         assert [(one.id, one.edit.name, one.seed, one.size, one.source) for one in edits] == [
             (one.id, one.edit.name, one.seed, one.size, one.source) for one in made["lora"]

@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -201,18 +200,21 @@ def test_a_step_without_the_selected_column_is_told_and_shows_another_ones_worst
 
 
 @pytest.mark.parametrize(("frames", "clips", "targets"), [(1, False, False), (1, False, True), (5, True, True), (5, False, True)])
-def test_ground_truths_select_where_an_image_has_one(tmp_path: Path, frames: int, clips: bool, targets: bool):
+def test_ground_truths_select_where_an_image_has_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, frames: int, clips: bool, targets: bool
+):
+    """Before a model is loaded, and before --discard-later discards."""
     texts = {"src_caption": "a", "tgt_caption": "b", "instruction": "add", "reverse_instruction": "remove"}
     source = Path("a.mp4" if clips else "a.png")
     items = [EditTuple(id="a", source=source, target=source if targets else None, **texts)]
     made = config(tmp_path / "out", select=["error_truth"])
     made = made.model_copy(update={"dataset": made.dataset.model_copy(update={"frames": frames})})
-    trainer: Any = SimpleNamespace(validation=SimpleNamespace(tuples=items), accelerator=SimpleNamespace(is_main_process=False))
+    monkeypatch.setattr("byg_plugin.evaluation.while_training.split_tuples", lambda tuples, count: ([], items))
     if targets and not clips:
-        TrainingScores(made).start(trainer)
+        TrainingScores(made)
         return
     with pytest.raises(ValueError, match="error_truth needs an image with a target, and the 1 validation .* select error_source"):
-        TrainingScores(made).start(trainer)
+        TrainingScores(made)
 
 
 def test_the_watchdog_waits_for_the_edits_of_shards_and_for_no_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
