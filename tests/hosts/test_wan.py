@@ -298,6 +298,23 @@ def test_one_experts_file_under_another_name_is_no_shared_lora(tmp_path: Path, e
         lora_formats.read_named(renamed, A14B)
 
 
+@pytest.mark.parametrize("expert", ["high_noise", "low_noise"])
+def test_an_expert_that_is_trained_alone_starts_from_its_own_file_under_any_name(tmp_path: Path, expert: str):
+    host = host_of(tmp_path)
+    paths = saved(host, tmp_path)
+    mine, other = tmp_path / "mine.safetensors", tmp_path / "other.safetensors"
+    mine.write_bytes(paths[f"_{expert}"].read_bytes())
+    other.write_bytes(paths["_low_noise" if expert == "high_noise" else "_high_noise"].read_bytes())
+    sections = {"experts": expert, "init_from": str(mine), "other_expert": str(other)}
+    started = host_of(tmp_path, awake=False, lora=sections)
+    own = HIGH if expert == "high_noise" else LOW
+    assert {name.partition(".")[0] for name in started.parameters} == {own}
+    for name, parameter in started.parameters.items():
+        torch.testing.assert_close(parameter, host.parameters[name])
+    with pytest.raises(ValueError, match=f"for the {expert.replace('_', '-')} expert; was it renamed"):
+        host_of(tmp_path, awake=False, lora={"init_from": str(mine)})
+
+
 def test_a_shared_lora_and_one_networks_are_one_file(tmp_path: Path):
     for family, sections in ((A14B, {"lora": {"experts": "shared"}}), (T2V, {})):
         host = host_of(tmp_path, family, **sections)
