@@ -205,7 +205,10 @@ def test_sources_that_are_to_be_trained_on_are_not_held_out() -> None:
     assert len(held) == 6 and len(train) == 34 and not {item.source for item in held} & wanted
     with pytest.raises(ValueError, match=r"validation_items = 40: 34 of 40 tuples can be held out, .*; set at most 34"):
         split_tuples(marked, 40)
-    assert not split_tuples([replace(item, split="train") for item in tuples], 0)[1]
+    of_training = [replace(item, split="train") for item in tuples]
+    assert not split_tuples(of_training, 0)[1]
+    with pytest.raises(ValueError, match="every source has split = 'train', .*; mark some with split = 'validation', or leave"):
+        split_tuples(of_training, 6)
 
 
 def test_split_with_nothing_left_to_train_on(tmp_path: Path) -> None:

@@ -123,6 +123,18 @@ def test_images_have_one_name_however_the_output_is_written(tmp_path: Path, monk
         assert [row.name for row in described] == ["c.mp4"]
 
 
+def test_an_image_that_was_named_in_full_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an `out` with `..` made versions before this one name it: it is not paid for twice."""
+    photos(tmp_path / "data" / "photos", 2)
+    monkeypatch.chdir(tmp_path / "data")
+    out = tmp_path / "data" / "t.jsonl"
+    settings = GenerateSettings(images="photos", out="../data/t.jsonl", backend="rules")
+    assert generate(settings).new == 2
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    out.write_text("".join(json.dumps(line | {"source": str(tmp_path / "data" / line["source"])}) + "\n" for line in lines))
+    assert generate(settings).new == 0 and len(out.read_text().splitlines()) == len(lines) > 0
+
+
 @pytest.mark.parametrize("from_file", [False, True])
 def test_every_place_may_begin_in_the_users_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, from_file: bool) -> None:
     for name in ("HOME", "USERPROFILE"):

@@ -88,11 +88,22 @@ def test_a_torn_last_answer_is_asked_for_again(tmp_path: Path) -> None:
 
 
 def test_another_judge_takes_no_rejects_back(tmp_path: Path) -> None:
-    edits, rejects = write_edits(tmp_path, 1), tmp_path / "judged.rejects.jsonl"
+    edits, out, rejects = write_edits(tmp_path, 1), tmp_path / "judged.jsonl", tmp_path / "judged.rejects.jsonl"
+    out.write_text('{"of": "y", "scores": [], "by": {"model": "a"}}\n')
     rejects.write_text('{"of": "x", "kind": "parse", "by": {"model": "a"}}\n')
-    with pytest.raises(ValueError, match="rejects.jsonl holds answers by {'model': 'a'}"):
-        judge(JudgeSettings(edits=str(edits), out=str(tmp_path / "judged.jsonl"), retry="all"), lambda text: None)
+    with pytest.raises(ValueError, match="judged.jsonl holds answers by {'model': 'a'}"):
+        judge(JudgeSettings(edits=str(edits), out=str(out), retry="all"), lambda text: None)
     assert len(records(rejects)) == 1
+
+
+def test_a_wrong_model_that_answered_nothing_is_put_right(tmp_path: Path) -> None:
+    edits, out, rejects = write_edits(tmp_path, 1), tmp_path / "judged.jsonl", tmp_path / "judged.rejects.jsonl"
+    rejects.write_text('{"of": "x", "kind": "parse", "by": {"model": "a"}}\n')
+    words = ("--edits", edits, "--out", out, *ONCE, "--model", "b")
+    assert run("judge", *words).returncode == 2 and len(records(rejects)) == 1
+    with stub(tmp_path / "s", "good") as server:
+        assert run("judge", *words, "--base-url", server.url, "--retry", "all").returncode == 0
+    assert records(out) and not records(rejects)
 
 
 @pytest.mark.parametrize("option", ["edits", "tuples", "prompts"])
