@@ -235,8 +235,8 @@ def judge(settings: JudgeSettings, say: Callable[[str], None] = _cli.say) -> Res
     words = words_of(Path(settings.prompts) if settings.prompts else None)
     out = shard_file(Path(settings.out), settings.shard_and_count)
     by = {"model": settings.model, "words": words.version, "image_side": settings.image_side, "frames": settings.frames}
-    tasks = tasks_of(settings, words)
     refuse_inputs(out, {name: getattr(settings, name) for name in ("edits", "tuples", "prompts")})
+    tasks = tasks_of(settings, words)
     results = Results(
         out,
         name="of",
