@@ -130,8 +130,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--skip-done",
         action="store_true",
-        help="go on where a run was stopped: leave out what edits.jsonl in --out tells of with the same source, words, seed and settings, "
-        "and a LoRA of the same name that is no newer",
+        help="go on where a run was stopped: leave out what edits.jsonl in --out tells of with the same words, seed and settings, "
+        "and a source and a LoRA of the same names that are no newer",
     )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], help="default: the configuration's, or auto")
     parser.add_argument(
