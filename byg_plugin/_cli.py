@@ -52,6 +52,11 @@ def given_path(text: str) -> Path:
     return Path(given_place(text))
 
 
+def option(name: str) -> str:
+    """An attribute of the parsed arguments as it is written on a command line."""
+    return f"--{name.replace('_', '-')}"
+
+
 def run(main: Callable[[], object]) -> None:
     """Run a command and end the process as its outcome asks.
 

@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _check_options(args: argparse.Namespace) -> None:
     mode, others = ("--check", _OF_TO) if args.check else ("--to", _OF_CHECK)
-    if foreign := [f"--{name.replace('_', '-')}" for name in others if getattr(args, name)]:
+    if foreign := [_cli.option(name) for name in others if getattr(args, name)]:
         raise ValueError(f"{mode} has no use for {', '.join(foreign)}: leave it out")
 
 

@@ -115,16 +115,12 @@ def _check_options(args: argparse.Namespace) -> None:
     args.metrics = args.metrics or [*_WITHOUT_MODEL]
     for name in given:
         if name in READ_BY and not {*READ_BY[name]} & {*args.metrics}:
-            raise ValueError(f"{_option(name)} is read by --metrics {', '.join(READ_BY[name])} alone: add one, or leave it out")
+            raise ValueError(f"{_cli.option(name)} is read by --metrics {', '.join(READ_BY[name])} alone: add one, or leave it out")
 
 
 def _refuse_options(why: str, given: Sequence[str], refused: Collection[str]) -> None:
-    if foreign := [_option(name) for name in given if name in refused]:
+    if foreign := [_cli.option(name) for name in given if name in refused]:
         raise ValueError(f"{why}: leave {', '.join(foreign)} out")
-
-
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def _benchmark(args: argparse.Namespace) -> Benchmark | None:

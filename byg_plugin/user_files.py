@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -23,6 +24,17 @@ def hidden_in(folder: Path, suffixes: Iterable[str]) -> str:
     wanted = tuple(suffixes)
     count = sum(path.suffix.lower() in wanted and is_hidden(path.name) for path in folder.iterdir())
     return f"; {count} hidden one(s) are passed over" if count else ""
+
+
+def base_of(tuples: str | Path) -> Path:
+    """The folder of a file of tuples, as `name_below` wants it: without `..`, or no path would lie below it."""
+    return Path(os.path.abspath(tuples)).parent
+
+
+def name_below(path: Path, base: Path) -> str:
+    """A path as a file in the folder `base` names it: relative below it, absolute otherwise; forward slashes."""
+    absolute = Path(os.path.abspath(path))
+    return absolute.relative_to(base).as_posix() if absolute.is_relative_to(base) else absolute.as_posix()
 
 
 def file_digest(path: Path) -> str:

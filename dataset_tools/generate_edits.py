@@ -29,13 +29,14 @@ from byg_plugin.config.extras import require
 from byg_plugin.data import media
 from byg_plugin.data.rules import ROLES, Finding, check_texts, is_photorealistic
 from byg_plugin.data.tuples import IMAGE_SUFFIXES
+from byg_plugin.user_files import base_of
 
 from . import backend_rules, prompts
 from .asking import Attempt
 from .backend import Backend, Chat, encode_image, seed_of
 from .backends import make_backend
 from .balance import PRIORITY, Balance
-from .inputs import TABLES, ImageInput, base_of, folder_images, in_shard, is_table, name_now, passed_over, shard_file, table_images
+from .inputs import TABLES, ImageInput, folder_images, in_shard, is_table, name_now, passed_over, shard_file, table_images
 from .pool import Feed, Outcome, Results, refuse_inputs, run_pool
 from .settings import GenerateSettings, read_settings
 

@@ -16,7 +16,7 @@ from byg_plugin.config.extras import require
 from byg_plugin.data.tuples import IMAGE_SUFFIXES, is_file, is_unicode, path_words, unwritable
 from byg_plugin.documents import json_value, other_encoding, utf8
 from byg_plugin.journal import numbered_records
-from byg_plugin.user_files import is_hidden
+from byg_plugin.user_files import is_hidden, name_below
 
 HIDDEN = "hidden"  # counted beside suffixes
 TABLES = (".jsonl", ".csv", ".tsv", ".parquet")
@@ -48,22 +48,12 @@ def is_table(path: Path) -> bool:
 
 def source_name(path: Path, base: Path) -> str:
     """A path as tuples in the folder `base` name it: relative below it, absolute otherwise."""
-    return _relative(path, base).encode(errors="backslashreplace").decode()
-
-
-def base_of(out: str) -> Path:
-    """The folder of a file of tuples, as `source_name` wants it: without `..`, or no path would lie below it."""
-    return Path(os.path.abspath(out)).parent
+    return name_below(path, base).encode(errors="backslashreplace").decode()
 
 
 def name_now(name: str, base: Path) -> str:
     """What `source_name` calls a recorded source: versions before this one named those below an `out` with `..` in full."""
     return source_name(Path(name), base) if os.path.isabs(name) else name
-
-
-def _relative(path: Path, base: Path) -> str:
-    absolute = Path(os.path.abspath(path))
-    return absolute.relative_to(base).as_posix() if absolute.is_relative_to(base) else absolute.as_posix()
 
 
 def folder_images(folder: Path, base: Path, style: str | None, others: Counter[str]) -> Iterator[ImageInput]:
@@ -73,7 +63,7 @@ def folder_images(folder: Path, base: Path, style: str | None, others: Counter[s
     """
     for path in files_below(folder, IMAGE_SUFFIXES, others):
         caption, said = None, {}
-        problem = unwritable(_relative(path, base))
+        problem = unwritable(name_below(path, base))
         try:
             if (beside := path.with_suffix(".txt")).is_file():
                 caption = utf8(beside.read_bytes()).strip() or None
@@ -137,7 +127,7 @@ def table_images(
             source=source_name(image_path, base),
             path=image_path,
             **texts,
-            problem=unwritable(_relative(image_path, base))
+            problem=unwritable(name_below(image_path, base))
             or (None if is_file(image_path) else f"no such file {path_words(name, root)}")
             or _broken(texts),
         )

@@ -29,12 +29,13 @@ from byg_plugin.config.extras import require
 from byg_plugin.data import clips
 from byg_plugin.data.rules import ROLES, Finding
 from byg_plugin.data.tuples import is_unicode, unwritable
+from byg_plugin.user_files import base_of
 
 from . import prompts
 from .asking import Attempt
 from .backend import Backend, Chat, Picture, encode_frame, seed_of
 from .backends import make_backend
-from .inputs import base_of, column, files_below, in_shard, name_now, passed_over, shard_file, source_name, table_rows
+from .inputs import column, files_below, in_shard, name_now, passed_over, shard_file, source_name, table_rows
 from .pool import Feed, Outcome, Results, Tally, refuse_inputs, run_pool
 from .settings import CaptionsSettings, read_settings
 from .video import STYLES, check_caption, hold_out, plain_style, style_of, video_tuple, wrap

@@ -213,7 +213,7 @@ def read_settings(model: type[S], section: str, description: str, arguments: Seq
     for name, option in model.model_fields.items():
         default = "required" if option.is_required() else f"default: {_shown(option.get_default(call_default_factory=True))}"
         text = f"{option.description} ({default})".replace("%", "%%")
-        flag = f"--{name.replace('_', '-')}"
+        flag = _cli.option(name)
         if option.annotation is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
         else:

@@ -219,7 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise ValueError(f"--root {args.root}: no such folder")
     for name in ("jobs", "lines", "max_tokens"):
         if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1")
+            raise ValueError(f"{_cli.option(name)} {getattr(args, name)}: at least 1")
     if args.jobs > _MOST_JOBS:
         raise ValueError(f"--jobs {args.jobs}: at most {_MOST_JOBS}; each is a thread")
     report = validate(args.tuples, args.root, decode=not args.no_decode, thorough=args.thorough, jobs=args.jobs, max_tokens=args.max_tokens)

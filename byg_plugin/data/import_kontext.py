@@ -27,7 +27,7 @@ from byg_plugin import _cli
 from byg_plugin.data.rules import ROLES
 from byg_plugin.data.tuples import IMAGE_SUFFIXES, unwritable
 from byg_plugin.documents import utf8
-from byg_plugin.user_files import files_in, hidden_in, listed
+from byg_plugin.user_files import base_of, files_in, hidden_in, listed, name_below
 
 SUFFIXES = {"instruction": ".txt", "src_caption": ".src.txt", "tgt_caption": ".tgt.txt", "reverse_instruction": ".rev.txt"}
 _SHOWN = 10
@@ -57,17 +57,17 @@ def import_kontext(targets: Path, controls: Path, out: Path) -> Imported:
     incomplete_out = out.with_name(f"{out.stem}.incomplete.jsonl")
     problems: list[str] = []
     pairs = _pairs(_images(targets, "--targets", problems), _images(controls, "--controls", problems), controls, targets, problems)
-    base = Path(os.path.abspath(out)).parent
+    base = base_of(out)
     complete: list[Mapping[str, Any]] = []
     incomplete: list[Mapping[str, Any]] = []
     for target, control in pairs:
         texts = {role: _text(target.with_name(target.stem + SUFFIXES[role]), problems) for role in ROLES}
         record = {
-            "source": _relative(control, base),
+            "source": name_below(control, base),
             **{role: text for role, text in texts.items() if text},
-            "target": _relative(target, base),
+            "target": name_below(target, base),
         }
-        problems += [f"{path}: {why}" for path in (control, target) if (why := unwritable(_relative(path, base)))]
+        problems += [f"{path}: {why}" for path in (control, target) if (why := unwritable(name_below(path, base)))]
         if missing := [role for role, text in texts.items() if not text]:
             incomplete.append({**record, "missing": missing})
         else:
@@ -115,11 +115,6 @@ def _text(path: Path, problems: list[str]) -> str | None:
     except (ValueError, OSError) as error:
         problems.append(f"{path}: {error}")
         return None
-
-
-def _relative(path: Path, base: Path) -> str:
-    absolute = Path(os.path.abspath(path))
-    return absolute.relative_to(base).as_posix() if absolute.is_relative_to(base) else absolute.as_posix()
 
 
 def _write(path: Path, records: Iterable[Mapping[str, Any]]) -> None:

@@ -24,7 +24,6 @@ METRICS = {
 }
 """Name of the file and of the class in it."""
 
-_MODELS = ("clip", "dino", "lpips", "dynamic", "aesthetic", "motion")
 READ_BY = {
     "masks": ("error", "psnr", "ssim", "lpips"),
     "clip": ("clip", "aesthetic"),
@@ -34,7 +33,7 @@ READ_BY = {
     "cotracker": ("motion",),
     "judged": ("viescore", "imgedit"),
     "vie_reading": ("viescore",),
-    "device": _MODELS,
+    "device": ("clip", "dino", "lpips", "dynamic", "aesthetic", "motion"),
 }
 """Options of evaluate.py that only some metrics read, and which."""
 
