@@ -57,7 +57,7 @@ TASKS = (
         clip_type="flux",
         vae="ae.safetensors",
         instruction=_IMAGE,
-        note="T5TokenizerOptions fills texts up to 512 tokens, as in training: FLUX.1 sees the padding.",
+        note="T5TokenizerOptions fills texts up to 512 tokens, as in training: FLUX.1 sees the padding. Of flux_image_24gb's LoRA: 256.",
     ),
     Task(
         name="flux2_klein_image_edit",

@@ -26,6 +26,7 @@ class Card:
         position: of the source tokens.
         guidance: of FLUX.1's guidance embedding.
         schedule: `shifted` or `uniform`.
+        max_text_tokens: to which FLUX.1's texts were padded.
         resolution: side in pixels of the square with as many pixels as the trained pictures.
         boundary: t from which the high-noise network serves.
         expert: `high_noise`, `low_noise` or `both`, of a family of two networks.
@@ -39,6 +40,7 @@ class Card:
     position: str
     guidance: float | None = None
     schedule: str = "shifted"
+    max_text_tokens: int | None = None
     resolution: int | None = None
     boundary: float | None = None
     expert: str | None = None
@@ -109,6 +111,7 @@ def card_of(metadata: Mapping[str, str], name: str) -> Card:
         position=metadata["byg.position"],
         guidance=number("guidance", float),
         schedule=metadata.get("byg.schedule", "shifted"),
+        max_text_tokens=number("max_text_tokens", int),
         resolution=number("resolution", int),
         boundary=number("boundary", float),
         expert=metadata.get("byg.expert"),

@@ -140,6 +140,8 @@ def report(card: Card, family: Family, file: str, fit: Fit, strength: float, not
         f"{len(fit.loaded)} of {len(fit.loaded)} layers loaded, strength {strength:g}",
         f"position of the source: {card.position}",
     ]
+    if card.family == "flux" and card.max_text_tokens is not None:
+        lines.append(f"texts were padded to {card.max_text_tokens} tokens: min_length of T5TokenizerOptions")
     if not card.guided:
         lines.append(f"a few-step editor: sampler {SAMPLERS[card.sampler]}, {card.steps or 'a few'} steps, cfg 1")
     if strength == 0:

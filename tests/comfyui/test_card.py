@@ -114,6 +114,15 @@ def test_what_fits_is_counted() -> None:
     assert "WITHOUT EFFECT" not in text
 
 
+def test_the_length_of_flux_texts_is_told() -> None:
+    fit = loader.Fit(loaded=("a",), missing=(), sizes={})
+    told = "texts were padded to 256 tokens: min_length of T5TokenizerOptions"
+    flux = cards.card_of(LoraCard(family="flux", position="same", max_text_tokens=256).to_metadata(), "a")
+    assert told in loader.report(flux, family_named("flux"), "f", fit, 1.0)
+    other = cards.card_of(LoraCard(family="z-image", position="same", max_text_tokens=256).to_metadata(), "a")
+    assert "padded" not in loader.report(other, family_named("z-image"), "f", fit, 1.0) + loader.report(CARD, family_named("flux"), "f", fit, 1.0)
+
+
 def test_strength_0_is_told() -> None:
     fit = loader.Fit(loaded=("a",), missing=(), sizes={})
     assert "WITHOUT EFFECT" in loader.report(CARD, family_named("flux"), "f", fit, 0.0)
