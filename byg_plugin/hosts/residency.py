@@ -43,8 +43,11 @@ class OneExpertOnDevice:
         if self.present is not None:
             self._drop(self.present)
         self.present = None
-        for tensor, master in zip(self._frozen[name], self._masters[name], strict=True):
-            tensor.data = master.to(self.device, non_blocking=True)
+        # The rollout brings experts in inference mode. Copies made there would be inference tensors, and the weights with them: no
+        # backward pass could save them.
+        with torch.inference_mode(False):
+            for tensor, master in zip(self._frozen[name], self._masters[name], strict=True):
+                tensor.data = _copied(master, self.device)
         self.present = name
 
     def clear(self) -> None:
@@ -57,6 +60,11 @@ class OneExpertOnDevice:
     def _drop(self, name: str) -> None:
         for tensor, master in zip(self._frozen[name], self._masters[name], strict=True):
             tensor.data = master
+
+
+def _copied(master: Tensor, device: torch.device) -> Tensor:
+    """On the device; on a CPU it is the master itself."""
+    return master.to(device, non_blocking=True)
 
 
 def _pinned(tensor: Tensor) -> Tensor:

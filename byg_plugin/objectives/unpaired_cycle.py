@@ -23,7 +23,8 @@ Two options compute less, neither is the paper's. `rollout_solver = "ab2"` makes
 `reverse_rate` below 1 a coin of the optimizer step leaves a term out, and where it stays it counts 1 / rate: the mean over the coins is
 the whole gradient. A step without the reverse pass needs no y_0 and no frozen velocities at x_t.
 
-With `prior_guidance` the forward prior of some edit types asks for more than the base's difference. Not the paper's.
+With `prior_guidance` the forward prior of some edit types asks for more than the base's difference. Without `reverse_prior` the reverse
+pass has the cycle loss alone, which knows its answer; the base's direction at x_t is a blurred one. Neither is the paper's.
 
 With `critique_types` a critic judges y_hyb of the samples of those edit types: its gradient with respect to y_hyb, taken in a graph of its
 own, is added to g. Not the paper's.
@@ -78,7 +79,7 @@ class States(NamedTuple):
     forward: Frozen
     """At y_t, from p_src to p_tgt."""
     reverse: Frozen
-    """At x_t, from p_tgt to p_src."""
+    """At x_t, from p_tgt to p_src; empty where nothing asks for it."""
 
 
 class Weights(NamedTuple):
@@ -144,7 +145,8 @@ class UnpairedCycle:
             y_t, y_0 = self._rollout(fields, batch, reverse=bool(weights.reverse))
             if not self.config.bootstrap:
                 y_t = x_t
-            forward, reverse = self._frozen_velocities(fields, batch, y_t, x_t, reverse=bool(weights.reverse))
+            prior_of_reverse = bool(weights.reverse) and self.config.reverse_prior
+            forward, reverse = self._frozen_velocities(fields, batch, y_t, x_t, reverse=prior_of_reverse)
             states = States(x_t, y_t, y_0, self._guided(forward, batch), reverse)
             if self.config.graph == "joint":
                 return self._joint(fields, batch, states, weights, backward)
@@ -221,7 +223,7 @@ class UnpairedCycle:
     def _reverse_loss(self, v_rev: Tensor, batch: Batch, frozen: Frozen, weight: float) -> tuple[Tensor, Metrics]:
         cycle = self._reconstruction(v_rev, batch)
         loss, metrics = self.lambda_cycle * cycle, {"cycle": cycle.detach()}
-        if self.lambda_prior:
+        if self.lambda_prior and self.config.reverse_prior:
             prior, more = self._prior(v_rev, frozen, "rev")
             loss, metrics = loss + self.lambda_prior * prior, metrics | more
         return weight * loss, metrics

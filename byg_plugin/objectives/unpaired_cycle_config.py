@@ -28,6 +28,11 @@ class UnpairedCycleConfig(ObjectiveConfig):
         description="By a tuple's `edit_type`: g of v_src + g (v_tgt - v_src), which the forward prior's MSE pulls to in place of v_tgt, "
         "e.g. { remove = 3.0 }; types that are not named have 1.",
     )
+    reverse_prior: bool = Field(
+        True,
+        description="The prior of the reverse pass too (Eq. 5). Not the paper's: false = of the forward pass alone, as the reverse pass is "
+        "told its answer by the cycle loss; two frozen passes a step fewer.",
+    )
     ema_decay: EmaDecay = 0.99
     rollout_steps: Annotated[int, Field(ge=2, le=1000)] = Field(
         10, description="Euler steps from noise to y_0; each is a pass through the network, at most 1,000."
@@ -145,6 +150,18 @@ class UnpairedCycleConfig(ObjectiveConfig):
             raise ValueError(
                 f"objective.reverse_rate = {self.reverse_rate} leaves steps without the reverse pass, and without a prior nothing is "
                 "left to train on those: set it to 1, or give objective.lambda_prior a weight"
+            )
+        if not self.reverse_prior and not (self.lambda_cycle and self.cycle):
+            raise ValueError(
+                "objective.reverse_prior = false leaves the reverse pass to the cycle loss, which is switched off or has no weight: leave it "
+                "out, or give objective.lambda_cycle a weight"
+            )
+        if not self.reverse_prior and not prior:
+            raise ValueError("objective.reverse_prior = false: there is no prior, leave it out")
+        if self.prior_guidance and not (prior and self.alpha):
+            raise ValueError(
+                f"objective.prior_guidance = {dict(self.prior_guidance)} guides the prior's MSE, which has no weight: leave it out, or give "
+                "objective.lambda_prior and objective.alpha a weight"
             )
         if self.identity_rate < 1 and not self.lambda_id:
             raise ValueError(f"objective.identity_rate = {self.identity_rate} is of no use with objective.lambda_id = 0: leave it out")

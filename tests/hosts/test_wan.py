@@ -182,6 +182,22 @@ def test_a_step_uses_no_absent_expert_and_moves_between_passes_only(tmp_path: Pa
     assert came == ([HIGH, LOW, HIGH] if t[0] > 0.875 else [HIGH, LOW])
 
 
+@pytest.mark.parametrize("quantization", ["none", "fp8"])
+def test_an_expert_that_a_rollout_brought_can_be_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantization: str):
+    """As on a card, where what is brought is a copy: made in inference mode it would make the weights inference tensors."""
+    sections = {"model": {"offload_inactive_expert": True, "quantization": quantization}}
+    times = torch.tensor((0.2, 0.6, 0.8))
+    expected = gradients(host := host_of(tmp_path, **sections), host.config, times)
+    monkeypatch.setattr(residency, "_copied", lambda master, device: master.clone())
+    other = host_of(tmp_path, **sections)
+    for enter in (other.ema, other.base):
+        with enter() as velocity:
+            for t in (0.9, 0.2):
+                velocity(X, torch.full((3,), t), TEXT, SOURCE if enter == other.ema else None)
+    assert_close(gradients(other, other.config, times), expected)
+    assert not any(tensor.is_inference() for network in other.networks.values() for tensor in network.parameters())
+
+
 def test_what_is_pinned_replaces_its_first_copy_at_once(monkeypatch: pytest.MonkeyPatch):
     """Two copies of one tensor at a time, not of both experts."""
     networks = {HIGH: plain(HIGH), LOW: plain(LOW)}

@@ -183,6 +183,7 @@ PRIOR_METRICS = {f"{name}_{way}" for name in ("prior", "cosine", "mse", "zero_di
         ({"prior": False}, {"loss", "cycle", "identity"}),
         ({"lambda_id": 0.0}, {"loss", "cycle"} | PRIOR_METRICS),
         ({"prior": False, "cycle": False}, {"loss", "identity"}),
+        ({"reverse_prior": False}, {"loss", "cycle", "identity"} | {name for name in PRIOR_METRICS if name.endswith("_fwd")}),
     ],
 )
 def test_metrics_are_detached_scalars_by_name(options, keys, graph, fields, batch):
@@ -208,6 +209,22 @@ def test_validation_computes_the_same_values_without_a_graph(variant, graph, ide
 
 
 # --- bad input, the registry, the supervised baseline ---
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"reverse_prior": False, "cycle": False}, "reverse_prior = false leaves the reverse pass to the cycle loss"),
+        ({"reverse_prior": False, "lambda_cycle": 0.0}, "reverse_prior = false leaves the reverse pass to the cycle loss"),
+        ({"reverse_prior": False, "prior": False}, "reverse_prior = false: there is no prior"),
+        ({"prior_guidance": {"remove": 3.0}, "alpha": 0.0}, "prior_guidance = {'remove': 3.0} guides the prior's MSE"),
+        ({"prior_guidance": {"remove": 3.0}, "lambda_prior": 0.0}, "prior_guidance = {'remove': 3.0} guides the prior's MSE"),
+        ({"prior_guidance": {"remove": 3.0}, "prior": False}, "prior_guidance = {'remove': 3.0} guides the prior's MSE"),
+    ],
+)
+def test_options_of_a_prior_that_is_not_there_are_refused(options, says):
+    with pytest.raises(ValueError, match=says):
+        UnpairedCycleConfig(**options)
 
 
 def test_nothing_to_train_is_refused():

@@ -28,6 +28,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "no routing, no bootstrap": ({"routing": False, "bootstrap": False}, {"routing": False, "bootstrap": False}),
     "no cycle": ({"cycle": False}, {"lambda_cycle": 0.0}),
     "no direction": ({"directional": False}, {"directional": False}),
+    "no reverse prior": ({"reverse_prior": False}, {"reverse_prior": False}),
     "no prior": ({"prior": False}, {"lambda_prior": 0.0}),
     "direction alone": ({"alpha": 0.0}, {"alpha": 0.0}),
     "no identity": ({"lambda_id": 0.0}, {"lambda_id": 0.0}),

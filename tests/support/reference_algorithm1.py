@@ -24,6 +24,7 @@ class Weights:
     routing: bool = True
     bootstrap: bool = True
     directional: bool = True
+    reverse_prior: bool = True  # not the paper's
 
 
 @dataclass
@@ -103,7 +104,7 @@ def one_sample(edit: Callable, ema: Callable, t2i: Callable, item: Tuple, nodes:
 
     identity = ((edit(x_t, time, item.c_bar, x) - (eps - x)) ** 2).mean()
     return {
-        "loss": w.lambda_cycle * cycle + w.lambda_prior * (prior_fwd + prior_rev) + w.lambda_id * identity,
+        "loss": w.lambda_cycle * cycle + w.lambda_prior * (prior_fwd + prior_rev * w.reverse_prior) + w.lambda_id * identity,
         "cycle": cycle,
         "prior_fwd": prior_fwd,
         "prior_rev": prior_rev,
