@@ -49,7 +49,7 @@ def make_writable(folder: Path) -> None:
 def written_whole(final: Path, *, replace: bool = False) -> Iterator[Path]:
     """A new folder under another name that is synced and gets its own when the block ends; an exception removes it.
 
-    What kills have left behind beside it is removed first.
+    What kills have left behind beside it is removed first, as far as it can be: another program may have a file of it open.
 
     Args:
         final: the folder's own name.
@@ -62,7 +62,7 @@ def written_whole(final: Path, *, replace: bool = False) -> Iterator[Path]:
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         for leftover in final.parent.glob(f"{PARTIAL}*"):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            _remove_leftover(leftover)
         partial.mkdir()
         yield partial
         _sync(partial)
@@ -72,6 +72,13 @@ def written_whole(final: Path, *, replace: bool = False) -> Iterator[Path]:
         _sync_folder(final.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _remove_leftover(path: Path) -> None:
+    try:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    except OSError as error:  # no reason to lose what is about to be written
+        logger.warning("%s, which was left behind, was not removed: %s", path, error)
 
 
 def remove_whole(folder: Path) -> None:

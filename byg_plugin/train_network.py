@@ -156,7 +156,8 @@ def train(config: Config, family: Family, device: Any, resume: str | None, *, di
             _cli.say(str(stop), accelerator.is_main_process)
             raise KeyboardInterrupt from stop
         finally:
-            _end_tracker(accelerator)
+            _end_trackers(accelerator)
+        accelerator.end_training()
     _cli.say(f"LoRA: {lora}", accelerator.is_main_process)
     return lora
 
@@ -187,10 +188,14 @@ def _start_tracker(accelerator: Any, tracker: str, folder: Path, step: int) -> N
         raise ValueError(f"train.tracker = {tracker!r} cannot write into output.dir = {folder}: {error.strerror}; make room") from error
 
 
-def _end_tracker(accelerator: Any) -> None:
-    """A disk that is full ends the run by its own message, not by the last lines of a curve."""
+def _end_trackers(accelerator: Any) -> None:
+    """A disk that is full ends the run by its own message, not by the last lines of a curve.
+
+    The process group stays after an error: its end would wait for the others, which wait for this process, and nothing be said.
+    """
     try:
-        accelerator.end_training()
+        for tracker in accelerator.trackers:
+            tracker.finish()
     except OSError as error:
         logger.warning("the tracker's last lines were not written: %s", error)
 

@@ -427,8 +427,8 @@ def texts_of(tuples: Sequence[EditTuple]) -> list[str]:
 
 
 def texts_beside(config: Config) -> list[str]:
-    """Texts that no tuple has: of the branch that guidance of previews leads away from, and those that the objective asks for."""
-    previews = [config.negative] if config.sample.every and config.negative is not None else []
+    """Texts that no tuple has: of the branch that guidance of previews and of scored edits leads away from, and the objective's own."""
+    previews = [config.negative] if (config.sample.every or config.evaluate.every) and config.negative is not None else []
     return [*previews, *config.objective.texts_beside(config.model.spec).values()]
 
 

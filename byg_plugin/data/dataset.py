@@ -49,7 +49,7 @@ class CachedTuples(Dataset[dict[str, Any]]):
         self._keys = Keys(config, family)
         every = read_tuples(config.dataset)
         train, validation = split_tuples(every, config.dataset.validation_items)
-        self.tuples = train if split == "train" else validation
+        self.split, self.tuples = split, train if split == "train" else validation
         self.held_out = len(validation)
         if self.targets and (without := [item for item in every if item.target is None]):
             raise ValueError(
@@ -66,7 +66,13 @@ class CachedTuples(Dataset[dict[str, Any]]):
         if not lost:
             return
         first = next(iter(lost.values()))
-        if too_many_lost(len(lost), every, self.config.dataset) or len(lost) == len(self.tuples):
+        if len(lost) == len(self.tuples):
+            which = "to train on" if self.split == "train" else "held out"
+            raise ValueError(
+                f"none of the {len(lost)} tuples {which} can be used, the first because: {first}; remove them from dataset.tuples"
+                + ("" if self.split == "train" else ", or change dataset.validation_items")
+            )
+        if too_many_lost(len(lost), every, self.config.dataset):
             raise ValueError(f"{len(lost)} of {every} tuples cannot be used, dataset.max_lost = {allowed} allows fewer; the first: {first}")
         logger.warning("%d of %d tuples are left out, the first because: %s", len(lost), len(self.tuples), first)
         self.tuples = [item for index, item in enumerate(self.tuples) if index not in lost]

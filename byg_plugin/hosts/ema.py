@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -23,6 +24,8 @@ class EmaWeights:
         self._live = dict(parameters)
         self._shadow = {name: p.detach().clone().float() for name, p in parameters.items()} if decay else {}
         self._is_in = False
+        # Another thread may ask for the weights to save them, while this one swaps them.
+        self._swapping = threading.Lock()
 
     def decay_at(self, step: int) -> float:
         """Decay of the update after optimizer step `step` (from 1), ramped up: a slow average of a LoRA whose B starts
@@ -47,18 +50,21 @@ class EmaWeights:
             self._swap()
 
     def _swap(self) -> None:
-        for name, shadow in self._shadow.items():
-            parameter = self._live[name]
-            parameter.data, self._shadow[name] = shadow, parameter.data
-        self._is_in = not self._is_in
+        with self._swapping:
+            for name, shadow in self._shadow.items():
+                parameter = self._live[name]
+                parameter.data, self._shadow[name] = shadow, parameter.data
+            self._is_in = not self._is_in
 
     def state(self) -> dict[str, Tensor]:
         """The rollout's weights by name (with decay 0: the live ones), also while they are swapped in."""
-        return dict(self._shadow) if self._shadow and not self._is_in else self._parameters()
+        with self._swapping:
+            return dict(self._shadow) if self._shadow and not self._is_in else self._parameters()
 
     def live(self) -> dict[str, Tensor]:
         """The trained weights by name, also while the others are swapped in."""
-        return dict(self._shadow) if self._is_in and self._shadow else self._parameters()
+        with self._swapping:
+            return dict(self._shadow) if self._is_in and self._shadow else self._parameters()
 
     def _parameters(self) -> dict[str, Tensor]:
         return {name: p.detach() for name, p in self._live.items()}

@@ -39,6 +39,7 @@ from byg_plugin.user_files import is_hidden
 
 _PREFIX = "varlen_byg_"
 TEXTS_KEY, ENCODER_KEY = "byg.texts", "byg.encoder"  # of the file's metadata
+ENCODER_PARTS = "|"
 _REMEDY = "run byg_plugin/cache_text_encoder_outputs.py with this configuration"
 _SHOWN = 3
 
@@ -200,33 +201,51 @@ def _batch(texts: Sequence[Tensor], part: str, tokens: int, family: MusubiFamily
 # --- before training ---
 
 
-def check(dataset_config: Path, family: MusubiFamily, tuples: Sequence[EditTuple]) -> int:
+def check(dataset_config: Path, family: MusubiFamily, tuples: Sequence[EditTuple], encoder: Sequence[str | None] = ()) -> int:
     """Look at the host's cache files; returns how many items will be trained on.
 
+    Args:
+        dataset_config: the host's dataset TOML.
+        family: of the host's model.
+        tuples: to be trained on.
+        encoder: the parts of the encoder's identity, None where one is unknown; empty: it is not looked at.
+
     Raises:
-        ValueError: latents or roles are not cached, texts have changed, or items and tuples do not match.
+        ValueError: latents or roles are not cached, texts or their encoder have changed, or items and tuples do not match.
     """
     items = latents_of(dataset_config, family)
     for path, _ in _latent_files(dataset_config, family):
         if why := _wrong_latents(path):
             raise ValueError(f"{path}: {why}; remove it and cache the latents again with the host's script")
-    stale, missing = [], []
+    stale, missing, otherwise = [], [], []
     for item, texts in matched(items, tuples):
-        found = header(item.path).get(TEXTS_KEY)
+        metadata = header(item.path)
+        found = metadata.get(TEXTS_KEY)
         if found is None:
             missing.append(item.stem)
         elif found != digest(texts):
             stale.append(item.stem)
+        elif encoder and not _same_encoder(metadata.get(ENCODER_KEY, ""), encoder):
+            otherwise.append(item.stem)
         elif why := _wrong_entries(item.path, family, len(texts)):
             raise ValueError(f"{item.path}: {why}; remove it and {_REMEDY}")
     complaints = [
         f"{len(names)} of {len(items)} items {what} ({', '.join(names[:_SHOWN])})"
-        for names, what in ((missing, "have no cached texts"), (stale, "have texts that have changed since they were cached"))
+        for names, what in (
+            (missing, "have no cached texts"),
+            (stale, "have texts that have changed since they were cached"),
+            (otherwise, "have texts by another text encoder, its fp8 option or another conditioning.max_text_tokens"),
+        )
         if names
     ]
     if complaints:
         raise ValueError(f"{'; '.join(complaints)}: {_REMEDY}")
     return len(items)
+
+
+def _same_encoder(cached: str, encoder: Sequence[str | None]) -> bool:
+    parts = cached.split(ENCODER_PARTS)
+    return len(parts) == len(encoder) and all(asked in (None, part) for part, asked in zip(parts, encoder, strict=True))
 
 
 def _wrong_entries(path: Path, family: MusubiFamily, count: int) -> str | None:

@@ -90,7 +90,7 @@ def prepare(config: Config, resume: str | None = None) -> tuple[Checkout, argpar
     launch = read_host_launch(config.model, args)
     checkout.family.check(config.musubi)
     share_of_high_noise(config, families.named(config.model.family).boundary)
-    items = musubi_cache.check(Path(args.dataset_config), checkout.family, training_tuples(config.dataset))
+    items = musubi_cache.check(Path(args.dataset_config), checkout.family, training_tuples(config.dataset), _encoder_parts(config))
     _resume_from(config, resume, args)
     return checkout, args, items, launch
 
@@ -147,14 +147,23 @@ def cache_texts(config: Config, *, prune: bool = False) -> None:
 
 
 def _encoder_identity(config: Config) -> str:
-    parts = []
+    parts = _encoder_parts(config)
+    for name, part in zip(musubi_options.spec_of(config.model).text_encoders, parts, strict=False):
+        if part is None:
+            path = config.musubi.get(name)
+            raise ValueError(f"musubi.{name} = {path!r}: no such file; give the text encoder that the host's own caching takes")
+    return musubi_cache.ENCODER_PARTS.join(part for part in parts if part is not None)
+
+
+def _encoder_parts(config: Config) -> list[str | None]:
+    """What encodings depend on: each encoder's file (None: it is not here; training alone does without), its type, the limit of tokens."""
+    parts: list[str | None] = []
     for name in musubi_options.spec_of(config.model).text_encoders:
         path = config.musubi.get(name)
-        if not isinstance(path, str) or not Path(path).is_file():
-            raise ValueError(f"musubi.{name} = {path!r}: no such file; give the text encoder that the host's own caching takes")
-        parts.append(f"{Path(path).name}:{Path(path).stat().st_size}")
+        there = isinstance(path, str) and Path(path).is_file()
+        parts.append(f"{Path(path).name}:{Path(path).stat().st_size}" if there else None)
     fp8 = any(config.musubi.get(name) for name in ("fp8_t5", "fp8_text_encoder", "fp8_vl", "fp8_llm"))
-    return "|".join([*parts, "fp8" if fp8 else "bf16", str(config.conditioning.max_text_tokens)])
+    return [*parts, "fp8" if fp8 else "bf16", str(config.conditioning.max_text_tokens)]
 
 
 @torch.no_grad()

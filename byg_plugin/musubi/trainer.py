@@ -52,6 +52,7 @@ logger = logging.getLogger(__name__)
 
 STATE = "byg_state.json"
 STATE_TENSORS = "byg_state.safetensors"
+_WRITTEN_LAST = "random_states_*.pkl"  # by accelerate, after weights and optimizer
 
 
 class HostExperts:
@@ -437,6 +438,8 @@ def read_state(folder: Path) -> dict[str, Any]:
         what = f"step = {step!r:.40}, config is a {type(config).__name__}"
         raise ValueError(f"--resume {folder}: {STATE} is damaged: {what}; take another state")
     assert isinstance(state, dict)
+    if not any(folder.glob(_WRITTEN_LAST)):
+        raise ValueError(f"--resume {folder}: it was not written to its end ({_WRITTEN_LAST} is missing): take another state")
     return state
 
 
@@ -450,7 +453,7 @@ def _read_ema(folder: Path) -> dict[str, Tensor]:
 
 
 def states(output_dir: Path) -> list[Path]:
-    """Saved states, by their steps; those that cannot be read come first."""
+    """Saved states, by their steps; those that cannot be read, or were not written to their end, come first."""
     found = [path.parent for path in output_dir.glob(f"*/{STATE}")] if output_dir.is_dir() else []
     return sorted(found, key=_step_of)
 

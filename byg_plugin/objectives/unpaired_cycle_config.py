@@ -153,15 +153,15 @@ class UnpairedCycleConfig(ObjectiveConfig):
             )
         if not self.reverse_prior and not (self.lambda_cycle and self.cycle):
             raise ValueError(
-                "objective.reverse_prior = false leaves the reverse pass to the cycle loss, which is switched off or has no weight: leave it "
-                "out, or give objective.lambda_cycle a weight"
+                "objective.reverse_prior = false leaves the reverse pass to the cycle loss, which is switched off or has no weight: leave "
+                "it out, or give objective.lambda_cycle a weight"
             )
         if not self.reverse_prior and not prior:
             raise ValueError("objective.reverse_prior = false: there is no prior, leave it out")
         if self.prior_guidance and not (prior and self.alpha):
             raise ValueError(
-                f"objective.prior_guidance = {dict(self.prior_guidance)} guides the prior's MSE, which has no weight: leave it out, or give "
-                "objective.lambda_prior and objective.alpha a weight"
+                f"objective.prior_guidance = {dict(self.prior_guidance)} guides the prior's MSE, which has no weight: leave it out, or "
+                "give objective.lambda_prior and objective.alpha a weight"
             )
         if self.identity_rate < 1 and not self.lambda_id:
             raise ValueError(f"objective.identity_rate = {self.identity_rate} is of no use with objective.lambda_id = 0: leave it out")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from byg_plugin.config.device import resolve_device
 from byg_plugin.config.extras import numbers_of, require
 from byg_plugin.hosts.sharding import Sharding
 from byg_plugin.objectives import make_objective
@@ -166,6 +167,11 @@ def check_sharding(config: Config, launch: Launch) -> None:
     what, model = f"{launch.name} shards the frozen base", config.model
     if launch.sharding.kind == "fsdp2" and not hasattr(torch.distributed.fsdp, "fully_shard"):
         raise ValueError(f"{what}, for which torch {torch.__version__} is too old: install torch 2.6 or later")
+    if resolve_device(model.device).type == "cuda" and not torch.distributed.is_nccl_available():
+        raise ValueError(
+            f"{what} by NCCL, which this torch has not (on Windows no torch has it): leave it out, and where the card is too small set "
+            "model.quantization, or train under Linux or WSL"
+        )
     if model.quantization in ("int8", "nf4"):
         raise ValueError(f'{what}, model.quantization = "{model.quantization}" cannot be cut: with FSDP2 set it to "fp8", else to "none"')
     if model.quantization == "fp8" and launch.sharding.kind == "zero3":

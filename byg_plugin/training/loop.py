@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -53,6 +54,8 @@ logger = get_logger(__name__)
 
 PROBED_SOURCES = 16  # pictures that a critic is tried with
 VALIDATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
+_MOVED = 10.0  # seconds: an optimizer step takes less
+_ONE_SIGNAL = 1.0  # seconds in which signals that say the same are one
 
 
 class Interrupted(Exception):
@@ -155,8 +158,8 @@ class Trainer:
             self._restore(state)
         self._clear_later()
         self._stop = False
-        self._moving = False
-        """Whether the weights are on their way from one step to the next."""
+        # Held while the weights are on their way from one step to the next, and while they are written.
+        self._still = threading.Lock()
         # Steps that have trained each adapter, of separate experts each one's part of it.
         self._steps_of = Counter(trained for step in range(self.step) for trained in self._trained_by(step))
 
@@ -245,7 +248,7 @@ class Trainer:
                 started = time.perf_counter()
                 metrics = self._optimizer_step(micro_batches)
                 self.step += 1
-                self._moving = False
+                self._still.release()
                 seconds = time.perf_counter() - started
                 if self.step % config.train.log_every == 0 or self.step == config.train.steps:
                     self._log(metrics, seconds, bar)
@@ -261,14 +264,21 @@ class Trainer:
         return self.watchdog.waiting(what) if self.host.sharding else nullcontext()
 
     def _rescue(self) -> str:
-        """In the watchdog's thread, while the main one waits for good: save the last whole step, where the others need not be asked."""
-        saved = checkpoint.checkpoints(self.checkpoints)
-        if saved and saved[-1].name == checkpoint.name_of(self.step):
-            return f"step {self.step} is saved: go on with --resume latest"
-        if self._moving or not self.engine.whole or not self.step:
-            return f"step {self.step} could not be saved; {checkpoint.way_back(self.checkpoints)}"
-        self._write_checkpoint(self._state())
-        return f"step {self.step} is saved now: go on with --resume latest"
+        """In the watchdog's thread, while the main one waits or works: save the last whole step, where the others need not be asked."""
+        could_not = f"step {self.step} could not be saved; {checkpoint.way_back(self.checkpoints)}"
+        if not self._still.acquire(timeout=_MOVED):
+            return could_not
+        try:
+            saved = checkpoint.checkpoints(self.checkpoints)
+            if saved and saved[-1].name == checkpoint.name_of(self.step):
+                return f"step {self.step} is saved: go on with --resume latest"
+            if not self.engine.whole or not self.step:
+                return could_not
+            with _beside(self.accelerator.device):
+                self._write_checkpoint(self._state())
+            return f"step {self.step} is saved now: go on with --resume latest"
+        finally:
+            self._still.release()
 
     def _after_step(self) -> None:
         train = self.config.train
@@ -330,7 +340,8 @@ class Trainer:
         )
         micro_batches: list[dict[str, Any]] = []
         for micro_batch in loader:
-            micro_batches.append(micro_batch)
+            # Each tensor of a loader process holds an open file until it is gone, and a process may have 1,024.
+            micro_batches.append(_cloned(micro_batch) if self.config.dataset.workers else micro_batch)
             if len(micro_batches) == self.accumulation:
                 yield micro_batches
                 micro_batches = []
@@ -354,7 +365,7 @@ class Trainer:
         def check(norms: Mapping[str, Tensor]) -> None:
             trained = {name: norms[name] for name in plan.adapters}
             self.diagnosis.before_step(self.step + 1, sums, trained, micro_batches, terms)
-            self._moving = True
+            self._still.acquire()  # until the step is whole; an exception before that leaves nothing to save
 
         norms = self.engine.step(learning_rate(config.train, self.step), check)
         self.diagnosis.after_step(self.step + 1)
@@ -454,7 +465,8 @@ class Trainer:
     def _save(self) -> None:
         state = self._state()
         if self.accelerator.is_main_process:
-            self._write_checkpoint(state)
+            with self._still:
+                self._write_checkpoint(state)
         with self.watchdog.waiting(f"the first process, which saves step {self.step}"):
             self.accelerator.wait_for_everyone()
 
@@ -520,6 +532,18 @@ def _by_adapter(name: str, norms: Mapping[str, Tensor]) -> Metrics:
     return {name if adapter == EDIT else f"{name}/{adapter}": norm for adapter, norm in norms.items()}
 
 
+def _cloned(value: Any) -> Any:
+    """Tensors of this process, in the same mapping."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    return {key: _cloned(one) for key, one in value.items()} if isinstance(value, dict) else value
+
+
+def _beside(device: torch.device) -> AbstractContextManager[Any]:
+    """A stream of its own: work on the default one would wait for the collective that hangs there."""
+    return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()
+
+
 def _ignore_interrupts(worker: int) -> None:
     """A loader process: Ctrl-C reaches the whole group, and only the training process may answer it. SIGTERM ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -528,12 +552,21 @@ def _ignore_interrupts(worker: int) -> None:
 
 @contextmanager
 def _interruptible(trainer: Trainer) -> Iterator[None]:
-    """First Ctrl-C (or a scheduler's SIGTERM): finish the step, save, stop. Second: stop at once."""
+    """First Ctrl-C (or a scheduler's SIGTERM): finish the step, save, stop. Second Ctrl-C: stop at once.
+
+    One Ctrl-C comes twice at once where a launcher hands on what the terminal has sent to all; a scheduler's SIGTERM likewise, and it
+    repeats itself. Of several processes the first saves the last whole step if this one takes long: launchers kill.
+    """
+    first: list[float] = []
 
     def handler(signum: int, frame: FrameType | None) -> None:
-        if trainer._stop:
-            raise KeyboardInterrupt
+        if first:
+            if signum == signal.SIGINT and time.monotonic() - first[0] > _ONE_SIGNAL:
+                raise KeyboardInterrupt
+            return
+        first.append(time.monotonic())
         trainer._stop = True
+        trainer.watchdog.interrupted()
         print("\ninterrupted: saving after this step (Ctrl-C again to stop at once)", file=sys.stderr, flush=True)
 
     previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -17,6 +18,7 @@ from byg_plugin.training.engine import Engine
 
 EXIT_CODE = 75
 _GRACE = 10.0  # seconds for the first process to save, before the others' end makes the launcher kill it
+_INTERRUPTED = 10.0  # seconds that an interrupted step may take; torch's launcher kills its processes 30 after the signal
 _COLLECTIVES = (f"{os.sep}torch{os.sep}distributed{os.sep}", f"{os.sep}deepspeed{os.sep}comm{os.sep}")
 _WRAPPERS = {"wrapper", "wait", "_wait", "log_wrapper"}
 
@@ -27,7 +29,8 @@ class Watchdog:
     Args:
         minutes: that are waited.
         rank: of this process.
-        rescue: called before the end; saves what can be saved without the others, and says what is saved.
+        rescue: called before the end, and where an interrupted process is not done in time; saves what can be saved without the
+            others, and says what is saved.
     """
 
     def __init__(self, minutes: float, rank: int, rescue: Callable[[], str]):
@@ -35,6 +38,11 @@ class Watchdog:
         self._main = threading.main_thread().ident
         self._waits: tuple[str, float] | None = None
         self._over = threading.Event()
+        self._interrupted: float | None = None
+
+    def interrupted(self) -> None:
+        """The process was told to stop, and works on to the end of its step."""
+        self._interrupted = time.monotonic()
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
@@ -67,6 +75,10 @@ class Watchdog:
             waits = self._waits
             if waits is not None and time.monotonic() - waits[1] > self._seconds:
                 self._end(waits[0])
+            if self._interrupted is not None and time.monotonic() - self._interrupted > _INTERRUPTED:
+                self._interrupted = None
+                if self._rank == 0:
+                    print(self._rescue(), file=sys.stderr, flush=True)
 
     def _end(self, what: str) -> None:
         inside = _collective(sys._current_frames().get(self._main or 0))
@@ -75,11 +87,16 @@ class Watchdog:
             file=sys.stderr,
             flush=True,
         )
-        if self._rank == 0:
-            print(self._rescue(), file=sys.stderr, flush=True)
-        else:
-            time.sleep(_GRACE)
-        os._exit(EXIT_CODE)  # the main thread does not come back
+        try:
+            if self._rank == 0:
+                print(self._rescue(), file=sys.stderr, flush=True)
+            else:
+                time.sleep(_GRACE)
+        except BaseException:  # noqa: BLE001 - the process ends here, and nobody else would say it
+            traceback.print_exc()
+            sys.stderr.flush()
+        finally:
+            os._exit(EXIT_CODE)  # the main thread does not come back
 
 
 def _collective(frame: FrameType | None) -> str:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from byg_plugin.config.loading import parse_config
 from byg_plugin.config.sections import Config
 from byg_plugin.data import cache
 from byg_plugin.data.buckets import crop_to_bucket, to_tensor
@@ -285,3 +286,18 @@ def test_a_memory_without_readers_is_asked_for_them_and_not_hashed_again(tmp_pat
     monkeypatch.setattr(cache, "file_digest", lambda path: pytest.fail("read"))
     assert run(config)[0].images == 0
     assert all(len(known) == 8 for known in json.loads(path.read_text()).values())
+
+
+SCORED = {"every": 500, "metrics": ["error"], "select": ["error_source"]}
+
+
+@pytest.mark.parametrize("section", [{"sample": {"every": 2}}, {"evaluate": SCORED}, {}])
+def test_the_text_that_guidance_leads_away_from_is_cached_where_edits_are_made(section: dict[str, Any]):
+    """Of previews, and of edits that are scored without any."""
+    raw = {
+        "model": {"family": "z-image", "path": "x"},
+        "dataset": {"tuples": "t.jsonl", "cache_dir": "c", "validation_items": 2},
+        "train": {"steps": 1000},
+        "output": {"dir": "out"},
+    }
+    assert len(cache.texts_beside(parse_config(raw | section))) == len(section)

@@ -255,6 +255,11 @@ def test_short_and_broken_clips_are_listed_and_stop_the_run_after_the_others_are
     strict = wan_config(tmp_path, dataset={**config.dataset.model_dump(), "max_lost": 0.4}, sample={"every": 0})
     with pytest.raises(ValueError, match=r"2 of 4 tuples cannot be used, dataset.max_lost = 0.4 allows fewer; the first: .*long.mp4"):
         CachedTuples(strict, family)
+    records = [record("short.mp4", split="validation"), record("still.png"), record("fine.mp4")]
+    write_tuples(tmp_path / "tuples.jsonl", records)
+    with pytest.raises(ValueError, match=r"none of the 1 tuples held out can be used, the first because: .*short.mp4.*validation_items"):
+        CachedTuples(allowed, family, "validation")
+    assert len(CachedTuples(allowed, family).tuples) == 2
 
 
 def test_a_clip_that_breaks_while_it_is_decoded_is_remembered_until_it_is_mended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

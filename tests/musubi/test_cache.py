@@ -50,9 +50,9 @@ def write_dataset(folder: Path, stems: list[str], *, video: bool = False) -> Pat
     return folder / "dataset.toml"
 
 
-def write_all(dataset: Path, tuples: list[EditTuple]) -> None:
+def write_all(dataset: Path, tuples: list[EditTuple], encoder: str = ENCODER) -> None:
     for item, some in musubi_cache.matched(musubi_cache.cached_items(dataset, WAN), tuples):
-        musubi_cache.write_roles(item, some, encoding, WAN, ENCODER)
+        musubi_cache.write_roles(item, some, encoding, WAN, encoder)
 
 
 def test_the_hosts_own_tensors_stay(tmp_path: Path):
@@ -90,6 +90,16 @@ def test_what_is_cached_is_checked_before_training(tmp_path: Path, video: bool):
     changed = [tuples[0], replace(tuples[1], instruction="something else")]
     with pytest.raises(ValueError, match=r"1 of 2 items have texts that have changed since they were cached \(other\)"):
         musubi_cache.check(dataset, WAN, changed)
+
+
+def test_texts_by_another_encoder_are_told_before_training(tmp_path: Path):
+    dataset, tuples = write_dataset(tmp_path, ["a", "b"]), [edit_tuple("a.png"), edit_tuple("b.png")]
+    write_all(dataset, tuples, encoder="t5.safetensors:100|bf16|512")
+    assert musubi_cache.check(dataset, WAN, tuples, ["t5.safetensors:100", "bf16", "512"]) == 2
+    assert musubi_cache.check(dataset, WAN, tuples, [None, "bf16", "512"]) == 2, "training alone needs no encoder"
+    for other in (["t5.safetensors:100", "bf16", "256"], [None, "fp8", "512"], ["u", "bf16", "512"], ["t", "u", "bf16", "512"]):
+        with pytest.raises(ValueError, match=r"2 of 2 items have texts by another text encoder.*\(a, b\).*cache_text_encoder_outputs"):
+            musubi_cache.check(dataset, WAN, tuples, other)
 
 
 def test_items_and_tuples_must_match(tmp_path: Path):

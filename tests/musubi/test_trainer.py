@@ -226,6 +226,9 @@ def test_what_an_earlier_run_has_written_is_not_written_over(tmp_path: Path, nam
 def test_what_a_state_holds_cannot_change_with_it(tmp_path: Path):
     config, args = host_config(tmp_path, T2V), SimpleNamespace(output_dir=str(tmp_path / "out"), output_name="tiny", resume=None)
     (tmp_path / musubi_trainer.STATE).write_text(json.dumps({"step": 2, "config": config.model_dump(mode="json")}), encoding="utf-8")
+    with pytest.raises(ValueError, match="it was not written to its end"):
+        musubi._resume_from(config, str(tmp_path), args)
+    (tmp_path / "random_states_0.pkl").touch()
     musubi._resume_from(config, str(tmp_path), args)
     assert args.resume == str(tmp_path)
     for key, value in (("network_dim", 8), ("network_alpha", 1), ("network_module", "networks.loha"), ("optimizer_type", "Muon")):
@@ -248,10 +251,14 @@ def test_an_ema_that_is_not_finite_is_told(tmp_path: Path):
 
 
 def test_a_damaged_state_among_others_does_not_hide_them(tmp_path: Path):
-    for name, written in (("a", "["), ("b", '{"step": 4, "config": {}}'), ("c", '{"step": 2, "config": {}}')):
+    whole = '{"step": %d, "config": {}}'
+    for name, written in (("a", "["), ("b", whole % 4), ("c", whole % 2), ("d", whole % 6)):
         (tmp_path / name).mkdir()
         (tmp_path / name / musubi_trainer.STATE).write_text(written, encoding="utf-8")
-    assert [path.name for path in musubi_trainer.states(tmp_path)] == ["a", "c", "b"]
+        if name != "d":  # killed before accelerate had written weights and optimizer
+            (tmp_path / name / "random_states_0.pkl").touch()
+    found = [path.name for path in musubi_trainer.states(tmp_path)]
+    assert found[2:] == ["c", "b"] and set(found[:2]) == {"a", "d"}
 
 
 @pytest.mark.parametrize(
@@ -341,6 +348,7 @@ def test_a_state_is_read_into_the_run(tmp_path: Path):
     it = trainer(tmp_path)
     save_file({"a": torch.ones(2)}, tmp_path / musubi_trainer.STATE_TENSORS)
     (tmp_path / musubi_trainer.STATE).write_text(json.dumps({"step": 7, "config": {}}), encoding="utf-8")
+    (tmp_path / "random_states_0.pkl").touch()
     it._load_state([], str(tmp_path))
     assert it.byg_progress.step == 7 and torch.equal(it.byg_progress.ema["a"], torch.ones(2))
     args = SimpleNamespace(max_train_steps=10, output_name="tiny")

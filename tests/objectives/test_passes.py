@@ -90,7 +90,9 @@ def test_one_graph_is_alive_at_a_time(batch):
     assert peak < 0.45 * joint_peak
 
 
-@pytest.mark.parametrize("variant, calls", [("paper", 4), ("frozen one by one", 4), ("frozen all at once", 4), ("no reverse prior", 2), ("no prior", 0)])
+@pytest.mark.parametrize(
+    "variant, calls", [("paper", 4), ("frozen one by one", 4), ("frozen all at once", 4), ("no reverse prior", 2), ("no prior", 0)]
+)
 def test_the_base_answers_four_questions_in_the_batches_asked_for(variant, calls, fields, batch):
     options = VARIANTS[variant][0]
     objective(**options).step(fields, batch, Loop())

@@ -14,6 +14,7 @@ from byg_plugin import train_network
 from byg_plugin.config.sections import Config
 from byg_plugin.hosts.sharding import Sharding
 from byg_plugin.models.flux import FluxFamily
+from byg_plugin.training import launch
 from byg_plugin.training.launch import Launch, check_launch, check_processes, read_launch, take_over
 from tests.support import tiny
 
@@ -58,6 +59,16 @@ DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAG
 
 def config(tmp_path: Path, **sections: Any) -> Config:
     return tiny.run_config(tmp_path / "out", **sections)
+
+
+def test_shards_on_a_card_need_nccl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    made = config(tmp_path, train={"sharding": "fsdp2"})
+    monkeypatch.setattr(launch, "resolve_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    assert read_launch(made, environment={}).sharding
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
+    with pytest.raises(ValueError, match="FSDP2 shards the frozen base by NCCL, which this torch has not .*Windows.*model.quantization"):
+        read_launch(made, environment={})
 
 
 def test_fsdp2_is_taken_from_the_launcher_or_the_configuration(tmp_path: Path):

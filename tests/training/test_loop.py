@@ -23,6 +23,19 @@ def test_a_loader_process_gives_the_same_run(tmp_path: Path, reference: Path):
     assert_same_run(tmp_path / "out", reference)
 
 
+def test_what_a_loader_process_sends_is_copied(tmp_path: Path):
+    """Each of its tensors holds a file open: some hundred micro-batches a step would have more than a process may."""
+
+    def tensors(value: Any) -> list[torch.Tensor]:
+        if isinstance(value, dict):
+            return [one for each in value.values() for one in tensors(each)]
+        return [value] if isinstance(value, torch.Tensor) else []
+
+    trainer = make_trainer(run_config(tmp_path / "out", dataset={"workers": 1}))
+    found = tensors(next(trainer._loader())[0])
+    assert len(found) >= 9 and not any(tensor.is_shared() for tensor in found)
+
+
 def test_an_optimizer_step_is_the_mean_over_its_micro_steps(tmp_path: Path):
     """Also through the reverse pass, whose gradient at y_0 must not be scaled twice."""
     settings = {

@@ -329,7 +329,7 @@ def test_no_byte_can_be_written_any_more(tmp_path: Path):
 def test_a_tracker_that_cannot_write_ends_the_run_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """TensorBoard's writer raises what happened in its thread, again when it is closed."""
     pytest.importorskip("tensorboard")
-    from accelerate import Accelerator
+    from accelerate.tracking import TensorBoardTracker
     from torch.utils.tensorboard import SummaryWriter
 
     def full(*args: Any, **options: Any) -> None:
@@ -337,7 +337,7 @@ def test_a_tracker_that_cannot_write_ends_the_run_in_one_line(tmp_path: Path, mo
 
     config = run_config(tmp_path / "out", train={"steps": 2, "tracker": "tensorboard"})
     monkeypatch.setattr(SummaryWriter, "flush", full)
-    monkeypatch.setattr(Accelerator, "end_training", full)
+    monkeypatch.setattr(TensorBoardTracker, "finish", full)
     with pytest.raises(ValueError, match=rf"cannot write .*out \(train.tracker\): No space left on device. {AGAIN}"):
         train(config)
     monkeypatch.undo()

@@ -158,6 +158,23 @@ def test_an_old_checkpoint_that_cannot_be_removed_does_not_end_the_run(tmp_path:
     assert (tmp_path / "out/byg_lora.safetensors").exists()
 
 
+def test_what_is_left_of_an_old_checkpoint_does_not_end_the_run_at_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """On a network's disk a file that another program has open stays, under another name, and its folder with it."""
+    original = shutil.rmtree
+
+    def busy(path: Any, **options: Any) -> None:
+        if Path(path).name.startswith(".partial-old-step-000002"):
+            raise OSError(39, "Directory not empty")
+        original(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    make_trainer(run_config(tmp_path / "out", train={"keep_last": 1})).run()
+    assert [path.name for path in checkpoint.checkpoints(tmp_path / "out/checkpoints")] == ["step-000006"]
+    monkeypatch.undo()
+    make_trainer(run_config(tmp_path / "out", train={"keep_last": 1, "steps": 8}), "latest").run()
+    assert not [path.name for path in (tmp_path / "out/checkpoints").iterdir() if path.name.startswith(".partial")]
+
+
 def test_a_damaged_checkpoint_is_named(tmp_path: Path, reference: Path):
     shutil.copytree(reference, tmp_path / "out")
     newest = tmp_path / "out/checkpoints/step-000006"
@@ -237,6 +254,8 @@ def test_a_key_that_the_checkpoint_does_not_know_is_a_change_where_it_is_set(tmp
     del saved["objective"]["rollout_solver"], saved["critic"], saved["train"]["betas"]
     with caplog.at_level(logging.WARNING):
         resume._check_same_run(plain, saved)
+        where = {"tuples": "elsewhere.jsonl", "cache_dir": "moved", "workers": 2, "cache_batch_size": 3}
+        resume._check_same_run(run_config(tmp_path / "out", dataset=where), saved)
         assert not [line for line in caplog.messages if "train.betas" not in line]
         resume._check_same_run(chosen, saved)
     assert "objective.rollout_solver was None and is now 'ab2'" in caplog.text

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -123,17 +122,31 @@ def test_two_processes_are_one_with_twice_the_accumulation(tmp_path: Path):
     assert len(list((tmp_path / "out/previews").iterdir())) == 3
 
 
-def test_sigterm_saves_and_a_second_one_stops_at_once(tmp_path: Path):
+@pytest.mark.parametrize(
+    ("signals", "apart", "code"),
+    [
+        ((signal.SIGTERM,), 0.0, 11),
+        ((signal.SIGTERM, signal.SIGTERM, signal.SIGTERM), 0.2, 11),  # a scheduler's reaches launcher and process, and is handed on
+        ((signal.SIGINT, signal.SIGINT), 0.0, 11),  # a terminal's too
+        ((signal.SIGTERM, signal.SIGINT), 0.3, 12),
+        ((signal.SIGINT, signal.SIGINT), 0.3, 12),
+    ],
+)
+def test_a_signal_saves_and_a_later_ctrl_c_stops_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signals: tuple[int, ...], apart: float, code: int
+):
+    monkeypatch.setattr(loop, "_ONE_SIGNAL", 0.1)
     config = run_config(tmp_path / "out", train={"save_every": 0})
 
-    def work(signals: int) -> None:
+    def work() -> None:
         trainer = make_trainer(config)
         original = trainer.diagnosis.before_step
 
         def hook(*args: Any) -> None:
             original(*args)
-            for _ in range(signals if trainer.step == 2 else 0):
-                os.kill(os.getpid(), signal.SIGTERM)
+            for number in signals if trainer.step == 2 else ():
+                os.kill(os.getpid(), number)
+                time.sleep(apart)
 
         trainer.diagnosis.before_step = hook  # type: ignore[method-assign]
         try:
@@ -143,11 +156,50 @@ def test_sigterm_saves_and_a_second_one_stops_at_once(tmp_path: Path):
         except KeyboardInterrupt:
             raise SystemExit(12) from None
 
-    assert in_child(lambda: work(1)) == 11
-    assert [p.name for p in checkpoint.checkpoints(tmp_path / "out/checkpoints")] == ["step-000003"]
-    shutil.rmtree(tmp_path / "out")
-    assert in_child(lambda: work(2)) == 12
-    assert checkpoint.checkpoints(tmp_path / "out/checkpoints") == []
+    assert in_child(work) == code
+    saved = [path.name for path in checkpoint.checkpoints(tmp_path / "out/checkpoints")]
+    assert saved == (["step-000003"] if code == 11 else [])
+
+
+def test_of_two_processes_a_long_step_is_given_up_and_the_last_one_saved(tmp_path: Path):
+    """The launcher kills them 30 seconds after it has handed the signal on."""
+    toml = write_toml(tmp_path / "run.toml", tmp_path / "out", 6)
+    script = tmp_path / "slow.py"
+    script.write_text(
+        "import sys, time\n"
+        "from byg_plugin import _cli, train_network\n"
+        "from byg_plugin.training import loop, watchdog\n"
+        "watchdog._INTERRUPTED = 1.0\n"
+        "step = loop.Trainer._optimizer_step\n"
+        "def slow(self, batches):\n"
+        "    if self.step == 3:\n"
+        "        time.sleep(30)\n"
+        "    return step(self, batches)\n"
+        "loop.Trainer._optimizer_step = slow\n"
+        "_cli.run(train_network.main)\n",
+        encoding="utf-8",
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(29000 + os.getpid() % 2000)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    log = tmp_path / "log"
+    with open(log, "ab") as file:
+        command = [*launch, str(script), "--config", str(toml), "--set", "train.save_every=0"]
+        process = subprocess.Popen(command, stdout=file, stderr=file, cwd=tmp_path, env=environment, start_new_session=True)
+    try:
+        wait_for_step(tmp_path / "out", 3, process, log)
+        process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + 20
+        while not checkpoint.checkpoints(tmp_path / "out/checkpoints") and time.monotonic() < deadline:
+            time.sleep(0.1)
+        time.sleep(0.5)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(30)
+    said = log.read_text()
+    assert [path.name for path in checkpoint.checkpoints(tmp_path / "out/checkpoints")] == ["step-000003"], said
+    assert said.count("step 3 is saved now: go on with --resume latest") == 1, said
+    state = checkpoint.load(tmp_path / "out/checkpoints/step-000003")
+    assert state.step == 3
 
 
 def test_ctrl_c_reaches_the_whole_group_and_the_loader_process_leaves_it_to_the_trainer(tmp_path: Path):

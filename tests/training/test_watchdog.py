@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from byg_plugin.training import watchdog
+from byg_plugin.training import loop, watchdog
 from byg_plugin.training.watchdog import EXIT_CODE, Watchdog
 from tests.support.engine_runs import codes_of
 from tests.support.tiny import in_child, make_trainer, run_config, wake
@@ -32,6 +33,39 @@ def test_what_is_waited_for_is_named_and_the_process_ends(tmp_path: Path, monkey
     said = (tmp_path / "said").read_text(encoding="utf-8")
     assert f"process {rank} has waited" in said and "train.collective_timeout" in said and "for the others: an agreement" in said
     assert ("saved" in said) == (rank == 0), "one process saves"
+
+
+def cannot_save() -> None:
+    def rescue() -> str:
+        raise OSError("no space left")
+
+    dog = Watchdog(SHORT, 0, rescue)
+    with dog.running(), dog.waiting("an agreement"):
+        time.sleep(30)
+
+
+def test_a_rescue_that_fails_ends_the_process_too(tmp_path: Path):
+    started = time.monotonic()
+    assert in_child(cannot_save, tmp_path / "said") == EXIT_CODE and time.monotonic() - started < 20
+    assert "no space left" in (tmp_path / "said").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_interrupted_process_that_works_on_is_saved_once_by_the_first(monkeypatch: pytest.MonkeyPatch, capfd: Any, rank: int):
+    monkeypatch.setattr(watchdog, "_INTERRUPTED", 0.2)
+    asked: list[int] = []
+
+    def rescue() -> str:
+        asked.append(1)
+        return "step 2 is saved now"
+
+    dog = Watchdog(4 * SHORT, rank, rescue)
+    with dog.running():
+        time.sleep(0.8)
+        assert not asked
+        dog.interrupted()
+        time.sleep(1.5)
+    assert asked == [1] * (rank == 0) and capfd.readouterr().err.count("step 2 is saved now") == len(asked)
 
 
 def alone_in_a_collective() -> None:
@@ -62,7 +96,7 @@ def test_work_that_hears_from_the_others_in_time_goes_on(monkeypatch: pytest.Mon
     assert not ended
 
 
-def test_the_step_that_is_saved_is_the_last_whole_one(tmp_path: Path):
+def test_the_step_that_is_saved_is_the_last_whole_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Also where the wait is inside a rollout, with the averages in the weights' place."""
     from byg_plugin.training import checkpoint
 
@@ -74,9 +108,9 @@ def test_the_step_that_is_saved_is_the_last_whole_one(tmp_path: Path):
     live = {name: value.clone() for name, value in trainer.host.ema_weights.live().items()}
     average = {name: value.clone() for name, value in trainer.host.ema_weights.state().items()}
     trainer.step = 3
-    trainer._moving = True
-    assert trainer._rescue().startswith(f"step 3 could not be saved; the last good checkpoint is {saved}")
-    trainer._moving = False
+    monkeypatch.setattr(loop, "_MOVED", 0.1)
+    with trainer._still:
+        assert trainer._rescue().startswith(f"step 3 could not be saved; the last good checkpoint is {saved}")
     with trainer.host.ema():
         assert trainer._rescue() == "step 3 is saved now: go on with --resume latest"
     state = checkpoint.load(checkpoint.checkpoints(trainer.checkpoints)[-1])
