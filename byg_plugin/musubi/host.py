@@ -160,8 +160,8 @@ def _encoder_parts(config: Config) -> list[str | None]:
     parts: list[str | None] = []
     for name in musubi_options.spec_of(config.model).text_encoders:
         path = config.musubi.get(name)
-        there = isinstance(path, str) and Path(path).is_file()
-        parts.append(f"{Path(path).name}:{Path(path).stat().st_size}" if there else None)
+        file = Path(path) if isinstance(path, str) else None
+        parts.append(f"{file.name}:{file.stat().st_size}" if file is not None and file.is_file() else None)
     fp8 = any(config.musubi.get(name) for name in ("fp8_t5", "fp8_text_encoder", "fp8_vl", "fp8_llm"))
     return [*parts, "fp8" if fp8 else "bf16", str(config.conditioning.max_text_tokens)]
 
