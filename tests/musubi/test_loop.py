@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -175,7 +176,6 @@ def test_the_pages_commands_lead_to_a_preview(tmp_path: Path):
     (tmp_path / "data/images/parrots.txt").write_text("not used", encoding="utf-8")
     tuples = {"source": "images/parrots.jpg", **{role: f"{role} of parrots" for role in ROLES}}
     (tmp_path / "data/tuples.jsonl").write_text(json.dumps(tuples), encoding="utf-8")
-    (tmp_path / "data/preview_prompts.txt").write_text("make it snow --ci data/images/parrots.jpg --w 64 --h 48 --s 2 --d 1\n")
     directories = "".join(f'{key} = "data/images"\n' for key in ("image_directory", "control_directory"))
     general = '[general]\nresolution = [64, 48]\nbatch_size = 1\ncaption_extension = ".txt"\n'
     (tmp_path / "data/musubi_dataset.toml").write_text(
@@ -183,8 +183,8 @@ def test_the_pages_commands_lead_to_a_preview(tmp_path: Path):
     )
 
     text = (ROOT / "docs/musubi.md").read_text(encoding="utf-8").partition("for FLUX.1-dev:")[2]
-    commands = [line.split(" #")[0].split() for line in text.partition("```bash\n")[2].partition("```")[0].splitlines()]
-    assert len(commands) <= 5 and commands.pop(0)[:2] == ["pip", "install"]
+    commands = [shlex.split(line, comments=True) for line in text.partition("```bash\n")[2].partition("```")[0].splitlines()]
+    assert len(commands) <= 6 and commands.pop(0)[:2] == ["pip", "install"]
     short = [f"--set=musubi.{word}" for word in ("max_train_steps=2", "sample_every_n_steps=1", "gradient_accumulation_steps=1")]
     launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
     for words in commands:
@@ -192,6 +192,10 @@ def test_the_pages_commands_lead_to_a_preview(tmp_path: Path):
         if words[0] == "cp":
             text = Path(words[1]).read_text(encoding="utf-8")
             (tmp_path / words[2]).write_text(text.replace("[musubi]\n", "[musubi]\nmax_data_loader_n_workers = 0\n"), encoding="utf-8")
+            continue
+        if words[0] == "echo":
+            assert words[2:] == [">", "data/preview_prompts.txt"]
+            (tmp_path / words[3]).write_text(words[1].replace("--w 512 --h 512 --s 20", "--w 64 --h 48 --s 2") + "\n", encoding="utf-8")
             continue
         if words[0] == "accelerate":
             words = ["python", *launch, *words[2:], *short]

@@ -100,7 +100,13 @@ def write_work(folder: Path, family: str, items: int = 3) -> None:
     tuples = read_tuples_file(folder / "tuples.jsonl")
     hosts = musubi_family(family)
     for item, some in musubi_cache.matched(musubi_cache.cached_items(folder / "dataset.toml", hosts), tuples):
-        musubi_cache.write_roles(item, some, lambda text: encoded(family, text), hosts, "tiny")
+        musubi_cache.write_roles(item, some, lambda text: encoded(family, text), hosts, encoder_of(family))
+
+
+def encoder_of(family: str) -> str:
+    """What the encodings of these tests are said to be by: files that are not there, of any name."""
+    parts = musubi._encoder_parts(host_config(Path("."), family))
+    return musubi_cache.ENCODER_PARTS.join("none" if part is None else part for part in parts)
 
 
 def encoded(family: str, text: str) -> dict[str, Tensor]:
