@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image
+from torch import Tensor
 
 from benchmarks import provenance
 from byg_plugin import sampling
@@ -273,17 +274,21 @@ class Evaluator:
 
     def __init__(self, config: Config, edits: Sequence[Edit], of: World = PICTURES):
         self.edits, self._world = edits, of
-        self._config, self._family = config, make_family(config)
-        self._vae = self._family.load_vae(CPU)
+        self._config, self.family = config, make_family(config)
+        self._vae = self.family.load_vae(CPU)
         sources = [of.before(edit) for edit in edits]
         self._moving = sources[0].ndim == 4
-        frames = [source if self._moving else source[None] for source in sources]
+        self._sources = self.encoded(sources)
+        encoders = self.family.load_text_encoders(CPU)
+        texts = dict.fromkeys(text for edit in edits for text in (edit.instruction, edit.tgt_caption))
+        self._texts = {text: self.family.encode_texts(encoders, [text]) for text in texts}
+
+    def encoded(self, pictures: Sequence[np.ndarray]) -> Tensor:
+        """uint8 pictures (S, S, 3), or clips (F, S, S, 3) -> latents."""
+        frames = [picture if self._moving else picture[None] for picture in pictures]
         pixels = [torch.stack([to_tensor(Image.fromarray(frame)) for frame in clip], dim=1) for clip in frames]
         batches = [torch.stack(pixels[i : i + BATCH]) for i in range(0, len(pixels), BATCH)]
-        self._sources = torch.cat([self._family.encode_pixels(self._vae, batch) for batch in batches])
-        encoders = self._family.load_text_encoders(CPU)
-        texts = dict.fromkeys(text for edit in edits for text in (edit.instruction, edit.tgt_caption))
-        self._texts = {text: self._family.encode_texts(encoders, [text]) for text in texts}
+        return torch.cat([self.family.encode_pixels(self._vae, batch) for batch in batches])
 
     def edit(self, velocity: Velocity, n: int) -> dict[str, np.ndarray]:
         """The first `n` edits by id, like their sources."""
@@ -293,20 +298,31 @@ class Evaluator:
         """Every target caption as text-to-image (or text-to-video), from the base: no source."""
         return self._make(velocity, [edit.tgt_caption for edit in self.edits], with_source=False, first_seed=first_seed)
 
-    @torch.no_grad()
     def _make(self, velocity: Velocity, texts: Sequence[str], *, with_source: bool, first_seed: int) -> dict[str, np.ndarray]:
+        return self.decoded(self.latents(velocity, texts, with_source=with_source, first_seed=first_seed), self.edits)
+
+    @torch.no_grad()
+    def latents(self, velocity: Velocity, texts: Sequence[str], *, with_source: bool = True, first_seed: int = 0) -> Tensor:
+        """Sampled by the first texts, one an edit."""
         sample, shape = self._config.sample, tuple(self._sources[:1].shape)
-        images: dict[str, np.ndarray] = {}
+        made = []
         for start in range(0, len(texts), BATCH):
             batch = range(start, min(start + BATCH, len(texts)))
             noise = torch.cat([sampling.seeded_noise(shape, first_seed + i, CPU) for i in batch])
             text = {name: torch.cat([self._texts[texts[i]][name] for i in batch]) for name in self._texts[texts[start]]}
             source = self._sources[batch.start : batch.stop] if with_source else None
             options = {"steps": sample.steps, "schedule": sample.schedule, "seeds": [first_seed + i for i in batch]}
-            latents = sampling.sample_as_configured(self._config, self._family, velocity, noise, text, source, **options)
-            for i, pixels in zip(batch, self._family.decode_latents(self._vae, latents), strict=True):
-                made = np.stack([np.asarray(frame) for frame in frames_of(pixels)])
-                images[self.edits[i].id] = made if self._moving else made[0]
+            made.append(sampling.sample_as_configured(self._config, self.family, velocity, noise, text, source, **options))
+        return torch.cat(made)
+
+    @torch.no_grad()
+    def decoded(self, latents: Tensor, edits: Sequence[Edit]) -> dict[str, np.ndarray]:
+        """Pictures or clips of the first edits, by their ids."""
+        images: dict[str, np.ndarray] = {}
+        batches = (self.family.decode_latents(self._vae, latents[start : start + BATCH]) for start in range(0, len(latents), BATCH))
+        for edit, pixels in zip(edits, (pixels for batch in batches for pixels in batch), strict=False):
+            made = np.stack([np.asarray(frame) for frame in frames_of(pixels)])
+            images[edit.id] = made if self._moving else made[0]
         return images
 
     def score(self, images: Mapping[str, np.ndarray]) -> metrics.Table:

@@ -1,0 +1,128 @@
+"""Where an editor of the tiny world loses its source: `python -m benchmarks.where_lost NAME=LORA.safetensors [NAME=LORA ...]`.
+
+Held-out recoloured backgrounds, of which an editor must keep the objects. Its final latents are taken apart by what the exact edit does to
+the pixels below each latent pixel: `kept` (nothing changes), `background` (everything does), `edges` (some). One part at a time is replaced
+by the exact edit's latents, and the share of preserved sources is read again: the part that helps most is where it was lost. `copied`:
+without any editor, the exact edit with the source's own latents in the kept part, which is what copying source tokens would give.
+
+The exact edit's latents of kept objects are not the source's: the autoencoder's normalisation looks at the whole picture, so that another
+background moves them all. `moved` is by how much, root mean square over the channels, median over latent pixels. A minute on one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks import tiny_world_run as runs
+from benchmarks.direction import CHANGED, cells
+from benchmarks.provenance import commit
+from benchmarks.rollout_error import config_of
+from byg_plugin.demo import metrics, world
+from byg_plugin.hosts import make_host
+from byg_plugin.lora.formats import read_named
+
+KIND = "recolour_background"
+# What is exact in the editor's latents, in the order of the table.
+EXACT: dict[str, tuple[str, ...]] = {
+    "nothing": (),
+    "kept": ("kept",),
+    "background": ("background",),
+    "edges": ("edges",),
+    "all but kept": ("background", "edges"),
+}
+
+
+def parts_of(before: np.ndarray, after: np.ndarray, side: int) -> dict[str, Tensor]:
+    """uint8 (N, S, S, 3) of source and exact edit -> masks (N, 1, 1, side, side) of latent pixels; each lies in one part."""
+    share = torch.from_numpy(cells((np.abs(before.astype(int) - after).max(-1) > CHANGED).astype(float), side))[:, None, None]
+    kept, background = share < 0.01, share > 0.9
+    return {"kept": kept, "background": background, "edges": ~(kept | background)}
+
+
+def replaced(latents: Tensor, exact: Tensor, parts: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
+    """Latents (N, C, 1, H, W) with those of `exact` in the named parts."""
+    for name in names:
+        latents = torch.where(parts[name], exact, latents)
+    return latents
+
+
+class Backgrounds:
+    """Held-out edits of backgrounds, their latents and their parts."""
+
+    def __init__(self, count: int):
+        config = config_of("flux")
+        config = config.model_copy(update={"train": config.train.model_copy(update={"mixed_precision": "no"})})
+        self.edits = [edit for edit in runs.eval_edits(2 * count, 2, "report", world.DEFAULT_TYPES) if edit.edit_type == KIND]
+        before, after = (np.stack([world.render(getattr(edit, side)) for edit in self.edits]) for side in ("before", "after"))
+        self.evaluator = runs.Evaluator(config, self.edits)
+        self.source, self.exact = (self.evaluator.encoded(list(pixels)) for pixels in (before, after))
+        self.parts = parts_of(before, after, self.exact.shape[-1])
+        self.config = config
+
+    def preserved(self, latents: Tensor) -> float:
+        """Share of edits that keep their source, once decoded."""
+        images = self.evaluator.decoded(latents, self.edits)
+        return float(np.mean([metrics.score(images[edit.id], edit).preserved for edit in self.edits]))
+
+    def moved(self) -> dict[str, float]:
+        """See the module."""
+        distance = (self.exact - self.source).square().mean(1, keepdim=True).sqrt()
+        return {name: distance[mask].median().item() for name, mask in self.parts.items()}
+
+    def copied(self) -> float:
+        """See the module."""
+        return self.preserved(replaced(self.exact, self.source, self.parts, ("kept",)))
+
+    def of_editor(self, lora: Path) -> dict[str, float]:
+        """Share of preserved sources by what is exact."""
+        host = make_host(self.config, self.evaluator.family, torch.device("cpu"), fresh=False)
+        host.load_lora(read_named(lora, "flux")[0])
+        with host.live() as velocity:
+            latents = self.evaluator.latents(velocity, [edit.instruction for edit in self.edits])
+        return {name: self.preserved(replaced(latents, self.exact, self.parts, exact)) for name, exact in EXACT.items()}
+
+
+def table(record: Mapping[str, Any]) -> str:
+    """Percentages, a line an editor."""
+    lines = ["| exact in the editor's latents: | " + " | ".join(EXACT) + " |", "|---" * (1 + len(EXACT)) + "|"]
+    lines += [f"| {name} | {' | '.join(f'{100 * row[one]:.0f}' for one in EXACT)} |" for name, row in record["editors"].items()]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """The command; see the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("loras", nargs="*", metavar="NAME=FILE", help="editors of the tiny world; none: what needs no editor")
+    parser.add_argument("--edits", type=int, default=96, help="of backgrounds")
+    parser.add_argument("--out", type=Path, help="also write the figures to this JSON file")
+    options = parser.parse_args()
+    if wrong := [text for text in options.loras if "=" not in text or not Path(text.partition("=")[2]).is_file()]:
+        parser.error(f"{wrong[0]}: NAME=FILE is asked for, and FILE must be there")
+    made_by, modified = commit("benchmarks/where_lost.py", "byg_plugin")
+    backgrounds = Backgrounds(options.edits)
+    editors = {name: backgrounds.of_editor(Path(file)) for name, _, file in (text.partition("=") for text in options.loras)}
+    record = {
+        "commit": made_by,
+        "modified": modified,
+        "torch": torch.__version__,
+        "edits": len(backgrounds.edits),
+        "moved": backgrounds.moved(),
+        "copied": backgrounds.copied(),
+        "editors": editors,
+    }
+    print(table(record), end="\n\n")
+    if options.out:
+        options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()
