@@ -56,8 +56,8 @@ def create_arch_network(multiplier: float, dim: int, alpha: float, vae: Any, enc
 
 def recipe(demo: Config, out: Path, host_path: str | None) -> Config:
     """configs/demo.toml in the host's words."""
-    # The host has no merged weights; the identity pass runs by itself (the same but for rounding), and the reverse pass has the prior too, as
-    # when the committed figures were made.
+    # The host has no merged weights; the identity pass runs by itself (the same but for rounding), and the reverse pass has the prior too,
+    # as when the committed figures were made.
     train, objective = demo.train, demo.objective.model_dump(mode="json", exclude={"rollout_weights", "merge_identity", "reverse_prior"})
     assert train.optimizer == "muon" and train.lr_schedule == "cosine"
     own = {

@@ -150,14 +150,17 @@ def train(config: Config, family: Family, device: Any, resume: str | None, *, di
             _start_tracker(accelerator, tracker, folder, trainer.step)
         if evaluation is not None:
             evaluation.start(trainer)
+        stopped: Interrupted | None = None
         try:
             lora = trainer.run()
-        except Interrupted as stop:
-            _cli.say(str(stop), accelerator.is_main_process)
-            raise KeyboardInterrupt from stop
+        except Interrupted as stop:  # by all processes, at one step
+            stopped = stop
         finally:
             _end_trackers(accelerator)
-        accelerator.end_training()
+        accelerator.state.destroy_process_group()
+        if stopped is not None:
+            _cli.say(str(stopped), accelerator.is_main_process)
+            raise KeyboardInterrupt from stopped
     _cli.say(f"LoRA: {lora}", accelerator.is_main_process)
     return lora
 

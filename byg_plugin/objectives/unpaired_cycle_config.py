@@ -153,11 +153,11 @@ class UnpairedCycleConfig(ObjectiveConfig):
             )
         if not self.reverse_prior and not (self.lambda_cycle and self.cycle):
             raise ValueError(
-                "objective.reverse_prior = false leaves the reverse pass to the cycle loss, which is switched off or has no weight: leave "
-                "it out, or give objective.lambda_cycle a weight"
+                "objective.reverse_prior = false leaves the reverse pass to the cycle loss, which is switched off or has no weight: set it "
+                "to true, or give objective.lambda_cycle a weight"
             )
         if not self.reverse_prior and not prior:
-            raise ValueError("objective.reverse_prior = false: there is no prior, leave it out")
+            raise ValueError("objective.reverse_prior = false: there is no prior, set it to true")
         if self.prior_guidance and not (prior and self.alpha):
             raise ValueError(
                 f"objective.prior_guidance = {dict(self.prior_guidance)} guides the prior's MSE, which has no weight: leave it out, or "

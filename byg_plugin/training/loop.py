@@ -42,6 +42,7 @@ from byg_plugin.randomness import derived_seed, generator
 from byg_plugin.training import best, checkpoint, logs, preview
 from byg_plugin.training.checkpoint import naming_a_full_disk
 from byg_plugin.training.diagnosis import Diagnosis
+from byg_plugin.training.engine import Engine
 from byg_plugin.training.engines import make_engine
 from byg_plugin.training.headers import exported, header
 from byg_plugin.training.launch import Launch
@@ -136,8 +137,8 @@ class Trainer:
         self.host.critique = critique
         trained = {name: adapter.parameters for name, adapter in self.host.adapters.items()}
         self.watchdog = Watchdog(config.train.collective_timeout, accelerator.process_index, self._rescue)
-        engine = make_engine(launch, config.train, trained, self.accumulation, accelerator.device)
-        self.engine = watched(engine, self.watchdog, sharded=bool(launch.sharding))
+        self._own_engine = make_engine(launch, config.train, trained, self.accumulation, accelerator.device)
+        self.engine = watched(self._own_engine, self.watchdog, sharded=bool(launch.sharding))
         if launch.sharding:
             hear_in([block for network in self.host.networks.values() for block in blocks_of(network)], self.watchdog)
         self.engine.broadcast()
@@ -158,8 +159,13 @@ class Trainer:
             self._restore(state)
         self._clear_later()
         self._stop = False
-        # Held while the weights are on their way from one step to the next, and while they are written.
+        self._moving = False
+        """Whether the weights are on their way from one step to the next; an exception leaves them there."""
+        # Held meanwhile, and while a checkpoint is written: the watchdog's thread writes one too.
         self._still = threading.Lock()
+        self._holds_still = False
+        self._rescued: int | None = None
+        """The step that the watchdog's thread has saved."""
         # Steps that have trained each adapter, of separate experts each one's part of it.
         self._steps_of = Counter(trained for step in range(self.step) for trained in self._trained_by(step))
 
@@ -246,9 +252,14 @@ class Trainer:
         with _interruptible(self), bar:
             for micro_batches in self._loader():
                 started = time.perf_counter()
-                metrics = self._optimizer_step(micro_batches)
-                self.step += 1
-                self._still.release()
+                try:
+                    metrics = self._optimizer_step(micro_batches)
+                    self.step += 1
+                    self._moving = False
+                finally:
+                    if self._holds_still:
+                        self._holds_still = False
+                        self._still.release()
                 seconds = time.perf_counter() - started
                 if self.step % config.train.log_every == 0 or self.step == config.train.steps:
                     self._log(metrics, seconds, bar)
@@ -263,22 +274,31 @@ class Trainer:
         """Around passes: with a base in shards they wait for the others, with a whole one for nobody."""
         return self.watchdog.waiting(what) if self.host.sharding else nullcontext()
 
-    def _rescue(self) -> str:
-        """In the watchdog's thread, while the main one waits or works: save the last whole step, where the others need not be asked."""
-        could_not = f"step {self.step} could not be saved; {checkpoint.way_back(self.checkpoints)}"
+    def _rescue(self, *, ends: bool) -> str:
+        """In the watchdog's thread, while the main one waits or works: save the last whole step, where the others need not be asked.
+
+        Args:
+            ends: nothing comes after it; else the main thread works on, and may save yet.
+        """
         if not self._still.acquire(timeout=_MOVED):
-            return could_not
+            return self._not_saved(ends)
         try:
             saved = checkpoint.checkpoints(self.checkpoints)
             if saved and saved[-1].name == checkpoint.name_of(self.step):
                 return f"step {self.step} is saved: go on with --resume latest"
-            if not self.engine.whole or not self.step:
-                return could_not
+            if self._moving or not self.engine.whole or not self.step:
+                return self._not_saved(ends)
             with _beside(self.accelerator.device):
-                self._write_checkpoint(self._state())
+                self._write_checkpoint(self._state(self._own_engine))
+            self._rescued = self.step
             return f"step {self.step} is saved now: go on with --resume latest"
         finally:
             self._still.release()
+
+    def _not_saved(self, ends: bool) -> str:
+        if not ends:
+            return f"step {self.step} is not saved yet: training saves it when it is through with what it does"
+        return f"step {self.step} could not be saved; {checkpoint.way_back(self.checkpoints)}"
 
     def _after_step(self) -> None:
         train = self.config.train
@@ -365,7 +385,8 @@ class Trainer:
         def check(norms: Mapping[str, Tensor]) -> None:
             trained = {name: norms[name] for name in plan.adapters}
             self.diagnosis.before_step(self.step + 1, sums, trained, micro_batches, terms)
-            self._still.acquire()  # until the step is whole; an exception before that leaves nothing to save
+            self._still.acquire()
+            self._holds_still = self._moving = True
 
         norms = self.engine.step(learning_rate(config.train, self.step), check)
         self.diagnosis.after_step(self.step + 1)
@@ -445,15 +466,15 @@ class Trainer:
             with naming_a_full_disk(Path(f"{self.folder} (train.tracker)"), self.checkpoints):
                 self.accelerator.log(values, step=self.step)
 
-    def _state(self) -> checkpoint.TrainingState:
+    def _state(self, engine: Engine) -> checkpoint.TrainingState:
         """What a checkpoint holds, whole on every process."""
-        optimizers = self.engine.state()
+        optimizers = engine.state()
         return checkpoint.TrainingState(
             step=self.step,
             adapters={
                 name: checkpoint.AdapterState(
-                    lora=self.engine.gathered(adapter.ema.live()),
-                    ema=self.engine.gathered(adapter.ema.state()) if adapter.ema.decay else {},
+                    lora=engine.gathered(adapter.ema.live()),
+                    ema=engine.gathered(adapter.ema.state()) if adapter.ema.decay else {},
                     optimizer=optimizers[name],
                 )
                 for name, adapter in self.host.adapters.items()
@@ -463,10 +484,11 @@ class Trainer:
         )
 
     def _save(self) -> None:
-        state = self._state()
+        state = self._state(self.engine)
         if self.accelerator.is_main_process:
             with self._still:
-                self._write_checkpoint(state)
+                if self._rescued != self.step:
+                    self._write_checkpoint(state)
         with self.watchdog.waiting(f"the first process, which saves step {self.step}"):
             self.accelerator.wait_for_everyone()
 

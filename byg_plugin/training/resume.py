@@ -25,8 +25,8 @@ logger = get_logger(__name__)
 # What may differ between a checkpoint and the run that goes on from it without changing what is computed.
 _FREE = {"sample", "evaluate", "output", "train.save_every", "train.keep_last", "train.log_every", "train.validate_every", "train.tracker"}
 _FREE |= {"train.sharding", "train.sharding_offload", "train.collective_timeout"}
-# Where the data lie and how they are read: other tuples are told by their digest.
-_FREE |= {"dataset.tuples", "dataset.image_root", "dataset.cache_dir", "dataset.cache_batch_size", "dataset.workers", "critic.kept_sources"}
+# How the data are read. Not which: the digest of the data knows names and buckets, and neither texts nor pixels.
+_FREE |= {"dataset.cache_dir", "dataset.cache_batch_size", "dataset.workers", "critic.kept_sources"}
 _FIXED = (
     "lora.rank",
     "lora.alpha",

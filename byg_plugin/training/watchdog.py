@@ -29,11 +29,11 @@ class Watchdog:
     Args:
         minutes: that are waited.
         rank: of this process.
-        rescue: called before the end, and where an interrupted process is not done in time; saves what can be saved without the
-            others, and says what is saved.
+        rescue: called before the end (`ends=True`), and where an interrupted process is not done in time; saves what can be saved
+            without the others, and says what is saved.
     """
 
-    def __init__(self, minutes: float, rank: int, rescue: Callable[[], str]):
+    def __init__(self, minutes: float, rank: int, rescue: Callable[..., str]):
         self._seconds, self._rank, self._rescue = 60 * minutes, rank, rescue
         self._main = threading.main_thread().ident
         self._waits: tuple[str, float] | None = None
@@ -78,7 +78,7 @@ class Watchdog:
             if self._interrupted is not None and time.monotonic() - self._interrupted > _INTERRUPTED:
                 self._interrupted = None
                 if self._rank == 0:
-                    print(self._rescue(), file=sys.stderr, flush=True)
+                    self._save(ends=False)
 
     def _end(self, what: str) -> None:
         inside = _collective(sys._current_frames().get(self._main or 0))
@@ -87,16 +87,18 @@ class Watchdog:
             file=sys.stderr,
             flush=True,
         )
+        if self._rank == 0:
+            self._save(ends=True)
+        else:
+            time.sleep(_GRACE)
+        os._exit(EXIT_CODE)  # the main thread does not come back
+
+    def _save(self, *, ends: bool) -> None:
         try:
-            if self._rank == 0:
-                print(self._rescue(), file=sys.stderr, flush=True)
-            else:
-                time.sleep(_GRACE)
-        except BaseException:  # noqa: BLE001 - the process ends here, and nobody else would say it
+            print(self._rescue(ends=ends), file=sys.stderr, flush=True)
+        except BaseException:  # noqa: BLE001 - said here or nowhere; this thread has to end the process, and to watch on
             traceback.print_exc()
             sys.stderr.flush()
-        finally:
-            os._exit(EXIT_CODE)  # the main thread does not come back
 
 
 def _collective(frame: FrameType | None) -> str:

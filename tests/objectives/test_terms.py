@@ -216,7 +216,7 @@ def test_validation_computes_the_same_values_without_a_graph(variant, graph, ide
     [
         ({"reverse_prior": False, "cycle": False}, "reverse_prior = false leaves the reverse pass to the cycle loss"),
         ({"reverse_prior": False, "lambda_cycle": 0.0}, "reverse_prior = false leaves the reverse pass to the cycle loss"),
-        ({"reverse_prior": False, "prior": False}, "reverse_prior = false: there is no prior"),
+        ({"reverse_prior": False, "prior": False}, "reverse_prior = false: there is no prior, set it to true"),
         ({"prior_guidance": {"remove": 3.0}, "alpha": 0.0}, "prior_guidance = {'remove': 3.0} guides the prior's MSE"),
         ({"prior_guidance": {"remove": 3.0}, "lambda_prior": 0.0}, "prior_guidance = {'remove': 3.0} guides the prior's MSE"),
         ({"prior_guidance": {"remove": 3.0}, "prior": False}, "prior_guidance = {'remove': 3.0} guides the prior's MSE"),

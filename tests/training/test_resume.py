@@ -254,11 +254,13 @@ def test_a_key_that_the_checkpoint_does_not_know_is_a_change_where_it_is_set(tmp
     del saved["objective"]["rollout_solver"], saved["critic"], saved["train"]["betas"]
     with caplog.at_level(logging.WARNING):
         resume._check_same_run(plain, saved)
-        where = {"tuples": "elsewhere.jsonl", "cache_dir": "moved", "workers": 2, "cache_batch_size": 3}
+        where = {"cache_dir": "moved", "workers": 2, "cache_batch_size": 3}
         resume._check_same_run(run_config(tmp_path / "out", dataset=where), saved)
         assert not [line for line in caplog.messages if "train.betas" not in line]
         resume._check_same_run(chosen, saved)
+        resume._check_same_run(run_config(tmp_path / "out", dataset={"image_root": "elsewhere"}), saved)
     assert "objective.rollout_solver was None and is now 'ab2'" in caplog.text
+    assert "dataset.image_root was None and is now" in caplog.text, "other pictures may have the same names"
 
 
 # A text's stream of the last block: nothing is read of it.
