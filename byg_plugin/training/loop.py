@@ -288,7 +288,8 @@ class Trainer:
                 return f"step {self.step} is saved: go on with --resume latest"
             if self._moving or not self.engine.whole or not self.step:
                 return self._not_saved(ends)
-            with _beside(self.accelerator.device):
+            # A step that has just ended may still be on its way on the device: only in a hang nothing is.
+            with _beside(self.accelerator.device) if ends else nullcontext():
                 self._write_checkpoint(self._state(self._own_engine))
             self._rescued = self.step
             return f"step {self.step} is saved now: go on with --resume latest"

@@ -197,7 +197,7 @@ def test_the_recipe_of_stylised_sources_has_thirty_scenes_a_style():
     lines = list(longtail.recipe())
     assert len(lines) == 180 and len({line["file"] for line in lines}) == 180 and len({line["prompt"] for line in lines}) == 180
     assert {line["style"] for line in lines} == longtail.STYLES.keys() and len(set(longtail.SCENES)) == 30
-    assert "prints 180 prompts, 30 scenes in each\nstyle" in PAGE
+    assert "prints 180 prompts, 30 scenes in each style" in PAGE
 
 
 def test_video_pairs_the_styles_as_the_paper_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

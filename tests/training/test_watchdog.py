@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,23 @@ def test_a_step_that_the_rescue_has_saved_is_not_written_again(tmp_path: Path, m
     trainer.run()
     assert {f"step {step} is saved now: go on with --resume latest" for step in (1, 2)} <= set(asked)
     assert (tmp_path / "out/byg_lora.safetensors").is_file()
+
+
+def test_only_in_a_hang_is_saved_beside_the_devices_own_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Where the main thread works on, the step that it has just ended may not be through on the device yet."""
+    trainer = make_trainer(run_config(tmp_path / "out", train={"steps": 2, "save_every": 0}))
+    trainer.run()
+    beside: list[torch.device] = []
+
+    def stream(device: torch.device) -> Any:
+        beside.append(device)
+        return nullcontext()
+
+    monkeypatch.setattr(loop, "_beside", stream)
+    for step, ends in ((3, False), (4, True)):
+        trainer.step = step
+        assert trainer._rescue(ends=ends) == f"step {step} is saved now: go on with --resume latest"
+        assert len(beside) == ends
 
 
 def test_an_exception_inside_a_step_leaves_nothing_to_save_and_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
