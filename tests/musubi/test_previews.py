@@ -12,9 +12,11 @@ from PIL import Image
 from torch import Tensor
 
 from byg_plugin import families
+from byg_plugin.config.loading import load_config
+from byg_plugin.musubi import host as musubi
 from tests.support.musubi_host import A14B, needs_host, open_tiny, texts
 from tests.support.musubi_newer import rename_seams
-from tests.support.musubi_runs import rig, run_here, write_config, write_work
+from tests.support.musubi_runs import rig, run_here, write_config, write_roles, write_work
 
 pytestmark = needs_host
 
@@ -116,7 +118,9 @@ def test_previews_in_the_hosts_loop(tmp_path: Path, family: str, newer: bool, mo
         "sample_every_n_steps": 2,
         "sample_at_first": True,
     }
-    run_here(write_config(tmp_path, family, max_train_steps=2, **options))
+    config = write_config(tmp_path, family, max_train_steps=2, **options)
+    write_roles(tmp_path, family, musubi._encoder_identity(load_config(config)))  # by the files that the previews need
+    run_here(config)
     assert len(saved) >= 2 and all(video.shape == (1, 3, 1, 32, 48) for video in saved)
     assert not torch.equal(saved[0], saved[-1]), "the weights have changed in between"
     assert not newer or set(called) == {"prepare_sampling", "round_sample_frame_count", "item_extras"}

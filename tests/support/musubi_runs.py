@@ -76,7 +76,6 @@ def write_work(folder: Path, family: str, items: int = 3) -> None:
     cache = folder / "cache"
     cache.mkdir()
     lines = []
-    tuples = []
     for index in range(items):
         source = folder / f"photo{index}.png"
         Image.new("RGB", (48, 32), (60 * index, 90, 120)).save(source)
@@ -95,12 +94,17 @@ def write_work(folder: Path, family: str, items: int = 3) -> None:
         f'[general]\nresolution = [48, 32]\nbatch_size = 1\nenable_bucket = false\n[[datasets]]\n{kind}_directory = "{folder.as_posix()}"\n'
     )
     (folder / "dataset.toml").write_text(f'{toml}cache_directory = "{cache.as_posix()}"\n{frames}', encoding="utf-8")
+    write_roles(folder, family, encoder_of(family))
+
+
+def write_roles(folder: Path, family: str, encoder: str) -> None:
+    """Our roles in the host's text caches, said to be by an encoder."""
     from byg_plugin.data.tuples import read_tuples_file
 
     tuples = read_tuples_file(folder / "tuples.jsonl")
     hosts = musubi_family(family)
     for item, some in musubi_cache.matched(musubi_cache.cached_items(folder / "dataset.toml", hosts), tuples):
-        musubi_cache.write_roles(item, some, lambda text: encoded(family, text), hosts, encoder_of(family))
+        musubi_cache.write_roles(item, some, lambda text: encoded(family, text), hosts, encoder)
 
 
 def encoder_of(family: str) -> str:
