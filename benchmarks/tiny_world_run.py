@@ -414,7 +414,7 @@ def run(plan: Plan) -> dict[str, Any]:
         "kind": plan.kind,
         "stage": plan.stage,
         "seed": plan.seed,
-        "overrides": list(plan.overrides),
+        "overrides": [override.replace(f"{provenance.ROOT.as_posix()}/", "") for override in plan.overrides],  # no path of this machine
         "identity": identity(plan),
         "config": settings(plan),
         "commit": commit(),
