@@ -32,6 +32,7 @@ from byg_plugin.objectives.base import Text
 TIMES = (0.15, 0.3, 0.5, 0.65, 0.8, 0.9, 0.95)
 STATES = ("source", "edit")
 CHANGED = 8  # of 255: less is rounding
+WHOLLY, HARDLY = 0.9, 0.01  # changed is a latent pixel of a larger share, untouched one of a smaller
 STRONGEST = 0.02
 BLUR = 3.0  # of a Gaussian, in pixels
 
@@ -42,9 +43,14 @@ def cells(change: np.ndarray, side: int) -> np.ndarray:
     return change.reshape(len(change), side, of, side, of).mean((2, 4))
 
 
+def changed_share(before: np.ndarray, after: np.ndarray, side: int) -> np.ndarray:
+    """uint8 (N, S, S, 3) of source and exact edit -> share of changed pixels in each latent pixel, (N, side, side)."""
+    return cells((np.abs(before.astype(int) - after).max(-1) > CHANGED).astype(float), side)
+
+
 def located(strength: np.ndarray, share: np.ndarray) -> float | None:
     """Chance that a changed latent pixel is stronger than an untouched one (ties count half); None where there is no such pair."""
-    inside, outside = strength[share > 0.9], strength[share < 0.01]
+    inside, outside = strength[share > WHOLLY], strength[share < HARDLY]
     if not inside.size or not outside.size:
         return None
     above = inside[:, None] - outside[None]
@@ -67,11 +73,10 @@ def measure(edits_per_type: int, types: Sequence[str] = tuple(world.EDIT_TYPES))
         edits = world.sample_split(edits_per_type, 0, "direction", (kind,))
         before = np.stack([world.render(edit.before) for edit in edits])
         after = np.stack([world.render(edit.after) for edit in edits])
-        change = (np.abs(before.astype(int) - after).max(-1) > CHANGED).astype(float)
         src = family.encode_texts(encoders, [edit.src_caption for edit in edits])
         tgt = family.encode_texts(encoders, [edit.tgt_caption for edit in edits])
         source, edit, blurry = (_encoded(family, vae, pixels) for pixels in (before, after, blurred(after)))
-        share = cells(change, source.shape[-1])
+        share = changed_share(before, after, source.shape[-1])
         ends = {"exact": edit, "blurred": blurry}
         for state, clean in zip(STATES, (source, edit), strict=True):
             for t in TIMES:

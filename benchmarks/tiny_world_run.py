@@ -278,7 +278,7 @@ class Evaluator:
         self._vae = self.family.load_vae(CPU)
         sources = [of.before(edit) for edit in edits]
         self._moving = sources[0].ndim == 4
-        self._sources = self.encoded(sources)
+        self.sources = self.encoded(sources)
         encoders = self.family.load_text_encoders(CPU)
         texts = dict.fromkeys(text for edit in edits for text in (edit.instruction, edit.tgt_caption))
         self._texts = {text: self.family.encode_texts(encoders, [text]) for text in texts}
@@ -299,28 +299,28 @@ class Evaluator:
         return self._make(velocity, [edit.tgt_caption for edit in self.edits], with_source=False, first_seed=first_seed)
 
     def _make(self, velocity: Velocity, texts: Sequence[str], *, with_source: bool, first_seed: int) -> dict[str, np.ndarray]:
-        return self.decoded(self.latents(velocity, texts, with_source=with_source, first_seed=first_seed), self.edits)
+        return self.decoded(self.latents(velocity, texts, with_source=with_source, first_seed=first_seed))
 
     @torch.no_grad()
     def latents(self, velocity: Velocity, texts: Sequence[str], *, with_source: bool = True, first_seed: int = 0) -> Tensor:
         """Sampled by the first texts, one an edit."""
-        sample, shape = self._config.sample, tuple(self._sources[:1].shape)
+        sample, shape = self._config.sample, tuple(self.sources[:1].shape)
         made = []
         for start in range(0, len(texts), BATCH):
             batch = range(start, min(start + BATCH, len(texts)))
             noise = torch.cat([sampling.seeded_noise(shape, first_seed + i, CPU) for i in batch])
             text = {name: torch.cat([self._texts[texts[i]][name] for i in batch]) for name in self._texts[texts[start]]}
-            source = self._sources[batch.start : batch.stop] if with_source else None
+            source = self.sources[batch.start : batch.stop] if with_source else None
             options = {"steps": sample.steps, "schedule": sample.schedule, "seeds": [first_seed + i for i in batch]}
             made.append(sampling.sample_as_configured(self._config, self.family, velocity, noise, text, source, **options))
         return torch.cat(made)
 
     @torch.no_grad()
-    def decoded(self, latents: Tensor, edits: Sequence[Edit]) -> dict[str, np.ndarray]:
+    def decoded(self, latents: Tensor) -> dict[str, np.ndarray]:
         """Pictures or clips of the first edits, by their ids."""
         images: dict[str, np.ndarray] = {}
         batches = (self.family.decode_latents(self._vae, latents[start : start + BATCH]) for start in range(0, len(latents), BATCH))
-        for edit, pixels in zip(edits, (pixels for batch in batches for pixels in batch), strict=False):
+        for edit, pixels in zip(self.edits, (pixels for batch in batches for pixels in batch), strict=False):
             made = np.stack([np.asarray(frame) for frame in frames_of(pixels)])
             images[edit.id] = made if self._moving else made[0]
         return images

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import tiny_world_run as runs
-from benchmarks.direction import CHANGED, cells
+from benchmarks.direction import HARDLY, WHOLLY, changed_share
 from benchmarks.provenance import commit
 from benchmarks.rollout_error import config_of
 from byg_plugin.demo import metrics, world
@@ -42,8 +42,8 @@ EXACT: dict[str, tuple[str, ...]] = {
 
 def parts_of(before: np.ndarray, after: np.ndarray, side: int) -> dict[str, Tensor]:
     """uint8 (N, S, S, 3) of source and exact edit -> masks (N, 1, 1, side, side) of latent pixels; each lies in one part."""
-    share = torch.from_numpy(cells((np.abs(before.astype(int) - after).max(-1) > CHANGED).astype(float), side))[:, None, None]
-    kept, background = share < 0.01, share > 0.9
+    share = torch.from_numpy(changed_share(before, after, side))[:, None, None]
+    kept, background = share < HARDLY, share > WHOLLY
     return {"kept": kept, "background": background, "edges": ~(kept | background)}
 
 
@@ -63,13 +63,13 @@ class Backgrounds:
         self.edits = [edit for edit in runs.eval_edits(2 * count, 2, "report", world.DEFAULT_TYPES) if edit.edit_type == KIND]
         before, after = (np.stack([world.render(getattr(edit, side)) for edit in self.edits]) for side in ("before", "after"))
         self.evaluator = runs.Evaluator(config, self.edits)
-        self.source, self.exact = (self.evaluator.encoded(list(pixels)) for pixels in (before, after))
+        self.source, self.exact = self.evaluator.sources, self.evaluator.encoded(list(after))
         self.parts = parts_of(before, after, self.exact.shape[-1])
         self.config = config
 
     def preserved(self, latents: Tensor) -> float:
         """Share of edits that keep their source, once decoded."""
-        images = self.evaluator.decoded(latents, self.edits)
+        images = self.evaluator.decoded(latents)
         return float(np.mean([metrics.score(images[edit.id], edit).preserved for edit in self.edits]))
 
     def moved(self) -> dict[str, float]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import where_lost
+from benchmarks import direction, where_lost
 from byg_plugin.demo import world
 from tests.support import ROOT
 
@@ -22,7 +22,7 @@ def test_each_latent_pixel_lies_in_one_part():
     before, after = np.zeros((1, 8, 8, 3), np.uint8), np.zeros((1, 8, 8, 3), np.uint8)
     after[0, :4, :4] = 200  # one whole
     after[0, 5, 5] = 200  # some pixels of another
-    after[0, 0, 7] = where_lost.CHANGED  # rounding
+    after[0, 0, 7] = direction.CHANGED  # rounding
     parts = where_lost.parts_of(before, after, 2)
     assert {name: mask.squeeze().tolist() for name, mask in parts.items()} == {
         "kept": [[False, True], [True, False]],
@@ -78,7 +78,7 @@ def test_an_edit_by_the_base_has_latents_that_decode_to_what_the_study_scores(ba
     field = lambda noisy, t, text, source: noisy - source  # noqa: E731
     images = backgrounds.evaluator.edit(field, 3)
     latents = backgrounds.evaluator.latents(field, [edit.instruction for edit in backgrounds.edits[:3]])
-    again = backgrounds.evaluator.decoded(latents, backgrounds.edits)
+    again = backgrounds.evaluator.decoded(latents)
     assert list(images) == list(again) == [edit.id for edit in backgrounds.edits[:3]]
     assert all(np.array_equal(images[name], again[name]) for name in images)
     assert images[backgrounds.edits[0].id].shape == (world.SIZE, world.SIZE, 3)
