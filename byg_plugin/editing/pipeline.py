@@ -17,11 +17,13 @@ from byg_plugin.config.sections import Config
 from byg_plugin.data.buckets import to_tensor
 from byg_plugin.editing import request
 from byg_plugin.editing.editor import Words, texts_of
+from byg_plugin.editing.encodings import Encodings
 from byg_plugin.editing.methods import Batch, Lora, Method
 from byg_plugin.editing.sources import Sources
 from byg_plugin.images import frames_of, to_pil
 from byg_plugin.lora.card import LoraCard, base_name
 from byg_plugin.models import make_family
+from byg_plugin.progress import Progress
 from byg_plugin.version import __version__
 
 if TYPE_CHECKING:
@@ -48,7 +50,7 @@ def _without_gradient(function: Callable[..., Any]) -> Callable[..., Any]:
 class EditPipeline:
     """A base model with an editing LoRA, of which `card` tells, or by itself. Make one with `from_lora` or `from_base`.
 
-    The text encoders are in memory while texts are encoded and dropped before the network comes; encodings are kept. A later
+    The text encoders are in memory while texts are encoded and dropped before the network comes; encodings are kept (`Encodings`). A later
     call with a new instruction loads the encoders again: on a CUDA device the network waits on the CPU meanwhile, unless it
     is stored in int8 or nf4, whose weights stay on the device. Where instructions are known beforehand, `encode` them at once.
     """
@@ -76,7 +78,7 @@ class EditPipeline:
         self._lora, self._origin = lora, origin
         self._host: Any = None
         self._vae: Any = None
-        self._texts: dict[str, dict[str, Tensor]] = {}
+        self._texts = Encodings()
 
     @classmethod
     def from_lora(
@@ -332,8 +334,11 @@ class EditPipeline:
 
         # On its own: the encoders must be gone before the network is back.
         encoders = self.family.load_text_encoders(self.device)
-        for text in texts:
-            self._texts[text] = text_at(self.family.encode_texts(encoders, [text]), 0)
+        # One text needs no bar.
+        with Progress(total=len(texts), desc="encode", unit="text", disable=len(texts) < 2) as bar:
+            for text in texts:
+                self._texts[text] = text_at(self.family.encode_texts(encoders, [text]), 0)
+                bar.update(1)
 
     def _load(self) -> None:
         if self._host is None:

@@ -44,8 +44,11 @@ def train(config: Path, environment: dict[str, str]) -> None:
 def test_the_lora_is_that_of_plain_processes(tmp_path: Path, family: str):
     write_work(tmp_path, family, items=4)
     engines = {"plain": {}, "fsdp2": FSDP, **({"zero3": DEEPSPEED} if find_spec("deepspeed") else {})}
+    # DeepSpeed's hooks change the order in which autograd adds up an input's gradients. What is left of that in float32 is rounding, which
+    # Adam would blow up where a gradient is nothing else.
+    exact = {"mixed_precision": "no", "optimizer_type": "SGD", "learning_rate": 0.05}
     for name, environment in engines.items():
-        config = write_config(tmp_path, family, name, max_train_steps=3)
+        config = write_config(tmp_path, family, name, max_train_steps=3, **exact)
         in_processes(2, partial(train, config, environment), tmp_path / "logs")
     plain = load_file(tmp_path / "plain/tiny-ema.safetensors")
     for name in list(engines)[1:]:
