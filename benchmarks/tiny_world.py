@@ -178,6 +178,8 @@ class Subject:
     page: report.Page
     groups: tuple[str, ...] = tuple(report.GROUPS)
     """Whose runs it has beside the main ones: a critic looks at pictures, and NP-Edit unrolls one network."""
+    settings: tuple[str, ...] = ()
+    """Beside `SETTINGS`."""
 
     @property
     def runs(self) -> list[str]:
@@ -313,7 +315,7 @@ class Study:
             "dataset.cache_dir": work / "cache",
             "output.dir": work / self.options.stage / f"{label}-{seed}",
         }
-        fixed = [f"{key}={_toml(value)}" for key, value in paths.items()] + [*SETTINGS, f"train.seed={seed}"]
+        fixed = [f"{key}={_toml(value)}" for key, value in paths.items()] + [*SETTINGS, *self.subject.settings, f"train.seed={seed}"]
         recipe = _recipe_of(self.options.config, [*fixed, *run.overrides])
         scale = self.stage.scale * self.options.steps
         lengths = {
