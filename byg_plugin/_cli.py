@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from byg_plugin import shipped
+from byg_plugin.progress import report
 
 _OURS = (shipped.PACKAGE, shipped.folder("dataset_tools"))
 
@@ -121,4 +122,4 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 def say(text: str, main_process: bool = True) -> None:
     """Print once, whatever the number of processes."""
     if main_process:
-        print(text, flush=True)
+        report(text, sys.stdout)

@@ -42,11 +42,12 @@ def run(what: Literal["latents", "texts"], config_path: str, overrides: Sequence
         family = make_family(config)
         summary = work(config, family, tuples, state.device, processes, prune=prune)
     except cache.UnusableImages as error:
+        state.destroy_process_group()
         if state.is_main_process:
             raise
         raise SystemExit(2) from error  # every process has the same list; one shows it
-    finally:
-        state.destroy_process_group()
+    # Not after what one process alone has raised: the group's end would wait for the others, which wait for this one, and nothing be said.
+    state.destroy_process_group()
     unit = "texts" if what == "texts" else "images and clips" if config.dataset.frames > 1 else "images"
     line = f"{summary.encoded} {unit} encoded, {summary.kept} were cached already, in {config.dataset.cache_dir}"
     if summary.pruned:

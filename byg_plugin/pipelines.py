@@ -95,6 +95,8 @@ class BygPipeline:
             self._check_position(position)
         path = None if isinstance(given, dict) else _lora_file(str(given), options)
         if path is None or not has_card(read_metadata(path)):
+            if not isinstance(given, dict) and not self._has_loras():
+                self._card = None  # of one that was unloaded; tensors may be its own
             super().load_lora_weights(given, adapter_name=adapter_name, **options)  # type: ignore[misc]
             self.position = position or self.position
             return
@@ -201,7 +203,9 @@ class BygPipeline:
             self._refuse_guided(few_steps, arguments)
         arguments = {key: value for key, value in arguments.items() if key != self.guided_by or value is not None}
         arguments = self._defaults(len(clips) * copies, arguments) | arguments
-        number = arguments.get(self._number_argument) or 1
+        number = 1 if (asked := arguments.get(self._number_argument)) is None else asked
+        if not isinstance(number, int) or number < 1:
+            raise ValueError(f"{self._number_argument} = {number!r} is not a whole number from 1 on")
         generator, edits = arguments.get("generator"), len(clips) * copies * number
         if isinstance(generator, list) and len(generator) != edits:
             raise ValueError(f"{len(generator)} generators for {edits} edits: give one, or as many as there are edits")
@@ -220,6 +224,8 @@ class BygPipeline:
         embeddings = arguments.get("prompt_embeds")
         if prompt is None and embeddings is None:
             raise ValueError("prompt is missing: say what to change, or give prompt_embeds")
+        if not (prompt is None or isinstance(prompt, str) or (isinstance(prompt, list | tuple) and prompt)):
+            raise ValueError(f"prompt = {prompt!r} is no text and no list of texts")
         prompts = 1 if isinstance(prompt, str) else len(embeddings if prompt is None else prompt)
         if images not in (1, prompts):
             raise ValueError(f"{images} images and {prompts} prompts: give each image a prompt, or one image")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from tqdm import tqdm
@@ -35,8 +35,7 @@ class Progress(tqdm):
         def write(text: str) -> None:
             nonlocal last
             if text.strip() and text != last:
-                file.write(text.rstrip() + "\n")
-                file.flush()
+                report(text.rstrip(), file)
                 last = text
 
         return write
@@ -66,8 +65,18 @@ class Progress(tqdm):
         if _is_terminal(file) or _is_terminal(sys.stderr):
             super().write(s, file, end, nolock)
         else:
-            file.write(s + end)
-            file.flush()
+            report(s, file, end)
+
+
+def report(text: str, file: Any = None, end: str = "\n") -> None:
+    """A line (default: on stderr) of work that goes on where nobody reads it any more.
+
+    Ctrl-C reaches the `tee` behind a pipe too, and a terminal may be closed: that must not end a run before it has saved.
+    """
+    file = sys.stderr if file is None else file
+    with suppress(OSError):
+        file.write(text + end)
+        file.flush()
 
 
 @contextmanager

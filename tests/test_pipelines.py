@@ -292,6 +292,26 @@ def test_any_of_our_formats_loads_and_other_loras_leave_the_position(flux_lora: 
     assert pipe.position == "same" and (edit(pipe) - usual).abs().max() > 1e-5
 
 
+def test_a_lora_without_a_card_is_not_sampled_by_one_that_was_unloaded(flux_lora: Path, tmp_path: Path):
+    tensors, metadata = read_lora(flux_lora)
+    write_lora(tmp_path / "ours.safetensors", tensors, metadata)
+    write_lora(tmp_path / "style.safetensors", tensors, {})
+    pipe = opened("FluxBygPipeline")
+    try:
+        pipe.load_lora_weights(tmp_path / "style.safetensors")
+        usual = edit(pipe)
+        pipe.unload_lora_weights()
+        pipe.load_lora_weights(tmp_path / "ours.safetensors")
+        assert edit(pipe).shape != usual.shape, "it was trained for another resolution"
+        pipe.load_lora_weights(tmp_path / "style.safetensors", adapter_name="beside")
+        assert edit(pipe).shape != usual.shape, "its own LoRA is there still"
+        pipe.unload_lora_weights()
+        pipe.load_lora_weights(tmp_path / "style.safetensors")
+        assert torch.equal(edit(pipe), usual)
+    finally:
+        forget("FluxBygPipeline")
+
+
 def test_a_fused_lora_keeps_its_position(tmp_path: Path):
     pipe = opened("FluxBygPipeline")
     pipe.load_lora_weights(lora_of("FluxBygPipeline", tmp_path, "kontext"))
@@ -348,6 +368,11 @@ def test_a_lora_that_experts_share_is_for_both_and_brings_its_boundary(tmp_path:
         ({"image": [image(), image(1)]}, "2 images and 1 prompts: give each image a prompt"),
         ({"image": [image(), image(1)], "prompt": [*PROMPTS, "add sky"]}, "2 images and 3 prompts"),
         ({"prompt": None}, "prompt is missing: say what to change"),
+        ({"prompt": []}, r"prompt = \[\] is no text and no list of texts"),
+        ({"prompt": 5}, "prompt = 5 is no text"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt = 0 is not a whole number from 1 on"),
+        ({"num_images_per_prompt": -1}, "num_images_per_prompt = -1 is not"),
+        ({"num_images_per_prompt": 1.5}, "num_images_per_prompt = 1.5 is not"),
     ],
 )
 def test_a_call_that_cannot_be_honoured_says_why(options: dict[str, Any], said: str):

@@ -214,7 +214,8 @@ class LoraConfig(Section):
     forward: Literal["factors", "merged"] = Field(
         "factors",
         description="merged = a differentiated pass multiplies the LoRA into each weight first: one product a linear for three, cheaper "
-        "where the rank is near the width; equal up to rounding.",
+        "where the rank is near the width; equal up to rounding, which under train.mixed_precision = bf16 is that of the whole weight: a "
+        "LoRA that is small beside it is mostly rounded away.",
     )
     init_from: PathText | None = Field(
         None,

@@ -562,8 +562,8 @@ def _look_at_all(files: ImageFiles, tuples: Sequence[EditTuple], processes: Proc
     for path in Progress(paths[processes.rank :: processes.world], desc="look at images", unit="image", disable=processes.rank > 0):
         with suppress(ValueError):
             files.look(path)
-    for known, seen in processes.gather([(files.known, files.seen)]):
-        files.known |= known
+    for seen in processes.gather([files.seen]):  # not what is remembered: another's old entry would replace a new one
+        files.known |= seen
         files.seen |= seen
 
 

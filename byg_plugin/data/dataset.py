@@ -62,7 +62,9 @@ class CachedTuples(Dataset[dict[str, Any]]):
     def _leave_out_lost(self, every: int) -> None:
         """Tuples whose image or clip cannot be used, as far as dataset.max_lost allows them; the rest is an error further on."""
         allowed = self.config.dataset.max_lost
-        lost = lost_tuples(self._keys, self.tuples, read_lost(self.config.dataset), targets=self.targets) if allowed else {}
+        # What has been made since by a run without max_lost is listed still.
+        unreadable = {key: why for key, why in read_lost(self.config.dataset).items() if not self._latents.has(key)} if allowed else {}
+        lost = lost_tuples(self._keys, self.tuples, unreadable, targets=self.targets) if allowed else {}
         if not lost:
             return
         first = next(iter(lost.values()))

@@ -230,6 +230,8 @@ class DiffusersHost:
         networks = [] if stays or self._residency else list(self.networks.values())
         if self._residency is not None:
             self._residency.clear()
+        if not stays:
+            self.merged.free()
         try:
             for network in networks:
                 network.to("cpu")

@@ -36,6 +36,10 @@ class MergedRollout:
             merged.weight.copy_(torch.addmm(layer.base_layer.weight.float(), b, a, alpha=layer.scaling[self._adapter]))
         return self.linears
 
+    def free(self) -> None:
+        """Give the copy's memory back until it is asked for again."""
+        self.linears = []
+
 
 class MergedLinear(nn.Module):
     """A LoRA layer as x (W + scale B A)^T: one product for its three, with the same gradient of A and B.

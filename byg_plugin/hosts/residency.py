@@ -45,9 +45,13 @@ class OneExpertOnDevice:
         self.present = None
         # The rollout brings experts in inference mode. Copies made there would be inference tensors, and the weights with them: no
         # backward pass could save them.
-        with torch.inference_mode(False):
-            for tensor, master in zip(self._frozen[name], self._masters[name], strict=True):
-                tensor.data = _copied(master, self.device)
+        try:
+            with torch.inference_mode(False):
+                for tensor, master in zip(self._frozen[name], self._masters[name], strict=True):
+                    tensor.data = _copied(master, self.device)
+        except BaseException:  # out of memory in a preview, after which training goes on: a part would stay there for good
+            self._drop(name)
+            raise
         self.present = name
 
     def clear(self) -> None:

@@ -37,7 +37,7 @@ from byg_plugin.models.base import Family
 from byg_plugin.objectives import make_objective
 from byg_plugin.objectives.base import EDIT, FULL, IDENTITY, Batch, Critique, Metrics
 from byg_plugin.objectives.draws import share_of_high_noise, side_of
-from byg_plugin.progress import Progress
+from byg_plugin.progress import Progress, report
 from byg_plugin.randomness import derived_seed, generator
 from byg_plugin.training import best, checkpoint, logs, preview
 from byg_plugin.training.checkpoint import naming_a_full_disk
@@ -136,7 +136,9 @@ class Trainer:
         )
         self.host.critique = critique
         trained = {name: adapter.parameters for name, adapter in self.host.adapters.items()}
-        self.watchdog = Watchdog(config.train.collective_timeout, accelerator.process_index, self._rescue)
+        self.watchdog = Watchdog(
+            config.train.collective_timeout, accelerator.process_index, self._rescue, others=accelerator.num_processes > 1
+        )
         self._own_engine = make_engine(launch, config.train, trained, self.accumulation, accelerator.device)
         self.engine = watched(self._own_engine, self.watchdog, sharded=bool(launch.sharding))
         if launch.sharding:
@@ -235,7 +237,7 @@ class Trainer:
             Interrupted: after Ctrl-C, when everything is saved.
             FloatingPointError: a loss, a gradient or a weight is not finite; nothing of this step is saved.
         """
-        with self._watched():
+        with self.watchdog.running():
             return self._run()
 
     def _run(self) -> Path:
@@ -266,9 +268,6 @@ class Trainer:
                 bar.update(1)
                 self._after_step()
         return self._export()
-
-    def _watched(self) -> AbstractContextManager[None]:
-        return self.watchdog.running() if self.accelerator.num_processes > 1 else nullcontext()
 
     def together(self, what: str) -> AbstractContextManager[None]:
         """Around passes: with a base in shards they wait for the others, with a whole one for nobody."""
@@ -578,7 +577,7 @@ def _interruptible(trainer: Trainer) -> Iterator[None]:
     """First Ctrl-C (or a scheduler's SIGTERM): finish the step, save, stop. Second Ctrl-C: stop at once.
 
     One Ctrl-C comes twice at once where a launcher hands on what the terminal has sent to all; a scheduler's SIGTERM likewise, and it
-    repeats itself. Of several processes the first saves the last whole step if this one takes long: launchers kill.
+    repeats itself. The first process saves the last whole step if this one takes long: launchers and schedulers kill.
     """
     first: list[float] = []
 
@@ -590,7 +589,7 @@ def _interruptible(trainer: Trainer) -> Iterator[None]:
         first.append(time.monotonic())
         trainer._stop = True
         trainer.watchdog.interrupted()
-        print("\ninterrupted: saving after this step (Ctrl-C again to stop at once)", file=sys.stderr, flush=True)
+        report("\ninterrupted: saving after this step (Ctrl-C again to stop at once)")
 
     previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

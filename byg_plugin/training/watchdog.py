@@ -14,27 +14,29 @@ from typing import Any, cast
 
 from torch import nn
 
+from byg_plugin.progress import report
 from byg_plugin.training.engine import Engine
 
 EXIT_CODE = 75
 _GRACE = 10.0  # seconds for the first process to save, before the others' end makes the launcher kill it
-_INTERRUPTED = 10.0  # seconds that an interrupted step may take; torch's launcher kills its processes 30 after the signal
+_INTERRUPTED = 5.0  # seconds that an interrupted step may take; `docker stop` kills 10 after the signal, torch's launcher and Slurm 30
 _COLLECTIVES = (f"{os.sep}torch{os.sep}distributed{os.sep}", f"{os.sep}deepspeed{os.sep}comm{os.sep}")
 _WRAPPERS = {"wrapper", "wait", "_wait", "log_wrapper"}
 
 
 class Watchdog:
-    """A thread that looks at how long the main thread has been in what it waits for.
+    """A thread that looks at how long the main thread has been in what it waits for, and in what it was told to stop.
 
     Args:
         minutes: that are waited.
         rank: of this process.
         rescue: called before the end (`ends=True`), and where an interrupted process is not done in time; saves what can be saved
             without the others, and says what is saved.
+        others: whether there are any.
     """
 
-    def __init__(self, minutes: float, rank: int, rescue: Callable[..., str]):
-        self._seconds, self._rank, self._rescue = 60 * minutes, rank, rescue
+    def __init__(self, minutes: float, rank: int, rescue: Callable[..., str], *, others: bool = True):
+        self._seconds, self._rank, self._rescue, self._others = 60 * minutes, rank, rescue, others
         self._main = threading.main_thread().ident
         self._waits: tuple[str, float] | None = None
         self._over = threading.Event()
@@ -62,6 +64,7 @@ class Watchdog:
     @contextmanager
     def running(self) -> Iterator[None]:
         """The thread lives inside."""
+        self._over.clear()
         thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         thread.start()
         try:
@@ -73,7 +76,7 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._over.wait(min(1.0, self._seconds / 4)):
             waits = self._waits
-            if waits is not None and time.monotonic() - waits[1] > self._seconds:
+            if self._others and waits is not None and time.monotonic() - waits[1] > self._seconds:
                 self._end(waits[0])
             if self._interrupted is not None and time.monotonic() - self._interrupted > _INTERRUPTED:
                 self._interrupted = None
@@ -82,11 +85,7 @@ class Watchdog:
 
     def _end(self, what: str) -> None:
         inside = _collective(sys._current_frames().get(self._main or 0))
-        print(
-            f"process {self._rank} has waited {self._seconds / 60:g} minutes (train.collective_timeout) for the others: {what}{inside}",
-            file=sys.stderr,
-            flush=True,
-        )
+        report(f"process {self._rank} has waited {self._seconds / 60:g} minutes (train.collective_timeout) for the others: {what}{inside}")
         if self._rank == 0:
             self._save(ends=True)
         else:
@@ -95,7 +94,7 @@ class Watchdog:
 
     def _save(self, *, ends: bool) -> None:
         try:
-            print(self._rescue(ends=ends), file=sys.stderr, flush=True)
+            report(self._rescue(ends=ends))
         except BaseException:  # noqa: BLE001 - said here or nowhere; this thread has to end the process, and to watch on
             traceback.print_exc()
             sys.stderr.flush()

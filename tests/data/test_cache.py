@@ -17,7 +17,7 @@ from byg_plugin.config.loading import parse_config
 from byg_plugin.config.sections import Config
 from byg_plugin.data import cache
 from byg_plugin.data.buckets import crop_to_bucket, to_tensor
-from byg_plugin.data.cache import Keys, Processes, cache_latents, latent_store, text_store
+from byg_plugin.data.cache import Keys, Processes, cache_latents, cache_texts, latent_store, text_store
 from byg_plugin.data.media import load_image
 from byg_plugin.data.rules import ROLES
 from byg_plugin.data.tuples import read_tuples
@@ -254,6 +254,41 @@ def test_shares_cover_everything_once(tmp_path: Path) -> None:
     assert [family.images for family in families] == [3, 2, 2] and {share.encoded for share in shares} == {7}
     names = [sorted(p.name for p in (tmp_path / f"c{rank}" / "latents").iterdir()) for rank in range(3)]
     assert len(set(sum(names, []))) == 7
+
+
+def test_nobody_writes_before_everybody_has_looked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = data_set(tmp_path)
+    events: list[str] = []
+
+    def gather(values: list[Any]) -> list[Any]:
+        events.append("a barrier" if values == [] else "gathers")
+        return values
+
+    def write(store: cache.Store, *arguments: Any) -> None:
+        events.append("writes")
+
+    monkeypatch.setattr(cache.Store, "write", write)
+    for work, before in ((cache_latents, ["gathers", "a barrier"]), (cache_texts, ["a barrier"])):
+        events.clear()
+        work(config, FakeFamily(), read_tuples(config.dataset), CPU, Processes(gather=gather))
+        assert events[: len(before) + 1] == [*before, "writes"]
+
+
+def test_what_one_process_has_hashed_is_not_replaced_by_what_another_remembers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = data_set(tmp_path, images=2)
+    tuples = read_tuples(config.dataset)
+    monkeypatch.setattr(cache, "_SETTLED_NS", 0)
+    cache_latents(config, FakeFamily(), tuples, CPU)
+    picture(tmp_path / "0.png", (70, 90), seed=77)
+    os.utime(tmp_path / "0.png", (5, 5))
+    told: list[Any] = []
+    one, other = (Keys(config, FakeFamily()).files for _ in range(2))
+    # Each looks at its own share and hears of the other's; here the second one, which remembers the old picture, is heard last.
+    cache._look_at_all(other, tuples, Processes(rank=1, world=2, gather=lambda values: told.extend(values) or values))
+    cache._look_at_all(one, tuples, Processes(rank=0, world=2, gather=lambda values: [*values, *told]))
+    name = str((tmp_path / "0.png").absolute())
+    assert one.known[name].changed == 5 * 10**9 and one.known[name].digest == cache.file_digest(tmp_path / "0.png")
+    assert one.seen.keys() == {name, str((tmp_path / "1.png").absolute())}
 
 
 # --- how a picture is read is part of its key, where it matters ---

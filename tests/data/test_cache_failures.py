@@ -16,6 +16,7 @@ from safetensors.torch import save
 from byg_plugin.config.sections import Config
 from byg_plugin.data import cache
 from byg_plugin.data.cache import Keys, cache_latents, cache_texts, latent_store, text_store
+from byg_plugin.data.dataset import CachedTuples
 from byg_plugin.data.tuples import read_tuples
 from tests.support.cache_runs import edit_tuples, run, with_dataset
 from tests.support.data_fakes import CPU, FakeFamily, data_set, entries, picture
@@ -312,3 +313,9 @@ def test_one_damaged_picture_is_lost_as_far_as_that_is_allowed(tmp_path: Path, m
     assert said.startswith(f"{tmp_path / '1.png'}: cannot be read, it is damaged") and len(entries(config)) == 2 + 1
     with pytest.raises(cache.UnusableImages, match="in the decoder"):
         cache_latents(with_dataset(config, max_lost=0), FakeFamily(), read_tuples(config.dataset), CPU)
+    cache_texts(config, FakeFamily(), read_tuples(config.dataset), CPU)
+    assert len(CachedTuples(config, FakeFamily())) == 2  # type: ignore[arg-type]
+    monkeypatch.setattr(cache.media, "load_image", load)
+    assert cache_latents(with_dataset(config, max_lost=0), FakeFamily(), read_tuples(config.dataset), CPU).encoded == 1
+    assert cache.read_lost(config.dataset), "a run that allows none does not look at what was lost"
+    assert len(CachedTuples(config, FakeFamily())) == 3  # type: ignore[arg-type]

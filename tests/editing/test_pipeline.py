@@ -15,6 +15,7 @@ from byg_plugin import EditPipeline, sampling
 from byg_plugin.data.buckets import crop_to_bucket, to_tensor
 from byg_plugin.data.media import load_image
 from byg_plugin.hosts.diffusers import DiffusersHost
+from byg_plugin.hosts.merged import MergedRollout
 from byg_plugin.hosts.sharding import Sharding
 from byg_plugin.lora.files import read_lora, write_lora
 from byg_plugin.models import flux_files
@@ -167,6 +168,8 @@ def host_on(device: torch.device, pipe: EditPipeline, events: list[str]) -> Diff
     host.sharding = Sharding()
     host.config, host.device, host._residency = pipe.config, device, None
     host.networks = {"transformer": Network(events)}
+    host.merged = MergedRollout([], "edit")
+    host.merged.linears = [torch.nn.Linear(1, 1)]
     return host
 
 
@@ -200,6 +203,7 @@ def test_a_new_instruction_does_not_hold_network_and_encoders_at_once(
     pipe.encode(["add the snow"])
     pipe.encode(["add the snow"])
     assert events == wanted
+    assert (pipe._host.merged.linears == []) == ("network on cpu" in wanted), "the rollout's copy gives its memory back too"
 
 
 def test_the_network_is_back_when_encoding_fails(lora: Path, monkeypatch: pytest.MonkeyPatch):

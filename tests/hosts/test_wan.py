@@ -182,6 +182,29 @@ def test_a_step_uses_no_absent_expert_and_moves_between_passes_only(tmp_path: Pa
     assert came == ([HIGH, LOW, HIGH] if t[0] > 0.875 else [HIGH, LOW])
 
 
+def test_an_expert_that_does_not_fit_leaves_nothing_on_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    host = host_of(tmp_path, model={"offload_inactive_expert": True})
+    assert host._residency is not None
+    masters = {name: [tensor.data_ptr() for tensor in tensors] for name, tensors in host._residency._masters.items()}
+    copies = 0
+
+    def copied(master: torch.Tensor, device: torch.device) -> torch.Tensor:
+        nonlocal copies
+        copies += 1
+        if copies == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return master.clone()
+
+    monkeypatch.setattr(residency, "_copied", copied)
+    host._residency.clear()
+    with pytest.raises(torch.OutOfMemoryError):
+        host._residency.bring(LOW)
+    assert host._residency.present is None
+    assert [tensor.data_ptr() for tensor in host._residency._frozen[LOW]] == masters[LOW]
+    host._residency.bring(LOW)
+    assert not {tensor.data_ptr() for tensor in host._residency._frozen[LOW]} & set(masters[LOW])
+
+
 @pytest.mark.parametrize("quantization", ["none", "fp8"])
 def test_an_expert_that_a_rollout_brought_can_be_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantization: str):
     """As on a card, where what is brought is a copy: made in inference mode it would make the weights inference tensors."""

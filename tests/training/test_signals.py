@@ -161,8 +161,9 @@ def test_a_signal_saves_and_a_later_ctrl_c_stops_at_once(
     assert saved == (["step-000003"] if code == 11 else [])
 
 
-def test_of_two_processes_a_long_step_is_given_up_and_the_last_one_saved(tmp_path: Path):
-    """The launcher kills them 30 seconds after it has handed the signal on."""
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_long_step_is_given_up_and_the_last_one_saved(tmp_path: Path, processes: int):
+    """A launcher kills 30 seconds after it has handed the signal on, a scheduler as late or sooner."""
     toml = write_toml(tmp_path / "run.toml", tmp_path / "out", 6)
     script = tmp_path / "slow.py"
     script.write_text(
@@ -179,11 +180,12 @@ def test_of_two_processes_a_long_step_is_given_up_and_the_last_one_saved(tmp_pat
         "_cli.run(train_network.main)\n",
         encoding="utf-8",
     )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(29000 + os.getpid() % 2000)]
+    port = str(29000 + os.getpid() % 2000)
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", port] if processes > 1 else []
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     log = tmp_path / "log"
     with open(log, "ab") as file:
-        command = [*launch, str(script), "--config", str(toml), "--set", "train.save_every=0"]
+        command = [sys.executable, *launch, str(script), "--config", str(toml), "--set", "train.save_every=0"]
         process = subprocess.Popen(command, stdout=file, stderr=file, cwd=tmp_path, env=environment, start_new_session=True)
     try:
         wait_for_step(tmp_path / "out", 3, process, log)
@@ -200,6 +202,26 @@ def test_of_two_processes_a_long_step_is_given_up_and_the_last_one_saved(tmp_pat
     assert said.count("step 3 is saved now: go on with --resume latest") == 1, said
     state = checkpoint.load(tmp_path / "out/checkpoints/step-000003")
     assert state.step == 3
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot send this signal to a process")
+def test_ctrl_c_saves_where_it_ends_the_reader_of_the_output_too(tmp_path: Path):
+    """`train ... 2>&1 | tee log`: the whole group gets the signal, and every later line has no reader."""
+    out = tmp_path / "out"
+    toml = write_toml(tmp_path / "run.toml", out, 2000)
+    command = [sys.executable, str(ROOT / "byg_plugin/train_network.py"), "--config", str(toml), "--set", "train.save_every=0"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=tmp_path, env=environment)
+    assert process.stdout is not None
+    try:
+        wait_for_step(out, 3, process, toml)
+        process.stdout.close()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+    finally:
+        process.kill()
+    (saved,) = checkpoint.checkpoints(out / "checkpoints")
+    assert checkpoint.load(saved).step == curve(out)[-1]["step"] < 2000
 
 
 def test_ctrl_c_reaches_the_whole_group_and_the_loader_process_leaves_it_to_the_trainer(tmp_path: Path):

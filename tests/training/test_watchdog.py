@@ -139,6 +139,16 @@ def test_an_exception_inside_a_step_leaves_nothing_to_save_and_no_lock(tmp_path:
     assert trainer._rescue(ends=True).startswith("step 1 could not be saved")
 
 
+def test_a_single_process_waits_for_nobody(monkeypatch: pytest.MonkeyPatch):
+    ended: list[str] = []
+    monkeypatch.setattr(Watchdog, "_end", lambda self, what: ended.append(what))
+    for others in (False, True):
+        dog = Watchdog(SHORT, 0, lambda *, ends: "saved", others=others)
+        with dog.running(), dog.waiting("the first process, which saves step 3"):
+            time.sleep(1.2)
+        assert bool(ended) == others
+
+
 def alone_in_a_collective() -> None:
     torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
@@ -183,6 +193,9 @@ def test_the_step_that_is_saved_is_the_last_whole_one(tmp_path: Path, monkeypatc
     with trainer._still:
         assert trainer._rescue(ends=True).startswith(f"step 3 could not be saved; the last good checkpoint is {saved}")
         assert trainer._rescue(ends=False) == "step 3 is not saved yet: training saves it when it is through with what it does"
+    with monkeypatch.context() as patched:
+        patched.setattr(type(trainer._own_engine), "whole", False)
+        assert trainer._rescue(ends=True).startswith("step 3 could not be saved"), "the others have the rest of the optimizer"
     with trainer.host.ema():
         assert trainer._rescue(ends=True) == "step 3 is saved now: go on with --resume latest"
     state = checkpoint.load(checkpoint.checkpoints(trainer.checkpoints)[-1])
