@@ -87,6 +87,10 @@ class ObjectiveConfig(Section):
         """The same of a run of so many steps."""
         return ()
 
+    def doubts_of_log(self, every: int, steps: int) -> tuple[str, ...]:
+        """The same of a log of one step in `every`."""
+        return ()
+
     @property
     def repeats_passes(self) -> bool:
         """Whether a step makes a pass twice and counts on one value of both."""

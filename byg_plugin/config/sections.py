@@ -501,7 +501,9 @@ class Config(Section):
 
     def doubts(self) -> tuple[str, ...]:
         """What is allowed and mostly a mistake, as warnings."""
-        train, found = self.train, [*self.objective.doubts(self.model.spec), *self.objective.doubts_of_steps(self.train.steps)]
+        train, objective = self.train, self.objective
+        found = [*objective.doubts(self.model.spec), *objective.doubts_of_steps(train.steps)]
+        found += objective.doubts_of_log(train.log_every, train.steps)
         if train.lr_warmup_steps >= train.steps:
             found.append(f"train.lr_warmup_steps = {train.lr_warmup_steps}: in train.steps = {train.steps} the rate never reaches train.lr")
         if self.sample.negative is not None and self.negative is None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _NF4 = 0.5 + 4 / 64  # bytes a weight: 4 bits, and one float32 scale a 64-block
 _OF_A_LAYER = 34.0  # tensors of the hidden size in 16 bit that a transformer layer keeps, as of the base's blocks
+_PROBE = 64  # pixels a side, of every family a multiple of a latent's
 _TEXT = 128  # tokens of a question and the template
 
 
@@ -72,7 +73,8 @@ def _answer(critic: CriticConfig, described: Described, width: int, height: int)
     rows, columns = view.size(height, width)
     side = vision.patch_size if isinstance(vision.patch_size, int) else vision.patch_size[0]
     depth = getattr(vision, "depth", None) or vision.num_hidden_layers
-    parts = ((2 * tokens + _TEXT, text.hidden_size, text.num_hidden_layers), (rows * columns // side**2, vision.hidden_size, depth))
+    width_of_tower = getattr(vision, "embed_dim", None) or vision.hidden_size  # Qwen2-VL's hidden_size is the language model's
+    parts = ((2 * tokens + _TEXT, text.hidden_size, text.num_hidden_layers), (rows * columns // side**2, width_of_tower, depth))
     if critic.gradient_checkpointing:
         one_layer = max(_OF_A_LAYER * length * size for length, size, _ in parts)
         return 2 * (sum(float(length * size * layers) for length, size, layers in parts) + one_layer)
@@ -84,8 +86,10 @@ def decoder_graph(family: Family, vae: nn.Module, width: int, height: int, tile:
 
     With recomputing: the blocks' inputs, and all of that block which needs most.
     """
-    sides = [side if tile is None else min(side, tile) for side in (height, width)]
     vae.requires_grad_(False)  # weights to be trained would have their inputs saved too
+    # Pixels of a latent; a tile has whole ones.
+    factor = _PROBE // family.encode_pixels(vae, torch.empty(1, 3, 1, _PROBE, _PROBE, device="meta")).shape[-1]
+    sides = [side if tile is None else min(side, max(1, tile // factor) * factor) for side in (height, width)]
     latents = family.encode_pixels(vae, torch.empty(1, 3, 1, *sides, device="meta"))
     saved, largest = _Counted(), 0.0
     entered: list[float] = []

@@ -77,7 +77,7 @@ def cache_train_edit(out: Path, recipe: str, base: Path, overrides: Sequence[str
     run("-m", "byg_plugin.cache_latents", *options)
     run("-m", "byg_plugin.cache_text_encoder_outputs", *options)
     if not all(file.exists() for file in expert_files(lora).values()):
-        resume = ["--resume", "latest"] if any((out / "training" / "checkpoints").glob("step-*")) else []
+        resume = ["--resume", "latest"] if any((Path(resolved.output.dir) / "checkpoints").glob("step-*")) else []
         run("-m", "byg_plugin.train_network", *options, *resume)
     edits, tuples = out / "edits", out / "eval" / "tuples.jsonl"
     run("-m", "byg_plugin.edit", *options, "--lora", lora, "--tuples", tuples, "--out", edits, *edit_options)

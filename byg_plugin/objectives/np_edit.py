@@ -147,7 +147,8 @@ class NpEdit:
         """x_0 - g: where the scores of the frozen base and of the editor's own results send x_0."""
         caption = batch.src_caption if identity else batch.tgt_caption
         # The law of t, which is the fake score's, on a range of its own.
-        u = (batch.t - self.config.t_min) / (self.config.t_max - self.config.t_min)
+        # A validation's t is not of that law, and may lie outside.
+        u = ((batch.t - self.config.t_min) / (self.config.t_max - self.config.t_min)).clamp(0, 1)
         t = self.config.dmd_t_min + (self.config.dmd_t_max - self.config.dmd_t_min) * u
         x_t = flow.interpolate(x_0, batch.fresh[1], t)
         with fields.fake() as velocity:

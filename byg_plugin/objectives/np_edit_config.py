@@ -15,6 +15,7 @@ from byg_plugin.config.fields import EditTypes, Probability, Scale, Steps, Weigh
 from byg_plugin.config.objective import EmaDecay, LawOfT, LeastT, MostT, ObjectiveConfig, ShiftOfT
 from byg_plugin.families.spec import FamilySpec
 
+TeacherGuidance = Annotated[Scale, Field(ge=1.0)]
 DO_NOTHING, NEGATIVE = "do_nothing", "negative"
 """Names of the texts that no tuple has."""
 
@@ -40,8 +41,11 @@ class NpEditConfig(ObjectiveConfig):
     fake_updates: Annotated[int, Field(ge=1, le=100)] = Field(  # [R] [D]
         5, description="Optimizer steps of the fake score before each one of the editor."
     )
-    guidance: Scale = Field(3.5, description="Classifier-free guidance of the frozen teacher, 1 = none.")  # [R]
-    strong_guidance: Scale = Field(7.5, description="The same for the edit types of `strong_types`.")  # [R]
+    guidance: TeacherGuidance = Field(  # [R]
+        3.5,
+        description="Classifier-free guidance of the frozen teacher, 1 = none (of every family: below, it would teach the negative text).",
+    )
+    strong_guidance: TeacherGuidance = Field(7.5, description="The same for the edit types of `strong_types`.")  # [R]
     strong_types: EditTypes = Field(  # [R]
         ("remove", "shape_adjustment", "style_change", "action_change"),
         description="Values of a tuple's `edit_type` with the stronger guidance.",
@@ -68,7 +72,10 @@ class NpEditConfig(ObjectiveConfig):
     @classmethod
     def sampled(cls, section: Mapping[str, Any], spec: FamilySpec) -> dict[str, Any]:
         """See `ObjectiveConfig.sampled`: few stochastic steps without guidance."""
-        steps, schedule = (section.get(key, cls.model_fields[key].default) for key in ("sampling_steps", "schedule"))
+        defaults = {key: cls.model_fields[key].default for key in ("sampling_steps", "schedule")}
+        given = {key: section.get(key, default) for key, default in defaults.items()}
+        # What is of another type is told of its own key.
+        steps, schedule = (given[key] if type(given[key]) is type(default) else default for key, default in defaults.items())
         guided = {"cfg_high_noise": spec.unguided} if spec.guidance == "classifier_free" else {}
         return {"solver": "stochastic", "steps": steps, "schedule": schedule, **guided}
 
@@ -84,6 +91,18 @@ class NpEditConfig(ObjectiveConfig):
         return (
             f"{spec.name} is distilled from a guided model: objective.guidance = {self.guidance} and objective.strong_guidance = "
             f"{self.strong_guidance} guide its teacher a second time, beyond conditioning.guidance; 1 and 1 leave it as it is",
+        )
+
+    def doubts_of_log(self, every: int, steps: int) -> tuple[str, ...]:
+        """See `ObjectiveConfig.doubts_of_log`: editor and fake score take turns, and all lines may be of one of them."""
+        turns, first = self.fake_updates + 1, self.identity_warmup_steps
+        logged = {(step - 1 - first) % turns == self.fake_updates for step in range(every, steps + 1, every) if step > first}
+        if not self.dmd or len(logged) != 1:
+            return ()
+        seen, unseen = ("the editor", "the fake score") if True in logged else ("the fake score", "the editor")
+        return (
+            f"train.log_every = {every}: all lines of the log after copying are steps of {seen} and none of {unseen}, since "
+            f"objective.fake_updates = {self.fake_updates} makes turns of {turns} steps; choose a number without a common divisor, e.g. 1",
         )
 
     @property
@@ -129,7 +148,9 @@ class NpEditConfig(ObjectiveConfig):
         return self.identity_warmup_steps
 
     def trains_nothing(self, steps: int) -> str | None:
-        """Copying and the fake score's first steps may be all."""
+        """Copying and the fake score's first steps may be all, or every step of the editor may be "do nothing."."""
+        if self.identity_probability == 1:
+            return 'objective.identity_probability = 1 makes every step of the editor "do nothing.": no edit would be trained; lower it'
         fake = self.fake_updates if self.dmd else 0
         first = self.identity_warmup_steps + fake
         if steps > first:

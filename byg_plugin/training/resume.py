@@ -145,8 +145,13 @@ def _check_rhythm(config: Config, state: checkpoint.TrainingState) -> None:
     before = {key: saved[key] for key in config.objective.rhythm if key in saved and saved[key] != getattr(config.objective, key)}
     if not before:
         return
-    then, now = (make_objective(section) for section in (config.objective.model_copy(update=before), config.objective))
-    if any(then.plan(step, seed).adapters != now.plan(step, seed).adapters for step in range(state.step)):
+    try:
+        earlier = type(config.objective).model_validate(config.objective.model_dump() | before)
+    except ValueError as error:
+        raise ValueError(f"--resume: the checkpoint is damaged: its objective has {before}; use an earlier one") from error
+    then, now = (make_objective(section) for section in (earlier, config.objective))
+    steps = range(state.step)
+    if then.adapters != now.adapters or any(then.plan(step, seed).adapters != now.plan(step, seed).adapters for step in steps):
         changes = "; ".join(f"objective.{key}: {old!r} -> {getattr(config.objective, key)!r}" for key, old in before.items())
         raise ValueError(
             f"--resume: the checkpoint's {state.step} steps trained what other values of {changes} would not have; set them back, or "

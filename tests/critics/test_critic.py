@@ -126,7 +126,12 @@ def test_the_source_is_seen_once_without_a_graph(monkeypatch: pytest.MonkeyPatch
 def test_no_more_sources_are_kept_than_asked_for():
     judged, of = critic(kept_sources=1), batch()
     judged(edited(of), of, identity_question=False)
-    assert len(judged._sources._kept) == 1
+    (last,) = judged._sources._kept
+    judged(edited(of), of, identity_question=False)
+    assert list(judged._sources._kept) == [last], "the last one that was seen"
+    alone = critic(kept_sources=2)
+    alone(edited(of), of, identity_question=False)
+    assert list(alone._sources._kept)[-1] == last
     judged = critic(kept_sources=0)
     judged(edited(of), of, identity_question=False)
     assert not judged._sources._kept
@@ -151,6 +156,7 @@ def test_a_removal_is_right_where_the_answer_is_no():
     no, yes = judged.vlm.logits(question, [judged.vlm.features(picture)])
     assert loss.item() == pytest.approx(F.softplus(yes - no).item(), rel=1e-5)
     assert metrics["vlm_made"].item() == pytest.approx(torch.sigmoid(no - yes).item(), rel=1e-5)
+    assert metrics["vlm_made_right"].item() == float(no > yes)
 
 
 @pytest.mark.parametrize(("updates", "scale"), [(0, 0.1), (1000, 0.55), (2000, 1.0), (10**7, 1.0)])

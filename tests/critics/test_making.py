@@ -42,6 +42,7 @@ def sources(count: int = 2) -> list[torch.Tensor]:
 def test_a_critic_of_a_configuration(tmp_path: Path):
     one = config(tmp_path, tile=32, scale_steps=10)
     critic = make_critic(one, make_family(one), CPU, sources())
+    assert critic.decoder._tile == 32
     assert critic.vlm.device == CPU and critic.scale(5) == pytest.approx(0.55)
     assert critic.decoder.pixels(latents(6, 6, 1, torch.float32)).shape == (1, 3, 48, 48)
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from byg_plugin.critics.decode import Decoder
 from byg_plugin.critics.memory import CriticMemory, critic_memory, decoder_graph
 from byg_plugin.critics.vlm import describe
+from byg_plugin.models import make_family
 from byg_plugin.training.memory import MemoryLine, with_critic
 from tests.support.critic_runs import flux, latents, vae
 from tests.support.memory import most_saved
+from tests.support.tiny import tiny_config
 from tests.support.tiny_critics import critic_config, critic_folder, tiny_critic_vlm
+from tests.support.tiny_flux2 import flux2_folder
 
 
 def test_the_decoders_graph_is_what_autograd_saves():
@@ -29,6 +34,25 @@ def test_recomputing_keeps_the_inputs_and_one_block():
     kept = decoder_graph(family, family.meta_vae(), 96, 96, None, recompute=True)
     assert inputs < kept < 0.6 * plain
     assert decoder_graph(family, family.meta_vae(), 96, 96, 48, recompute=True) == pytest.approx(kept / 4, rel=0.05)
+
+
+@pytest.mark.parametrize("tile", [24, 40, 44, 95, 97, 200])
+def test_a_tile_has_whole_latents(tile: int, tmp_path: Path):
+    """FLUX.2's are of 16 pixels: its autoencoder's, packed."""
+    family = make_family(tiny_config(tmp_path, model={"family": "flux2-klein-4b", "path": str(flux2_folder())}))
+    whole = min(tile // 16 * 16, 96)
+    found, same = (decoder_graph(family, family.meta_vae(), 96, 96, side, recompute=False) for side in (tile, whole))
+    assert found == same
+
+
+def test_the_towers_width_is_that_of_its_patches():
+    config = critic_config(critic_folder("qwen3_vl"))
+    described = describe(config)
+    before = critic_memory(config, described, flux(), 64, 48).answer
+    vision = described.config.vision_config
+    # As Qwen2-VL has it, whose tower's hidden_size is the language model's.
+    vision.embed_dim, vision.hidden_size = vision.hidden_size, 50 * vision.hidden_size
+    assert critic_memory(config, described, flux(), 64, 48).answer == before
 
 
 @pytest.mark.parametrize("kind", ["qwen3_vl", "internvl", "llava_onevision"])

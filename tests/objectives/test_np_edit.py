@@ -139,6 +139,24 @@ def test_what_the_editor_and_the_scores_are_asked(kind: str, text: str):
     assert len(fields.critique.asked) == (0 if text == "do_nothing" else 1)
 
 
+@pytest.mark.parametrize(
+    ("section", "times"), [({"t_min": 0.3}, (0.02, 0.98 * 2 / 7 + 0.02 * 5 / 7, 0.98 * 6 / 7 + 0.02 / 7)), ({"t_max": 0.5}, None)]
+)
+def test_a_validation_outside_the_law_of_t_asks_the_scores_inside_their_range(section: dict[str, float], times: tuple[float, ...] | None):
+    fields = fields_with_critic()
+    objective(**section).step(fields, toy_batch(t=(0.1, 0.5, 0.9), steps=4), None)
+    expected = torch.tensor(times or (0.02 + 0.96 * 0.2, 0.98, 0.98), dtype=torch.float64)
+    torch.testing.assert_close(fields.of("fake")[0].t.double(), expected)
+
+
+def test_a_critic_of_weight_0_is_not_asked():
+    fields = fields_with_critic()
+    made = objective(lambda_vlm=0.0)
+    assert not made.config.criticised
+    made.step(fields, toy_batch(kind="full-1", steps=4), AnyContext(fields))
+    assert not fields.critique.asked
+
+
 def test_the_second_question_is_left_out_by_its_key():
     for question in (True, False):
         fields = fields_with_critic()
@@ -278,9 +296,56 @@ def test_steps_that_train_no_edit_are_refused(section: dict[str, Any], first: in
     assert made.trains_nothing(first + 1) is None and kinds[-1] in ("full", "identity") and not {"full", "identity"} & {*kinds[:-1]}
     said = made.trains_nothing(first)
     assert said is not None and f"train.steps = {first} are all" in said and f"set train.steps to {first + 1} or more" in said
+    every = NpEditConfig(**section | {"identity_probability": 1.0}).trains_nothing(25_000)
+    assert every is not None and "objective.identity_probability = 1 makes every step" in every
     raw = {"model": {"path": "m"}, "dataset": {"tuples": "t", "cache_dir": "c"}, "output": {"dir": "o"}}
     with pytest.raises(ValueError, match="no edit would be trained"):
         parse_config({**raw, "train": {"steps": first}, "objective": {"name": "np_edit", **section}})
+
+
+@pytest.mark.parametrize(
+    ("section", "every"), [({}, 6), ({}, 3), ({"fake_updates": 1}, 10), ({"fake_updates": 4}, 10), ({"fake_updates": 2}, 30)]
+)
+def test_a_log_of_one_adapter_alone_is_warned_of(section: dict[str, Any], every: int):
+    made = NpEditConfig(**section)
+    plans = [objective(**section).plan(step - 1, 0) for step in range(every, 25_001, every) if step > 1000]
+    shown = {FAKE in plan.adapters for plan in plans}
+    assert len(shown) == 1
+    (said,) = made.doubts_of_log(every, 25_000)
+    assert f"train.log_every = {every}" in said and f"of {'the fake score' if True in shown else 'the editor'} and none of" in said
+    assert made.doubts_of_log(1, 25_000) == () == NpEditConfig(dmd=False, **section).doubts_of_log(every, 25_000)
+    raw = {"model": {"path": "m"}, "dataset": {"tuples": "t", "cache_dir": "c"}, "output": {"dir": "o"}}
+    of_run = {**raw, "train": {"steps": 25_000, "log_every": every}, "objective": {"name": "np_edit", **section}}
+    assert said in parse_config(of_run).doubts()
+
+
+@pytest.mark.parametrize("every", [1, 10, 7])
+@pytest.mark.parametrize("fake_updates", [1, 2, 5])
+def test_no_other_log_is_warned_of(every: int, fake_updates: int):
+    plans = [objective(fake_updates=fake_updates).plan(step - 1, 0) for step in range(every, 25_001, every) if step > 1000]
+    both = len({FAKE in plan.adapters for plan in plans}) == 2
+    assert (NpEditConfig(fake_updates=fake_updates).doubts_of_log(every, 25_000) == ()) == both
+
+
+@pytest.mark.parametrize("key", ["guidance", "strong_guidance"])
+def test_a_teacher_is_not_guided_to_its_negative_text(key: str):
+    with pytest.raises(ValueError, match="greater than or equal to 1"):
+        NpEditConfig(**{key: 0.0})
+
+
+def test_a_distilled_base_is_not_guided_twice_without_a_word():
+    (said,) = NpEditConfig().doubts(FLUX)
+    assert "guide its teacher a second time" in said
+    assert NpEditConfig().doubts(Z_IMAGE) == () == NpEditConfig(guidance=1.0, strong_guidance=1.0).doubts(FLUX)
+    assert NpEditConfig(guidance=1.0).doubts(FLUX), "strong_guidance alone does too"
+
+
+@pytest.mark.parametrize(("key", "value"), [("sampling_steps", "x"), ("schedule", 3), ("sampling_steps", True)])
+def test_a_wrong_key_is_told_alone(key: str, value: Any):
+    raw = {"model": {"path": "m"}, "dataset": {"tuples": "t", "cache_dir": "c"}, "output": {"dir": "o"}}
+    with pytest.raises(ValueError, match=f"objective.{key}") as raised:
+        parse_config({**raw, "objective": {"name": "np_edit", key: value}})
+    assert "sample." not in str(raised.value)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,11 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "weights": ({"lambda_vlm": 0.7, "lambda_dmd": 0.3, "lambda_id": 2.5}, {"vlm": 0.7, "dmd": 0.3, "identity": 2.5}),
     "one guidance": ({"guidance": 2.0, "strong_types": []}, {"guidance": 2.0, "strong_guidance": 2.0}),
     "no guidance": ({"guidance": 1.0, "strong_types": []}, {"guidance": 1.0, "strong_guidance": 1.0}),
+    "strong guidance alone": ({"guidance": 1.0, "strong_guidance": 2.0}, {"guidance": 1.0, "strong_guidance": 2.0}),
+    "ranges of t": (
+        {"t_min": 0.05, "t_max": 0.95, "dmd_t_min": 0.1, "dmd_t_max": 0.7},
+        {"law": (0.05, 0.95), "scores": (0.1, 0.7)},
+    ),
     "no dmd": ({"dmd": False}, {"dmd": 0.0}),
     "no vlm": ({"vlm": False}, {}),
     "no identity question": ({"identity_question": False}, {}),

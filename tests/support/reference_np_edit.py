@@ -21,6 +21,8 @@ class Weights:
     identity: float = 1.0
     guidance: float = 3.5
     strong_guidance: float = 7.5
+    law: tuple[float, float] = (0.0, 1.0)
+    scores: tuple[float, float] = (0.02, 0.98)
 
 
 @dataclass
@@ -56,10 +58,10 @@ def unroll(editor: Field, s: Sample, c: dict, t_k: float) -> torch.Tensor:
     return x_t - t_k * editor(x_t, at(t_k, s.eps), c, s.x)
 
 
-def dmd(teacher: Field, fake: Field, s: Sample, x_0: torch.Tensor, p: dict, scale: float) -> torch.Tensor:
-    """0.5 ||x_0 - sg(x_0 - g)||^2 at t in (0.02, 0.98)."""
+def dmd(teacher: Field, fake: Field, s: Sample, x_0: torch.Tensor, p: dict, scale: float, w: Weights) -> torch.Tensor:
+    """0.5 ||x_0 - sg(x_0 - g)||^2 at t in (0.02, 0.98), usually."""
     with torch.no_grad():
-        t = 0.02 + 0.96 * s.t
+        t = w.scores[0] + (w.scores[1] - w.scores[0]) * (s.t - w.law[0]) / (w.law[1] - w.law[0])
         x_t = (1 - t) * x_0 + t * s.eps_score
         v, v_negative = (teacher(x_t, at(t, x_t), text, None) for text in (p, s.negative))
         x_real = x_t - t * (v_negative + scale * (v - v_negative))
@@ -77,7 +79,7 @@ def editor_loss(
     total = torch.zeros((), dtype=x_0.dtype)
     if w.dmd:
         scale = w.strong_guidance if s.removal and not identity else w.guidance
-        terms["dmd"] = dmd(teacher, fake, s, x_0, s.p_src if identity else s.p_tgt, scale)
+        terms["dmd"] = dmd(teacher, fake, s, x_0, s.p_src if identity else s.p_tgt, scale, w)
         total = total + w.dmd * terms["dmd"]
     if identity:
         terms["identity"] = ((x_0 - s.x) ** 2).mean()

@@ -183,6 +183,21 @@ def test_a_rhythm_that_changes_no_step_so_far_may_change(tmp_path: Path):
     resume._check_rhythm(np_config(tmp_path / "out", objective=alone | {"identity_warmup_steps": 3, "fake_updates": 3}), saved)
 
 
+def test_another_adapter_in_the_warm_up_is_no_damage(tmp_path: Path):
+    copied = np_config(tmp_path / "out", objective={"identity_warmup_steps": 5})
+    saved = checkpoint.TrainingState(step=3, adapters={}, config=copied.model_dump(mode="json"), data="")
+    with pytest.raises(ValueError, match="3 steps trained what other values of objective.dmd: True -> False would not have; set"):
+        resume._check_rhythm(np_config(tmp_path / "out", objective={"dmd": False, "identity_warmup_steps": 5}), saved)
+
+
+@pytest.mark.parametrize(("key", "value"), [("fake_updates", "five"), ("fake_updates", -1), ("identity_warmup_steps", None), ("dmd", [1])])
+def test_a_damaged_rhythm_is_told_in_a_line(key: str, value: Any, tmp_path: Path):
+    saved = checkpoint.TrainingState(step=3, adapters={}, config=np_config(tmp_path / "out").model_dump(mode="json"), data="")
+    saved.config["objective"][key] = value
+    with pytest.raises(ValueError, match="the checkpoint is damaged: its objective has"):
+        resume._check_rhythm(np_config(tmp_path / "out"), saved)
+
+
 # --- processes ---
 
 
