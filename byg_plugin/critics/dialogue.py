@@ -79,7 +79,7 @@ class Dialogue:
         ]
         try:
             text = self.tokenizer.apply_chat_template(messages, chat_template=self.template, tokenize=False)
-        except (TypeError, TemplateError) as error:
+        except (TypeError, ArithmeticError, RecursionError, TemplateError) as error:
             raise ValueError(
                 f"{self.name}: its chat template cannot write a question with pictures ({error}): choose another model"
             ) from error

@@ -6,6 +6,7 @@ Which models: those whose image processor is a `View` (`pixels.py`), a line each
 from __future__ import annotations
 
 import inspect
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -211,6 +212,7 @@ def describe(critic: CriticConfig) -> Described:
     found = str(processor.get("image_processor_type"))
     if not found.startswith(KINDS[name].processor) or not all(processor[key] for key in ("do_resize", "do_rescale", "do_normalize")):
         raise ValueError(f"critic.path = {path}: its {found} prepares pictures in another way than a {name} usually has; use the original")
+    _check_processor(path, processor, config)
     view = KINDS[name].view(config, processor, critic.image_size, path)
     tokenizer = _read(path, lambda: AutoTokenizer.from_pretrained(path, trust_remote_code=False))
     around = tuple((tokenizer.convert_tokens_to_ids(token),) for token in KINDS[name].around) or ((), ())
@@ -220,6 +222,38 @@ def describe(critic: CriticConfig) -> Described:
     )
     dialogue.check()
     return Described(path=path, config=config, kind=kind, view=view, dialogue=dialogue)
+
+
+def _check_processor(path: str, processor: Mapping[str, Any], config: Any) -> None:
+    """What our own transcription of the processor takes from its file, or takes for granted."""
+
+    def number(value: Any, least: float = -math.inf) -> bool:
+        return isinstance(value, int | float) and math.isfinite(value) and value > least
+
+    def three(value: Any, least: float = -math.inf) -> bool:
+        return isinstance(value, list | tuple) and len(value) == 3 and all(number(each, least) for each in value)
+
+    sizes = processor.get("size")
+    named = {"patch_size", "merge_size", "temporal_patch_size"} & processor.keys()
+    tower = config.vision_config.patch_size
+    fine = {
+        "image_mean": three(processor.get("image_mean")),
+        "image_std": three(processor.get("image_std"), least=0),
+        "rescale_factor": number(factor := processor.get("rescale_factor")) and math.isclose(factor or 0, 1 / 255, rel_tol=1e-3),
+        "resample": processor.get("resample") == _BICUBIC,
+        "size": isinstance(sizes, Mapping) and any(all(number(sizes.get(key), 0) for key in keys) for keys in _SIZES),
+        **{key: isinstance(processor[key], int) and processor[key] > 0 for key in named},
+    }
+    if "patch_size" in named and fine["patch_size"]:
+        fine["patch_size"] = processor["patch_size"] == tower
+    if wrong := [f"{key} = {processor.get(key)!r:.80}" for key, is_fine in fine.items() if not is_fine]:
+        raise ValueError(
+            f"critic.path = {path}: its image processor has {', '.join(wrong)}, which such a model cannot have; download it again"
+        )
+
+
+_BICUBIC = 3  # PIL's number
+_SIZES = (("shortest_edge", "longest_edge"), ("height", "width"))
 
 
 def load(critic: CriticConfig, described: Described, device: torch.device) -> Vlm:
@@ -289,12 +323,10 @@ def _template(path: str, tokenizer: Any) -> str:
 
 
 def _read(path: str, load: Callable[[], Any]) -> Any:
-    from safetensors import SafetensorError
-
     try:
         return load()
     except torch.cuda.OutOfMemoryError:  # a RuntimeError that is not the files'
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # what a damaged file raises in transformers is of any kind
         reason = " ".join(str(error).split())[:400]
         raise ValueError(f"critic.path = {path}: cannot be loaded: {reason}; give a folder or hub id of a vision-language model") from error

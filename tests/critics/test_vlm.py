@@ -16,7 +16,7 @@ from byg_plugin.critics import vlm
 from byg_plugin.critics.questions import Question, questions
 from dataset_tools.backend_transformers import load_processor
 from tests.support.critic_runs import NATIVE, picture, tensor
-from tests.support.tiny_critics import KINDS, critic_config, critic_folder, template, tiny_critic_vlm, tokenizer
+from tests.support.tiny_critics import KINDS, critic_config, critic_folder, template, tiny_critic_vlm, tokenizer, write_critic
 
 EDIT, REST = questions("make it blue")
 REMOVAL = questions("remove the dog", "remove")[0]
@@ -260,3 +260,39 @@ def test_a_transformers_that_is_too_old(folder: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(Qwen3VLForConditionalGeneration, "forward", forward)
     assert "install transformers 5.23 or later" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("image_mean", None),
+        ("image_mean", "grey"),
+        ("image_mean", [0.5, 0.5]),
+        ("image_std", [0, 0, 0]),
+        ("image_std", [0.5, "a", 0.5]),
+        ("rescale_factor", 1.0),
+        ("resample", 0),
+        ("size", {"longest_edge": 4096}),
+        ("size", {"shortest_edge": "a", "longest_edge": 4096}),
+        ("patch_size", 7),
+        ("patch_size", 0),
+        ("merge_size", None),
+    ],
+)
+def test_an_image_processor_that_no_such_model_has(folder: Path, key: str, value: Any):
+    """Told before any weight is read: some would come out later as another shape, some never."""
+    path = folder / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | {key: value}), encoding="utf-8")
+    said = refusal(folder)
+    assert key in said or "cannot be loaded" in said
+
+
+@pytest.mark.parametrize("text", ["5", "[1]", '{"model_type": "qwen3_vl", "text_config": {"max_position_embeddings": null}}'])
+def test_a_damaged_configuration(folder: Path, text: str):
+    (folder / "config.json").write_text(text, encoding="utf-8")
+    assert str(folder) in refusal(folder)
+
+
+@pytest.mark.parametrize("chat", ["{{ 1 / 0 }}", "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}"])
+def test_a_chat_template_that_cannot_be_written(tmp_path: Path, chat: str):
+    assert "its chat template cannot write a question" in refusal(write_critic(tmp_path, "qwen3_vl", chat=chat))
