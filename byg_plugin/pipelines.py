@@ -65,6 +65,8 @@ class BygPipeline:
     position: str = "same"
     scheduler: Any
     _card: LoraCard | None = None
+    _own_boundary: tuple[float | None] | None = None
+    """The pipeline's, where a LoRA's card has taken its place."""
 
     # --- LoRA ---
 
@@ -94,9 +96,9 @@ class BygPipeline:
         if position is not None:
             self._check_position(position)
         path = None if isinstance(given, dict) else _lora_file(str(given), options)
+        if not isinstance(given, dict) and not self._has_loras():
+            self._forget_card()  # of one that was unloaded; tensors may be its own
         if path is None or not has_card(read_metadata(path)):
-            if not isinstance(given, dict) and not self._has_loras():
-                self._card = None  # of one that was unloaded; tensors may be its own
             super().load_lora_weights(given, adapter_name=adapter_name, **options)  # type: ignore[misc]
             self.position = position or self.position
             return
@@ -115,7 +117,14 @@ class BygPipeline:
             super().load_lora_weights(state, adapter_name=adapter_name, **options, **into)  # type: ignore[misc]
         self.position, self._card = position, card
         if card.boundary is not None:
+            self._own_boundary = self._own_boundary or (self.config.boundary_ratio,)
             self.register_to_config(boundary_ratio=card.boundary)
+
+    def _forget_card(self) -> None:
+        self._card = None
+        if self._own_boundary is not None:
+            self.register_to_config(boundary_ratio=self._own_boundary[0])
+            self._own_boundary = None
 
     def _fitting(self, card: LoraCard) -> FamilySpec:
         if card.sampler is not None and (card.sampler not in self.samplers or card.steps is None):

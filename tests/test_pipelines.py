@@ -346,6 +346,11 @@ def test_a_lora_that_experts_share_is_for_both_and_brings_its_boundary(tmp_path:
     pipe.load_lora_weights(write_card_lora(config, tmp_path / "lora.safetensors"))
     try:
         assert set(pipe.get_list_adapters()) == {"transformer", "transformer_2"} and pipe.config.boundary_ratio == 0.5
+        pipe.load_lora_weights(tmp_path / "lora.safetensors", adapter_name="again")
+        pipe.unload_lora_weights()
+        write_lora(tmp_path / "style.safetensors", read_lora(tmp_path / "lora.safetensors")[0], {})
+        pipe.load_lora_weights(tmp_path / "style.safetensors")
+        assert pipe.get_list_adapters() == {"transformer": ["default_0"]} and pipe.config.boundary_ratio == 0.875
     finally:
         pipe.register_to_config(boundary_ratio=0.875)
 

@@ -164,17 +164,19 @@ class Kind:
     Attributes:
         processor: start of the processor's class name.
         view: of the model's configuration, the processor's, critic.image_size and the path.
+        sizes: what the processor's `size` names: a square, or the least and the most pixels.
         around: tokens before and after a picture that the template leaves out.
         stacked: whether the pictures' features are one tensor, and not a list.
     """
 
     processor: str
     view: Callable[[Any, Mapping[str, Any], int | None, str], View]
+    sizes: tuple[str, str] = ("height", "width")
     around: tuple[str, ...] = ()
     stacked: bool = False
 
 
-_PATCHES = Kind(processor="Qwen2VLImageProcessor", view=_patch_view)
+_PATCHES = Kind(processor="Qwen2VLImageProcessor", view=_patch_view, sizes=("shortest_edge", "longest_edge"))
 KINDS = {
     "qwen2_vl": _PATCHES,
     "qwen2_5_vl": _PATCHES,
@@ -212,7 +214,7 @@ def describe(critic: CriticConfig) -> Described:
     found = str(processor.get("image_processor_type"))
     if not found.startswith(KINDS[name].processor) or not all(processor[key] for key in ("do_resize", "do_rescale", "do_normalize")):
         raise ValueError(f"critic.path = {path}: its {found} prepares pictures in another way than a {name} usually has; use the original")
-    _check_processor(path, processor, config)
+    _check_processor(path, processor, config.vision_config, KINDS[name].sizes)
     view = KINDS[name].view(config, processor, critic.image_size, path)
     tokenizer = _read(path, lambda: AutoTokenizer.from_pretrained(path, trust_remote_code=False))
     around = tuple((tokenizer.convert_tokens_to_ids(token),) for token in KINDS[name].around) or ((), ())
@@ -224,28 +226,34 @@ def describe(critic: CriticConfig) -> Described:
     return Described(path=path, config=config, kind=kind, view=view, dialogue=dialogue)
 
 
-def _check_processor(path: str, processor: Mapping[str, Any], config: Any) -> None:
+def _check_processor(path: str, processor: Mapping[str, Any], tower: Any, sizes: tuple[str, str]) -> None:
     """What our own transcription of the processor takes from its file, or takes for granted."""
 
-    def number(value: Any, least: float = -math.inf) -> bool:
-        return isinstance(value, int | float) and math.isfinite(value) and value > least
+    def whole(value: Any) -> bool:
+        return isinstance(value, int) and value > 0
 
     def three(value: Any, least: float = -math.inf) -> bool:
-        return isinstance(value, list | tuple) and len(value) == 3 and all(number(each, least) for each in value)
+        return (
+            isinstance(value, list | tuple) and len(value) == 3 and all(isinstance(x, int | float) and least < x < math.inf for x in value)
+        )
 
-    sizes = processor.get("size")
-    named = {"patch_size", "merge_size", "temporal_patch_size"} & processor.keys()
-    tower = config.vision_config.patch_size
+    size, factor = processor.get("size"), processor.get("rescale_factor")
+    first, second = (size.get(key) if isinstance(size, Mapping) else None for key in sizes)
     fine = {
         "image_mean": three(processor.get("image_mean")),
         "image_std": three(processor.get("image_std"), least=0),
-        "rescale_factor": number(factor := processor.get("rescale_factor")) and math.isclose(factor or 0, 1 / 255, rel_tol=1e-3),
+        "rescale_factor": isinstance(factor, int | float) and math.isclose(factor, 1 / 255, rel_tol=1e-3),
         "resample": processor.get("resample") == _BICUBIC,
-        "size": isinstance(sizes, Mapping) and any(all(number(sizes.get(key), 0) for key in keys) for keys in _SIZES),
-        **{key: isinstance(processor[key], int) and processor[key] > 0 for key in named},
+        "size": whole(first) and whole(second) and (first == second if sizes == ("height", "width") else first <= second),
     }
-    if "patch_size" in named and fine["patch_size"]:
-        fine["patch_size"] = processor["patch_size"] == tower
+    # The towers of these models have the same numbers, those of the others no such part.
+    for key, of_tower in (
+        ("patch_size", "patch_size"),
+        ("merge_size", "spatial_merge_size"),
+        ("temporal_patch_size", "temporal_patch_size"),
+    ):
+        if key in processor:
+            fine[key] = whole(processor[key]) and processor[key] == getattr(tower, of_tower, processor[key])
     if wrong := [f"{key} = {processor.get(key)!r:.80}" for key, is_fine in fine.items() if not is_fine]:
         raise ValueError(
             f"critic.path = {path}: its image processor has {', '.join(wrong)}, which such a model cannot have; download it again"
@@ -253,7 +261,6 @@ def _check_processor(path: str, processor: Mapping[str, Any], config: Any) -> No
 
 
 _BICUBIC = 3  # PIL's number
-_SIZES = (("shortest_edge", "longest_edge"), ("height", "width"))
 
 
 def load(critic: CriticConfig, described: Described, device: torch.device) -> Vlm:

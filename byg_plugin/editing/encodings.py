@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +16,8 @@ MOST_BYTES = 4 << 30
 class Encodings:
     """A mapping from a text to its encoding (named tensors on the CPU).
 
-    What does not fit into `most` bytes lies in a folder of its own among the temporary files, which goes when the mapping goes.
+    What does not fit into `most` bytes lies in a folder of its own among the temporary files, which goes when the mapping goes. Where
+    these are kept in main memory (a tmpfs), TMPDIR has to name a disk.
     """
 
     def __init__(self, most: int = MOST_BYTES):
@@ -60,8 +60,9 @@ class Encodings:
             path = Path(self._folder.name) / f"{len(self._files):06d}.safetensors"
             path.write_bytes(save({name: value.contiguous() for name, value in encoding.items()}))
         except OSError as error:
+            where = self._folder.name if self._folder else "no folder for temporary files"
             raise ValueError(
-                f"{tempfile.gettempdir()}: {os.strerror(error.errno or 0)}, and {len(self._files)} encoded texts lie there already; set "
-                "TMPDIR (on Windows TEMP) to a folder with room, or edit fewer at once"
+                f"{where}: {error.strerror or error}, with {len(self._files)} encoded texts in it; set TMPDIR (Windows: TEMP) to a folder "
+                "with room, or edit fewer at once"
             ) from error
         return path

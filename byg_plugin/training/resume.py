@@ -146,10 +146,11 @@ def _check_rhythm(config: Config, state: checkpoint.TrainingState) -> None:
     if not before:
         return
     try:
-        earlier = type(config.objective).model_validate(config.objective.model_dump() | before)
+        # Each by itself: together with what the run has now they may be refused.
+        valid = {key: getattr(type(config.objective).model_validate({key: value}), key) for key, value in before.items()}
     except ValueError as error:
         raise ValueError(f"--resume: the checkpoint is damaged: its objective has {before}; use an earlier one") from error
-    then, now = (make_objective(section) for section in (earlier, config.objective))
+    then, now = (make_objective(section) for section in (config.objective.model_copy(update=valid), config.objective))
     steps = range(state.step)
     if then.adapters != now.adapters or any(then.plan(step, seed).adapters != now.plan(step, seed).adapters for step in steps):
         changes = "; ".join(f"objective.{key}: {old!r} -> {getattr(config.objective, key)!r}" for key, old in before.items())

@@ -86,18 +86,19 @@ class Watchdog:
     def _end(self, what: str) -> None:
         inside = _collective(sys._current_frames().get(self._main or 0))
         report(f"process {self._rank} has waited {self._seconds / 60:g} minutes (train.collective_timeout) for the others: {what}{inside}")
-        if self._rank == 0:
-            self._save(ends=True)
-        else:
-            time.sleep(_GRACE)
-        os._exit(EXIT_CODE)  # the main thread does not come back
+        try:
+            if self._rank == 0:
+                self._save(ends=True)
+            else:
+                time.sleep(_GRACE)
+        finally:
+            os._exit(EXIT_CODE)  # the main thread does not come back
 
     def _save(self, *, ends: bool) -> None:
         try:
             report(self._rescue(ends=ends))
         except BaseException:  # noqa: BLE001 - said here or nowhere; this thread has to end the process, and to watch on
-            traceback.print_exc()
-            sys.stderr.flush()
+            report(traceback.format_exc().rstrip())
 
 
 def _collective(frame: FrameType | None) -> str:

@@ -277,6 +277,10 @@ def test_a_transformers_that_is_too_old(folder: Path, monkeypatch: pytest.Monkey
         ("patch_size", 7),
         ("patch_size", 0),
         ("merge_size", None),
+        ("merge_size", 4),
+        ("temporal_patch_size", 1),
+        ("size", {"height": 32, "width": 32}),
+        ("size", {"shortest_edge": 4096, "longest_edge": 64}),
     ],
 )
 def test_an_image_processor_that_no_such_model_has(folder: Path, key: str, value: Any):
@@ -285,6 +289,17 @@ def test_an_image_processor_that_no_such_model_has(folder: Path, key: str, value
     path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | {key: value}), encoding="utf-8")
     said = refusal(folder)
     assert key in said or "cannot be loaded" in said
+
+
+@pytest.mark.parametrize(
+    "size", [{"shortest_edge": 64, "longest_edge": 4096}, {"height": 28, "width": 14}, {"height": 28.5, "width": 28.5}]
+)
+@pytest.mark.parametrize("kind", ["internvl", "llava_onevision"])
+def test_a_square_that_is_none(kind: str, size: dict[str, float], tmp_path: Path):
+    path = write_critic(tmp_path, kind) / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | {"size": size}), encoding="utf-8")
+    said = refusal(tmp_path)
+    assert "size = {" in said or "cannot be loaded" in said
 
 
 @pytest.mark.parametrize("text", ["5", "[1]", '{"model_type": "qwen3_vl", "text_config": {"max_position_embeddings": null}}'])

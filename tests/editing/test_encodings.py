@@ -68,11 +68,21 @@ def test_a_full_disk_is_named(temporary: Path, monkeypatch: pytest.MonkeyPatch):
     kept = Encodings(most=0)
     kept["text"] = encoding(0)
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(ValueError, match="No space left on device, and 1 encoded texts lie there already; set TMPDIR") as raised:
+    with pytest.raises(ValueError, match="No space left on device, with 1 encoded texts in it; set TMPDIR") as raised:
         kept["another"] = encoding(1)
     assert str(raised.value).startswith(str(temporary))
     assert "another" not in kept
     assert torch.equal(kept["text"]["qwen"], encoding(0)["qwen"])
+
+
+def test_no_place_for_temporary_files_is_told(monkeypatch: pytest.MonkeyPatch):
+    def nowhere() -> str:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_get_default_tempdir", nowhere)
+    with pytest.raises(ValueError, match="no folder for temporary files: No usable temporary directory found.* set TMPDIR"):
+        Encodings(most=0)["text"] = encoding(0)
 
 
 def test_an_edit_is_the_same_with_its_text_in_a_file(lora: Path, temporary: Path):

@@ -190,6 +190,14 @@ def test_another_adapter_in_the_warm_up_is_no_damage(tmp_path: Path):
         resume._check_rhythm(np_config(tmp_path / "out", objective={"dmd": False, "identity_warmup_steps": 5}), saved)
 
 
+@pytest.mark.parametrize(("then", "now"), [({}, {"dmd": False, "lambda_dmd": 0.0}), ({"dmd": False}, {"vlm": False})])
+def test_a_rhythm_that_the_runs_other_keys_refuse_is_no_damage(tmp_path: Path, then: dict[str, Any], now: dict[str, Any]):
+    copied = np_config(tmp_path / "out", objective=then)
+    saved = checkpoint.TrainingState(step=30, adapters={}, config=copied.model_dump(mode="json"), data="")
+    with pytest.raises(ValueError, match="30 steps trained what other values of objective.dmd: .* would not have; set"):
+        resume._check_rhythm(np_config(tmp_path / "out", objective=now), saved)
+
+
 @pytest.mark.parametrize(("key", "value"), [("fake_updates", "five"), ("fake_updates", -1), ("identity_warmup_steps", None), ("dmd", [1])])
 def test_a_damaged_rhythm_is_told_in_a_line(key: str, value: Any, tmp_path: Path):
     saved = checkpoint.TrainingState(step=3, adapters={}, config=np_config(tmp_path / "out").model_dump(mode="json"), data="")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from contextlib import nullcontext
@@ -50,6 +51,18 @@ def test_a_rescue_that_fails_ends_the_process_too(tmp_path: Path):
     started = time.monotonic()
     assert in_child(cannot_save, tmp_path / "said") == EXIT_CODE and time.monotonic() - started < 20
     assert "no space left" in (tmp_path / "said").read_text(encoding="utf-8")
+
+
+def cannot_save_and_is_not_read() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    os.dup2(write, 2)
+    cannot_save()
+
+
+def test_a_process_whose_lines_nobody_reads_ends_too(tmp_path: Path):
+    started = time.monotonic()
+    assert in_child(cannot_save_and_is_not_read, tmp_path / "said") == EXIT_CODE and time.monotonic() - started < 20
 
 
 @pytest.mark.parametrize("rank", [0, 1])
