@@ -101,7 +101,7 @@ _LESS_MEMORY = (
 
 
 def _fail(message: str, error: Exception) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    report(f"error: {message}")
     raise SystemExit(2) from error
 
 

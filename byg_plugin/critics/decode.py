@@ -96,7 +96,7 @@ class Decoder:
             yield Tile(latents=(...,), pixels=(...,), weight=None)
             return
         factor = self._factor(latents)
-        side = max(1, self._tile // factor)
+        side = tile_side(self._tile, factor)
         if side >= max(height, width):
             yield Tile(latents=(...,), pixels=(...,), weight=None)
             return
@@ -114,6 +114,11 @@ class Decoder:
     def _factor(self, latents: Tensor) -> int:
         """Pixels that a side of a latent stands for: those of a decoded corner."""
         return self._decoded(latents[..., :2, :2]).shape[-1] // 2
+
+
+def tile_side(tile: int, factor: int) -> int:
+    """Latents a side of a tile of so many pixels: whole ones, of `factor` pixels each."""
+    return max(1, tile // factor)
 
 
 def _windows(length: int, side: int, factor: int, like: Tensor) -> list[tuple[int, Tensor]]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from byg_plugin.critics.decode import recompute_, recomputed_blocks
+from byg_plugin.critics.decode import recompute_, recomputed_blocks, tile_side
 from byg_plugin.critics.vlm import Described, on_meta
 from byg_plugin.models.base import Family
 
@@ -89,7 +89,7 @@ def decoder_graph(family: Family, vae: nn.Module, width: int, height: int, tile:
     vae.requires_grad_(False)  # weights to be trained would have their inputs saved too
     # Pixels of a latent; a tile has whole ones.
     factor = _PROBE // family.encode_pixels(vae, torch.empty(1, 3, 1, _PROBE, _PROBE, device="meta")).shape[-1]
-    sides = [side if tile is None else min(side, max(1, tile // factor) * factor) for side in (height, width)]
+    sides = [side if tile is None else min(side, tile_side(tile, factor) * factor) for side in (height, width)]
     latents = family.encode_pixels(vae, torch.empty(1, 3, 1, *sides, device="meta"))
     saved, largest = _Counted(), 0.0
     entered: list[float] = []

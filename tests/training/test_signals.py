@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +58,12 @@ def write_toml(path: Path, out: Path, steps: int) -> Path:
     return path
 
 
-def start(toml: Path, *arguments: str, log: Path) -> subprocess.Popen[bytes]:
+def start(toml: Path, *arguments: str, log: Path | None) -> subprocess.Popen[bytes]:
+    """The command, which writes into a file, or into a pipe."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    with open(log, "ab") as file:
-        command = [sys.executable, str(ROOT / "byg_plugin/train_network.py"), "--config", str(toml), *arguments]
-        return subprocess.Popen(command, stdout=file, stderr=file, cwd=toml.parent, env=environment)
+    command = [sys.executable, str(ROOT / "byg_plugin/train_network.py"), "--config", str(toml), *arguments]
+    with nullcontext(subprocess.PIPE) if log is None else open(log, "ab") as file:
+        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, cwd=toml.parent, env=environment)
 
 
 def wait_for_step(out: Path, step: int, process: subprocess.Popen[bytes], log: Path) -> None:
@@ -209,9 +211,7 @@ def test_ctrl_c_saves_where_it_ends_the_reader_of_the_output_too(tmp_path: Path)
     """`train ... 2>&1 | tee log`: the whole group gets the signal, and every later line has no reader."""
     out = tmp_path / "out"
     toml = write_toml(tmp_path / "run.toml", out, 2000)
-    command = [sys.executable, str(ROOT / "byg_plugin/train_network.py"), "--config", str(toml), "--set", "train.save_every=0"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=tmp_path, env=environment)
+    process = start(toml, "--set", "train.save_every=0", log=None)
     assert process.stdout is not None
     try:
         wait_for_step(out, 3, process, toml)
