@@ -23,11 +23,9 @@ from torch import Tensor
 
 from benchmarks import tiny_world_run as runs
 from benchmarks.direction import HARDLY, WHOLLY, changed_share
+from benchmarks.editors import Editors, named_loras
 from benchmarks.provenance import commit
-from benchmarks.rollout_error import config_of
 from byg_plugin.demo import metrics, world
-from byg_plugin.hosts import make_host
-from byg_plugin.lora.formats import read_named
 
 KIND = "recolour_background"
 # What is exact in the editor's latents, in the order of the table.
@@ -58,14 +56,12 @@ class Backgrounds:
     """Held-out edits of backgrounds, their latents and their parts."""
 
     def __init__(self, count: int):
-        config = config_of("flux")
-        config = config.model_copy(update={"train": config.train.model_copy(update={"mixed_precision": "no"})})
         self.edits = [edit for edit in runs.eval_edits(2 * count, 2, "report", world.DEFAULT_TYPES) if edit.edit_type == KIND]
         before, after = (np.stack([world.render(getattr(edit, side)) for edit in self.edits]) for side in ("before", "after"))
-        self.evaluator = runs.Evaluator(config, self.edits)
+        self.editors = Editors(self.edits)
+        self.evaluator = self.editors.evaluator
         self.source, self.exact = self.evaluator.sources, self.evaluator.encoded(list(after))
         self.parts = parts_of(before, after, self.exact.shape[-1])
-        self.config = config
 
     def preserved(self, latents: Tensor) -> float:
         """Share of edits that keep their source, once decoded."""
@@ -83,10 +79,7 @@ class Backgrounds:
 
     def of_editor(self, lora: Path) -> dict[str, float]:
         """Share of preserved sources by what is exact."""
-        host = make_host(self.config, self.evaluator.family, torch.device("cpu"), fresh=False)
-        host.load_lora(read_named(lora, "flux")[0])
-        with host.live() as velocity:
-            latents = self.evaluator.latents(velocity, [edit.instruction for edit in self.edits])
+        latents = self.editors.latents(lora)
         return {name: self.preserved(replaced(latents, self.exact, self.parts, exact)) for name, exact in EXACT.items()}
 
 
@@ -104,11 +97,10 @@ def main() -> None:
     parser.add_argument("--edits", type=int, default=96, help="of backgrounds")
     parser.add_argument("--out", type=Path, help="also write the figures to this JSON file")
     options = parser.parse_args()
-    if wrong := [text for text in options.loras if "=" not in text or not Path(text.partition("=")[2]).is_file()]:
-        parser.error(f"{wrong[0]}: NAME=FILE is asked for, and FILE must be there")
+    loras = named_loras(parser, options.loras)
     made_by, modified = commit("benchmarks/where_lost.py", "byg_plugin")
     backgrounds = Backgrounds(options.edits)
-    editors = {name: backgrounds.of_editor(Path(file)) for name, _, file in (text.partition("=") for text in options.loras)}
+    editors = {name: backgrounds.of_editor(file) for name, file in loras.items()}
     record = {
         "commit": made_by,
         "modified": modified,

@@ -14,7 +14,7 @@ import hashlib
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -103,6 +103,7 @@ PARTS = {
         markers={"native": "encoder.block.0.layer.0.SelfAttention.q.weight"},
         suggested="t5xxl_fp16.safetensors, t5xxl_fp8_e4m3fn.safetensors or a diffusers folder",
         tokenizer=("t5_tokenizer.json.gz", _T5_SPECIAL),
+        model_type="t5",
     ),
     "flux2_transformer": Part(
         label="FLUX.2 klein's transformer",
@@ -164,6 +165,7 @@ PARTS = {
         markers={"native": "encoder.block.0.layer.0.SelfAttention.q.weight"},
         suggested="umt5_xxl_fp16.safetensors, umt5_xxl_fp8_e4m3fn_scaled.safetensors or a diffusers folder",
         tokenizer=("umt5_tokenizer.json.gz", _T5_SPECIAL),
+        model_type="umt5",
     ),
     "qwen_transformer": Part(
         label="Qwen-Image's transformer",
@@ -252,6 +254,15 @@ def part_folder(path_or_id: str | Path, part: str) -> Path | None:
     raise ValueError(f"{root}: has no {PARTS[part].folder}/config.json or config.json ({part}); use {PARTS[part].suggested}")
 
 
+def local_folder(path_or_id: str | Path, part: str) -> Path | None:
+    """`part_folder`, and None for a single file too.
+
+    Raises:
+        ValueError: see `single_file` and `part_folder`.
+    """
+    return None if single_file(path_or_id, part) is not None else part_folder(path_or_id, part)
+
+
 def from_folder(kind: Any, path_or_id: str | Path, part: str, **dtype: torch.dtype) -> Any:
     """`kind.from_pretrained` of a local folder or hub id, safetensors only.
 
@@ -259,9 +270,12 @@ def from_folder(kind: Any, path_or_id: str | Path, part: str, **dtype: torch.dty
         ValueError: it holds another model, a file is missing or damaged, or a weight is NaN or infinite.
     """
     folder = part_folder(path_or_id, part)
+    # Both libraries fill what a folder lacks with random numbers, or with nothing, and say so in a log at most.
+    options = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True, **dtype}
     if folder is None:
         inside = PARTS[part].folder
-        model = from_hub(lambda: kind.from_pretrained(str(path_or_id), subfolder=inside, use_safetensors=True, **dtype), path_or_id)
+        model, found = from_hub(lambda: kind.from_pretrained(str(path_or_id), subfolder=inside, **options), path_or_id)
+        _refuse_incomplete(model, found, path_or_id)
         refuse_not_finite(model, Path(path_or_id))
         return model
     config = read_json(folder / "config.json")
@@ -271,11 +285,72 @@ def from_folder(kind: Any, path_or_id: str | Path, part: str, **dtype: torch.dty
     _weight_files(folder)
     try:
         with quiet_loading():
-            model = kind.from_pretrained(str(folder), use_safetensors=True, local_files_only=True, **dtype)
+            model, found = kind.from_pretrained(str(folder), local_files_only=True, **options)
     except OSError as error:
         raise ValueError(f"{folder}: cannot be loaded ({error}); download this part again") from error
+    _refuse_incomplete(model, found, folder)
     refuse_not_finite(model, folder)
     return model
+
+
+# Of a language model, what no encoding of a text is made with.
+_UNREAD = re.compile(r"(^|\.)(lm_head|visual)\.")
+
+
+def _refuse_incomplete(model: nn.Module, found: Mapping[str, Any], where: object) -> None:
+    """Refuse what the loader has made up.
+
+    Args:
+        found: its `output_loading_info`.
+
+    Raises:
+        ValueError: a weight is missing, or has the shape of another model.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    missing = {name for name in found["missing_keys"] if not _UNREAD.search(name)}
+    # Weights that are tied to one that is there are missing in name only.
+    there = {id(parameter) for name, parameter in parameters.items() if name not in missing}
+    lacking = sorted(name for name in missing if id(parameters.get(name)) not in there)
+    others = sorted(each if isinstance(each, str) else each[0] for each in found["mismatched_keys"])  # transformers 4: names alone
+    _refuse_tensors(where, {"are missing": lacking, "have another shape than its config.json says": others})
+
+
+def _refuse_tensors(where: object, kinds: Mapping[str, Sequence[str]]) -> None:
+    if said := _said(kinds):
+        raise ValueError(f"{where}: {said}; download this part again, its config.json too")
+
+
+def _said(kinds: Mapping[str, Sequence[str]]) -> str:
+    """How many tensors are wrong in which way, with a few of each; empty: none."""
+    return "; ".join(f"{len(names)} tensors {what}, such as {', '.join(names[:3])}" for what, names in kinds.items() if names)
+
+
+def check_tensors(model: nn.Module, folder: Path) -> None:
+    """Compare a folder's headers with the network that its config.json describes; reads no weights.
+
+    Args:
+        model: of diffusers, on any device.
+
+    Raises:
+        ValueError: there are no weights, or tensors are missing, belong to no layer, or have another shape.
+    """
+    given = {name: shape for file in _weight_files(folder) for name, shape in _shapes(file).items()}
+    if any(name.endswith((".query.weight", ".proj_attn.weight")) for name in given):
+        return  # an autoencoder of before diffusers 0.15, whose names the library changes as it loads
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    _refuse_tensors(
+        folder,
+        {
+            "are missing": [name for name in expected if name not in given],
+            "belong to no layer of its config.json": [name for name in given if name not in expected],
+            "have another shape than its config.json says": [n for n in expected if n in given and given[n] != expected[n]],
+        },
+    )
+
+
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    with safe_open(path, framework="pt", device="cpu") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in set(file.keys())}
 
 
 def refuse_not_finite(model: nn.Module, path: Path) -> None:
@@ -613,9 +688,8 @@ def build(
         "belong to no layer": [name for name in given if name not in expected],
         "have another shape": [name for name in expected if name in given and expected[name] != given[name]],
     }
-    found = [f"{len(names)} tensors {what}, such as {', '.join(names[:3])}" for what, names in kinds.items() if names]
-    if found:
-        raise weights.error("; ".join(found))
+    if found := _said(kinds):
+        raise weights.error(found)
     model.load_state_dict(state, strict=True, assign=True)
     if isinstance(model, PreTrainedModel):
         model.tie_weights()
@@ -659,7 +733,7 @@ def load_tokenizer(path_or_id: str | Path, part: str, length: int) -> PreTrained
                 read_json(folder / name)  # the library's own reader ends in a traceback
         try:
             return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-        except ValueError as error:
+        except (ValueError, LookupError, TypeError) as error:  # a JSON that is no tokenizer's, too
             reason = " ".join(str(error).split())[:300]
             remedy = "use the base model's tokenizer; code from a model folder is never run"
             raise ValueError(f"{folder}: its tokenizer cannot be loaded ({reason}); {remedy}") from error

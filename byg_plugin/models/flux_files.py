@@ -131,6 +131,14 @@ def _rope_axes(head: int, path: Path) -> list[int]:
     return axes
 
 
+def _refuse_unscaled(config: Any, path_or_id: str | Path) -> None:
+    for name in ("scaling_factor", "shift_factor"):
+        if not isinstance(config[name], int | float):
+            raise ValueError(
+                f"{path_or_id}: the vae's {name} is {config[name]}, no number, so it is not FLUX.1's; use {files.PARTS['vae'].suggested}"
+            )
+
+
 def _refuse_extra_channels(config: Any, path_or_id: str | Path) -> None:
     if config.out_channels not in (None, config.in_channels):
         raise ValueError(
@@ -221,7 +229,7 @@ TRANSFORMER = Network(
     check=_refuse_extra_channels,
 )
 """A file without `guidance_in` (schnell) gives a model with `config.guidance_embeds` False."""
-VAE = Network(name="AutoencoderKL", part="vae", config=_vae_config, state=_vae_state)
+VAE = Network(name="AutoencoderKL", part="vae", config=_vae_config, state=_vae_state, check=_refuse_unscaled)
 """A single file carries no latent scale: FLUX.1's (0.3611, shift 0.1159) is assumed.
 
 SD3's autoencoder has the same shapes and would be taken for it.

@@ -49,6 +49,7 @@ class Network:
         """
         file = files.single_file(path_or_id, self.part)
         if file is None:
+            self.on_meta(path_or_id)  # says in a line what the library's loader does not say, or in a traceback
             model = files.from_folder(self.kind, path_or_id, self.part, torch_dtype=dtype)
         else:
             with files.Weights(file, self.part) as weights:
@@ -66,9 +67,22 @@ class Network:
             ValueError: as `load`, as far as configuration or header tell.
         """
         config = self._config_only(path_or_id)
-        with torch.device("meta"):
-            model = self.kind.from_config(config)
-        return self._checked(model, path_or_id)
+        try:
+            with torch.device("meta"):
+                model = self.kind.from_config(config)
+        except (
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:  # a value of another type or size
+            raise ValueError(f"{path_or_id}: its config.json describes no {self.name} ({error}); download it again") from error
+        checked = self._checked(model, path_or_id)
+        if (folder := files.local_folder(path_or_id, self.part)) is not None:
+            files.check_tensors(checked, folder)
+        return checked
 
     def config_of(self, path_or_id: str | Path) -> dict[str, Any]:
         """The configuration, with the class's defaults for what it leaves out; reads no weights.

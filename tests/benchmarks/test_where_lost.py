@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import direction, where_lost
+from benchmarks import direction, editors, where_lost
 from byg_plugin.demo import world
 from tests.support import ROOT
 
@@ -65,8 +65,8 @@ def test_the_part_that_is_wrong_is_found(backgrounds: where_lost.Backgrounds, mo
         def __exit__(self, *_: object) -> None:
             return None
 
-    monkeypatch.setattr(where_lost, "make_host", lambda *_, **__: Host())
-    monkeypatch.setattr(where_lost, "read_named", lambda *_: ({}, {}))
+    monkeypatch.setattr(editors, "make_host", lambda *_, **__: Host())
+    monkeypatch.setattr(editors, "read_named", lambda *_: ({}, {}))
     monkeypatch.setattr(backgrounds.evaluator, "latents", lambda velocity, texts: wrong)
     found = backgrounds.of_editor(ROOT)
     assert found["edges"] == found["all but kept"] == 1.0
