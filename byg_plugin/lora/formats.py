@@ -243,7 +243,7 @@ def _native(native: str, group: list[Module]) -> Module:
     if first.part is None:
         return Module(native, "", "", linear, None, first.down, first.up, first.alpha)
     if len(linear.parts) == 1:
-        up = swap_halves(first.up) if linear.swap else first.up
+        up = _swapped(native, first.up) if linear.swap else first.up
         return Module(native, "", "", linear, None, first.down, up, first.alpha)
     return _fused(native, linear, {module.part: module for module in group if module.part is not None})
 
@@ -255,6 +255,9 @@ def _fused(native: str, linear: Linear, parts: Mapping[int, Module]) -> Module:
     if len(units) != 1 or not next(iter(units)).is_integer():
         sizes = {linear.parts[index]: module.up.shape[0] for index, module in parts.items()}
         raise ValueError(f"the layers of {native} have rows that do not fit together: {sizes}")
+    inputs = {linear.parts[index]: module.down.shape[1] for index, module in parts.items()}
+    if len(set(inputs.values())) != 1:
+        raise ValueError(f"the layers of {native} have inputs that do not fit together: {inputs}")
     unit = int(units.pop())
     one = present[0]
     shared = all(torch.equal(module.down, one.down) and module.scale == one.scale for module in present)
@@ -282,7 +285,7 @@ def _to_parts(modules: Iterable[Module]) -> list[Module]:
             name = linear.parts[module.part]
             out.append(Module(name, "", "", linear, module.part, module.down, module.up, module.alpha))
         elif len(linear.parts) == 1:
-            up = swap_halves(module.up) if linear.swap else module.up
+            up = _swapped(linear.native, module.up) if linear.swap else module.up
             out.append(Module(linear.parts[0], "", "", linear, 0, module.down, up, module.alpha))
         else:
             out.extend(_split(module))
@@ -305,6 +308,12 @@ def _split(module: Module) -> list[Module]:
         if used.any():
             out.append(Module(name, "", "", module.linear, index, module.down[used].clone(), up[:, used].clone(), None))
     return out
+
+
+def _swapped(native: str, up: Tensor) -> Tensor:
+    if len(up) % 2:
+        raise ValueError(f"{native} holds shift and scale, so an even number of rows: {len(up)} in this file; it is damaged")
+    return swap_halves(up)
 
 
 def swap_halves(rows: Tensor) -> Tensor:

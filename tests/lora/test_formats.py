@@ -366,3 +366,31 @@ def test_the_file_s_mode_follows_the_umask(tmp_path: Path, umask: int):
     finally:
         os.umask(before)
     assert (tmp_path / "lora.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def _one_layer(name: str, inputs: int, rows: int) -> dict[str, torch.Tensor]:
+    return {f"{name}.lora_A.weight": torch.ones(4, inputs), f"{name}.lora_B.weight": torch.ones(rows, 4)}
+
+
+@pytest.mark.parametrize(
+    ("k", "message"),
+    [
+        ((16, 32), r"double_blocks\.0\.img_attn\.qkv have inputs that do not fit together: .*attn\.to_k': 16.*attn\.to_q': 32"),
+        ((32, 16), r"double_blocks\.0\.img_attn\.qkv have rows that do not fit together: .*attn\.to_k': 16.*attn\.to_q': 32"),
+    ],
+)
+def test_parts_of_a_fused_layer_that_do_not_fit_together(k: tuple[int, int], message: str):
+    attention = "transformer.transformer_blocks.0.attn"
+    tensors = _one_layer(f"{attention}.to_k", *k) | _one_layer(f"{attention}.to_q", 32, 32)
+    with pytest.raises(ValueError, match=message):
+        lora_formats.convert(tensors, "comfyui")
+
+
+def test_a_layer_of_shift_and_scale_has_two_halves():
+    native, ours = "diffusion_model.final_layer.adaLN_modulation.1", "transformer.norm_out.linear"
+    for rows in (1, 5):
+        with pytest.raises(ValueError, match=rf"final_layer\.adaLN_modulation\.1 holds shift and scale.*even number of rows: {rows} in"):
+            lora_formats.convert(_one_layer(native, 32, rows), "diffusers")
+        with pytest.raises(ValueError, match=rf"final_layer\.adaLN_modulation\.1 holds shift and scale.*even number of rows: {rows} in"):
+            lora_formats.convert(_one_layer(ours, 32, rows), "comfyui")
+    assert lora_formats.convert(_one_layer(native, 32, 6), "diffusers")[f"{ours}.lora_B.weight"].shape == (6, 4)
