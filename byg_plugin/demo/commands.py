@@ -10,9 +10,10 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from byg_plugin import _cli, shipped
+from byg_plugin import _cli, journal, shipped
 from byg_plugin.config.extras import require_training_extras
 from byg_plugin.config.loading import load_config
 from byg_plugin.config.sections import Config
@@ -22,11 +23,26 @@ if TYPE_CHECKING:
 
 
 def write_data(out: Path, write_dataset: Callable[..., Path], sizes: Mapping[str, int]) -> None:
-    """`out`/train and `out`/eval with as many tuples as `sizes` says, where they are not there yet; `write_dataset` is the world's."""
+    """`out`/train and `out`/eval with as many tuples as `sizes` says, where they are not there yet; `write_dataset` is the world's.
+
+    Raises:
+        ValueError: what is there is another demo's.
+    """
     out.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory() as one:  # what this world's tuples look like
+        written = json.loads(Path(write_dataset(Path(one), 1, seed=0, split="train")).read_text(encoding="utf-8"))
+    suffix = Path(written["source"]).suffix
     for split, tuples in sizes.items():
-        if not (out / split / "tuples.jsonl").exists():
+        path = out / split / "tuples.jsonl"
+        if not path.exists():
             write_dataset(out / split, tuples, seed=0, split=split)
+        found = [Path(record["source"]).suffix for record in journal.read_records(path)]
+        if found != [suffix] * tuples:
+            kinds = ", ".join(sorted(set(found)))
+            raise ValueError(
+                f"--out {out}: {path} holds {len(found)} tuples of {kinds}, and this demo's are {tuples} of {suffix}: delete the folder, "
+                "or choose another one"
+            )
 
 
 def settings(out: Path, recipe: str, base: Path, overrides: Sequence[str]) -> tuple[list[str | Path], Config]:
@@ -68,11 +84,13 @@ def cache_train_edit(out: Path, recipe: str, base: Path, overrides: Sequence[str
     """
     from byg_plugin.lora.formats import expert_files  # torch: seconds
 
-    options, resolved = settings(out, recipe, base, [*_precision(overrides), *overrides])
+    _, asked = settings(out, recipe, base, overrides)
+    trained = Path(asked.output.dir) / "config.json"
+    options, resolved = settings(out, recipe, base, [*_precision(overrides, trained), *overrides])
     require_training_extras(resolved.train)  # the training's own check, before the caching
     suffix = "-ema" if resolved.objective.ema_decay else ""
     lora = Path(resolved.output.dir) / f"{resolved.output.name}{suffix}.safetensors"
-    _refuse_other_settings(Path(resolved.output.dir) / "config.json", resolved, out)
+    _refuse_other_settings(trained, resolved, out)
     started = time.perf_counter()
     run("-m", "byg_plugin.cache_latents", *options)
     run("-m", "byg_plugin.cache_text_encoder_outputs", *options)
@@ -84,12 +102,18 @@ def cache_train_edit(out: Path, recipe: str, base: Path, overrides: Sequence[str
     return edits, time.perf_counter() - started
 
 
-def _precision(overrides: Sequence[str]) -> list[str]:
-    """float32 where the CPU has no instructions for bfloat16: a step takes ten times as long with it there."""
+def _precision(overrides: Sequence[str], trained: Path) -> list[str]:
+    """float32 where the CPU has no instructions for bfloat16: a step takes ten times as long with it there.
+
+    A training that is there, whose configuration is `trained`, goes on with what it has: another timing may end otherwise.
+    """
     import torch  # not above: a wrong override is told without it
 
     if any(override.startswith("train.mixed_precision") for override in overrides):
         return []
+    if trained.exists():
+        chosen = json.loads(trained.read_text(encoding="utf-8"))["train"]["mixed_precision"]
+        return [f"train.mixed_precision={json.dumps(chosen)}"]
     # About 0.2 with instructions for it, 1.1 and 30 without.
     if _seconds_of_product(torch.bfloat16) < 0.6 * _seconds_of_product(torch.float32):
         return []
@@ -98,15 +122,18 @@ def _precision(overrides: Sequence[str]) -> list[str]:
 
 
 def _seconds_of_product(dtype: torch.dtype) -> float:
-    """Of one like those of the training, at its fastest."""
+    """Of one like those of the training, at its fastest, on one thread: two that others keep busy wait for each other."""
     import torch
 
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     left, right = torch.ones(2048, 256, dtype=dtype), torch.ones(256, 256, dtype=dtype)
     seconds = []
     for _ in range(10):
         started = time.perf_counter()
         left @ right
         seconds.append(time.perf_counter() - started)
+    torch.set_num_threads(threads)
     return min(seconds)
 
 
@@ -116,12 +143,30 @@ def edited_files(edits: Path, suffix: str) -> list[Path]:
 
 
 def run(*command: str | Path) -> None:
-    """One of the project's commands in a process of its own; its failure is ours."""
+    """One of the project's commands in a process of its own; its failure is ours.
+
+    Ctrl-C reaches both processes. The command ends by itself, once it has saved what is done, and this one waits for it, however long
+    that takes (`subprocess.run` would kill it after a quarter of a second).
+
+    Raises:
+        KeyboardInterrupt: there was one while the command ran.
+        SystemExit: the command failed.
+    """
     words = [str(word) for word in command]
     print("\n$ " + shlex.join(["python", *words]), flush=True)
-    done = subprocess.run([sys.executable, *words], check=False)
-    if done.returncode:
-        raise SystemExit(done.returncode)
+    process = subprocess.Popen([sys.executable, *words])
+    interrupted = False
+    while process.poll() is None:
+        try:
+            process.wait()
+        except KeyboardInterrupt:
+            if interrupted:
+                process.terminate()  # the second time: for a command that this Ctrl-C did not reach
+            interrupted = True
+    if interrupted:
+        raise KeyboardInterrupt
+    if process.returncode:
+        raise SystemExit(process.returncode)
 
 
 def _refuse_other_settings(trained: Path, resolved: Config, out: Path) -> None:

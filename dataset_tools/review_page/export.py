@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from byg_plugin.data.tuples import read_tuples_file
-from byg_plugin.journal import write_records
+from byg_plugin.journal import read_records, write_records
 
 from .items import read_items
 from .store import journal_path, read_decisions
@@ -20,6 +20,8 @@ REVIEWED = ("kept", "fixed")
 def export_reviewed(tuples: Path, target: Path, root: Path, *, rules: Literal["error", "warn"] = "error") -> Counter[str]:
     """Write the kept and fixed tuples as a tuples file that the trainer takes; of a review that goes on, what is decided so far.
 
+    Where `target` is there already, its sources keep the splits that hold_out.py has marked them with.
+
     Args:
         root: what relative sources start from; the trainer needs the same as dataset.image_root, or the file in that folder.
         rules: as dataset.rules, which the trainer needs then too: whether texts that break a hard rule are refused.
@@ -28,7 +30,8 @@ def export_reviewed(tuples: Path, target: Path, root: Path, *, rules: Literal["e
         How many tuples have each status.
 
     Raises:
-        ValueError: nothing is kept, `target` is a file of the review, or the trainer would refuse a tuple: nothing is written.
+        ValueError: nothing is kept, `target` is a file of the review or no tuples file, or the trainer would refuse a tuple: nothing is
+            written.
     """
     undecided = read_items(tuples)
     if target.resolve() in (tuples.resolve(), journal_path(tuples).resolve()):
@@ -45,8 +48,25 @@ def export_reviewed(tuples: Path, target: Path, root: Path, *, rules: Literal["e
         except ValueError as error:
             raise ValueError(_about_lines(str(error), lines, written, tuples)) from error
 
-    write_records(target, (item.reviewed() for item in chosen), trainer_takes)
+    marks = _splits(target)
+    write_records(target, (_marked(item.reviewed(), marks) for item in chosen), trainer_takes)
     return Counter(item.status for item in items)
+
+
+def _splits(target: Path) -> dict[str, str]:
+    """The marks of an earlier export, by source."""
+    if not target.exists():
+        return {}
+    try:
+        records = list(read_records(target))
+        return {record["source"]: record["split"] for record in records if record["source"] and record.get("split")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--export {target}: is there and is no tuples file, so it is not written over; choose another name") from error
+
+
+def _marked(record: dict[str, Any], marks: Mapping[str, str]) -> dict[str, Any]:
+    mark = marks.get(record["source"])
+    return record if mark is None else {**record, "split": mark}
 
 
 def _about_lines(message: str, lines: Sequence[int], written: Path, tuples: Path) -> str:

@@ -104,8 +104,8 @@ def test_no_ema_is_edited_with_the_live_weights(tmp_path, monkeypatch, decay, na
 @pytest.mark.parametrize(
     ("bfloat16", "options"), [(0.2, []), (1.1, ['train.mixed_precision="no"']), (30.0, ['train.mixed_precision="no"'])]
 )
-def test_a_cpu_without_bfloat16_trains_in_float32(monkeypatch, capsys, bfloat16, options):
+def test_a_cpu_without_bfloat16_trains_in_float32(tmp_path, monkeypatch, capsys, bfloat16, options):
     monkeypatch.setattr(commands, "_seconds_of_product", {torch.bfloat16: bfloat16, torch.float32: 1.0}.__getitem__)
-    assert commands._precision([]) == options
+    assert commands._precision([], tmp_path / "none.json") == options
     assert ("float32" in capsys.readouterr().out) == bool(options)
-    assert commands._precision(['train.mixed_precision="bf16"']) == []
+    assert commands._precision(['train.mixed_precision="bf16"'], tmp_path / "none.json") == []

@@ -14,6 +14,7 @@ import pytest
 
 from byg_plugin.data.rules import ROLES
 from byg_plugin.data.tuples import read_tuples_file
+from byg_plugin.journal import read_records, write_records
 from dataset_tools.review_page import store
 from dataset_tools.review_page.export import export_reviewed
 from dataset_tools.review_page.items import Item, read_items
@@ -198,13 +199,40 @@ def test_an_export_that_the_trainer_would_refuse_is_not_written(tuples: Path):
             decide(review, index, "kept", count=index)
     (tuples.parent / "2.png").unlink()
     target = tuples.parent / "out.jsonl"
-    target.write_text("an earlier export")
+    earlier = json.dumps(record(9)) + "\n"
+    target.write_text(earlier)
     with pytest.raises(ValueError, match=r"line 3: source: no such file .*2\.png"):
         export_reviewed(tuples, target, tuples.parent)
-    assert target.read_text() == "an earlier export"
+    assert target.read_text() == earlier
     for own in (tuples, journal_path(tuples)):
         with pytest.raises(ValueError, match="file of the review itself"):
             export_reviewed(tuples, own, tuples.parent)
+
+
+def test_an_export_that_is_made_again_keeps_what_was_held_out(tuples: Path):
+    target = tuples.parent / "out.jsonl"
+    with Review(tuples) as review:
+        for index in (0, 1):
+            decide(review, index, "kept", count=index + 1)
+        export_reviewed(tuples, target, tuples.parent)
+        exported = list(read_records(target))
+        write_records(target, [{**exported[0], "split": "validation"}, exported[1]])  # as hold_out.py does
+        decide(review, 2, "kept", count=3)
+    export_reviewed(tuples, target, tuples.parent)
+    again = list(read_records(target))
+    assert [one.get("split") for one in again] == ["validation", None, None]
+    assert [one["source"] for one in again[:2]] == [one["source"] for one in exported]
+
+
+@pytest.mark.parametrize("text", ["my own notes", '{"a": 1}', '{"source": ["x"], "split": "train"}'])
+def test_an_export_writes_over_no_file_of_another_kind(tuples: Path, text: str):
+    with Review(tuples) as review:
+        decide(review, 0, "kept")
+    target = tuples.parent / "notes.txt"
+    target.write_text(text)
+    with pytest.raises(ValueError, match=r"--export .*notes\.txt: is there and is no tuples file.*choose another name"):
+        export_reviewed(tuples, target, tuples.parent)
+    assert target.read_text() == text
 
 
 def test_texts_that_break_a_rule_are_exported_if_the_reviewer_says_so(tmp_path: Path):
