@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import colorsys
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,10 +105,17 @@ CLIPS = Page(
 
 
 def read_results(folder: Path) -> Results:
-    """Every JSON of a stage."""
+    """Every JSON of a stage.
+
+    Raises:
+        ValueError: one cannot be read.
+    """
     results: Results = {}
     for path in sorted(folder.glob("*.json")):
-        record = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: cannot be read as JSON ({error}); remove it, and its run is made again") from error
         results.setdefault(record["name"], {})[record["seed"]] = record
     return results
 
@@ -152,9 +159,18 @@ def at_seconds(record: Record, seconds: float, key: str) -> float | None:
 
     A run that was done earlier is read at its end.
     """
-    path = [(point["cpu_seconds"], point["table"]["all"][key]) for point in record.get("curve", [])]
+    return _read_at(record, seconds, lambda point: point["table"]["all"][key])
+
+
+def steps_at_seconds(record: Record, seconds: float) -> float | None:
+    """How many steps it had made then; see `at_seconds`."""
+    return _read_at(record, seconds, lambda point: point["step"])
+
+
+def _read_at(record: Record, seconds: float, value: Callable[[Mapping[str, Any]], float]) -> float | None:
+    path = [(point["cpu_seconds"], value(point)) for point in record.get("curve", [])]
     times = [time for time, _ in path]
-    return None if not path or seconds < times[0] else float(np.interp(seconds, times, [value for _, value in path]))
+    return None if not path or seconds < times[0] else float(np.interp(seconds, times, [known for _, known in path]))
 
 
 def matched(full: Sequence[Point], other: Sequence[Point], key: str) -> tuple[float, float] | None:
@@ -252,7 +268,11 @@ def _missing_seeds(results: Results, name: str) -> list[int]:
 
 def _few_seeds(results: Results, name: str) -> str:
     """Says of a row that it has not all seeds of the study."""
-    return f" (seed {', '.join(map(str, sorted(results[name])))} alone)" if _missing_seeds(results, name) else ""
+    return _alone(results[name]) if _missing_seeds(results, name) else ""
+
+
+def _alone(seeds: Iterable[int]) -> str:
+    return f" (seed {', '.join(map(str, sorted(seeds)))} alone)"
 
 
 def _row(results: Results, name: str) -> str:
@@ -500,17 +520,21 @@ def _in_the_time_of_pairs(results: Results, prefix: str) -> list[str]:
     lines = [
         "",
         f"In the CPU seconds of *{_title(pairs)}* of the same seed ({seconds}), on the {edits} edits of the curves; the other runs' "
-        "learning rates have not ended there:",
+        "learning rates have not ended there, and a run that other work slowed down had made fewer steps:",
         "",
-        *_header(["run", "**joint**", "edit made", "source preserved"]),
+        *_header(["run", "**joint**", "edit made", "source preserved", "steps"]),
     ]
     for name in group_names(results, prefix):
-        both = [(record, pairs[seed]["cpu_seconds"]) for seed, record in results[name].items() if _timed_alike(record, pairs.get(seed))]
-        read = [[at_seconds(record, time, key) for record, time in both] for key in ("joint", "edit", "preserved")]
-        known = [[value for value in values if value is not None] for values in read]
-        if known[0]:
-            joint, *others = [_spread(values, _percent) for values in known]
-            lines.append(_line([_title(results[name]), f"**{joint}**", *others]))
+        alike = {seed: record for seed, record in results[name].items() if _timed_alike(record, pairs.get(seed))}
+        read = {seed: steps_at_seconds(record, pairs[seed]["cpu_seconds"]) for seed, record in alike.items()}
+        steps = {seed: known for seed, known in read.items() if known is not None}
+        if steps:
+            shares = [
+                [at_seconds(alike[seed], pairs[seed]["cpu_seconds"], key) for seed in steps] for key in ("joint", "edit", "preserved")
+            ]
+            joint, *others = [_spread([value for value in values if value is not None], _percent) for values in shares]
+            title = _title(results[name]) + ("" if steps.keys() >= set(_study_seeds(results)) else _alone(steps))
+            lines.append(_line([title, f"**{joint}**", *others, _spread(list(steps.values()), lambda value: f"{value:.0f}")]))
     return lines
 
 

@@ -16,7 +16,7 @@ from typing import NoReturn
 from byg_plugin import shipped
 from byg_plugin.progress import report
 
-_OURS = (shipped.PACKAGE, shipped.folder("dataset_tools"))
+_OURS = (shipped.PACKAGE, shipped.folder("dataset_tools"), shipped.PACKAGE.parent / "benchmarks")
 
 
 def common_parser(description: str, *, config_required: bool = True) -> argparse.ArgumentParser:

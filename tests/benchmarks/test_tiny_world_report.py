@@ -213,7 +213,8 @@ def test_all_runs_on_six_types_have_their_table_and_what_lacks_is_named(results)
     for name in ("six_truth", "six_base", "six_copy", "six_paired_steps", "six_paired_time"):
         runs.write_json(results / f"{name}-0.json", result(name, 0, (0.7, 0.5)))
     text = report.table(report.read_results(results), limit=5)
-    assert cells(text, "full method, alpha2 (seed 0 alone)", 3) == ["70"] * 3  # all, and both kinds; in no other table
+    # All, and both kinds; then what is preserved in the time of pairs; in no other table.
+    assert cells(text, "full method, alpha2 (seed 0 alone)", 3) == ["70"] * 3 + ["50"]
     lacking = (f"{title} (seed 1, 2)" for title in ("base, target caption", "paired, equal steps", "paired, equal time"))
     assert f"**Not measured yet: {'; '.join(lacking)}.**" in text
 
@@ -243,7 +244,18 @@ def test_a_run_in_the_time_of_pairs_is_read_on_straight_lines_between_evaluation
     other = result("six_full+float32", 0, (0.6, 0.5)) | {"title": "another machine", "config": {"train": {"mixed_precision": "no"}}}
     assert "another machine" not in report._in_the_time_of_pairs(kept | {"six_full+float32": {0: other}}, "six_")[-1]
     # (0 + 0.6) / 2 and 0.6; (1 + 0.5) / 2 and 0.5.
-    assert cells(text, "full method", 2) == ["45 (30 to 60)"] and cells(text, "full method", 3) == ["62 (50 to 75)"]
+    title = "full method (seed 0, 1 alone)"
+    assert cells(text, title, 2) == ["45 (30 to 60)"] and cells(text, title, 3) == ["62 (50 to 75)"]
+    points = kept["six_full"][0]["curve"]
+    assert report.steps_at_seconds(kept["six_full"][0], 1.5) == (points[0]["step"] + points[1]["step"]) / 2
+    lines = report._in_the_time_of_pairs(kept | {"six_paired_steps": {0: kept["six_paired_steps"][0]}}, "six_")
+    assert next(line for line in lines if line.startswith("| full method")).startswith("| full method (seed 0 alone) | **30** |")
+
+
+def test_a_result_that_was_cut_is_named(tmp_path: Path):
+    (tmp_path / "full-0.json").write_text('{"name": "fu', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"full-0\.json: cannot be read as JSON .*; remove it"):
+        report.read_results(tmp_path)
 
 
 def test_every_row_of_the_study_has_a_look_of_its_own():
