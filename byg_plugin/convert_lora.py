@@ -71,6 +71,8 @@ def _check_options(args: argparse.Namespace) -> None:
 def _convert(args: argparse.Namespace) -> None:
     if args.out is None:
         raise ValueError("--to needs --out: the file to write")
+    if args.out.suffix.lower() != ".safetensors":
+        raise ValueError(f"--out {args.out}: a LoRA is a .safetensors file, and tools go by that ending; give it to this one")
     if args.out.exists() and not args.overwrite:
         raise ValueError(f"{args.out} exists; give another --out, or --overwrite")
     from byg_plugin.lora import files as lora_files

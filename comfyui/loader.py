@@ -20,11 +20,13 @@ class Fit:
         loaded: those that the model has in their size.
         missing: those that it has not.
         sizes: those that it has in another size, with both sizes (rows, columns): the file's and the model's.
+        damaged: those whose two matrices cannot be multiplied, or of which one is not there.
     """
 
     loaded: tuple[str, ...]
     missing: tuple[str, ...]
     sizes: Mapping[str, tuple[tuple[int, int], tuple[int, int]]]
+    damaged: tuple[str, ...] = ()
 
 
 def fit_of(shapes: Mapping[str, tuple[int, ...]], key_map: Mapping[str, Any], weights: Mapping[str, tuple[int, ...]]) -> Fit:
@@ -39,6 +41,7 @@ def fit_of(shapes: Mapping[str, tuple[int, ...]], key_map: Mapping[str, Any], we
     for key, shape in shapes.items():
         layers.setdefault(layer_of(key), {})[key] = shape
     loaded, missing, sizes = [], [], {}
+    damaged = [name for name, tensors in layers.items() if _is_damaged(*_matrices(tensors))]
     for name, tensors in layers.items():
         target = key_map.get(name)
         if target is None:
@@ -49,7 +52,7 @@ def fit_of(shapes: Mapping[str, tuple[int, ...]], key_map: Mapping[str, Any], we
             loaded.append(name)
         else:
             sizes[name] = (given, wanted)
-    return Fit(loaded=tuple(loaded), missing=tuple(missing), sizes=sizes)
+    return Fit(loaded=tuple(loaded), missing=tuple(missing), sizes=sizes, damaged=tuple(damaged))
 
 
 def check_fit(fit: Fit, card: Card, file: str) -> None:
@@ -61,6 +64,11 @@ def check_fit(fit: Fit, card: Card, file: str) -> None:
     total = len(fit.loaded) + len(fit.missing) + len(fit.sizes)
     if not total:
         raise ValueError(f"{file} has no tensors: download or convert it again")
+    if fit.damaged:
+        raise ValueError(
+            f"{file} is damaged: of {len(fit.damaged)} of its layers one of the two matrices is missing or does not fit the other, e.g. "
+            f"{fit.damaged[0]}. Download or convert it again"
+        )
     if fit.sizes:
         name, (given, wanted) = next(iter(fit.sizes.items()))
         raise ValueError(
@@ -169,8 +177,20 @@ def _weight_size(target: Any, weights: Mapping[str, tuple[int, ...]]) -> tuple[i
 
 def _update_size(tensors: Mapping[str, tuple[int, ...]]) -> tuple[int, int] | None:
     """(rows, columns) of the update that A and B of a layer make; None: they are not two matrices, and ComfyUI judges."""
-    down = [shape for key, shape in tensors.items() if "lora_A" in key or "lora_down" in key]
-    up = [shape for key, shape in tensors.items() if "lora_B" in key or "lora_up" in key]
+    down, up = _matrices(tensors)
     if len(down) != 1 or len(up) != 1 or len(down[0]) != 2 or len(up[0]) != 2:
         return None
     return up[0][0], down[0][1]
+
+
+def _matrices(tensors: Mapping[str, tuple[int, ...]]) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """Shapes of a layer's A and of its B; other kinds of layers have neither."""
+    down = [shape for key, shape in tensors.items() if "lora_A" in key or "lora_down" in key]
+    up = [shape for key, shape in tensors.items() if "lora_B" in key or "lora_up" in key]
+    return down, up
+
+
+def _is_damaged(down: list[tuple[int, ...]], up: list[tuple[int, ...]]) -> bool:
+    if len(down) != len(up):
+        return True
+    return any(len(a) == len(b) == 2 and a[0] != b[1] for a, b in zip(down, up, strict=True))

@@ -249,7 +249,9 @@ def test_a_run_in_the_time_of_pairs_is_read_on_straight_lines_between_evaluation
     points = kept["six_full"][0]["curve"]
     assert report.steps_at_seconds(kept["six_full"][0], 1.5) == (points[0]["step"] + points[1]["step"]) / 2
     lines = report._in_the_time_of_pairs(kept | {"six_paired_steps": {0: kept["six_paired_steps"][0]}}, "six_")
-    assert next(line for line in lines if line.startswith("| full method")).startswith("| full method (seed 0 alone) | **15** | 30 | 75 | 2 |")
+    assert next(line for line in lines if line.startswith("| full method")).startswith(
+        "| full method (seed 0 alone) | **15** | 30 | 75 | 2 |"
+    )
 
 
 def test_a_result_that_was_cut_is_named(tmp_path: Path):

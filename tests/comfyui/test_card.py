@@ -165,3 +165,20 @@ def test_exchanged_halves_are_refused() -> None:
     half = cards.Card(family="wan2.2-t2v-a14b", position="same", expert="high_noise")
     fit = loader.Fit(loaded=("a",), missing=(), sizes={})
     assert "high-noise half" in loader.report(half, family_named("wan2.2-t2v-a14b"), "f", fit, 1.0)
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        {"b.lora_A.weight": (4, 64)},
+        {"b.lora_up.weight": (32, 4), "b.alpha": ()},
+        {"b.lora_A.weight": (4, 64), "b.lora_B.weight": (32, 8)},
+    ],
+)
+def test_a_layer_of_one_matrix_or_of_two_that_cannot_be_multiplied_is_not_loaded_by_half(shapes: dict[str, tuple[int, ...]]) -> None:
+    whole = {"a.lora_A.weight": (4, 64), "a.lora_B.weight": (32, 4), "a.alpha": (), "c.diff": (32, 64)}
+    key_map = {name: f"{name}.weight" for name in "abc"}
+    weights = {f"{name}.weight": (32, 64) for name in "abc"}
+    loader.check_fit(loader.fit_of(whole, key_map, weights), CARD, "f.safetensors")
+    with pytest.raises(ValueError, match="^f.safetensors is damaged: of 1 of its layers one of the two .* e.g. b. Download or convert"):
+        loader.check_fit(loader.fit_of(whole | shapes, key_map, weights), CARD, "f.safetensors")

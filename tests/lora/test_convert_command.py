@@ -58,8 +58,12 @@ def test_the_command_checks(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
+        (("--to", "musubi", "--out", "x.bin"), "--out x.bin: a LoRA is a .safetensors file"),
         (("--check", "--out", "x", "--overwrite", "--allow-loss"), "--check has no use for --out, --overwrite, --allow-loss: leave it out"),
-        (("--to", "musubi", "--out", "x", "--tools", "musubi", "--modules"), "--to has no use for --tools, --modules: leave it out"),
+        (
+            ("--to", "musubi", "--out", "x.safetensors", "--tools", "musubi", "--modules"),
+            "--to has no use for --tools, --modules: leave it out",
+        ),
     ],
 )
 def test_options_of_the_other_mode_are_refused(words: tuple[str, ...], says: str, capsys: pytest.CaptureFixture[str]):
