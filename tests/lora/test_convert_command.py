@@ -23,6 +23,9 @@ def test_the_command_converts_keeps_metadata_and_refuses(tmp_path: Path, capsys:
     assert metadata == METADATA
     assert lora_formats.detect_format(converted) == "musubi"
     before = out.read_bytes()
+    for name in ("x.bin", "x"):
+        assert status(str(source), "--to", "comfyui", "--out", str(tmp_path / name)) == 2
+        assert "a LoRA is a .safetensors file" in capsys.readouterr().err and not (tmp_path / name).exists()
     assert status(str(source), "--to", "comfyui", "--out", str(out)) == 2
     assert "exists" in capsys.readouterr().err
     assert out.read_bytes() == before
@@ -58,7 +61,6 @@ def test_the_command_checks(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (("--to", "musubi", "--out", "x.bin"), "--out x.bin: a LoRA is a .safetensors file"),
         (("--check", "--out", "x", "--overwrite", "--allow-loss"), "--check has no use for --out, --overwrite, --allow-loss: leave it out"),
         (
             ("--to", "musubi", "--out", "x.safetensors", "--tools", "musubi", "--modules"),
