@@ -22,7 +22,7 @@ from pathlib import Path
 def save(*_):
     time.sleep(1.5)
     Path({done!r}).touch()
-    sys.exit(130)
+    sys.exit({code})
 signal.signal(signal.SIGINT, save)
 Path({ready!r}).touch()
 time.sleep(60)
@@ -30,9 +30,10 @@ time.sleep(60)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="process groups of POSIX")
-def test_ctrl_c_waits_for_the_command_that_saves(tmp_path: Path):
+@pytest.mark.parametrize("ends", [130, 0])
+def test_ctrl_c_waits_for_the_command_that_saves(tmp_path: Path, ends: int):
     ready, done, later = tmp_path / "ready", tmp_path / "done", tmp_path / "later"
-    code = SAVES.format(ready=str(ready), done=str(done))
+    code = SAVES.format(ready=str(ready), done=str(done), code=ends)
     parent = (
         "from byg_plugin import _cli\nfrom byg_plugin.demo import commands\n"
         f"_cli.run(lambda: (commands.run('-c', {code!r}), open({str(later)!r}, 'w')))"
