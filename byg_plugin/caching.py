@@ -74,11 +74,15 @@ def run(what: Literal["latents", "texts"], config_path: str, overrides: Sequence
             f"nothing is scaled up",
             state.is_main_process,
         )
-    if summary.cut:
+    if state.is_main_process:
+        _say_cut(summary.cut, config)
+
+
+def _say_cut(cut: Sequence[str], config: Config) -> None:
+    if cut:
         _cli.say(
-            f"note: {len(summary.cut)} texts are longer than conditioning.max_text_tokens = {config.conditioning.max_text_tokens} tokens "
-            f"and were cut, e.g. {summary.cut[0]!r}",
-            state.is_main_process,
+            f"note: {len(cut)} texts are longer than conditioning.max_text_tokens = {config.conditioning.max_text_tokens} tokens "
+            f"and were cut, e.g. {cut[0]!r}"
         )
 
 
@@ -90,4 +94,4 @@ def _in_musubi(what: Literal["latents", "texts"], config: Config, *, prune: bool
         raise ValueError(f"model.host = 'musubi': latents are cached by the host's own {script} with its dataset TOML")
     from byg_plugin.musubi import host as musubi
 
-    musubi.cache_texts(config, prune=prune)
+    _say_cut(musubi.cache_texts(config, prune=prune), config)

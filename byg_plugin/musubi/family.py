@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
@@ -20,6 +21,16 @@ Encoded = Mapping[str, Tensor]
 Padding = Literal["none", "zeros", "masked"]
 Module = Callable[[str], Any]
 """A module of the host by its name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextEncoder:
+    """A family's loaded encoders, with the host's settings."""
+
+    encode: Callable[[str], Encoded]
+    """One text, on the CPU. What is `masked` is cut at `conditioning.max_text_tokens`, others at the host's own length."""
+    length: Callable[[str], int]
+    """A text's tokens, uncut. Runs no encoder."""
 
 
 class MusubiFamily(Protocol):
@@ -74,11 +85,16 @@ class MusubiFamily(Protocol):
         """A sample prompt's encoding as the host made it, a batch of one; `kind`: "" or "negative_"; None: there is none."""
         ...
 
-    def encode_texts(
-        self, module: Module, options: Mapping[str, Any], texts: Sequence[str], tokens: int, device: torch.device
-    ) -> dict[str, Encoded]:
-        """Encodings by text, with the host's encoders and settings, on the CPU. What is `masked` is cut at `tokens`."""
+    def load_text_encoder(self, module: Module, options: Mapping[str, Any], tokens: int, device: torch.device) -> TextEncoder:
+        """The host's encoders; `tokens` is `conditioning.max_text_tokens`."""
         ...
+
+
+def chat_length(tokenizer: Any, text: str, *, thinking: bool) -> int:
+    """Tokens of a chat of one turn with Qwen3, uncut, by the tokenizer's own template, as the host has it."""
+    turns = [{"role": "user", "content": text}]
+    chat = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, enable_thinking=thinking)
+    return len(tokenizer(chat, truncation=False, verbose=False).input_ids)  # verbose: it would warn of its own model_max_length
 
 
 def require_16_bits(options: Mapping[str, Any], model: str) -> None:

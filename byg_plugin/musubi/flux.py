@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from byg_plugin import families
 from byg_plugin.models import tokens as packing
-from byg_plugin.musubi.family import Encoded, Module, MusubiFamily, Padding, require_known_attention
+from byg_plugin.musubi.family import Encoded, Module, MusubiFamily, Padding, TextEncoder, require_known_attention
 from byg_plugin.objectives.base import Text, Velocity
 
 if TYPE_CHECKING:
@@ -49,16 +49,14 @@ class FluxOnMusubi(MusubiFamily):
         """FLUX has no negative text: its guidance is an input of the network."""
         return None if kind else {"t5": prompt["t5_vec"], "pooled": prompt["clip_l_pooler"]}
 
-    def encode_texts(
-        self, module: Module, options: Mapping[str, Any], texts: Sequence[str], tokens: int, device: torch.device
-    ) -> dict[str, Encoded]:
+    def load_text_encoder(self, module: Module, options: Mapping[str, Any], tokens: int, device: torch.device) -> TextEncoder:
         """T5 and the pooled vector of CLIP-L."""
         utils, models = module("flux.flux_utils"), module("flux.flux_models")
         dtype = torch.float8_e4m3fn if options.get("fp8_t5") else torch.bfloat16
         t5_tokenizer, t5 = utils.load_t5xxl(options["text_encoder1"], dtype=dtype, device=device, disable_mmap=True)
         clip_tokenizer, clip = utils.load_clip_l(options["text_encoder2"], dtype=torch.bfloat16, device=device, disable_mmap=True)
-        found: dict[str, Encoded] = {}
-        for text in texts:
+
+        def encode(text: str) -> Encoded:
             ids = [
                 tokenizer([text], max_length=length, padding="max_length", truncation=True, return_tensors="pt")["input_ids"].to(device)
                 for tokenizer, length in ((t5_tokenizer, models.T5XXL_MAX_LENGTH), (clip_tokenizer, 77))
@@ -66,8 +64,10 @@ class FluxOnMusubi(MusubiFamily):
             with torch.autocast(device.type, dtype=torch.bfloat16):
                 sequence = t5(input_ids=ids[0], attention_mask=None, output_hidden_states=False)["last_hidden_state"]
                 pooled = clip(ids[1])["pooler_output"]
-            found[text] = {"t5": sequence[0].to(torch.bfloat16).cpu(), "pooled": pooled.to(torch.bfloat16).cpu()}
-        return found
+            return {"t5": sequence[0].to(torch.bfloat16).cpu(), "pooled": pooled.to(torch.bfloat16).cpu()}
+
+        # CLIP's own 77 tokens are no setting, and FLUX takes only a pooled vector from it.
+        return TextEncoder(encode=encode, length=lambda text: len(t5_tokenizer(text, truncation=False, verbose=False).input_ids))
 
 
 def flux_call(

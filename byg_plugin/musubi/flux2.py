@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,16 @@ from torch import Tensor
 
 from byg_plugin import families
 from byg_plugin.models import tokens as packing
-from byg_plugin.musubi.family import Encoded, Module, MusubiFamily, Padding, require_16_bits, require_known_attention
+from byg_plugin.musubi.family import (
+    Encoded,
+    Module,
+    MusubiFamily,
+    Padding,
+    TextEncoder,
+    chat_length,
+    require_16_bits,
+    require_known_attention,
+)
 from byg_plugin.objectives.base import Text, Velocity
 
 if TYPE_CHECKING:
@@ -50,19 +59,18 @@ class Flux2OnMusubi(MusubiFamily):
         """Both texts are 512 tokens long, padding and all."""
         return {"qwen": prompt[f"{kind}ctx_vec"]}
 
-    def encode_texts(
-        self, module: Module, options: Mapping[str, Any], texts: Sequence[str], tokens: int, device: torch.device
-    ) -> dict[str, Encoded]:
+    def load_text_encoder(self, module: Module, options: Mapping[str, Any], tokens: int, device: torch.device) -> TextEncoder:
         """Three hidden states of Qwen3 side by side, by the host's own embedder."""
         utils = module("flux_2.flux2_utils")
         info = utils.FLUX2_MODEL_INFO[f"klein-base-{self.size}"]
         dtype = torch.float8_e4m3fn if options.get("fp8_text_encoder") else torch.bfloat16
         embedder = utils.load_text_embedder(info, options["text_encoder"], dtype=dtype, device=device, disable_mmap=True)
-        found: dict[str, Encoded] = {}
-        for text in texts:
+
+        def encode(text: str) -> Encoded:
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype.itemsize == 1):
-                found[text] = {"qwen": embedder([text])[0].to(torch.bfloat16).cpu()}
-        return found
+                return {"qwen": embedder([text])[0].to(torch.bfloat16).cpu()}
+
+        return TextEncoder(encode=encode, length=partial(chat_length, embedder.tokenizer, thinking=False))
 
 
 class Klein4BOnMusubi(Flux2OnMusubi):

@@ -11,8 +11,10 @@ import glob
 import inspect
 import logging
 import os
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +29,11 @@ from byg_plugin.folders import alone_in
 from byg_plugin.musubi import cache as musubi_cache
 from byg_plugin.musubi import options as musubi_options
 from byg_plugin.musubi.checkout import Checkout, open_checkout
-from byg_plugin.musubi.family import Encoded
+from byg_plugin.musubi.family import Encoded, TextEncoder
 from byg_plugin.musubi.launch import read_host_launch
 from byg_plugin.musubi.trainer import make_trainer, read_state, states
 from byg_plugin.objectives.draws import share_of_high_noise
+from byg_plugin.progress import Progress
 from byg_plugin.training.launch import Launch, check_launch, take_over
 
 logger = logging.getLogger(__name__)
@@ -122,8 +125,11 @@ def dry_run(config: Config) -> None:
     print(f"{args.max_train_steps} steps of {args.optimizer_type}")
 
 
-def cache_texts(config: Config, *, prune: bool = False) -> None:
+def cache_texts(config: Config, *, prune: bool = False) -> list[str]:
     """Add the four roles to the host's text cache files; what is there already is kept.
+
+    Returns:
+        the texts encoded here that are longer than the model takes.
 
     Raises:
         ValueError: items and tuples do not match, a file is missing or cannot be written.
@@ -136,14 +142,34 @@ def cache_texts(config: Config, *, prune: bool = False) -> None:
     if not isinstance(path, str) or not Path(path).is_file():
         raise ValueError(f"musubi.dataset_config = {path!r}: no such file; give the host's dataset TOML")
     every = musubi_cache.matched(musubi_cache.latents_of(Path(path), checkout.family), tuples)
-    encoder = _encoder_identity(config)
-    todo = [(item, some) for item, some in every if not musubi_cache.is_current(item.path, some, encoder)]
-    if todo:
-        texts = sorted({getattr(one, role) for _, some in todo for one in some for role in ROLES})
-        encoded = encode_texts(checkout, config, texts)
-        for item, some in todo:
-            musubi_cache.write_roles(item, some, encoded.__getitem__, checkout.family, encoder)
+    identity = _encoder_identity(config)
+    todo = [(item, some) for item, some in every if not musubi_cache.is_current(item.path, some, identity)]
+    cut = _encode_and_write(checkout, config, todo, identity) if todo else []
     print(f"{len(todo)} items' texts cached, {len(every) - len(todo)} were current", flush=True)
+    return cut
+
+
+@torch.no_grad()
+def _encode_and_write(
+    checkout: Checkout, config: Config, todo: Sequence[tuple[musubi_cache.Item, list[EditTuple]]], identity: str
+) -> list[str]:
+    """Item by item: what a stopped run has written stays, and no more than a few encodings are held. Returns the texts that are cut."""
+    encoder = load_text_encoder(checkout, config)
+    counts = Counter(getattr(one, role) for _, some in todo for one in some for role in ROLES)
+    remembered = lru_cache(maxsize=_REMEMBERED)(encoder.encode)
+
+    def encoding(text: str) -> Encoded:
+        return remembered(text) if counts[text] > 1 else encoder.encode(text)
+
+    with Progress(total=len(todo), desc="encode texts", unit="item") as bar:
+        # One item at several resolutions lies in several caches: side by side its texts are encoded once.
+        for item, some in sorted(todo, key=lambda pair: pair[0].stem):
+            musubi_cache.write_roles(item, some, encoding, checkout.family, identity)
+            bar.update()
+    return [text for text in counts if encoder.length(text) > config.conditioning.max_text_tokens]
+
+
+_REMEMBERED = 32  # encodings of texts that come again; of FLUX.2 klein 9B one has 12 MiB
 
 
 def _encoder_identity(config: Config) -> str:
@@ -166,11 +192,9 @@ def _encoder_parts(config: Config) -> list[str | None]:
     return [*parts, "fp8" if fp8 else "bf16", str(config.conditioning.max_text_tokens)]
 
 
-@torch.no_grad()
-def encode_texts(checkout: Checkout, config: Config, texts: Sequence[str]) -> dict[str, Encoded]:
-    """Encodings by text, with the host's encoders and settings, on the CPU."""
+def load_text_encoder(checkout: Checkout, config: Config) -> TextEncoder:
+    """The host's encoders, with its settings, on the configured device."""
     from byg_plugin.config.device import resolve_device
 
-    return checkout.family.encode_texts(
-        checkout.module, config.musubi, texts, config.conditioning.max_text_tokens, resolve_device(config.model.device)
-    )
+    device = resolve_device(config.model.device)
+    return checkout.family.load_text_encoder(checkout.module, config.musubi, config.conditioning.max_text_tokens, device)

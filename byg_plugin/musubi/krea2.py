@@ -11,8 +11,8 @@ from torch import Tensor
 
 from byg_plugin import families
 from byg_plugin.models.tokens import pack_length, sequence, unpack
-from byg_plugin.musubi.family import Encoded, Module, require_16_bits, require_known_attention, require_scaled_8_bits
-from byg_plugin.musubi.qwen_image import QwenVaeOnMusubi, one_text, rows_and_mask
+from byg_plugin.musubi.family import Encoded, Module, TextEncoder, require_16_bits, require_known_attention, require_scaled_8_bits
+from byg_plugin.musubi.qwen_image import QwenVaeOnMusubi, one_text, rows_and_mask, template_length
 from byg_plugin.objectives.base import Text, Velocity
 
 if TYPE_CHECKING:
@@ -58,18 +58,17 @@ class Krea2OnMusubi(QwenVaeOnMusubi):
         rows = prompt.get(f"{kind}krea2_vl_embed")
         return None if rows is None else one_text(rows)
 
-    def encode_texts(
-        self, module: Module, options: Mapping[str, Any], texts: Sequence[str], tokens: int, device: torch.device
-    ) -> dict[str, Encoded]:
+    def load_text_encoder(self, module: Module, options: Mapping[str, Any], tokens: int, device: torch.device) -> TextEncoder:
         """12 hidden states of Qwen3-VL; a text that is too long is cut before the template's end."""
         utils = module("krea2.krea2_utils")
         encoder = utils.load_krea2_text_encoder(options["text_encoder"], dtype=torch.bfloat16, device=device, max_length=tokens)
         encoder.qwen.register_forward_pre_hook(_count_text_alone, with_kwargs=True)
-        found: dict[str, Encoded] = {}
-        for text in texts:
+
+        def encode(text: str) -> Encoded:
             rows, mask = utils.get_krea2_prompt_embeds(encoder, [text])
-            found[text] = {"qwen": rows[0][mask[0]].to(torch.bfloat16).cpu()}
-        return found
+            return {"qwen": rows[0][mask[0]].to(torch.bfloat16).cpu()}
+
+        return TextEncoder(encode=encode, length=partial(template_length, encoder.tokenizer))
 
 
 def _count_text_alone(module: Any, args: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -11,8 +11,18 @@ from torch import Tensor
 
 from byg_plugin import families
 from byg_plugin.models.one_call import first_arguments, image_positions
+from byg_plugin.models.qwen_texts import DROPPED, token_ids
 from byg_plugin.models.tokens import image_grids, pack, pack_length, unpack
-from byg_plugin.musubi.family import Encoded, Module, MusubiFamily, Padding, require_16_bits, require_known_attention, require_scaled_8_bits
+from byg_plugin.musubi.family import (
+    Encoded,
+    Module,
+    MusubiFamily,
+    Padding,
+    TextEncoder,
+    require_16_bits,
+    require_known_attention,
+    require_scaled_8_bits,
+)
 from byg_plugin.objectives.base import Text, Velocity
 from byg_plugin.texts import MASK, padding_mask
 
@@ -69,18 +79,22 @@ class QwenImageOnMusubi(QwenVaeOnMusubi):
         """All rows are text; without a negative prompt, the host has one blank."""
         return one_text(prompt[f"{kind}vl_embed"][0, :tokens])
 
-    def encode_texts(
-        self, module: Module, options: Mapping[str, Any], texts: Sequence[str], tokens: int, device: torch.device
-    ) -> dict[str, Encoded]:
+    def load_text_encoder(self, module: Module, options: Mapping[str, Any], tokens: int, device: torch.device) -> TextEncoder:
         """Qwen2.5-VL with Qwen-Image's template."""
         utils = module("qwen_image.qwen_image_utils")
         dtype = torch.float8_e4m3fn if options.get("fp8_vl") else torch.bfloat16
         tokenizer, encoder = utils.load_qwen2_5_vl(options["text_encoder"], dtype=dtype, device=device, disable_mmap=True)
-        found: dict[str, Encoded] = {}
-        for text in texts:
+
+        def encode(text: str) -> Encoded:
             rows, mask = utils.get_qwen_prompt_embeds(tokenizer, encoder, text)
-            found[text] = {"qwen": rows[0][mask[0].bool()][:tokens].to(torch.bfloat16).cpu()}
-        return found
+            return {"qwen": rows[0][mask[0].bool()][:tokens].to(torch.bfloat16).cpu()}
+
+        return TextEncoder(encode=encode, length=partial(template_length, tokenizer))
+
+
+def template_length(tokenizer: Any, text: str) -> int:
+    """Tokens of a text with what follows it in Qwen-Image's template, uncut; what is before it the networks do not see."""
+    return len(token_ids(tokenizer, [text], None, keeps_suffix=False)[0]) - DROPPED
 
 
 def one_text(rows: Tensor) -> Text:

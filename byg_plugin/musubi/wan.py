@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from byg_plugin.musubi.family import Encoded, Module, MusubiFamily, Padding
+from byg_plugin.musubi.family import Encoded, Module, MusubiFamily, Padding, TextEncoder
 from byg_plugin.musubi.options import check_precision
 from byg_plugin.objectives.base import Text, Velocity
 
@@ -61,19 +61,21 @@ class WanOnMusubi(MusubiFamily):
             return None
         return {"umt5": torch.cat([rows, rows.new_zeros(tokens - len(rows), rows.shape[1])])[None]}
 
-    def encode_texts(
-        self, module: Module, options: Mapping[str, Any], texts: Sequence[str], tokens: int, device: torch.device
-    ) -> dict[str, Encoded]:
+    def load_text_encoder(self, module: Module, options: Mapping[str, Any], tokens: int, device: torch.device) -> TextEncoder:
         """UMT5, each text as long as it is."""
         shared = module("wan.configs.shared_config").wan_shared_cfg
         encoder = module("wan.modules.t5").T5EncoderModel(
             text_len=shared.text_len, dtype=shared.t5_dtype, device=device, weight_path=options["t5"], fp8=bool(options.get("fp8_t5"))
         )
-        found: dict[str, Encoded] = {}
-        for text in texts:
+
+        def encode(text: str) -> Encoded:
             with torch.autocast(device.type, dtype=shared.t5_dtype, enabled=bool(options.get("fp8_t5"))):
-                found[text] = {"umt5": encoder([text], device)[0].to(shared.t5_dtype).cpu()}
-        return found
+                return {"umt5": encoder([text], device)[0].to(shared.t5_dtype).cpu()}
+
+        def length(text: str) -> int:
+            return encoder.tokenizer(text, truncation=False, padding=False, verbose=False).shape[1]
+
+        return TextEncoder(encode=encode, length=length)
 
 
 def to_host_timestep(t: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 
 from byg_plugin.models.one_call import own_forward
 from byg_plugin.models.tokens import PATCH, pack_length
-from byg_plugin.musubi.family import Encoded, Module, MusubiFamily, Padding, require_known_attention
+from byg_plugin.musubi.family import Encoded, Module, MusubiFamily, Padding, TextEncoder, chat_length, require_known_attention
 from byg_plugin.musubi.qwen_image import one_text, rows_and_mask
 from byg_plugin.objectives.base import Text, Velocity
 
@@ -71,19 +71,18 @@ class ZImageOnMusubi(MusubiFamily):
         """A prompt's own rows; without a negative prompt, the host has the empty one."""
         return one_text(prompt[f"{kind}cap_feats"][0][prompt[f"{kind}cap_mask"][0].bool()][:tokens])
 
-    def encode_texts(
-        self, module: Module, options: Mapping[str, Any], texts: Sequence[str], tokens: int, device: torch.device
-    ) -> dict[str, Encoded]:
+    def load_text_encoder(self, module: Module, options: Mapping[str, Any], tokens: int, device: torch.device) -> TextEncoder:
         """The hidden states of Qwen3 before the last layer."""
         utils = module("zimage.zimage_utils")
         dtype = torch.float8_e4m3fn if options.get("fp8_llm") else torch.bfloat16
         tokenizer, encoder = utils.load_qwen3(options["text_encoder"], dtype=dtype, device=device, disable_mmap=True)
         encoder.eval()
-        found: dict[str, Encoded] = {}
-        for text in texts:
+
+        def encode(text: str) -> Encoded:
             rows, mask = utils.get_text_embeds(tokenizer, encoder, text)
-            found[text] = {"qwen": rows[0][mask[0]][:tokens].to(torch.bfloat16).cpu()}
-        return found
+            return {"qwen": rows[0][mask[0]][:tokens].to(torch.bfloat16).cpu()}
+
+        return TextEncoder(encode=encode, length=partial(chat_length, tokenizer, thinking=True))
 
 
 _SHIFT, _SCALE = 0.1159, 0.3611  # FLUX.1's, whose VAE it has

@@ -72,13 +72,16 @@ def test_texts_are_the_embedded_hosts_and_the_hosts_own(tmp_path: Path, family: 
     host = open_tiny(family)
     encoders = give_tiny_encoders(host, family, monkeypatch)
     config = host_config(tmp_path, family, musubi={"text_encoder": "x.safetensors"}, conditioning={"max_text_tokens": TOKENS})
-    found = musubi.encode_texts(host, config, TEXTS)
+    with torch.no_grad():
+        encoder = musubi.load_text_encoder(host, config)
+        found = {text: encoder.encode(text) for text in TEXTS}
     loaded = ours.load_text_encoders(torch.device("cpu"))
     for text in TEXTS:
         wanted = text_at(ours.encode_texts(loaded, [text]), 0)["qwen"]
         assert found[text]["qwen"].shape == wanted.shape and found[text]["qwen"].dtype == torch.bfloat16
         assert torch.allclose(found[text]["qwen"].float(), wanted, atol=2e-2, rtol=1e-2)
-    assert len(found[TEXTS[1]]["qwen"]) == TOKENS > len(found[TEXTS[0]]["qwen"])
+    assert len(found[TEXTS[1]]["qwen"]) == TOKENS > len(found[TEXTS[0]]["qwen"]) == encoder.length(TEXTS[0])
+    assert [encoder.length(text) > TOKENS for text in TEXTS] == ours.longer_than_limit(loaded, TEXTS) == [False, True]
     if family == KREA2:
         return  # its script prints as it goes; it takes the same function
     script = {QWEN: "qwen_image_cache_text_encoder_outputs", ZIMAGE: "zimage_cache_text_encoder_outputs"}[family]

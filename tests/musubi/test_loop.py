@@ -21,7 +21,7 @@ from byg_plugin.lora import formats as lora_formats
 from byg_plugin.musubi import cache as musubi_cache
 from byg_plugin.musubi import host as musubi
 from byg_plugin.musubi import trainer as musubi_trainer
-from byg_plugin.musubi.family import musubi_family
+from byg_plugin.musubi.family import TextEncoder, musubi_family
 from byg_plugin.objectives.base import Batch, Plan
 from tests.support import ROOT
 from tests.support.musubi_host import (
@@ -258,11 +258,11 @@ def test_the_cache_step_adds_roles_to_the_hosts_items(tmp_path: Path, family: st
     open_tiny(family)
     asked: list[str] = []
 
-    def encode(host: Any, config: Any, some: list[str]) -> Any:
-        asked.extend(some)
-        return {text: encoded(family, text) for text in some}
+    def encode(text: str) -> Any:
+        asked.append(text)
+        return encoded(family, text)
 
-    monkeypatch.setattr(musubi, "encode_texts", encode)
+    monkeypatch.setattr(musubi, "load_text_encoder", lambda *_: TextEncoder(encode=encode, length=len))
     musubi.cache_texts(config)
     assert len(asked) == 12 and "3 items' texts cached, 0 were current" in capsys.readouterr().out
     assert musubi_cache.check(tmp_path / "dataset.toml", musubi_family(family), musubi.training_tuples(config.dataset)) == 3
