@@ -29,7 +29,7 @@ from byg_plugin.config.fields import why_no_path
 from byg_plugin.config.loading import shown
 from byg_plugin.data.rules import ROLES
 from byg_plugin.data.tuples import EditTuple
-from byg_plugin.documents import toml_table
+from byg_plugin.documents import json_value, toml_table
 from byg_plugin.finite import is_finite
 from byg_plugin.lora.files import write_lora
 from byg_plugin.musubi.family import Encoded, MusubiFamily
@@ -274,17 +274,66 @@ def _wrong_entries(path: Path, family: MusubiFamily, count: int) -> str | None:
 
 
 def latents_of(dataset_config: Path, family: MusubiFamily) -> list[Item]:
-    """`cached_items`, of which there must be some.
+    """`cached_items`, of which there must be some, those of one name being one picture or clip.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are none, or two that lie in different folders have one name.
     """
-    if items := cached_items(dataset_config, family):
-        return items
-    raise ValueError(
-        f"musubi.dataset_config = {dataset_config}: no cached latents for {family.architecture[1]}; run the host's "
-        f"{family.latents_script} first"
-    )
+    items = cached_items(dataset_config, family)
+    if not items:
+        raise ValueError(
+            f"musubi.dataset_config = {dataset_config}: no cached latents for {family.architecture[1]}; run the host's "
+            f"{family.latents_script} first"
+        )
+    _refuse_namesakes(dataset_config, items)
+    return items
+
+
+def _refuse_namesakes(dataset_config: Path, items: Sequence[Item]) -> None:
+    """One folder may be in several datasets (resolutions). A file of the same name in another one would get the first one's texts."""
+    by_cache: dict[Path, dict[Path, set[str]]] = defaultdict(dict)
+    for dataset in datasets(dataset_config):
+        by_cache[cache_folder(dataset, dataset_config)[0]] |= _media_of(dataset)
+    places: dict[str, set[Path]] = defaultdict(set)
+    for item in items:
+        media = by_cache[item.path.parent]
+        # A cache may be of several folders, and its items' media gone: then it is not known whose they are.
+        found = {folder for folder, stems in media.items() if item.stem in stems}
+        places[item.stem] |= found or (set(media) if len(media) == 1 else set())
+        if len(places[item.stem]) > 1:
+            raise ValueError(
+                f"musubi.dataset_config = {dataset_config}: {' and '.join(sorted(map(str, places[item.stem])))} both have an item called "
+                f"{item.stem}, and a tuple's texts go by that name: rename one, and cache its latents again"
+            )
+
+
+def _media_of(dataset: Mapping[str, Any]) -> dict[Path, set[str]]:
+    """Folders of a dataset's images or clips, with the names in them; what cannot be read has none, the host tells."""
+    for key in ("video_directory", "image_directory"):
+        if key in dataset:
+            folder = Path(dataset[key])
+            names = folder.iterdir() if folder.is_dir() else ()
+            return {folder.resolve(): {path.stem for path in names if path.suffix.lower() not in _NO_MEDIA}}
+    found: dict[Path, set[str]] = defaultdict(set)
+    for kind in ("video", "image"):
+        for path in _listed(dataset.get(f"{kind}_jsonl_file"), f"{kind}_path"):
+            found[path.parent.resolve()].add(path.stem)
+    return found
+
+
+_NO_MEDIA = (".txt", ".caption", ".json", ".jsonl", ".safetensors")
+
+
+def _listed(file: Any, key: str) -> Iterator[Path]:
+    """Paths that a JSONL file of the host lists."""
+    if not isinstance(file, str):
+        return
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+        listed = [json_value(line) for line in lines if line.strip()]
+    except (OSError, ValueError):
+        return
+    yield from (Path(one[key]) for one in listed if isinstance(one, dict) and isinstance(one.get(key), str))
 
 
 def cached_items(dataset_config: Path, family: MusubiFamily) -> list[Item]:
@@ -321,17 +370,23 @@ _FLOATS = ("F32", "F16", "BF16")
 
 def cache_folders(dataset_config: Path) -> list[tuple[Path, bool]]:
     """(folder, whether of clips) of each of the host's datasets."""
-    folders = []
-    for dataset in datasets(dataset_config):
-        is_video = "video_directory" in dataset or "video_jsonl_file" in dataset
-        media = dataset.get("video_directory" if is_video else "image_directory")
-        folder = dataset.get("cache_directory", media)
-        if folder is None:
-            raise ValueError(
-                f"musubi.dataset_config = {dataset_config}: a dataset has no cache_directory, which the host needs with a jsonl file"
-            )
-        folders.append((Path(folder), is_video))
-    return folders
+    return [cache_folder(dataset, dataset_config) for dataset in datasets(dataset_config)]
+
+
+def cache_folder(dataset: Mapping[str, Any], dataset_config: Path) -> tuple[Path, bool]:
+    """(folder, whether of clips) of one of the host's datasets.
+
+    Raises:
+        ValueError: it has none.
+    """
+    is_video = "video_directory" in dataset or "video_jsonl_file" in dataset
+    media = dataset.get("video_directory" if is_video else "image_directory")
+    folder = dataset.get("cache_directory", media)
+    if folder is None:
+        raise ValueError(
+            f"musubi.dataset_config = {dataset_config}: a dataset has no cache_directory, which the host needs with a jsonl file"
+        )
+    return Path(folder), is_video
 
 
 def datasets(dataset_config: Path) -> list[dict[str, Any]]:

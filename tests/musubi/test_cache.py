@@ -114,6 +114,64 @@ def test_items_and_tuples_must_match(tmp_path: Path):
         musubi_cache.check(dataset, FLUX, [edit_tuple("a.png")])
 
 
+def two_datasets(folder: Path, first: str, second: str, caches: tuple[str, str] = ("cache", "cache2")) -> Path:
+    """An item `a` in each of two caches, of media that a dataset names so."""
+    for cache, side in zip(caches, (48, 96), strict=True):
+        (folder / cache).mkdir(exist_ok=True)
+        latents = {"latents_2x4x6_bfloat16": torch.randn(16, 2, 4, 6).bfloat16()}
+        save_file(latents, folder / cache / f"a_{side:04d}x0032_wan.safetensors")
+    text = "".join(
+        f"[[datasets]]\n{media}\ncache_directory = '{(folder / cache).as_posix()}'\n"
+        for media, cache in zip((first, second), caches, strict=True)
+    )
+    (folder / "dataset.toml").write_text(text, encoding="utf-8")
+    return folder / "dataset.toml"
+
+
+def media_folders(folder: Path) -> tuple[str, str]:
+    """Two with a picture of one name."""
+    for name in ("one", "two"):
+        (folder / name).mkdir()
+        (folder / name / "a.png").touch()
+    return tuple(f"image_directory = '{(folder / name).as_posix()}'" for name in ("one", "two"))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("caches", [("cache", "cache2"), ("cache", "cache")], ids=["two caches", "one cache"])
+def test_two_items_of_one_name_are_refused(tmp_path: Path, caches: tuple[str, str]):
+    dataset = two_datasets(tmp_path, *media_folders(tmp_path), caches=caches)
+    with pytest.raises(ValueError, match=r"one and \S*two both have an item called a, .*: rename one"):
+        musubi_cache.latents_of(dataset, WAN)
+    with pytest.raises(ValueError, match="both have an item called a"):
+        musubi_cache.check(dataset, WAN, [edit_tuple("a.png")])
+
+
+def test_what_is_listed_in_a_jsonl_is_looked_at_too(tmp_path: Path):
+    one, _ = media_folders(tmp_path)
+    for path, says in ((tmp_path / "two" / "a.png", 2), (tmp_path / "one" / "a.png", 1)):
+        (tmp_path / "list.jsonl").write_text(f'{{"image_path": "{path.as_posix()}"}}\n', encoding="utf-8")
+        dataset = two_datasets(tmp_path, one, f"image_jsonl_file = '{(tmp_path / 'list.jsonl').as_posix()}'")
+        if says == 1:
+            assert len(musubi_cache.latents_of(dataset, WAN)) == 2
+            continue
+        with pytest.raises(ValueError, match="both have an item called a"):
+            musubi_cache.latents_of(dataset, WAN)
+
+
+def test_one_folder_at_two_resolutions_is_allowed(tmp_path: Path):
+    one, two = media_folders(tmp_path)
+    tuples = [edit_tuple("a.png")]
+    for caches in (("cache", "cache2"), ("cache", "cache")):
+        dataset = two_datasets(tmp_path, one, one, caches=caches)
+        write_all(dataset, tuples)
+        assert musubi_cache.check(dataset, WAN, tuples) == len(set(caches))
+    # One cache of two folders, of which one has the picture; and folders that are not there any more.
+    (tmp_path / "two" / "a.png").rename(tmp_path / "two" / "b.png")
+    (tmp_path / "two" / "a.txt").touch()
+    assert musubi_cache.latents_of(two_datasets(tmp_path, one, two, caches=("cache", "cache")), WAN)
+    gone = two_datasets(tmp_path, "image_directory = 'gone1'", "image_directory = 'gone2'", caches=("cache", "cache"))
+    assert musubi_cache.latents_of(gone, WAN)
+
+
 def collated(paths: list[Path]) -> dict[str, list[Tensor]]:
     """As the host collates text caches: a list a key, one entry for each item that has it."""
     batch: dict[str, list[Tensor]] = {}
