@@ -31,7 +31,7 @@ from byg_plugin.musubi import options as musubi_options
 from byg_plugin.musubi.checkout import Checkout, open_checkout
 from byg_plugin.musubi.family import Encoded, TextEncoder
 from byg_plugin.musubi.launch import read_host_launch
-from byg_plugin.musubi.trainer import make_trainer, read_state, states
+from byg_plugin.musubi.trainer import check_steps_left, make_trainer, part_name, read_state, states
 from byg_plugin.objectives.draws import share_of_high_noise
 from byg_plugin.progress import Progress
 from byg_plugin.training.launch import Launch, check_launch, take_over
@@ -56,7 +56,16 @@ def _resume_from(config: Config, resume: str | None, args: Any) -> None:
     if resume == "latest":
         newest = f"--resume {existing[-1]}" if existing else "none is there yet"
         raise ValueError(f"--resume latest: the host unpickles the state it reads, which can run code, so name the folder: {newest}")
-    saved = read_state(Path(resume))["config"]
+    state = read_state(Path(resume))
+    if args.max_train_epochs is None:  # else the host counts the steps itself, once it has its data
+        check_steps_left(args.max_train_steps, state["step"])
+    part = glob.escape(part_name(args.output_name, state["step"]))
+    if written := [*sorted(folder.glob(f"{part}.*")), *sorted(folder.glob(f"{part}-*"))]:
+        raise ValueError(
+            f"--resume {resume}: {written[0]} is of an earlier run that went on from this state, and would be overwritten: go on from a "
+            "later state, set another musubi.output_name, or move those files away"
+        )
+    saved = state["config"]
     now = config.model_dump(mode="json")
     for section, key in _FIXED_ON_RESUME:
         before, after = (each.get(section, {}).get(key) for each in (saved, now))

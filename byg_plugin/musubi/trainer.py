@@ -170,12 +170,9 @@ class UnpairedCycleTrainer:
     def _continue(self, args: Any) -> None:
         """The host counts from 0 again: it would train all steps once more, and write over files that have the same numbers."""
         done = self.byg_progress.step
-        if done >= args.max_train_steps:
-            raise ValueError(
-                f"musubi.max_train_steps = {args.max_train_steps}, and the state has {done} steps: raise it, nothing is left to do"
-            )
+        check_steps_left(args.max_train_steps, done)
         args.max_train_steps -= done
-        args.output_name = f"{args.output_name}-from{done:06d}"
+        args.output_name = part_name(args.output_name, done)
         logger.info("resumed at step %d: %d steps are left; this part's files are called %s", done, args.max_train_steps, args.output_name)
 
     # --- a batch ---
@@ -419,6 +416,21 @@ def make_trainer(checkout: Checkout, config: Config, launch: Launch | None = Non
 
 
 # --- states ---
+
+
+def check_steps_left(steps: int, done: int) -> None:
+    """Of a run that goes on.
+
+    Raises:
+        ValueError: it is at its end.
+    """
+    if done >= steps:
+        raise ValueError(f"musubi.max_train_steps = {steps}, and the state has {done} steps: raise it, nothing is left to do")
+
+
+def part_name(output_name: str, step: int) -> str:
+    """What the files of a part that goes on at a step are called by."""
+    return f"{output_name}-from{step:06d}"
 
 
 def read_state(folder: Path) -> dict[str, Any]:

@@ -95,6 +95,8 @@ def test_resume_goes_on_at_its_step_with_its_ema(tmp_path: Path, family: str, mo
         assert all(torch.allclose(a[name], b[name], atol=1e-6) for name in a), ending
     with safe_open(resumed.with_name("tiny-from000002-ema.safetensors"), framework="pt") as file:
         assert file.metadata()["byg.step"] == "4"
+    with pytest.raises(ValueError, match="is of an earlier run that went on from this state"):
+        run_here(second, str(state))
     with pytest.raises(ValueError, match="raise it, nothing is left to do"):
         run_here(write_config(tmp_path, family, "half", max_train_steps=2), str(state))
     with pytest.raises(ValueError, match="no state of this plugin there"):

@@ -223,8 +223,13 @@ def test_what_an_earlier_run_has_written_is_not_written_over(tmp_path: Path, nam
         musubi._resume_from(config, None, args)
 
 
+def resumable(out: Path) -> SimpleNamespace:
+    """What `_resume_from` reads of the host's arguments."""
+    return SimpleNamespace(output_dir=str(out), output_name="tiny", resume=None, max_train_steps=4, max_train_epochs=None)
+
+
 def test_what_a_state_holds_cannot_change_with_it(tmp_path: Path):
-    config, args = host_config(tmp_path, T2V), SimpleNamespace(output_dir=str(tmp_path / "out"), output_name="tiny", resume=None)
+    config, args = host_config(tmp_path, T2V), resumable(tmp_path / "out")
     (tmp_path / musubi_trainer.STATE).write_text(json.dumps({"step": 2, "config": config.model_dump(mode="json")}), encoding="utf-8")
     with pytest.raises(ValueError, match="it was not written to its end"):
         musubi._resume_from(config, str(tmp_path), args)
@@ -234,6 +239,28 @@ def test_what_a_state_holds_cannot_change_with_it(tmp_path: Path):
     for key, value in (("network_dim", 8), ("network_alpha", 1), ("network_module", "networks.loha"), ("optimizer_type", "Muon")):
         with pytest.raises(ValueError, match=rf"trained with musubi\.{key} = .*, now it is {value!r}"):
             musubi._resume_from(host_config(tmp_path, T2V, musubi={key: value}), str(tmp_path), args)
+
+
+@pytest.mark.parametrize("name", ["tiny-from000002.safetensors", "tiny-from000002-step00000001-state"])
+def test_what_an_earlier_part_has_written_is_not_written_over(tmp_path: Path, name: str):
+    out = tmp_path / "out"
+    config, args = host_config(tmp_path, T2V), resumable(out)
+    state = out / "tiny-step00000002-state"
+    state.mkdir(parents=True)
+    (state / musubi_trainer.STATE).write_text(json.dumps({"step": 2, "config": config.model_dump(mode="json")}), encoding="utf-8")
+    (state / "random_states_0.pkl").touch()
+    for other in ("tiny-from000003.safetensors", "tiny-from0000020.safetensors", "other-from000002.safetensors"):
+        (out / other).touch()
+    musubi._resume_from(config, str(state), args)
+    args.max_train_steps = 2
+    with pytest.raises(ValueError, match="nothing is left to do"):
+        musubi._resume_from(config, str(state), args)
+    args.max_train_epochs = 1
+    (out / name).touch()
+    with pytest.raises(ValueError, match=f"{name} is of an earlier run that went on from this state, .*set another musubi.output_name"):
+        musubi._resume_from(config, str(state), args)
+    args.output_name = "again"
+    musubi._resume_from(config, str(state), args)
 
 
 def test_a_damaged_ema_is_told(tmp_path: Path):
