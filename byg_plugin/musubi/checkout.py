@@ -14,6 +14,7 @@ from typing import Any
 from byg_plugin import shipped
 from byg_plugin.config.sections import ModelConfig
 from byg_plugin.musubi.family import MusubiFamily, musubi_family
+from byg_plugin.musubi.prompts import check_prompts
 
 _SEAMS = (
     "process_batch",
@@ -50,6 +51,18 @@ class Checkout:
     def module(self, name: str) -> Any:
         """Another module of the host."""
         return host_module(name)
+
+    def load_video(self, path: str, first: int, last: int) -> list[Any]:
+        """The host's reader of clips: frames (H, W, 3)."""
+        return self.module("dataset.media_utils").load_video(path, first, last)
+
+    def check_prompts(self, path: str) -> None:
+        """See `musubi.prompts.check_prompts`.
+
+        Raises:
+            ValueError: what a preview would stop at.
+        """
+        check_prompts(path, self.trainer.load_prompts, self.load_video)
 
 
 def open_checkout(model: ModelConfig) -> Checkout:

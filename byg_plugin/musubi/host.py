@@ -101,6 +101,8 @@ def prepare(config: Config, resume: str | None = None) -> tuple[Checkout, argpar
     args = musubi_options.arguments(config, checkout.parser())
     launch = read_host_launch(config.model, args)
     checkout.family.check(config.musubi)
+    if args.sample_prompts:
+        checkout.check_prompts(args.sample_prompts)
     share_of_high_noise(config, families.named(config.model.family).boundary)
     items = musubi_cache.check(Path(args.dataset_config), checkout.family, training_tuples(config.dataset), _encoder_parts(config))
     _resume_from(config, resume, args)

@@ -18,15 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from byg_plugin import families, sampling
 from byg_plugin.config.sections import Config
-from byg_plugin.data.buckets import crop_to_bucket, to_tensor
-from byg_plugin.data.media import load_image
+from byg_plugin.data.buckets import cover, to_tensor
 from byg_plugin.data.rules import ROLES
 from byg_plugin.documents import json_value
 from byg_plugin.finite import all_finite, first_not_finite, not_finite, refuse_not_finite
@@ -38,6 +36,7 @@ from byg_plugin.lora.card import LoraCard
 from byg_plugin.models.geometry import SpecGeometry
 from byg_plugin.musubi import cache as musubi_cache
 from byg_plugin.musubi.fields import BlockSwap, MusubiFields
+from byg_plugin.musubi.prompts import SIDE, source_frames
 from byg_plugin.objectives import make_objective
 from byg_plugin.objectives.base import Batch
 from byg_plugin.objectives.draws import share_of_high_noise, side_of
@@ -313,11 +312,7 @@ class UnpairedCycleTrainer:
 
     def process_sample_prompts(self, args: Any, accelerator: Any, sample_prompts: str, *rest: Any) -> Any:
         """Each prompt is an instruction and has a source: `make it snow --ci photo.jpg`, of clips `--cn clip.mp4`."""
-        for number, prompt in enumerate(self.byg_checkout.trainer.load_prompts(sample_prompts), 1):
-            source = _source_of(prompt)
-            if source is None or not Path(source).is_file():
-                what = "has no source" if source is None else f"has the source {source}, which is no file"
-                raise ValueError(f"musubi.sample_prompts = {sample_prompts}: prompt {number} {what}; add --ci IMAGE (of a clip --cn CLIP)")
+        self.byg_checkout.check_prompts(sample_prompts)
         return super().process_sample_prompts(args, accelerator, sample_prompts, *rest)  # type: ignore[misc]
 
     def on_before_sample_images(self, *_: Any) -> None:
@@ -356,7 +351,7 @@ class UnpairedCycleTrainer:
         Euler over the family's shifted schedule; `edit.py` has the published solver.
         """
         device = accelerator.device
-        size = (width // 16 * 16, height // 16 * 16)
+        size = (width // SIDE * SIDE, height // SIDE * SIDE)
         pixels = self._source_pixels(sample_parameter, size, frame_count)
         vae.to(device)
         family, tokens = self.byg_checkout.family, self.byg_config.conditioning.max_text_tokens
@@ -384,24 +379,17 @@ class UnpairedCycleTrainer:
 
     def _source_pixels(self, prompt: Any, size: tuple[int, int], frames: int) -> Tensor:
         """(1, 3, F, H, W) in [-1, 1]."""
-        source = _source_of(prompt)
-        assert source is not None, "process_sample_prompts has looked"
-        if "control_video_path" not in prompt:
-            pictures = [load_image(Path(source))]
-        else:
-            media = self.byg_checkout.module("dataset.media_utils")
-            pictures = [Image.fromarray(array) for array in media.load_video(source, 0, frames)]
+        try:
+            pictures = source_frames(prompt, frames, self.byg_checkout.load_video)
+        except ValueError as error:  # it could be read when the run began
+            raise ValueError(f"musubi.sample_prompts: a prompt {error}, and go on with --resume of the newest state") from error
+        if prompt.get("control_video_path"):
             pictures = pictures[: self.byg_geometry.clip_frames(len(pictures))]
-        return torch.stack([to_tensor(crop_to_bucket(picture, size)) for picture in pictures], dim=1)[None]
+        return torch.stack([to_tensor(cover(picture, size)) for picture in pictures], dim=1)[None]
 
 
 def _autocast(device: torch.device, vae: Any) -> torch.autocast:
     return torch.autocast(device.type, dtype=vae.dtype, enabled=vae.dtype != torch.float32)
-
-
-def _source_of(prompt: Any) -> str | None:
-    images = prompt.get("control_image_path") or [None]
-    return prompt.get("control_video_path") or images[0] or prompt.get("image_path")
 
 
 def make_trainer(checkout: Checkout, config: Config, launch: Launch | None = None) -> Any:
