@@ -119,9 +119,6 @@ class UnpairedCycleTrainer:
         if self.byg_launch.sharding:
             self._byg_shards = make_shards(self.byg_launch.sharding, accelerator.device)
             self._byg_shards.cut(transformer.eval().requires_grad_(False))
-        held, whole = bytes_held([transformer])
-        rank = accelerator.process_index
-        logger.info("engine: %s, base held by rank %d: %d of %d bytes", self.byg_launch.name, rank, held, whole)
 
     def extra_trainable_params(self, args: Any, accelerator: Any, network: Any, transformer: Any, trainable_params: Any, *_: Any) -> Any:
         """Nothing more is trained; but this is the last seam before a state is loaded."""
@@ -132,6 +129,10 @@ class UnpairedCycleTrainer:
 
     def on_train_start(self, args: Any, accelerator: Any, network: Any, transformer: Any, *_: Any) -> None:
         """Everything is on its device and a state is loaded."""
+        # Not before: the host freezes the base after `on_transformer_loaded`.
+        held, whole = bytes_held([accelerator.unwrap_model(transformer)])
+        rank = accelerator.process_index
+        logger.info("engine: %s, base held by rank %d: %d of %d bytes", self.byg_launch.name, rank, held, whole)
         plain = accelerator.unwrap_model(network)
         parameters = dict(plain.named_parameters())
         ema = EmaWeights(parameters, self.byg_config.objective.ema_decay)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -45,12 +46,15 @@ pytestmark = needs_host
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_hosts_loop_trains_and_saves(tmp_path: Path, family: str):
+def test_the_hosts_loop_trains_and_saves(tmp_path: Path, family: str, caplog: pytest.LogCaptureFixture):
+    caplog.set_level("INFO")
     write_work(tmp_path, family)
     config = write_config(tmp_path, family, save_every_n_steps=2, save_last_n_steps=2, save_state=True)
     saved = run_here(config)
     names = {path.name for path in saved.parent.iterdir() if path.is_file()}
     assert {"tiny.safetensors", "tiny-ema.safetensors", "tiny-step00000002.safetensors", "tiny-step00000002-ema.safetensors"} <= names
+    engine = re.search(r"engine: plain, base held by rank 0: (\d+) of (\d+) bytes", caplog.text)
+    assert engine is not None and engine[1] == engine[2] != "0"
     live, ema = load_file(saved), load_file(saved.with_name("tiny-ema.safetensors"))
     assert live.keys() == ema.keys() and any(not torch.equal(live[name], ema[name]) for name in live)
     assert any(value.abs().max() > 1e-4 for name, value in live.items() if "lora_up" in name)
