@@ -60,6 +60,8 @@ def main() -> None:
     if args.print_config:
         print(config.to_json())
         return
+    if args.dry_run and args.resume is not None and config.model.host != "musubi":
+        raise ValueError("--resume does nothing with --dry-run: leave it out")
     from byg_plugin.data.tuples import check_paths
 
     check_paths(config.dataset)
@@ -67,13 +69,11 @@ def main() -> None:
     if config.model.host == "musubi":
         from byg_plugin.musubi import host as musubi
 
+        if args.discard_later:
+            raise ValueError('--discard-later: model.host = "musubi" gives each part names of its own and overwrites nothing; leave it out')
         if args.dry_run:
-            musubi.dry_run(config)
+            musubi.dry_run(config, args.resume)
         else:
-            if args.discard_later:
-                raise ValueError(
-                    '--discard-later: model.host = "musubi" gives each part names of its own and overwrites nothing; leave it out'
-                )
             print(f"LoRA: {musubi.train(config, args.resume)}", flush=True)
         return
     from byg_plugin import places
@@ -106,8 +106,8 @@ def _check_arguments(args: argparse.Namespace) -> None:
         raise ValueError("--print-config and --dry-run each do one thing and stop: give one of them")
     if args.resume is not None and not args.resume.strip():
         raise ValueError('--resume "": give latest or the folder of a checkpoint, or leave --resume out to start anew')
-    if args.resume is not None and (args.print_config or args.dry_run):
-        raise ValueError(f"--resume does nothing with {'--print-config' if args.print_config else '--dry-run'}: leave it out")
+    if args.resume is not None and args.print_config:
+        raise ValueError("--resume does nothing with --print-config: leave it out")
     if args.discard_later and args.resume in (None, "latest"):
         raise ValueError("--discard-later goes with --resume FOLDER, the checkpoint that is to be the last one")
 

@@ -125,15 +125,22 @@ def train(config: Config, resume: str | None = None) -> Path:
     return Path(args.output_dir) / f"{args.output_name}.safetensors"
 
 
-def dry_run(config: Config) -> None:
-    """Print what would be trained."""
-    checkout, args, items, launch = prepare(config)
+def dry_run(config: Config, resume: str | None = None) -> None:
+    """Print what would be trained.
+
+    Raises:
+        ValueError: what `train` would stop at before a model is loaded.
+    """
+    checkout, args, items, launch = prepare(config, resume)
     tuples = training_tuples(config.dataset)
     print(f"host: {Path(inspect.getfile(checkout.trainer)).parent}, {checkout.trainer_class.__name__}")
     print(f"items with latents and texts: {items}, tuples: {len(tuples)}")
     print(f"engine: {launch.name}")
     print(f"LoRA: {args.network_module}, rank {args.network_dim}, alpha {args.network_alpha}")
     print(f"{args.max_train_steps} steps of {args.optimizer_type}")
+    if resume is not None:
+        done = read_state(Path(resume))["step"]
+        print(f"goes on at step {done}, in files called {part_name(args.output_name, done)}")
 
 
 def cache_texts(config: Config, *, prune: bool = False) -> list[str]:

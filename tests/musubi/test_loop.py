@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from byg_plugin import train_network
 from byg_plugin.data.rules import ROLES
 from byg_plugin.lora import formats as lora_formats
 from byg_plugin.musubi import cache as musubi_cache
@@ -71,7 +72,7 @@ def test_the_hosts_loop_trains_and_saves(tmp_path: Path, family: str, caplog: py
 
 
 @pytest.mark.parametrize("family", [T2V, QWEN])
-def test_resume_goes_on_at_its_step_with_its_ema(tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch):
+def test_resume_goes_on_at_its_step_with_its_ema(tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch, capsys: Any):
     write_work(tmp_path, family, items=1)  # one item: the host's order of batches starts over, with one it is the same
     drawn: list[float] = []
     plain = musubi_trainer.draw_batch
@@ -91,6 +92,9 @@ def test_resume_goes_on_at_its_step_with_its_ema(tmp_path: Path, family: str, mo
         run_here(second)
     with pytest.raises(ValueError, match="so name the folder: --resume"):
         run_here(second, "latest")
+    monkeypatch.setattr(sys, "argv", ["train_network", "--config", str(second), "--dry-run", "--resume", str(state)])
+    train_network.main()
+    assert "goes on at step 2, in files called tiny-from000002" in capsys.readouterr().out
     saved = run_here(second, str(state))
     assert drawn == uninterrupted and len(set(drawn)) == 4
     resumed = saved.with_name("tiny-from000002.safetensors")
