@@ -24,7 +24,7 @@ let drawn = null; // index whose texts stand in the fields: nobody decides on wh
 let filter = { status: "all", type: "all" };
 let side = false;
 let decisions = []; // of this page: {index, status} before each
-let conflict = null;
+let conflicts = []; // {index, mine, text}: states of this page that another window's have overtaken
 
 const $ = (id) => document.getElementById(id);
 
@@ -119,18 +119,35 @@ function settle(index) {
   items[index] = { status, type: edit_type, edited };
 }
 
-function collide(index, mine) {
+function collide(index, sent) {
+  const mine = drafts.get(index) ?? sent; // typed on while the answer was on its way
   drafts.delete(index);
   settle(index);
   const theirs = read.get(index);
   const differing = Object.keys(NAMES).filter((name) => mine.texts[name].trim() !== theirs.texts[name]);
   // Ours after all, written just before a server was killed that could not say so.
   if (!differing.length && mine.status === now(index).status) return;
-  conflict = { index, mine };
   const texts = differing.map((name) => `\n${NAMES[name]}: ${mine.texts[name]}`).join("");
-  say(`Tuple ${index + 1} was changed in another window meanwhile; its newer state is shown. Yours (${mine.status}) is not saved:${texts}`);
-  $("use-mine").hidden = false;
+  const text = `Tuple ${index + 1} was changed in another window meanwhile; its newer state is shown. Yours (${mine.status}) is not saved:${texts}`;
+  conflicts.push({ index, mine, text });
+  showConflict();
   if (shown === index) show(index);
+}
+
+// In a box that no notice writes into: what was typed is nowhere else, so each stays until it is answered.
+function showConflict() {
+  $("conflict").hidden = conflicts.length === 0;
+  if (!conflicts.length) return;
+  const others = conflicts.length - 1;
+  $("conflict").firstElementChild.textContent = conflicts[0].text + (others ? `\n(${others} more after this one)` : "");
+}
+
+function answerConflict(useMine) {
+  const { index, mine } = conflicts.shift();
+  showConflict();
+  if (!useMine) return;
+  put(index, mine);
+  show(index);
 }
 
 // Each unsaved tuple on its way out: these requests outlive the page.
@@ -146,13 +163,7 @@ function showSaved() {
 
 function say(text) {
   $("notice").firstElementChild.textContent = text;
-  $("use-mine").hidden = true;
   $("notice").hidden = !text;
-}
-
-// A conflict stays until it is answered.
-function clearNotice() {
-  if ($("use-mine").hidden) say("");
 }
 
 // ---- decisions
@@ -165,7 +176,7 @@ function decide(status) {
   if (status === "kept" && empty.length) return say(`Empty: ${empty.map((name) => NAMES[name]).join(", ")}. Fill it in, or discard.`);
   const problem = Object.values(read.get(index).media).find((file) => file.problem);
   if (status === "kept" && problem) return say(`Not kept: ${problem.problem}`);
-  clearNotice();
+  say("");
   decisions.push({ index, status: state.status });
   put(index, { status });
   const target = status === "open" ? index : ahead(index);
@@ -450,17 +461,16 @@ function wire() {
   });
   for (const id of ["previous", "next"]) $(id).addEventListener("click", () => $(id).dataset.index && show(Number($(id).dataset.index)));
   $("hide-notice").addEventListener("click", () => say(""));
-  $("use-mine").addEventListener("click", () => {
-    const { index, mine } = conflict;
-    say("");
-    put(index, mine);
-    show(index);
-  });
+  for (const [id, mine] of [["use-mine", true], ["use-theirs", false]])
+    $(id).addEventListener("click", (event) => {
+      event.currentTarget.blur(); // else Space would answer the next one unread
+      answerConflict(mine);
+    });
   document.addEventListener("keydown", onKey);
   window.addEventListener("pagehide", flush);
   document.addEventListener("visibilitychange", () => document.visibilityState === "hidden" && flush());
   window.addEventListener("beforeunload", (event) => {
-    if (drafts.size && unreachable) event.preventDefault(); // only then could closing lose something
+    if (conflicts.length || drafts.size && unreachable) event.preventDefault(); // only then could closing lose something
   });
 }
 

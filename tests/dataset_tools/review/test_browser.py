@@ -311,13 +311,63 @@ def test_a_second_window_does_not_overwrite_the_first_unseen(tuples: Path, serve
     first.field("instruction").fill("of the first")
     first.saved()
     second.field("instruction").fill("of the second")
-    expect(second.page.locator("#notice")).to_contain_text("Instruction: of the second")
+    expect(second.page.locator("#conflict")).to_contain_text("Instruction: of the second")
     expect(second.field("instruction")).to_have_value("of the first")
     assert on_disk(tuples)[0].texts["instruction"] == "of the first"
     second.page.click("#use-mine")
     expect(second.field("instruction")).to_have_value("of the second")
     second.saved()
     assert on_disk(tuples)[0].texts["instruction"] == "of the second"
+
+
+def test_every_conflict_is_answered_by_itself_and_no_notice_hides_it(
+    tuples: Path, serve: Callable[..., Server], look: Callable[[Server], Window]
+):
+    server = serve(tuples)
+    first, second = look(server), look(server)
+    second.press("ArrowRight")
+    second.at_line(2)  # both are read here before the other window changes them
+    second.press("ArrowLeft")
+    second.at_line(1)
+    for line in (1, 2):
+        first.at_line(line)
+        first.field("instruction").fill(f"theirs {line}")
+        first.saved()
+        first.press("Escape", "ArrowRight")
+    for line in (1, 2):
+        second.at_line(line)
+        second.field("instruction").fill(f"mine {line}")
+        expect(second.field("instruction")).to_have_value(f"theirs {line}")
+        second.press("Escape", "ArrowRight")
+    second.at_line(3)
+    second.field("src_caption").fill("")
+    second.press("Escape", "k")
+    expect(second.page.locator("#notice")).to_contain_text("Empty: Source caption")
+    expect(second.page.locator("#conflict")).to_contain_text("Instruction: mine 1\n(1 more after this one)")
+    second.page.click("#use-mine")
+    expect(second.page.locator("#conflict")).to_contain_text("Instruction: mine 2")
+    second.page.click("#use-theirs")
+    expect(second.page.locator("#conflict")).to_be_hidden()
+    second.saved()
+    assert [item.texts["instruction"] for item in on_disk(tuples)[:2]] == ["mine 1", "theirs 2"]
+
+
+def test_what_is_typed_while_a_conflict_is_told_is_kept_with_it(
+    tuples: Path, serve: Callable[..., Server], look: Callable[[Server], Window]
+):
+    server = serve(tuples)
+    first, second = look(server), look(server)
+    first.field("instruction").fill("theirs")
+    first.saved()
+    waiting = []
+    second.page.route("**/api/tuples/0", lambda route: route.continue_() if waiting else waiting.append(route))
+    second.field("instruction").fill("mine")
+    while not waiting:
+        second.page.wait_for_timeout(20)
+    second.field("instruction").fill("mine, and more")
+    waiting[0].continue_()
+    expect(second.page.locator("#conflict")).to_contain_text("Instruction: mine, and more")
+    expect(second.field("instruction")).to_have_value("theirs")
 
 
 def test_a_page_of_another_file_cannot_decide(tuples: Path, serve: Callable[..., Server], look: Callable[[Server], Window]):
