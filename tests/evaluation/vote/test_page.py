@@ -92,6 +92,12 @@ def enter(browser: Browser, server: VoteServer, rater: str) -> tuple[Page, list[
     return page, complaints
 
 
+def press(page: Page, key: str) -> None:
+    """A key is for a pair that is there."""
+    expect(page.locator("#vote-left")).to_be_enabled()
+    page.keyboard.press(key)
+
+
 def test_a_rater_votes_pauses_reloads_and_ends(runs: Runs, serve: Serve, browser: Browser):
     server = serve(runs)
     page, complaints = enter(browser, server, "Ada Ö")
@@ -103,7 +109,7 @@ def test_a_rater_votes_pauses_reloads_and_ends(runs: Runs, serve: Serve, browser
     assert widths == [40, 40, 40]
     page.click("#vote-left")
     expect(page.locator("#progress")).to_have_text("2 of 4, 1 voted on")
-    page.keyboard.press("ArrowRight")
+    press(page, "ArrowRight")
     expect(page.locator("#progress")).to_have_text("3 of 4, 2 voted on")
     page.click("#pause")
     expect(page.locator("#vote")).to_be_hidden()
@@ -113,11 +119,11 @@ def test_a_rater_votes_pauses_reloads_and_ends(runs: Runs, serve: Serve, browser
     expect(page.locator("#progress")).to_have_text("3 of 4, 2 voted on")
     page.click("#back")
     expect(page.locator("#vote-right")).to_have_attribute("aria-pressed", "true")
-    page.keyboard.press("ArrowLeft")  # changes the second vote
+    press(page, "ArrowLeft")  # changes the second vote
     expect(page.locator("#progress")).to_have_text("3 of 4, 2 voted on")
-    page.keyboard.press("ArrowLeft")
+    press(page, "ArrowLeft")
     expect(page.locator("#progress")).to_have_text("4 of 4, 3 voted on")
-    page.keyboard.press("ArrowLeft")
+    press(page, "ArrowLeft")
     expect(page.locator("#end")).to_contain_text("All done")
     lefts = [left for _, left in order(server.pairs, "Ada Ö")]
     chosen = [vote.choice for vote in read_votes(server.votes)]
@@ -133,6 +139,7 @@ def test_opened_twice_and_a_killed_server(runs: Runs, serve: Serve, browser: Bro
     other.click("#vote-right")
     expect(one.locator("#progress")).to_have_text("2 of 4, 1 voted on")
     expect(other.locator("#progress")).to_have_text("2 of 4, 1 voted on")
+    expect(one.locator("#vote-left")).to_be_enabled()
     server.kill()
     one.click("#vote-left")
     expect(one.locator("#notice")).to_contain_text("Not saved")
@@ -142,6 +149,34 @@ def test_opened_twice_and_a_killed_server(runs: Runs, serve: Serve, browser: Bro
     assert sorted(vote.rater for vote in read_votes(server.votes)) == ["ada", "ada", "bob"]
     one.close()
     other.close()
+
+
+def test_nobody_votes_on_pictures_that_are_not_there(runs: Runs, serve: Serve, browser: Browser):
+    server = serve(runs)
+    page, waiting = browser.new_page(), []
+    page.set_default_timeout(PATIENCE * 1000)
+    page.route("**/media/**/right*", lambda route: waiting.append(route))
+    page.goto(server.url)
+    page.fill("#rater", "ada")
+    page.keyboard.press("Enter")
+    while not waiting:
+        page.wait_for_timeout(20)
+    page.keyboard.press("ArrowLeft")
+    expect(page.locator("#vote-left")).to_be_disabled()
+    waiting[0].continue_()
+    press(page, "ArrowLeft")
+    expect(page.locator("#progress")).to_have_text("2 of 4, 1 voted on")
+    while len(waiting) < 2:
+        page.wait_for_timeout(20)
+    waiting[1].fulfill(status=404)
+    expect(page.locator("#notice")).to_contain_text("B cannot be shown")
+    page.keyboard.press("ArrowLeft")
+    expect(page.locator("#vote-right")).to_be_disabled()
+    page.click("#skip")
+    expect(page.locator("#progress")).to_have_text("3 of 4, 1 voted on")
+    expect(page.locator("#notice")).to_be_hidden()
+    assert len(read_votes(server.votes)) == 1
+    page.close()
 
 
 def until(page: Page, condition: str) -> None:

@@ -2,7 +2,10 @@
 
 const at = id => document.getElementById(id);
 const roles = ["reference", "left", "right"];
+const names = {reference: "The reference", left: "A", right: "B"};
 let rater = "", pairs = [], shown = 0, busy = false;
+let turn = 0; // counts what was gone to: pictures of an earlier pair may come late
+let open = false; // whether all three pictures are there: nobody votes on what was not shown
 
 function say(text) {
   at("notice").textContent = text;
@@ -29,12 +32,19 @@ async function start(event) {
   } catch (error) {
     return say(error.message);
   }
-  say("");
   at("start").hidden = true;
   go(nextOpen(0));
 }
 
+function setOpen(value) {
+  open = value;
+  for (const side of ["left", "right"]) at(`vote-${side}`).disabled = !value;
+}
+
 function go(index) {
+  const mine = ++turn;
+  setOpen(false);
+  say("");
   at("vote").hidden = index === undefined;
   at("end").hidden = index !== undefined;
   for (const role of roles) at(role).replaceChildren();
@@ -46,22 +56,31 @@ function go(index) {
   document.querySelector(".kind").textContent = pair.kind === "clip" ? "video" : "image";
   at("play").hidden = pair.kind !== "clip";
   for (const side of ["left", "right"]) at(`vote-${side}`).setAttribute("aria-pressed", pair.voted === side);
-  for (const role of roles) {
-    const picture = document.createElement(pair.kind === "clip" ? "video" : "img");
-    if (pair.kind === "clip") Object.assign(picture, {muted: true, preload: "auto"});
-    else picture.alt = role;
-    picture.src = `/media/${encodeURIComponent(rater)}/${index}/${role}`;
-    at(role).append(picture);
-  }
-  const clips = films();
-  if (clips.length) Promise.all(clips.map(loaded)).then(play, error => say(error.message));
+  Promise.all(roles.map(role => draw(pair.kind, role))).then(() => {
+    if (mine !== turn) return;
+    setOpen(true);
+    play();
+  }, error => mine === turn && say(error.message));
 }
 
-function loaded(clip) {
-  return new Promise((resolve, reject) => {
-    clip.addEventListener("canplaythrough", resolve, {once: true});
-    clip.addEventListener("error", () => reject(new Error(`This browser does not play these clips: ${clip.error.message}`)), {once: true});
+// Done when the picture, or enough of the clip to play it, is there.
+function draw(kind, role) {
+  const clip = kind === "clip";
+  const picture = document.createElement(clip ? "video" : "img");
+  if (clip) Object.assign(picture, {muted: true, preload: "auto"});
+  else picture.alt = role;
+  const drawn = new Promise((resolve, reject) => {
+    picture.addEventListener(clip ? "canplaythrough" : "load", resolve, {once: true});
+    picture.addEventListener("error", () => reject(new Error(problem(role, picture))), {once: true});
   });
+  picture.src = `/media/${encodeURIComponent(rater)}/${shown}/${role}`;
+  at(role).append(picture);
+  return drawn;
+}
+
+function problem(role, picture) {
+  const what = picture.error ? `This browser does not play these clips: ${picture.error.message}` : `${names[role]} cannot be shown`;
+  return `${what}. This pair cannot be voted on now: reload, or skip it.`;
 }
 
 const films = () => [...document.querySelectorAll("#pictures video")];
@@ -90,13 +109,12 @@ function toggle() {
 }
 
 async function vote(side) {
-  if (busy || at("vote").hidden) return;
+  if (busy || !open) return;
   busy = true;
   try {
     const pair = pairs[shown];
     await ask(`/api/raters/${encodeURIComponent(rater)}/${shown}`, {key: pair.key, side});
     pair.voted = side;
-    say("");
     go(nextOpen(shown));
   } catch (error) {
     say(`Not saved: ${error.message}`);
