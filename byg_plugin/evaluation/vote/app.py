@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Collection, Sequence
 from http import HTTPStatus
@@ -31,9 +33,9 @@ def make_app(pairs: Sequence[Pair], votes: Votes, names: Collection[str] = LOOPB
     """The server of one vote, of its own files alone; the other arguments as of the review page's."""
     served = _Served(pairs, votes, patience)
     routes = [
-        Route("/api/raters/{rater}", served.session, methods=["GET"]),
-        Route("/api/raters/{rater}/{position}", served.write, methods=["POST"]),
-        Route("/media/{rater}/{position}/{role}", served.media, methods=["GET"]),
+        Route("/api/pairs", served.session, methods=["GET"]),
+        Route("/api/pairs/{position}", served.write, methods=["POST"]),
+        Route("/media/{position}/{role}", served.media, methods=["GET"]),
     ]
     return serving.guarded(routes, _STATIC, _FILES, names)
 
@@ -55,16 +57,17 @@ class _Served:
             choice = own.get(pair.key)
             side = None if choice is None else _SIDES[choice != left]
             kind = serving.shown_as(pair.a.edit)
-            shown.append({"key": pair.key, "instruction": pair.a.instruction, "kind": kind, "voted": side})
-        return JSONResponse({"pairs": shown})
+            shown.append({"instruction": pair.a.instruction, "kind": kind, "voted": side})
+        return JSONResponse({"token": self._token(rater), "pairs": shown})
 
     async def write(self, request: Request) -> Response:
-        rater, (pair, left) = _rater(request), self._shown(request)
+        rater = _rater(request)
         body = await serving.json_body(request, self._patience)
-        if not isinstance(body, dict) or set(body) != {"key", "side"} or body["side"] not in _SIDES:
-            raise HTTPException(HTTPStatus.BAD_REQUEST, "expected key and side, left or right")
-        if body["key"] != pair.key:  # a page of an earlier server at this port
-            raise HTTPException(HTTPStatus.GONE, "the server has other edits now; reload")
+        if not isinstance(body, dict) or body.get("side") not in _SIDES:
+            raise HTTPException(HTTPStatus.BAD_REQUEST, "expected token and side, left or right")
+        if body.get("token") != self._token(rater):  # a page of an earlier server at this port: sides may be others now
+            raise HTTPException(HTTPStatus.GONE, "the server has other edits now; reload this page and go on")
+        pair, left = self._shown(request)
         choice = left if body["side"] == "left" else RUNS[1 - RUNS.index(left)]
         try:
             await run_in_threadpool(self._votes.add, Vote(key=pair.key, rater=rater, choice=choice), pair, left)
@@ -87,6 +90,11 @@ class _Served:
         except ValueError as error:
             raise HTTPException(HTTPStatus.NOT_FOUND, str(error)) from error
 
+    def _token(self, rater: str) -> str:
+        """Names what a rater sees, pair by pair with the run on the left, without telling it."""
+        seen = [(self._pairs[index].key, left) for index, left in order(self._pairs, rater)]
+        return hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:32]
+
     def _shown(self, request: Request) -> tuple[Pair, str]:
         number: str = request.path_params["position"]
         if not re.fullmatch("[0-9]{1,9}", number) or int(number) >= len(self._pairs):
@@ -96,7 +104,7 @@ class _Served:
 
 
 def _rater(request: Request) -> str:
-    name: str = request.path_params["rater"].strip()
+    name = request.query_params.get("rater", "").strip()  # no part of the path: it may hold slashes, or be dots
     if not 0 < len(name) <= MOST_NAME or not name.isprintable():
         raise HTTPException(HTTPStatus.BAD_REQUEST, f"a name has 1 to {MOST_NAME} letters")
     return name

@@ -29,8 +29,8 @@ def client(runs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_files_without_a_common_folder_are_shown(runs: tuple[Path, Path], client: TestClient):
     pairs = read_pairs(*runs)
     (index, left), *_ = order(pairs, "ada")
-    assert client.get("/media/ada/0/reference").content == pairs[index].a.source.read_bytes()
-    assert client.get("/media/ada/0/left").content == getattr(pairs[index], left).edit.read_bytes()
+    assert client.get("/media/0/reference?rater=ada").content == pairs[index].a.source.read_bytes()
+    assert client.get("/media/0/left?rater=ada").content == getattr(pairs[index], left).edit.read_bytes()
 
 
 def test_what_a_shown_file_has_become_elsewhere_is_not(runs: tuple[Path, Path], tmp_path: Path, client: TestClient):
@@ -40,4 +40,4 @@ def test_what_a_shown_file_has_become_elsewhere_is_not(runs: tuple[Path, Path], 
     (tmp_path / "other").mkdir()
     source.rename(tmp_path / "other" / "secret.png")
     source.symlink_to(tmp_path / "other" / "secret.png")
-    assert client.get("/media/ada/0/reference").status_code == 404
+    assert client.get("/media/0/reference?rater=ada").status_code == 404

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, Page, expect
@@ -21,9 +22,13 @@ Serve = Callable[[Runs], VoteServer]
 
 
 def post(server: VoteServer, rater: str, position: int, side: str, **headers: str) -> int:
-    pair = server.pairs[order(server.pairs, rater)[position][0]]
     own = {"Content_Type": "application/json", "Origin": server.url.rstrip("/")}
-    return server.ask(f"/api/raters/{rater}/{position}", "POST", {"key": pair.key, "side": side}, **{**own, **headers})[0]
+    body = {"token": session(server, rater)["token"], "side": side}
+    return server.ask(f"/api/pairs/{position}?rater={rater}", "POST", body, **{**own, **headers})[0]
+
+
+def session(server: VoteServer, rater: str) -> dict[str, Any]:
+    return json.loads(server.ask(f"/api/pairs?rater={rater}")[2])
 
 
 def test_a_vote_is_for_the_run_on_that_side_and_on_disk_at_once(runs: Runs, serve: Serve):
@@ -32,17 +37,17 @@ def test_a_vote_is_for_the_run_on_that_side_and_on_disk_at_once(runs: Runs, serv
         assert post(server, "ada", position, side) == 200
         index, left = order(server.pairs, "ada")[position]
         files = {name: getattr(server.pairs[index], name).edit.read_bytes() for name in ("a", "b")}
-        shown = server.ask(f"/media/ada/{position}/{side}")[2]
+        shown = server.ask(f"/media/{position}/{side}?rater=ada")[2]
         vote = read_votes(server.votes)[-1]
         assert shown == files[vote.choice] != files["b" if vote.choice == "a" else "a"]
         assert (vote.choice == left) == (side == "left") and vote.key == server.pairs[index].key
-        assert server.ask(f"/media/ada/{position}/reference")[2] == server.pairs[index].a.source.read_bytes()
+        assert server.ask(f"/media/{position}/reference?rater=ada")[2] == server.pairs[index].a.source.read_bytes()
     server.kill()
     server.start()
-    session = json.loads(server.ask("/api/raters/ada")[2])["pairs"]
-    assert [pair["voted"] for pair in session] == ["left", "right", "left", "right"]
-    assert all(set(pair) == {"key", "instruction", "kind", "voted"} for pair in session), "nothing tells which run is where"
-    assert [pair["voted"] for pair in json.loads(server.ask("/api/raters/bob")[2])["pairs"]] == [None] * 4
+    shown = session(server, "ada")["pairs"]
+    assert [pair["voted"] for pair in shown] == ["left", "right", "left", "right"]
+    assert all(set(pair) == {"instruction", "kind", "voted"} for pair in shown), "nothing tells which run is where"
+    assert [pair["voted"] for pair in session(server, "bob")["pairs"]] == [None] * 4
 
 
 def test_who_votes_twice_changes_the_vote_and_both_lines_stay(runs: Runs, serve: Serve):
@@ -50,19 +55,21 @@ def test_who_votes_twice_changes_the_vote_and_both_lines_stay(runs: Runs, serve:
     assert [post(server, "ada", 0, side) for side in ("left", "right")] == [200, 200]
     first, second = read_votes(server.votes)
     assert first.key == second.key and first.choice != second.choice
-    assert json.loads(server.ask("/api/raters/ada")[2])["pairs"][0]["voted"] == "right"
+    assert session(server, "ada")["pairs"][0]["voted"] == "right"
 
 
 @pytest.mark.parametrize(
     ("path", "status"),
     [
-        ("/media/ada/4/left", 404),
-        ("/media/ada/-1/left", 404),
-        ("/media/ada/9999999999999/left", 404),
-        ("/media/ada/0/a", 404),
-        ("/api/raters/%00", 400),
-        (f"/api/raters/{'x' * 65}", 400),
-        ("/api/raters/%20", 400),
+        ("/media/4/left?rater=ada", 404),
+        ("/media/-1/left?rater=ada", 404),
+        ("/media/9999999999999/left?rater=ada", 404),
+        ("/media/0/a?rater=ada", 404),
+        ("/media/0/left", 400),
+        ("/api/pairs", 400),
+        ("/api/pairs?rater=%00", 400),
+        (f"/api/pairs?rater={'x' * 65}", 400),
+        ("/api/pairs?rater=%20", 400),
         ("/votes.jsonl", 404),
     ],
 )
@@ -76,9 +83,29 @@ def test_other_sites_and_wrong_bodies_write_nothing(runs: Runs, serve: Serve):
     assert post(server, "ada", 0, "left", Host="evil.example") == 403
     assert post(server, "ada", 0, "middle") == 400
     own = {"Content_Type": "application/json", "Origin": server.url.rstrip("/")}
-    assert server.ask("/api/raters/ada/0", "POST", {"key": "other", "side": "left"}, **own)[0] == 410
-    assert server.ask("/api/raters/ada/0", "POST", b"{", **own)[0] == 400
+    for body in ({"token": "other", "side": "left"}, {"side": "left"}):
+        assert server.ask("/api/pairs/0?rater=ada", "POST", body, **own)[0] == 410
+    assert server.ask("/api/pairs/0?rater=ada", "POST", b"{", **own)[0] == 400
     assert read_votes(server.votes) == []
+
+
+def test_a_page_of_before_a_restart_with_other_edits_cannot_vote(tmp_path: Path, runs: Runs, serve: Serve):
+    """The first pair is the same one, its sides are not: they follow from all the pairs."""
+    server = serve(runs)
+    seen = {name: order(server.pairs, name)[0] for name in map(str, range(99))}
+    before = {name: (server.pairs[index].key, left, session(server, name)["token"]) for name, (index, left) in seen.items()}
+    server.kill()
+    for run, level in zip(runs, (10, 90), strict=True):
+        (run / "edits.jsonl").unlink()
+        write_edits(tmp_path, 5, level=level)
+    server.start()
+    after = {name: (server.pairs[index].key, left) for name in seen for index, left in order(server.pairs, name)[:1]}
+    swapped = next(name for name in seen if after[name][0] == before[name][0] and after[name][1] != before[name][1])
+    own = {"Content_Type": "application/json", "Origin": server.url.rstrip("/")}
+    body = {"token": before[swapped][2], "side": "left"}
+    status, _, said = server.ask(f"/api/pairs/0?rater={swapped}", "POST", body, **own)
+    assert status == 410 and b"reload" in said and read_votes(server.votes) == []
+    assert post(server, swapped, 0, "left") == 200
 
 
 def enter(browser: Browser, server: VoteServer, rater: str) -> tuple[Page, list[str]]:
@@ -149,6 +176,16 @@ def test_opened_twice_and_a_killed_server(runs: Runs, serve: Serve, browser: Bro
     assert sorted(vote.rater for vote in read_votes(server.votes)) == ["ada", "ada", "bob"]
     one.close()
     other.close()
+
+
+@pytest.mark.parametrize("rater", ["A/B", "..", "a?rater=b&c#d%2F"])
+def test_every_name_that_can_be_read_votes(runs: Runs, serve: Serve, browser: Browser, rater: str):
+    server = serve(runs)
+    page, complaints = enter(browser, server, rater)
+    press(page, "ArrowLeft")
+    expect(page.locator("#progress")).to_have_text("2 of 4, 1 voted on")
+    assert [vote.rater for vote in read_votes(server.votes)] == [rater] and complaints == []
+    page.close()
 
 
 def test_nobody_votes_on_pictures_that_are_not_there(runs: Runs, serve: Serve, browser: Browser):

@@ -3,7 +3,7 @@
 const at = id => document.getElementById(id);
 const roles = ["reference", "left", "right"];
 const names = {reference: "The reference", left: "A", right: "B"};
-let rater = "", pairs = [], shown = 0, busy = false;
+let rater = "", token = "", pairs = [], shown = 0, busy = false;
 let turn = 0; // counts what was gone to: pictures of an earlier pair may come late
 let open = false; // whether all three pictures are there: nobody votes on what was not shown
 
@@ -11,6 +11,8 @@ function say(text) {
   at("notice").textContent = text;
   at("notice").hidden = !text;
 }
+
+const named = address => `${address}?${new URLSearchParams({rater})}`;
 
 async function ask(address, body) {
   const options = body ? {method: "POST", headers: {"Content-Type": "application/json"}, body: JSON.stringify(body)} : {};
@@ -28,7 +30,7 @@ async function start(event) {
   event.preventDefault();
   try {
     rater = at("rater").value.trim();
-    pairs = (await ask(`/api/raters/${encodeURIComponent(rater)}`)).pairs;
+    ({token, pairs} = await ask(named("/api/pairs")));
   } catch (error) {
     return say(error.message);
   }
@@ -73,7 +75,7 @@ function draw(kind, role) {
     picture.addEventListener(clip ? "canplaythrough" : "load", resolve, {once: true});
     picture.addEventListener("error", () => reject(new Error(problem(role, picture))), {once: true});
   });
-  picture.src = `/media/${encodeURIComponent(rater)}/${shown}/${role}`;
+  picture.src = named(`/media/${shown}/${role}`);
   at(role).append(picture);
   return drawn;
 }
@@ -113,7 +115,7 @@ async function vote(side) {
   busy = true;
   try {
     const pair = pairs[shown];
-    await ask(`/api/raters/${encodeURIComponent(rater)}/${shown}`, {key: pair.key, side});
+    await ask(named(`/api/pairs/${shown}`), {token, side});
     pair.voted = side;
     go(nextOpen(shown));
   } catch (error) {
