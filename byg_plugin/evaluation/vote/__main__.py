@@ -60,8 +60,8 @@ def _report(path: Path, votes: Sequence[Vote], pairs: Sequence[Pair]) -> None:
 
     found = report.summarise(votes, pairs)
     write_text(path.with_suffix(".report.json"), json.dumps(found, indent=1, allow_nan=False) + "\n")
+    print(report.text(found), end="")  # before the plot, which may fail
     report.plot(found, path.with_suffix(".report.png"))
-    print(report.text(found), end="")
 
 
 if __name__ == "__main__":

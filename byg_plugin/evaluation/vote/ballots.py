@@ -11,6 +11,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
 
+from byg_plugin.editing import manifest
 from byg_plugin.evaluation.items import Item, from_manifest, missing_files, refuse
 from byg_plugin.journal import Journal, mend_last_line, numbered_records, only_process
 from byg_plugin.user_files import file_digest
@@ -41,8 +42,10 @@ def read_pairs(a: Path, b: Path) -> list[Pair]:
     """The edits that two folders of edit.py's share, by id.
 
     Raises:
-        ValueError: they share none, files are gone, or one id has two instructions or sources.
+        ValueError: they are one, they share none, files are gone, or one id has two instructions or sources.
     """
+    if _folder(a) == _folder(b):
+        raise ValueError(f"--a and --b are the same run ({_folder(a)}); name two")
     one, other = ({item.id: item for item in from_manifest(path)} for path in (a, b))
     shared = [name for name in one if name in other]
     if not shared:
@@ -53,6 +56,10 @@ def read_pairs(a: Path, b: Path) -> list[Pair]:
             problems.append(f"{name}: the runs have different sources or instructions")
     refuse(problems, "the two runs")
     return [Pair(key=_key(name, one[name], other[name]), a=one[name], b=other[name]) for name in shared]
+
+
+def _folder(run: Path) -> Path:
+    return (run.parent if run.name == manifest.NAME else run).resolve()
 
 
 def _key(name: str, *edits: Item) -> str:

@@ -138,7 +138,9 @@ def plot(found: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(8, 1 + 0.35 * len(rates)), layout="constrained")
     axes = figure.subplots()
     names = list(rates)[::-1]
-    axes.barh(names, [100 * rates[name]["rate"] for name in names], xerr=[100 * rates[name]["sem"] for name in names], capsize=2)
+    places = range(len(names))
+    axes.barh(places, [100 * rates[name]["rate"] for name in names], xerr=[100 * rates[name]["sem"] for name in names], capsize=2)
+    axes.set_yticks(places, names, parse_math=False)  # a name may hold dollars, which are no formula
     axes.axvline(50, color="grey", linewidth=0.8)
     axes.set_xlim(0, 100)
     axes.set_xlabel("run a preferred, % of votes")

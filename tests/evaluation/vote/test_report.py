@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 from scipy.stats import binom
 
-from byg_plugin.evaluation.vote.__main__ import main
+from byg_plugin.evaluation.vote import report
+from byg_plugin.evaluation.vote.__main__ import _report, main
 from byg_plugin.evaluation.vote.ballots import Pair, Vote, order, read_pairs
-from byg_plugin.evaluation.vote.report import fleiss_kappa, kappa_interval, p_value, rate_of, summarise, text
+from byg_plugin.evaluation.vote.report import fleiss_kappa, kappa_interval, p_value, plot, rate_of, summarise, text
 from tests.support.evaluation import write_edits
 
 
@@ -114,6 +115,18 @@ def test_the_report_is_text_json_and_a_plot(tmp_path: Path, capsys: pytest.Captu
         main(words)
 
 
+def test_names_with_dollars_are_plotted_as_they_are_and_the_figures_come_before_the_plot(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    cast, both = votes(**{r"$\frac{$": "ab", "$a_b$": "b"}), pairs(r"$\x$", "y")
+    plot(summarise(cast, both), tmp_path / "plot.png")
+    assert Image.open(tmp_path / "plot.png").size[0] > 500
+    monkeypatch.setattr(report, "plot", lambda found, path: print("plotted"))
+    _report(tmp_path / "v.jsonl", cast, both)
+    assert capsys.readouterr().out.splitlines()[-1] == "plotted"
+    assert (tmp_path / "v.report.json").is_file()
+
+
 def test_runs_that_do_not_go_together_are_refused(tmp_path: Path):
     a, b = write_edits(tmp_path, 2, level=10), write_edits(tmp_path, 2, level=90)
     manifest = b / "edits.jsonl"
@@ -125,6 +138,8 @@ def test_runs_that_do_not_go_together_are_refused(tmp_path: Path):
     with pytest.raises(ValueError, match="have no edit of the same tuple"):
         read_pairs(a, b)
     manifest.write_text(written, encoding="utf-8")
+    with pytest.raises(ValueError, match="--a and --b are the same run"):
+        read_pairs(a, a.parent / "x" / ".." / a.name / "edits.jsonl")
     (b / "00000_s0.png").unlink()
     with pytest.raises(ValueError, match="t0: edit: no such file"):
         read_pairs(a, b)
