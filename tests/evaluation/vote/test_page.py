@@ -188,6 +188,19 @@ def test_every_name_that_can_be_read_votes(runs: Runs, serve: Serve, browser: Br
     page.close()
 
 
+@pytest.mark.parametrize("button", ["#vote-left", "#skip"])
+def test_a_button_that_was_clicked_is_not_pressed_again_by_a_key(runs: Runs, serve: Serve, browser: Browser, button: str):
+    page, _ = enter(browser, serve(runs), "ada")
+    page.click(button)
+    expect(page.locator("#progress")).to_contain_text("2 of 4")
+    assert page.evaluate("document.activeElement.tagName") == "BODY"
+    for key in (" ", "Enter"):
+        press(page, key)
+    page.wait_for_timeout(300)
+    expect(page.locator("#progress")).to_contain_text("2 of 4")
+    page.close()
+
+
 def test_nobody_votes_on_pictures_that_are_not_there(runs: Runs, serve: Serve, browser: Browser):
     server = serve(runs)
     page, waiting = browser.new_page(), []

@@ -125,13 +125,21 @@ async function vote(side) {
   }
 }
 
+const buttons = {
+  "vote-left": () => vote("left"),
+  "vote-right": () => vote("right"),
+  back: () => go((shown + pairs.length - 1) % pairs.length),
+  skip: () => go(nextOpen(shown + 1) ?? (shown + 1) % pairs.length),
+  again: () => go(0),
+  pause: () => { go(undefined); at("end").hidden = true; at("start").hidden = false; },
+  play: toggle,
+};
 at("start").addEventListener("submit", start);
-for (const side of ["left", "right"]) at(`vote-${side}`).addEventListener("click", () => vote(side));
-at("back").addEventListener("click", () => go((shown + pairs.length - 1) % pairs.length));
-at("skip").addEventListener("click", () => go(nextOpen(shown + 1) ?? (shown + 1) % pairs.length));
-at("again").addEventListener("click", () => go(0));
-at("pause").addEventListener("click", () => { go(undefined); at("end").hidden = true; at("start").hidden = false; });
-at("play").addEventListener("click", toggle);
+for (const [id, act] of Object.entries(buttons))
+  at(id).addEventListener("click", event => {
+    event.currentTarget.blur(); // else Space and Enter would press it again, on the next pair
+    act();
+  });
 document.addEventListener("keydown", event => {
   if (at("vote").hidden || event.repeat || event.ctrlKey || event.metaKey || event.altKey) return;
   const keys = {ArrowLeft: () => vote("left"), ArrowRight: () => vote("right"), " ": toggle};
