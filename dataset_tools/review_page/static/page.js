@@ -10,12 +10,15 @@ const NAMES = {
 const STATUSES = ["open", "kept", "fixed", "discarded"];
 const PAUSE = 250; // ms after the last key until an edit is sent
 const RETRY = 1000; // ms
+const REFUSED = [413, 422]; // answers to a write that would come again, and must not hold up the others
+const GONE = [404, 410]; // the tuple is no longer the server's
 
 const page = crypto.randomUUID?.() ?? String(Math.random()); // randomUUID is only there on loopback and https
 let count = 0; // of this page's writes: the server takes them in this order, however they arrive
 let items = []; // of the index: {status, type, edited}
 let read = new Map(); // index -> what the server said last
 let drafts = new Map(); // index -> {status, texts} that are not on disk yet
+let held = new Set(); // indices of drafts that the server does not take as they are; they wait for a change or a reload
 let sending = null; // index
 let timer = null;
 let unreachable = false; // the server, or its disk
@@ -58,6 +61,7 @@ function put(index, change, pause = 0) {
   const state = { ...now(index), ...change };
   if (state.status === "kept" && Object.values(state.texts).some((text) => !text.trim())) state.status = "open";
   drafts.set(index, state);
+  held.delete(index);
   note(index, state);
   clearTimeout(timer);
   timer = setTimeout(send, pause);
@@ -79,8 +83,9 @@ function request(index) {
 
 async function send() {
   clearTimeout(timer);
-  if (sending !== null || drafts.size === 0) return;
-  const [index, sent] = drafts.entries().next().value;
+  const next = [...drafts].find(([index]) => !held.has(index));
+  if (sending !== null || !next) return;
+  const [index, sent] = next;
   sending = index;
   let again = 0;
   try {
@@ -90,8 +95,11 @@ async function send() {
       if (drafts.get(index) === sent) drafts.delete(index);
       if (answer.status === 409) collide(index, sent);
       else if (!drafts.has(index)) settle(index);
-    } else if (answer.status === 422) refuse(index, sent, await answer.text());
-    else {
+    } else if (REFUSED.includes(answer.status)) refuse(index, sent, await answer.text());
+    else if (GONE.includes(answer.status)) {
+      if (drafts.get(index) === sent) held.add(index);
+      say(`Tuple ${index + 1} is not saved: ${await answer.text()}`);
+    } else {
       say(`Not saved: ${await answer.text()}`);
       again = RETRY;
     }
@@ -102,7 +110,7 @@ async function send() {
   unreachable = again > 0;
   showSaved();
   refresh();
-  if (drafts.size) timer = setTimeout(send, again);
+  if (drafts.size > held.size) timer = setTimeout(send, again);
 }
 
 function refuse(index, sent, reason) {
@@ -110,7 +118,7 @@ function refuse(index, sent, reason) {
   if (drafts.get(index) !== sent) return; // a newer state is on its way
   // What was typed stays, as a draft of an open tuple; only the decision was refused.
   if (sent.status === "kept") put(index, { status: "open" });
-  else drafts.delete(index);
+  else held.add(index);
   if (shown !== index) show(index);
 }
 
@@ -122,6 +130,7 @@ function settle(index) {
 function collide(index, sent) {
   const mine = drafts.get(index) ?? sent; // typed on while the answer was on its way
   drafts.delete(index);
+  held.delete(index);
   settle(index);
   const theirs = read.get(index);
   const differing = Object.keys(NAMES).filter((name) => mine.texts[name].trim() !== theirs.texts[name]);
@@ -157,8 +166,10 @@ function flush() {
 
 function showSaved() {
   const lines = drafts.size;
-  $("saved").textContent = lines === 0 ? "Saved" : unreachable ? `Not saved (${lines}): trying again …` : "Saving …";
-  $("saved").classList.toggle("unsaved", lines > 0 && unreachable);
+  const trying = unreachable ? `Not saved (${lines}): trying again …` : "Saving …";
+  const numbers = [...held].map((index) => index + 1).join(", ");
+  $("saved").textContent = lines === 0 ? "Saved" : lines > held.size ? trying : `Not saved (${lines}): tuple ${numbers}`;
+  $("saved").classList.toggle("unsaved", lines > 0 && (unreachable || held.size > 0));
 }
 
 function say(text) {
@@ -470,7 +481,7 @@ function wire() {
   window.addEventListener("pagehide", flush);
   document.addEventListener("visibilitychange", () => document.visibilityState === "hidden" && flush());
   window.addEventListener("beforeunload", (event) => {
-    if (conflicts.length || drafts.size && unreachable) event.preventDefault(); // only then could closing lose something
+    if (conflicts.length || held.size || drafts.size && unreachable) event.preventDefault(); // only then could closing lose something
   });
 }
 

@@ -379,3 +379,32 @@ def test_a_page_of_another_file_cannot_decide(tuples: Path, serve: Callable[...,
     window.press("k")
     expect(window.page.locator("#notice")).to_contain_text("copy your text, then reload")
     assert statuses(tuples) == ["open", "open"]
+
+
+@pytest.mark.parametrize("status", [404, 410, 413, 422])
+def test_one_write_that_is_refused_holds_up_no_other(
+    tuples: Path, serve: Callable[..., Server], look: Callable[[Server], Window], status: int
+):
+    window = look(serve(tuples))
+    window.page.route("**/api/tuples/0", lambda route: route.fulfill(status=status, body="not this one"))
+    window.field("instruction").fill("of the first")
+    expect(window.page.locator("#notice")).to_contain_text("not this one")
+    window.press("Escape", "ArrowRight")
+    window.at_line(2)
+    window.press("d")
+    window.at_line(3)
+    until(lambda: statuses(tuples)[1] == "discarded")
+    expect(window.page.locator("#saved")).to_have_text("Not saved (1): tuple 1")
+    window.press("ArrowLeft", "ArrowLeft")
+    window.at_line(1)
+    expect(window.field("instruction")).to_have_value("of the first")
+    window.page.unroute("**/api/tuples/0")
+    window.field("instruction").fill("changed")
+    window.saved()
+    assert on_disk(tuples)[0].texts["instruction"] == "changed"
+
+
+def test_a_text_that_no_write_holds_is_refused_in_words(tuples: Path, serve: Callable[..., Server], look: Callable[[Server], Window]):
+    window = look(serve(tuples))
+    window.field("instruction").fill("x" * 600_000)
+    expect(window.page.locator("#notice")).to_contain_text("Tuple 1 was not taken: longer than 512 KiB")
