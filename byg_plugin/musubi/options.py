@@ -23,8 +23,8 @@ from byg_plugin.config.fields import why_no_path
 from byg_plugin.config.loading import shown
 from byg_plugin.config.sections import Config, ModelConfig
 from byg_plugin.families.spec import MusubiSpec
-from byg_plugin.lora.files import read_lora
 from byg_plugin.musubi.family import musubi_family
+from byg_plugin.musubi.start import problems_of_start
 
 _KINDS = {str: "str", int: "int", float: "float", pathlib.Path: "path", None: "str"}
 
@@ -215,17 +215,8 @@ def _needed(config: Config) -> list[str]:
         if isinstance(path, str) and path and not why_no_path(path) and not pathlib.Path(path).is_file():
             found.append(f"musubi.{name} = {path!r}: no such file")
         elif name == "network_weights" and isinstance(path, str) and path:
-            found += _unreadable_lora(path)
+            found += problems_of_start(config, path)
     return found
-
-
-def _unreadable_lora(path: str) -> list[str]:
-    """What the host would load into the network unseen: NaN, infinite or absurd values."""
-    try:
-        read_lora(path)
-    except ValueError as error:
-        return [f"musubi.network_weights = {error}"]
-    return []
 
 
 def _named(config: Config) -> list[str]:

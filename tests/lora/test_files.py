@@ -130,16 +130,15 @@ def test_what_trainings_make_is_read(tmp_path: Path):
 
 
 def test_the_host_of_musubi_gets_no_damaged_start(tmp_path: Path):
-    good = write(tmp_path / "good.safetensors", peft_lora()[0])
+    layer = "lora_unet_double_blocks_0_img_attn_proj"
+    own = {f"{layer}.lora_down.weight": torch.ones(2, 4), f"{layer}.lora_up.weight": torch.ones(4, 2), f"{layer}.alpha": torch.tensor(1.0)}
+    good = write(tmp_path / "good.safetensors", own)
     bad = write(tmp_path / "bad.safetensors", DAMAGED["one NaN"][0](peft_lora()[0]))
-    said = {
-        path: [
-            line
-            for line in _needed(SimpleNamespace(musubi={"network_weights": str(path)}, model=SimpleNamespace(family="flux")))
-            if "weights" in line
-        ]
-        for path in (good, bad)
-    }
+    said = {}
+    for path in (good, bad):
+        options = {"network_weights": str(path), "network_dim": 2}
+        config = SimpleNamespace(musubi=options, model=SimpleNamespace(family="flux"), conditioning=SimpleNamespace(position="same"))
+        said[path] = [line for line in _needed(config) if "weights" in line]
     assert not said[good]
     (line,) = said[bad]
     assert f"musubi.network_weights = {bad}: tensor {A} holds NaN" in line
