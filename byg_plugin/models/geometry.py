@@ -19,13 +19,14 @@ class SpecGeometry:
 
     Args:
         spec: of the family.
-        boundary: t from which the high-noise expert serves, where it is not the published one.
+        boundary: t in (0, 1) from which the high-noise expert serves; None: the published one.
     """
 
     def __init__(self, spec: FamilySpec, boundary: float | None = None):
         assert boundary is None or spec.has_experts, "a boundary is between two experts"
+        assert boundary is None or 0 < boundary < 1, "a boundary of 0 or 1 leaves an expert nothing to do"
         self.spec = spec
-        self._boundary = boundary or spec.boundary
+        self._boundary = spec.boundary if boundary is None else boundary
 
     @property
     def name(self) -> str:

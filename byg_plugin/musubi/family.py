@@ -97,6 +97,21 @@ def chat_length(tokenizer: Any, text: str, *, thinking: bool) -> int:
     return len(tokenizer(chat, truncation=False, verbose=False).input_ids)  # verbose: it would warn of its own model_max_length
 
 
+def require_tokens(tokens: int, taken: int, model: str) -> None:
+    """Of a model whose texts have one length; asked before the encoder is loaded, for a batch would be refused after everything else.
+
+    Args:
+        tokens: `conditioning.max_text_tokens`.
+        taken: what the host makes of a text, or its network takes.
+        model: for the message.
+
+    Raises:
+        ValueError: they differ.
+    """
+    if tokens != taken:
+        raise ValueError(f"conditioning.max_text_tokens = {tokens}: musubi-tuner's {model} takes texts of {taken} tokens, set it so")
+
+
 def require_16_bits(options: Mapping[str, Any], model: str) -> None:
     """Of a model that the host reads in 16 bits: its default precision would give it inputs in float32.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from byg_plugin import families
 from byg_plugin.models import tokens as packing
-from byg_plugin.musubi.family import Encoded, Module, MusubiFamily, Padding, TextEncoder, require_known_attention
+from byg_plugin.musubi.family import Encoded, Module, MusubiFamily, Padding, TextEncoder, require_known_attention, require_tokens
 from byg_plugin.objectives.base import Text, Velocity
 
 if TYPE_CHECKING:
@@ -50,8 +50,13 @@ class FluxOnMusubi(MusubiFamily):
         return None if kind else {"t5": prompt["t5_vec"], "pooled": prompt["clip_l_pooler"]}
 
     def load_text_encoder(self, module: Module, options: Mapping[str, Any], tokens: int, device: torch.device) -> TextEncoder:
-        """T5 and the pooled vector of CLIP-L."""
+        """T5 and the pooled vector of CLIP-L.
+
+        Raises:
+            ValueError: see `require_tokens`.
+        """
         utils, models = module("flux.flux_utils"), module("flux.flux_models")
+        require_tokens(tokens, models.T5XXL_MAX_LENGTH, "FLUX")
         dtype = torch.float8_e4m3fn if options.get("fp8_t5") else torch.bfloat16
         t5_tokenizer, t5 = utils.load_t5xxl(options["text_encoder1"], dtype=dtype, device=device, disable_mmap=True)
         clip_tokenizer, clip = utils.load_clip_l(options["text_encoder2"], dtype=torch.bfloat16, device=device, disable_mmap=True)

@@ -20,6 +20,7 @@ from byg_plugin.musubi.family import (
     chat_length,
     require_16_bits,
     require_known_attention,
+    require_tokens,
 )
 from byg_plugin.objectives.base import Text, Velocity
 
@@ -60,8 +61,13 @@ class Flux2OnMusubi(MusubiFamily):
         return {"qwen": prompt[f"{kind}ctx_vec"]}
 
     def load_text_encoder(self, module: Module, options: Mapping[str, Any], tokens: int, device: torch.device) -> TextEncoder:
-        """Three hidden states of Qwen3 side by side, by the host's own embedder."""
+        """Three hidden states of Qwen3 side by side, by the host's own embedder.
+
+        Raises:
+            ValueError: see `require_tokens`.
+        """
         utils = module("flux_2.flux2_utils")
+        require_tokens(tokens, utils.MAX_LENGTH, "FLUX.2")
         info = utils.FLUX2_MODEL_INFO[f"klein-base-{self.size}"]
         dtype = torch.float8_e4m3fn if options.get("fp8_text_encoder") else torch.bfloat16
         embedder = utils.load_text_embedder(info, options["text_encoder"], dtype=dtype, device=device, disable_mmap=True)

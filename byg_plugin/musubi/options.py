@@ -231,6 +231,7 @@ def _named(config: Config) -> list[str]:
     for name, largest in _AT_MOST.items():
         if isinstance(value := given.get(name), int) and value > largest:
             found.append(f"musubi.{name} = {shown(value)}: must not be above {largest:,}")
+    found += _boundary(config)
     swapped, most = given.get("blocks_to_swap"), spec_of(config.model).most_swapped
     if isinstance(swapped, int) and swapped > most:
         found.append(f"musubi.blocks_to_swap = {shown(swapped)}: {config.model.family} has no more than {most} to swap")
@@ -247,6 +248,18 @@ def _named(config: Config) -> list[str]:
     if given.get("lr_warmup_steps") and scheduler in (None, "constant"):
         found.append("musubi.lr_warmup_steps is not for a constant learning rate: set musubi.lr_scheduler = 'constant_with_warmup'")
     return found
+
+
+def _boundary(config: Config) -> list[str]:
+    """The host takes what is above 1 for thousandths; at 0 or 1 one expert would serve all t, and the other be loaded for nothing."""
+    given, spec = config.musubi.get("timestep_boundary"), families.named(config.model.family)
+    if not spec.has_experts or not isinstance(given, int | float) or 0 < (given / 1000 if given > 1 else given) < 1:
+        return []
+    assert spec.boundary is not None
+    return [
+        f"musubi.timestep_boundary = {shown(given)}: t from which the high-noise expert serves, in thousandths, 2 to 999: leave it out for "
+        f"the checkpoint's own, {spec.boundary * 1000:g}"
+    ]
 
 
 def _unless_known(option: str, value: str, known: list[str]) -> list[str]:

@@ -3,6 +3,7 @@ are filled from them. No torch: every command reads a configuration."""
 
 from __future__ import annotations
 
+import os
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -56,12 +57,17 @@ OPTIONS = {
     "output.dir": "output_dir",
     "output.name": "output_name",
 }
+# Its options that are paths, in which it knows no `~`.
+PATHS = (
+    *("dit", "dit_high_noise", "turbo_dit", "vae", "t5", "clip", "text_encoder", "text_encoder1", "text_encoder2"),
+    *("dataset_config", "sample_prompts", "network_weights", "output_dir", "logging_dir", "log_tracker_config"),
+)
 _READ = {"model": {"family", "host", "host_path", "device"}, "dataset": {"tuples", "rules"}}
 _SECTIONS = ("model", "dataset", "lora", "train", "sample", "evaluate", "output", "musubi")
 
 
 def fill(raw: dict[str, Any]) -> dict[str, Any]:
-    """The raw configuration with the sections that the host's options decide.
+    """The raw configuration with the sections that the host's options decide, and `~` in its paths the user's folder.
 
     Raises:
         ValueError: a key is given that the host has an option for.
@@ -75,6 +81,10 @@ def fill(raw: dict[str, Any]) -> dict[str, Any]:
                 own = OPTIONS.get(f"{name}.{key}")
                 remedy = f"set musubi.{own}" if own else "leave it out"
                 raise ValueError(f"{name}.{key} is not read with model.host = 'musubi': {remedy}")
+    if "musubi" in raw:
+        own = sections["musubi"]
+        sections["musubi"] = {key: os.path.expanduser(v) if key in PATHS and isinstance(v, str) else v for key, v in own.items()}
+        raw = {**raw, "musubi": sections["musubi"]}
     return {**raw, **_filled_from(sections)}
 
 
@@ -102,7 +112,9 @@ def check(config: Config) -> None:
     if objective.named_types.get("prior_guidance"):
         raise ValueError("objective.prior_guidance goes by a tuple's edit_type, which musubi-tuner's data sets have not: leave it out")
     dropped = ["network_dropout"] if config.musubi.get("network_dropout") else []
-    dropped += [word for word in config.musubi.get("network_args") or [] if re.match(r"(rank|module)_dropout=(?!0*\.?0*$)", str(word))]
+    words = config.musubi.get("network_args")
+    # What is no list is told by the check against the host's parser.
+    dropped += [word for word in (words if isinstance(words, list) else []) if re.match(r"(rank|module)_dropout=(?!0*\.?0*$)", str(word))]
     if objective.repeats_passes and dropped:
         raise ValueError(
             f"musubi: {dropped[0]}: with objective.routing = false a pass is made twice, and dropout would make two different ones: leave "

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from byg_plugin.musubi.family import Encoded, Module, MusubiFamily, Padding, TextEncoder
+from byg_plugin.musubi.family import Encoded, Module, MusubiFamily, Padding, TextEncoder, require_tokens
 from byg_plugin.musubi.options import check_precision
 from byg_plugin.objectives.base import Text, Velocity
 
@@ -62,8 +62,13 @@ class WanOnMusubi(MusubiFamily):
         return {"umt5": torch.cat([rows, rows.new_zeros(tokens - len(rows), rows.shape[1])])[None]}
 
     def load_text_encoder(self, module: Module, options: Mapping[str, Any], tokens: int, device: torch.device) -> TextEncoder:
-        """UMT5, each text as long as it is."""
+        """UMT5, each text as long as it is.
+
+        Raises:
+            ValueError: see `require_tokens`.
+        """
         shared = module("wan.configs.shared_config").wan_shared_cfg
+        require_tokens(tokens, shared.text_len, "Wan")
         encoder = module("wan.modules.t5").T5EncoderModel(
             text_len=shared.text_len, dtype=shared.t5_dtype, device=device, weight_path=options["t5"], fp8=bool(options.get("fp8_t5"))
         )

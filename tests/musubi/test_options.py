@@ -51,6 +51,8 @@ def test_a_good_configuration_has_no_problems(folder: Path, family: str):
         ("max_grad_norm", "1", "must be a number"),
         ("gradient_checkpointing", 1, "must be true or false"),
         ("network_args", "include_patterns=x", "must be a list"),
+        ("network_args", 5, "must be a list"),
+        ("network_args", True, "must be a list"),
         ("optimizer_args", [True], "must be a text"),
         ("mixed_precision", "bf-16", "did you mean 'bf16'?"),
         ("save_precision", "fp64", "must be one of 'float', 'fp32', 'fp16', 'bf16'"),
@@ -136,6 +138,14 @@ def test_8_bit_moments_need_their_package(folder: Path, monkeypatch: pytest.Monk
     assert any("needs bitsandbytes" in line for line in found(config))
     monkeypatch.setattr(musubi_options, "find_spec", lambda package: object())
     assert found(config) == []
+
+
+@pytest.mark.parametrize("boundary", [0, 1, 1000, 2000])
+def test_a_boundary_leaves_work_to_both_experts(folder: Path, boundary: int):
+    (line,) = found(host_config(folder, A14B, musubi={"timestep_boundary": boundary}))
+    assert line.startswith(f"musubi.timestep_boundary = {boundary}: ") and line.endswith("the checkpoint's own, 875")
+    for good in (2, 900, 999):
+        assert found(host_config(folder, A14B, musubi={"timestep_boundary": good})) == []
 
 
 def test_swapped_blocks_exclude_an_offloaded_expert(folder: Path):
@@ -275,6 +285,21 @@ def test_the_hosts_options_fill_our_sections(folder: Path):
     config = host_config(folder, A14B, musubi={"seed": 3})
     assert (config.train.steps, config.train.seed, config.lora.rank, config.lora.experts) == (4, 3, 4, "shared")
     assert (config.output.dir, config.output.name) == (str(folder / "out"), "tiny")
+
+
+def test_the_users_folder_is_meant_in_paths(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(folder))
+    monkeypatch.setenv("USERPROFILE", str(folder))
+    given = {"dit": "~/dit.safetensors", "dataset_config": "~/dataset.toml", "output_dir": "~/out", "logging_dir": "~/logs"}
+    config = host_config(folder, "flux", musubi={**given, "metadata_title": "~tiny"})
+    assert found(config) == []
+    assert {name: config.musubi[name] for name in given} == {name: str(folder / value[2:]) for name, value in given.items()}
+    assert (config.output.dir, config.musubi["metadata_title"]) == (str(folder / "out"), "~tiny")
+
+
+def test_every_path_of_the_hosts_is_one_that_it_has():
+    known = set().union(*(recorded_surface(family) for family in (A14B, "flux", *MASKED)))
+    assert set(musubi_section.PATHS) <= known
 
 
 def test_its_section_needs_the_host():

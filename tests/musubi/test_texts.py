@@ -14,10 +14,12 @@ from torch import Tensor
 from byg_plugin import caching
 from byg_plugin.musubi import host as musubi
 from tests.support.musubi_host import T2V, host_config, needs_host, open_tiny
+from tests.support.musubi_images import KLEIN
 from tests.support.musubi_runs import write_work
 from tests.support.tiny import _tokenizer
 
 pytestmark = needs_host
+HOSTS = {"max_text_tokens": 512}
 TEXTS = ["make the sky blue", "a photo of a dog in the house"]
 
 
@@ -52,7 +54,8 @@ def test_wan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     torch.manual_seed(0)
     path = tmp_path / "t5.safetensors"
     save_file(t5.umt5_xxl(encoder_only=True).state_dict(), path)
-    found = encodings(host, host_config(tmp_path, T2V, musubi={"t5": str(path)}), [1 + len(text.split()) for text in TEXTS])
+    config = host_config(tmp_path, T2V, musubi={"t5": str(path)}, conditioning=HOSTS)
+    found = encodings(host, config, [1 + len(text.split()) for text in TEXTS])
     encoder = t5.T5EncoderModel(text_len=512, dtype=torch.bfloat16, device=torch.device("cpu"), weight_path=str(path))
     for text, own in zip(TEXTS, host_cache(host, "wan_cache_text_encoder_outputs", tmp_path, encoder, [None]), strict=True):
         assert torch.equal(found[text]["umt5"], own["t5"]) and len(own["t5"]) == 1 + len(text.split())
@@ -70,7 +73,8 @@ def test_flux(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             return tiny(path, dtype, device)
 
         monkeypatch.setattr(utils, name, load)
-    config = host_config(tmp_path, "flux", musubi={"text_encoder1": "t5.safetensors", "text_encoder2": "clip.safetensors"})
+    own = {"text_encoder1": "t5.safetensors", "text_encoder2": "clip.safetensors"}
+    config = host_config(tmp_path, "flux", musubi=own, conditioning=HOSTS)
     found = encodings(host, config, [1 + len(text) for text in TEXTS])
     assert asked == [("t5.safetensors", torch.bfloat16), ("clip.safetensors", torch.bfloat16)]
     encoders = [*utils.load_t5xxl("", torch.bfloat16, "cpu", True), *utils.load_clip_l("", torch.bfloat16, "cpu", True)]
@@ -114,9 +118,8 @@ def uncached(folder: Path, shared: str | None = None) -> Any:
         (folder / "tuples.jsonl").write_text("\n".join(lines), encoding="utf-8")
     for name in ("t5", "clip"):
         (folder / f"{name}.safetensors").touch()
-    return host_config(
-        folder, "flux", musubi={"text_encoder1": str(folder / "t5.safetensors"), "text_encoder2": str(folder / "clip.safetensors")}
-    )
+    encoders = {"text_encoder1": str(folder / "t5.safetensors"), "text_encoder2": str(folder / "clip.safetensors")}
+    return host_config(folder, "flux", musubi=encoders, conditioning=HOSTS)
 
 
 def test_caching_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
@@ -147,10 +150,17 @@ def test_a_text_that_comes_again_is_encoded_once(tmp_path: Path, monkeypatch: py
 
 
 def test_texts_that_are_cut_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    config = uncached(tmp_path, shared="make it snow")
+    config = uncached(tmp_path, shared="make it snow " * 60)
     open_tiny("flux")
     caching._in_musubi("texts", config, prune=False)
     said = capsys.readouterr().out
-    assert "note: 10 texts are longer than conditioning.max_text_tokens = 8 tokens and were cut, e.g. 'src_caption 0'" in said
+    assert "note: 1 texts are longer than conditioning.max_text_tokens = 512 tokens and were cut, e.g. 'make it snow make" in said
     caching._in_musubi("texts", config, prune=False)
     assert "note" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("family", "encoders"), [(T2V, ["t5"]), ("flux", ["text_encoder1", "text_encoder2"]), (KLEIN, ["text_encoder"])])
+def test_a_length_that_the_host_has_not_is_told_before_an_encoder_is_loaded(tmp_path: Path, family: str, encoders: list[str]):
+    config = host_config(tmp_path, family, musubi=dict.fromkeys(encoders, "nowhere.safetensors"))
+    with pytest.raises(ValueError, match=r"conditioning.max_text_tokens = 8: musubi-tuner's (Wan|FLUX|FLUX.2) takes texts of 512 tokens"):
+        musubi.load_text_encoder(open_tiny(family), config)
