@@ -24,6 +24,7 @@ from byg_plugin.config.loading import shown
 from byg_plugin.config.sections import Config, ModelConfig
 from byg_plugin.families.spec import MusubiSpec
 from byg_plugin.musubi.family import musubi_family
+from byg_plugin.musubi.headers import problems_of_headers
 from byg_plugin.musubi.start import problems_of_start
 
 _KINDS = {str: "str", int: "int", float: "float", pathlib.Path: "path", None: "str"}
@@ -216,7 +217,7 @@ def _needed(config: Config) -> list[str]:
             found.append(f"musubi.{name} = {path!r}: no such file")
         elif name == "network_weights" and isinstance(path, str) and path:
             found += problems_of_start(config, path)
-    return found
+    return found + problems_of_headers(given)
 
 
 def _named(config: Config) -> list[str]:

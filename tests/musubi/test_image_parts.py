@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 
 from byg_plugin.models import make_family
@@ -242,8 +243,8 @@ def test_a_user_s_own_patterns_take_the_place_of_ours(tmp_path: Path):
     from byg_plugin.musubi import options as musubi_options
 
     parser = open_tiny(QWEN).parser()
-    for name in ("dit.safetensors", "dataset.toml"):
-        (tmp_path / name).touch()
+    save_file({}, tmp_path / "dit.safetensors")
+    (tmp_path / "dataset.toml").touch()
     of = lambda given: musubi_options.arguments(host_config(tmp_path, QWEN, musubi=given), parser).network_args  # noqa: E731
     assert "add_q_proj" in of({"num_layers": 4})[-1] and "blocks\\\\.3\\\\." in of({"num_layers": 4})[-1]
     assert of({"network_args": ["rank_dropout=0.1"]})[0] == "rank_dropout=0.1"

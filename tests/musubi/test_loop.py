@@ -181,7 +181,7 @@ def test_the_pages_commands_lead_to_a_preview(tmp_path: Path):
     torch.manual_seed(0)
     save_file(models.AutoEncoder(models.configs_flux_dev_context.ae_params).state_dict(), tmp_path / "models/ae.safetensors")
     for name in ("t5xxl_fp16", "clip_l"):
-        (tmp_path / f"models/{name}.safetensors").touch()
+        save_file({}, tmp_path / f"models/{name}.safetensors")
     Image.new("RGB", (64, 48), (40, 90, 200)).save(tmp_path / "data/images/parrots.jpg")
     (tmp_path / "data/images/parrots.txt").write_text("not used", encoding="utf-8")
     tuples = {"source": "images/parrots.jpg", **{role: f"{role} of parrots" for role in ROLES}}
@@ -261,7 +261,7 @@ def test_the_cache_step_adds_roles_to_the_hosts_items(tmp_path: Path, family: st
     for path in (tmp_path / "cache").glob("*_te.safetensors"):
         path.unlink()
     for name in ("t5", "clip"):
-        (tmp_path / f"{name}.safetensors").touch()
+        save_file({}, tmp_path / f"{name}.safetensors")
     encoders = {"text_encoder1": "t5", "text_encoder2": "clip"} if family == "flux" else {"t5": "t5"}
     options = {option: str(tmp_path / f"{name}.safetensors") for option, name in encoders.items()}
     config = host_config(tmp_path, family, musubi=options)

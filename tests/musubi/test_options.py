@@ -26,8 +26,9 @@ from tests.support.musubi_images import MASKED, QWEN
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    for name in ("dit.safetensors", "high.safetensors", "dataset.toml"):
-        (tmp_path / name).touch()
+    for name in ("dit.safetensors", "high.safetensors"):
+        save_file({}, tmp_path / name)
+    (tmp_path / "dataset.toml").touch()
     return tmp_path
 
 
@@ -178,6 +179,7 @@ def test_an_8_bit_t5_excludes_previews_of_flux(folder: Path):
 def test_the_precision_is_that_of_the_file(folder: Path, dtype: torch.dtype, options: dict[str, Any], says: str):
     path = folder / "dit.safetensors"
     given = {"dit": str(path), **options}
+    path.write_bytes(b"")
     with pytest.raises(ValueError, match="not a readable safetensors file"):
         musubi_options.check_precision(given)
     save_file({"x": torch.zeros(1)}, path)
@@ -190,6 +192,30 @@ def test_the_precision_is_that_of_the_file(folder: Path, dtype: torch.dtype, opt
     musubi_options.check_precision(given | {"mixed_precision": "fp16" if dtype == torch.float16 else "bf16", "fp8_scaled": False})
     save_file({key: torch.zeros(2, 2)}, path)
     musubi_options.check_precision(given)
+
+
+@pytest.mark.parametrize(
+    ("family", "names"), [("flux", ["dit", "vae", "text_encoder1", "text_encoder2"]), (A14B, ["dit_high_noise", "t5"])]
+)
+def test_damaged_files_are_told_before_the_host_reads_them(folder: Path, family: str, names: list[str]):
+    bad = folder / "bad.safetensors"
+    bad.write_bytes(b"junk" * 100)
+    for name in names:
+        (line,) = found(host_config(folder, family, musubi={name: str(bad)}))
+        assert line.startswith(f"musubi.{name} = {str(bad)!r}: bad.safetensors is not a readable safetensors file (")
+    pickled = bad.rename(folder / "bad.pth")
+    assert len(found(host_config(folder, family, musubi=dict.fromkeys(names, str(pickled))))) == 1, "the DiT alone is no pickle"
+
+
+def test_all_parts_of_a_split_file_are_looked_at(folder: Path):
+    for index in (1, 2):
+        save_file({}, folder / f"dit-0000{index}-of-00003.safetensors")
+    config = host_config(folder, "flux", musubi={"dit": str(folder / "dit-00001-of-00003.safetensors")})
+    assert "dit-00003-of-00003.safetensors is not beside it" in found(config)[0]
+    (folder / "dit-00003-of-00003.safetensors").touch()
+    assert "dit-00003-of-00003.safetensors is not a readable" in found(config)[0]
+    save_file({}, folder / "dit-00003-of-00003.safetensors")
+    assert found(config) == []
 
 
 def test_every_problem_is_in_one_message(folder: Path):
