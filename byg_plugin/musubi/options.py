@@ -12,10 +12,8 @@ import math
 import pathlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from byg_plugin import families
@@ -25,6 +23,8 @@ from byg_plugin.config.sections import Config, ModelConfig
 from byg_plugin.families.spec import MusubiSpec
 from byg_plugin.musubi.family import musubi_family
 from byg_plugin.musubi.headers import problems_of_headers
+from byg_plugin.musubi.network import problems_of_network
+from byg_plugin.musubi.rates import problems_of_logs, problems_of_rates
 from byg_plugin.musubi.start import problems_of_start
 
 _KINDS = {str: "str", int: "int", float: "float", pathlib.Path: "path", None: "str"}
@@ -148,7 +148,8 @@ def problems(config: Config, surface: Surface) -> list[str]:
             found.append(f"musubi.{name} = {shown(value)} cannot be honoured: {REFUSED.get(name, REFUSED['task'])}")
         elif why := _wrong_type(value, surface[name]):
             found.append(f"musubi.{name} = {shown(value)}: {why}")
-    return found + _needed(config) + _named(config) + _together(config)
+    found += _needed(config) + _named(config) + _together(config)
+    return found + problems_of_network(config) + problems_of_rates(given) + problems_of_logs(given)
 
 
 def _unknown(name: str, value: Any, surface: Surface) -> str:
@@ -195,6 +196,9 @@ def _wrong_scalar(value: Any, option: Option) -> str | None:
 
 # Of a float, float32's largest; of an integer, int64's.
 _MOST = (3.4e38, 2**63 - 1)
+# The texts that the host takes for a dtype.
+_FP8 = tuple(f"{start}{kind}" for kind in ("e4m3fn", "e4m3fnuz", "e5m2", "e5m2fnuz") for start in ("fp8_", "", "float8_"))
+_DTYPES = ("bf16", "bfloat16", "fp16", "float16", "fp32", "float32", "float", "fp8", "float8", *_FP8)
 # What would start as many processes, or hold a step back as long, as it says.
 _AT_MOST = {"max_data_loader_n_workers": 256, "gradient_accumulation_steps": 100_000, "max_train_epochs": 10**6, "max_train_steps": 10**8}
 
@@ -236,17 +240,9 @@ def _named(config: Config) -> list[str]:
     swapped, most = given.get("blocks_to_swap"), spec_of(config.model).most_swapped
     if isinstance(swapped, int) and swapped > most:
         found.append(f"musubi.blocks_to_swap = {shown(swapped)}: {config.model.family} has no more than {most} to swap")
-    optimizer, scheduler = given.get("optimizer_type"), given.get("lr_scheduler")
-    if isinstance(optimizer, str) and "." not in optimizer and optimizer.lower() not in ("adamw", "adamw8bit", "adafactor"):
-        of_torch = [name for name, kind in vars(torch.optim).items() if isinstance(kind, type)]
-        found += _unless_known("optimizer_type", optimizer, ["AdamW8bit", "Adafactor", *of_torch])
-    if isinstance(optimizer, str) and optimizer.lower() == "adamw8bit" and find_spec("bitsandbytes") is None:
-        found.append(f"musubi.optimizer_type = {optimizer!r} needs bitsandbytes: pip install bitsandbytes, or set 'AdamW'")
-    if isinstance(scheduler, str) and not scheduler.startswith("adafactor"):
-        from transformers.trainer_utils import SchedulerType
-
-        found += _unless_known("lr_scheduler", scheduler, [*(kind.value for kind in SchedulerType), "rex", "piecewise_constant"])
-    if given.get("lr_warmup_steps") and scheduler in (None, "constant"):
+    if isinstance(dtype := given.get("vae_dtype"), str) and dtype not in _DTYPES:
+        found.append(f"musubi.vae_dtype = {dtype!r}: must be one of {', '.join(map(repr, _DTYPES))}")
+    if given.get("lr_warmup_steps") and given.get("lr_scheduler") in (None, "constant"):
         found.append("musubi.lr_warmup_steps is not for a constant learning rate: set musubi.lr_scheduler = 'constant_with_warmup'")
     return found
 
@@ -261,13 +257,6 @@ def _boundary(config: Config) -> list[str]:
         f"musubi.timestep_boundary = {shown(given)}: t from which the high-noise expert serves, in thousandths, 2 to 999: leave it out for "
         f"the checkpoint's own, {spec.boundary * 1000:g}"
     ]
-
-
-def _unless_known(option: str, value: str, known: list[str]) -> list[str]:
-    if value in known:
-        return []
-    close = difflib.get_close_matches(value, known, n=1, cutoff=0.5)
-    return [f"musubi.{option} = {value!r}: unknown; {f'did you mean {close[0]!r}?' if close else 'known: ' + ', '.join(known)}"]
 
 
 def _together(config: Config) -> list[str]:

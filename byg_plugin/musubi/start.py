@@ -61,7 +61,7 @@ def _unfit(config: Config, tensors: Mapping[str, Tensor], path: str) -> str | No
     """What the host's network would pass over, stop at, or scale otherwise; None: nothing, or it is a network of the user's own."""
     assert (spec := families.named(config.model.family).musubi) is not None
     module = own_module(config)
-    ends = {spec.network_module: _LORA, "networks.loha": _LOHA, "networks.lokr": _LOKR}.get(module)
+    ends = _LORA if module.startswith("networks.lora") else {"networks.loha": _LOHA, "networks.lokr": _LOKR}.get(module)
     if ends is None:
         return None
     named = re.compile(rf"{_PREFIX}[^.]+\.({'|'.join(map(re.escape, ends))})")

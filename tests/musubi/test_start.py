@@ -67,7 +67,7 @@ def test_networks_of_other_kinds_are_taken_by_their_own(tmp_path: Path):
     whole |= {f"lora_unet_{LAYERS['flux']}.alpha": torch.tensor(16.0)}  # of a whole matrix the host keeps the rank that it was asked for
     assert lines(tmp_path, whole, network_module="networks.lokr") == []
     assert lines(tmp_path, loha(), network_module="networks.loha") == []
-    assert lines(tmp_path, {"anything": torch.ones(1)}, network_module="my.network") == []
+    assert lines(tmp_path, {"anything": torch.ones(1)}, network_module="tests.support") == []
     (line,) = lines(tmp_path, loha())
     assert line.endswith("set musubi.network_module = 'networks.loha'")
     (line,) = lines(tmp_path, hosts(LAYERS["flux"]), network_module="networks.loha")
