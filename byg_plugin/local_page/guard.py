@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ipaddress
+import re
 from collections.abc import Collection
 from http import HTTPStatus
 from urllib.parse import urlsplit
@@ -61,6 +63,14 @@ class Guard:
         if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
             return "not JSON\n"
         return None
+
+
+def is_host_name(name: str) -> bool:
+    """Whether a browser can call a machine so: no scheme, port or path, an address as browsers shorten it."""
+    try:
+        return str(ipaddress.ip_address(name)) == name.lower()
+    except ValueError:
+        return bool(re.fullmatch(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*\.?", name, re.IGNORECASE | re.ASCII))
 
 
 def _host_name(host: str) -> str | None:

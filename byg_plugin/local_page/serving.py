@@ -24,7 +24,7 @@ from starlette.types import ASGIApp
 from byg_plugin import _cli
 from byg_plugin.data import media
 from byg_plugin.documents import json_value
-from byg_plugin.local_page.guard import Guard
+from byg_plugin.local_page.guard import Guard, is_host_name
 from byg_plugin.local_page.wire import server_config
 
 _MAX_BODY = 512 * 1024  # bytes; four texts of the longest allowed size
@@ -122,9 +122,15 @@ async def json_body(request: Request, patience: float) -> Any:
 def listen(host: str, port: int, names: Sequence[str]) -> socket.socket:
     """A listening socket; an address that others can reach is said in a warning.
 
+    Args:
+        names: what browsers call this machine besides.
+
     Raises:
-        ValueError: it is no address, or cannot be listened on.
+        ValueError: it is no address, or cannot be listened on, or a name is none.
     """
+    for name in names:
+        if not is_host_name(name):
+            raise ValueError(f"--allow-host {name!r}: browsers would be refused; give a bare name or address, such as box or 192.168.0.7")
     try:
         address = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host)
     except ValueError as error:

@@ -21,6 +21,7 @@ import pytest
 import uvicorn
 from PIL import Image
 
+from byg_plugin.local_page import guard, serving
 from byg_plugin.local_page.wire import server_config
 from dataset_tools.review_page.app import make_app
 from dataset_tools.review_page.store import Review
@@ -279,9 +280,24 @@ def test_it_listens_on_loopback_unless_told(shared: Server):
             http.client.HTTPConnection(address, shared.port, timeout=5).connect()
 
 
+@pytest.mark.parametrize("name", ["http://box:7860/", "box:7861", "", " box", "box/", "[::1]", "0::1", "b\u00fcro", "a..b"])
+def test_a_name_that_no_browser_sends_is_refused_at_the_start(name: str):
+    with pytest.raises(ValueError, match=r"^--allow-host .*give a bare name"):
+        serving.listen("127.0.0.1", 0, ["box", name])
+
+
+def test_names_and_addresses_that_browsers_send_are_taken():
+    names = ["box", "Box.Local", "my-box_2.example.", "192.168.0.7", "::1", "fe80::a"]
+    serving.listen("127.0.0.1", 0, names).close()
+    for name in names:
+        host = f"[{name}]" if ":" in name else name
+        assert guard._host_name(f"{host}:7860") == name.lower()
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["--allow-host", "box:7860"], "--allow-host 'box:7860': .*give a bare name"),
         (["--host", "0.0.0.0"], "--allow-host"),
         (["--host", "somewhere"], "not an address"),
         (["--port", "70000"], "from 0 to 65535"),

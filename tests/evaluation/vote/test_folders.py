@@ -33,6 +33,11 @@ def test_files_without_a_common_folder_are_shown(runs: tuple[Path, Path], client
     assert client.get("/media/0/left?rater=ada").content == getattr(pairs[index], left).edit.read_bytes()
 
 
+def test_a_name_with_a_port_is_refused(runs: tuple[Path, Path], tmp_path: Path):
+    with pytest.raises(ValueError, match="--allow-host 'box:7861': .*give a bare name"):
+        main(["--a", str(runs[0]), "--b", str(runs[1]), "--votes", str(tmp_path / "votes.jsonl"), "--allow-host", "box:7861"])
+
+
 def test_what_a_shown_file_has_become_elsewhere_is_not(runs: tuple[Path, Path], tmp_path: Path, client: TestClient):
     pairs = read_pairs(*runs)
     (index, _), *_ = order(pairs, "ada")
