@@ -66,8 +66,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+_OF_MEASURING = ("shape", "device", "repeats", "clock", "threads", "out")
+
+
 def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """End with a message where options cannot be honoured, before anything is measured."""
+    if options.table or options.write_docs:
+        try:
+            _cli.refuse_unused(parser, options, "--table" if options.table else "--write-docs", *_OF_MEASURING)
+        except ValueError as error:
+            parser.error(str(error))
     if options.repeats < 1:
         parser.error(f"--repeats {options.repeats}: at least 1")
     if options.threads is not None and options.threads < 1:

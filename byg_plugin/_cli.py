@@ -58,6 +58,20 @@ def option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def refuse_unused(parser: argparse.ArgumentParser, args: argparse.Namespace, mode: str, *names: str) -> None:
+    """Options that another mode of a command is for.
+
+    Args:
+        mode: the option that says what the command does instead, as it is written.
+        names: attributes that it has no use for.
+
+    Raises:
+        ValueError: one is given (with another value than its default).
+    """
+    if given := [option(name) for name in names if getattr(args, name) != parser.get_default(name)]:
+        raise ValueError(f"{mode} has no use for {', '.join(given)}: leave it out")
+
+
 def run(main: Callable[[], object]) -> None:
     """Run a command and end the process as its outcome asks.
 

@@ -60,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not root.is_dir():
         raise ValueError(f"--root {root}: no such folder")
     if args.export is not None:
+        _cli.refuse_unused(parser, args, "--export", "host", "port", "allow_host")
         _export(args.tuples, args.export, root, args.rules or "error")
     else:
         _serve(args.tuples, root, args.host, args.port, args.allow_host)

@@ -298,6 +298,8 @@ def test_tables_are_written_between_the_marks_alone(tmp_path: Path):
         (["--out", "FOLDER"], "name the file"),
         (["--table", "FOLDER/words.json"], "words.json is not JSON"),
         (["--table", "FOLDER/other.json"], "other.json has no machine, shape, rows; give a file that"),
+        (["--table", "FOLDER/other.json", "--out", "x", "--repeats", "2"], "--table has no use for --repeats, --out: leave it out"),
+        (["--write-docs", "--threads", "1"], "--write-docs has no use for --threads: leave it out"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_before_any_work(
@@ -309,7 +311,8 @@ def test_what_cannot_be_measured_is_refused_before_any_work(
     (tmp_path / "other.json").write_text('{"commit": "abc"}', encoding="utf-8")
     monkeypatch.setattr(step_results, "measure", lambda *rest: pytest.fail("measured"))
     with pytest.raises(SystemExit) as stop:
-        command.main(["--shape", "tiny", *(word.replace("FOLDER", str(tmp_path)) for word in words)])
+        shape = [] if words[0] in ("--table", "--write-docs") else ["--shape", "tiny"]
+        command.main([*shape, *(word.replace("FOLDER", str(tmp_path)) for word in words)])
     said = capsys.readouterr().err
     assert stop.value.code == 2 and message in said and words[0] in said and "python -m benchmarks.step" in said
 

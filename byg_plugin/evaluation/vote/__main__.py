@@ -38,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--port", type=int, default=_PORT, help=f"default {_PORT}; 0: any free one")
     parser.add_argument("--allow-host", action="append", default=[], metavar="NAME", help="a name that browsers call it by; repeatable")
     args = parser.parse_args(arguments)
+    if args.report:
+        _cli.refuse_unused(parser, args, "--report", "host", "port", "allow_host")
     extras = {"scipy": "eval", "matplotlib": "eval"} if args.report else {"starlette": "review", "uvicorn": "review"}
     for package, extra in extras.items():
         require(package, "the vote", extra)

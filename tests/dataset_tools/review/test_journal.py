@@ -247,6 +247,8 @@ def test_texts_that_break_a_rule_are_exported_if_the_reviewer_says_so(tmp_path: 
     assert done.returncode == 0 and len(read_tuples_file(target, rules="warn")) == 1, done.stderr
     done = command(tuples, "--rules", "warn")
     assert done.returncode == 2 and "--rules warn: is of --export" in done.stderr
+    done = command(tuples, "--export", target, "--rules", "warn", "--port", "-7", "--allow-host", "x")
+    assert done.returncode == 2 and "--export has no use for --port, --allow-host: leave it out" in done.stderr
 
 
 # ---- the server

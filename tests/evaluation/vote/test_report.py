@@ -106,6 +106,8 @@ def test_the_report_is_text_json_and_a_plot(tmp_path: Path, capsys: pytest.Captu
     path = tmp_path / "v.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     words = ["--a", str(a / "edits.jsonl"), "--b", str(b), "--votes", str(path), "--report"]
+    with pytest.raises(ValueError, match="--report has no use for --host, --port: leave it out"):
+        main([*words, "--host", "0.0.0.0", "--port", "1"])
     main(words)
     assert "all: 100.0 % +- 0.0" in capsys.readouterr().out
     assert json.loads((tmp_path / "v.report.json").read_text(encoding="utf-8"))["items"]["won"] == 3
