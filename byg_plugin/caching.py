@@ -75,15 +75,12 @@ def run(what: Literal["latents", "texts"], config_path: str, overrides: Sequence
             state.is_main_process,
         )
     if state.is_main_process:
-        _say_cut(summary.cut, config)
+        _say_cut(summary.cut, config.conditioning.max_text_tokens)
 
 
-def _say_cut(cut: Sequence[str], config: Config) -> None:
+def _say_cut(cut: Sequence[str], limit: int) -> None:
     if cut:
-        _cli.say(
-            f"note: {len(cut)} texts are longer than conditioning.max_text_tokens = {config.conditioning.max_text_tokens} tokens "
-            f"and were cut, e.g. {cut[0]!r}"
-        )
+        _cli.say(f"note: {len(cut)} texts are longer than conditioning.max_text_tokens = {limit} tokens and were cut, e.g. {cut[0]!r}")
 
 
 def _in_musubi(what: Literal["latents", "texts"], config: Config, *, prune: bool) -> None:
@@ -94,4 +91,4 @@ def _in_musubi(what: Literal["latents", "texts"], config: Config, *, prune: bool
         raise ValueError(f"model.host = 'musubi': latents are cached by the host's own {script} with its dataset TOML")
     from byg_plugin.musubi import host as musubi
 
-    _say_cut(musubi.cache_texts(config, prune=prune), config)
+    _say_cut(musubi.cache_texts(config, prune=prune), config.conditioning.max_text_tokens)

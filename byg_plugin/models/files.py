@@ -271,10 +271,12 @@ def from_folder(kind: Any, path_or_id: str | Path, part: str, **dtype: torch.dty
     """
     folder = part_folder(path_or_id, part)
     # Both libraries fill what a folder lacks with random numbers, or with nothing, and say so in a log at most.
-    options = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True, **dtype}
+    options = {"output_loading_info": True, "ignore_mismatched_sizes": True, **dtype}
     if folder is None:
         inside = PARTS[part].folder
-        model, found = from_hub(lambda: kind.from_pretrained(str(path_or_id), subfolder=inside, **options), path_or_id)
+        model, found = from_hub(
+            lambda: kind.from_pretrained(str(path_or_id), subfolder=inside, use_safetensors=True, **options), path_or_id
+        )
         _refuse_incomplete(model, found, path_or_id)
         refuse_not_finite(model, Path(path_or_id))
         return model
@@ -285,7 +287,7 @@ def from_folder(kind: Any, path_or_id: str | Path, part: str, **dtype: torch.dty
     _weight_files(folder)
     try:
         with quiet_loading():
-            model, found = kind.from_pretrained(str(folder), local_files_only=True, **options)
+            model, found = kind.from_pretrained(str(folder), use_safetensors=True, local_files_only=True, **options)
     except OSError as error:
         raise ValueError(f"{folder}: cannot be loaded ({error}); download this part again") from error
     _refuse_incomplete(model, found, folder)
@@ -309,8 +311,8 @@ def _refuse_incomplete(model: nn.Module, found: Mapping[str, Any], where: object
     parameters = dict(model.named_parameters(remove_duplicate=False))
     missing = {name for name in found["missing_keys"] if not _UNREAD.search(name)}
     # Weights that are tied to one that is there are missing in name only.
-    there = {id(parameter) for name, parameter in parameters.items() if name not in missing}
-    lacking = sorted(name for name in missing if id(parameters.get(name)) not in there)
+    present = {id(parameter) for name, parameter in parameters.items() if name not in missing}
+    lacking = sorted(name for name in missing if id(parameters.get(name)) not in present)
     others = sorted(each if isinstance(each, str) else each[0] for each in found["mismatched_keys"])  # transformers 4: names alone
     _refuse_tensors(where, {"are missing": lacking, "have another shape than its config.json says": others})
 
@@ -326,17 +328,18 @@ def _said(kinds: Mapping[str, Sequence[str]]) -> str:
 
 
 def check_tensors(model: nn.Module, folder: Path) -> None:
-    """Compare a folder's headers with the network that its config.json describes; reads no weights.
+    """Compare a folder's headers with the network that its config.json describes; reads no weights. A config.json alone will do.
 
     Args:
         model: of diffusers, on any device.
 
     Raises:
-        ValueError: there are no weights, or tensors are missing, belong to no layer, or have another shape.
+        ValueError: tensors are missing, belong to no layer, or have another shape.
     """
-    given = {name: shape for file in _weight_files(folder) for name, shape in _shapes(file).items()}
-    if any(name.endswith((".query.weight", ".proj_attn.weight")) for name in given):
-        return  # an autoencoder of before diffusers 0.15, whose names the library changes as it loads
+    given = {name: shape for file in files_in(folder, _WEIGHTS) for name, shape in _shapes(file).items()}
+    # None yet, where one plans before one downloads; or those of an autoencoder of before diffusers 0.15, which the library renames.
+    if not given or any(name.endswith((".query.weight", ".proj_attn.weight")) for name in given):
+        return
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     _refuse_tensors(
         folder,

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -66,28 +67,28 @@ def _unfit(config: Config, tensors: Mapping[str, Tensor], path: str) -> str | No
         return None
     named = re.compile(rf"{_PREFIX}[^.]+\.({'|'.join(map(re.escape, ends))})")
     if (foreign := next((key for key in tensors if not named.fullmatch(key)), None)) is not None:
-        return _misnamed(config, tensors, path, foreign, module)
-    if module == spec.network_module and not _has_patterns(config) and (why := _passed_over(config, tensors)):
+        return _misnamed(config.model.family, tensors, path, foreign, module)
+    if module == spec.network_module and not _has_patterns(config.musubi) and (why := _passed_over(config, tensors)):
         return why
-    return _other_rank(config, tensors) or _other_alpha(config, tensors)
+    return _other_rank(config.musubi, tensors) or _other_alpha(config.musubi, tensors)
 
 
-def _misnamed(config: Config, tensors: Mapping[str, Tensor], path: str, foreign: str, module: str) -> str:
+def _misnamed(family: str, tensors: Mapping[str, Tensor], path: str, foreign: str, module: str) -> str:
     for mark, kind in ((".hada_w", "networks.loha"), (".lokr_w", "networks.lokr")):
         if any(mark in key for key in tensors) and kind != module:
             return f": {foreign} is of another kind of network than {module}: set musubi.network_module = {kind!r}"
     if ".lora_down." in foreign and foreign.startswith(_PREFIX):
         return f": {foreign} is of another kind of network than {module}: leave musubi.network_module out"
     what = f": the host has no tensor of the name {foreign}, and would pass over it in silence"
-    ranks = {len(tensor) for key, tensor in convert(tensors, "musubi", family=config.model.family).items() if key.endswith(_RANKED)}
+    ranks = {len(tensor) for key, tensor in convert(tensors, "musubi", family=family).items() if key.endswith(_RANKED)}
     if len(ranks) > 1:
         return f"{what}; in the host's fused layers it has ranks {_listed(ranks)}, and the host's network has one: {_GO_ON}"
     return f"{what}: byg_plugin/convert_lora.py {path} --to musubi --out NEW.safetensors, and set musubi.network_dim = {ranks.pop()}"
 
 
-def _has_patterns(config: Config) -> bool:
+def _has_patterns(options: Mapping[str, Any]) -> bool:
     """Whether the user says which layers there are: then a layer that ours do not know may be meant."""
-    given = config.musubi.get("network_args")
+    given = options.get("network_args")
     return isinstance(given, list) and any(str(one).startswith(("exclude_patterns=", "include_patterns=")) for one in given)
 
 
@@ -106,8 +107,8 @@ def _passed_over(config: Config, tensors: Mapping[str, Tensor]) -> str | None:
     return None
 
 
-def _other_rank(config: Config, tensors: Mapping[str, Tensor]) -> str | None:
-    ranks, dim = {len(tensor) for key, tensor in tensors.items() if key.endswith(_RANKED)}, config.musubi.get("network_dim")
+def _other_rank(options: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str | None:
+    ranks, dim = {len(tensor) for key, tensor in tensors.items() if key.endswith(_RANKED)}, options.get("network_dim")
     if not isinstance(dim, int) or ranks <= {dim}:
         return None
     if len(ranks) > 1:
@@ -115,9 +116,9 @@ def _other_rank(config: Config, tensors: Mapping[str, Tensor]) -> str | None:
     return f" has rank {ranks.pop()}, musubi.network_dim is {dim}: set it to the file's"
 
 
-def _other_alpha(config: Config, tensors: Mapping[str, Tensor]) -> str | None:
+def _other_alpha(options: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str | None:
     """The host would train with one strength, and save the other."""
-    dim, alpha = config.musubi.get("network_dim"), config.musubi.get("network_alpha", 1)
+    dim, alpha = options.get("network_dim"), options.get("network_alpha", 1)
     if not isinstance(dim, int) or not isinstance(alpha, int | float):
         return None
     ranked = {key.partition(".")[0] for key in tensors if key.endswith(_RANKED)}  # a whole lokr_w2 is not scaled

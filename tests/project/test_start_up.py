@@ -69,7 +69,7 @@ CASES = [
     ("byg_plugin.evaluate", ["--edits", "none", "--metrics", "clip"], 2, "edits.jsonl: no such file; byg_plugin/edit.py writes it"),
     ("byg_plugin.evaluate", ["--tuples", "d.jsonl", "--results", "none"], 2, "error: --results none: no such folder"),
     ("byg_plugin.evaluate", ["--sources", ".", "--results", ".", "--metrics", "beauty"], 2, "invalid choice: 'beauty'"),
-    ("byg_plugin.evaluation.vote", ["--a", "none", "--b", "none"], 2, "edits.jsonl: no such file; byg_plugin/edit.py writes it"),
+    ("byg_plugin.evaluation.vote", ["--a", "none", "--b", "nothing"], 2, "edits.jsonl: no such file; byg_plugin/edit.py writes it"),
     ("byg_plugin.convert_lora", ["none.safetensors", "--check"], 2, "none.safetensors: no such file"),
     ("byg_plugin.convert_lora", ["l.safetensors", "--to", "kohya", "--out", "x"], 2, "invalid choice: 'kohya'"),
     ("byg_plugin.demo", ["--set", "train.stepps=3"], 2, "did you mean train.steps?"),
