@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from byg_plugin import _cli, journal, shipped
 from byg_plugin.config.extras import require_training_extras
@@ -112,8 +112,7 @@ def _precision(overrides: Sequence[str], trained: Path) -> list[str]:
     if any(override.startswith("train.mixed_precision") for override in overrides):
         return []
     if trained.exists():
-        chosen = json.loads(trained.read_text(encoding="utf-8"))["train"]["mixed_precision"]
-        return [f"train.mixed_precision={json.dumps(chosen)}"]
+        return [f"train.mixed_precision={json.dumps(_read(trained)['train']['mixed_precision'])}"]
     # About 0.2 with instructions for it, 1.1 and 30 without.
     if _seconds_of_product(torch.bfloat16) < 0.6 * _seconds_of_product(torch.float32):
         return []
@@ -155,10 +154,11 @@ def run(*command: str | Path) -> None:
     words = [str(word) for word in command]
     print("\n$ " + shlex.join(["python", *words]), flush=True)
     process = subprocess.Popen([sys.executable, *words])
-    interrupted = False
-    while process.poll() is None:
+    interrupted, running = False, True
+    while running:
         try:
             process.wait()
+            running = False
         except KeyboardInterrupt:
             if interrupted:
                 process.terminate()  # the second time: for a command that this Ctrl-C did not reach
@@ -169,9 +169,23 @@ def run(*command: str | Path) -> None:
         raise SystemExit(process.returncode)
 
 
+def _read(trained: Path) -> dict[str, Any]:
+    """The configuration of a training.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        found: dict[str, Any] = json.loads(trained.read_text(encoding="utf-8"))
+        found["train"]["mixed_precision"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{trained}: is damaged ({error}): delete its folder, and it is trained again") from error
+    return found
+
+
 def _refuse_other_settings(trained: Path, resolved: Config, out: Path) -> None:
     """What was trained with other settings must not be shown as the result of these."""
-    if trained.exists() and json.loads(trained.read_text(encoding="utf-8")) != json.loads(resolved.to_json()):
+    if trained.exists() and _read(trained) != json.loads(resolved.to_json()):
         raise ValueError(f"--out {out} was trained with other settings: delete it, or choose another folder")
 
 

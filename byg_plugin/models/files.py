@@ -295,8 +295,8 @@ def from_folder(kind: Any, path_or_id: str | Path, part: str, **dtype: torch.dty
     return model
 
 
-# Of a language model, what no encoding of a text is made with.
-_UNREAD = re.compile(r"(^|\.)(lm_head|visual)\.")
+# Of a language model, what no encoding of a text is made with; of a normalisation, a counter that only training reads.
+_UNREAD = re.compile(r"((^|\.)(lm_head|visual)\.)|num_batches_tracked$")
 
 
 def _refuse_incomplete(model: nn.Module, found: Mapping[str, Any], where: object) -> None:
@@ -336,19 +336,31 @@ def check_tensors(model: nn.Module, folder: Path) -> None:
     Raises:
         ValueError: tensors are missing, belong to no layer, or have another shape.
     """
-    given = {name: shape for file in files_in(folder, _WEIGHTS) for name, shape in _shapes(file).items()}
+    given = {name: shape for file in _files_that_diffusers_reads(folder) for name, shape in _shapes(file).items()}
     # None yet, where one plans before one downloads; or those of an autoencoder of before diffusers 0.15, which the library renames.
     if not given or any(name.endswith((".query.weight", ".proj_attn.weight")) for name in given):
         return
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    ignored = [re.compile(pattern) for pattern in getattr(type(model), "_keys_to_ignore_on_load_unexpected", None) or ()]
     _refuse_tensors(
         folder,
         {
-            "are missing": [name for name in expected if name not in given],
-            "belong to no layer of its config.json": [name for name in given if name not in expected],
+            "are missing": [name for name in expected if name not in given and not _UNREAD.search(name)],
+            "belong to no layer of its config.json": [
+                name for name in given if name not in expected and not any(pattern.search(name) for pattern in ignored)
+            ],
             "have another shape than its config.json says": [n for n in expected if n in given and given[n] != expected[n]],
         },
     )
+
+
+def _files_that_diffusers_reads(folder: Path) -> list[Path]:
+    """Others may lie beside them: the same weights in their author's layout, another precision, a LoRA."""
+    index, whole = folder / f"{_INDEXED[0]}.index.json", folder / _INDEXED[0]
+    if index.is_file():
+        _check_shards(folder)
+        return sorted({folder / shard for shard in read_json(index)["weight_map"].values()})
+    return [whole] if whole.is_file() else []
 
 
 def _shapes(path: Path) -> dict[str, tuple[int, ...]]:

@@ -66,7 +66,7 @@ def _splits(target: Path) -> dict[str, str]:
 
 def _marked(record: dict[str, Any], marks: Mapping[str, str]) -> dict[str, Any]:
     mark = marks.get(record["source"])
-    return record if mark is None else {**record, "split": mark}
+    return record if mark is None or record.get("split") else {**record, "split": mark}
 
 
 def _about_lines(message: str, lines: Sequence[int], written: Path, tuples: Path) -> str:

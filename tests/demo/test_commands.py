@@ -70,6 +70,14 @@ def test_what_was_begun_goes_on_in_its_precision_however_the_cpu_is_timed_now(tm
         assert commands._precision(['train.mixed_precision="fp16"'], trained) == []
 
 
+@pytest.mark.parametrize("text", ['{"tra', "{}", "[]", '{"train": 3}'])
+def test_a_damaged_record_of_a_training_is_named(tmp_path: Path, text: str):
+    trained = tmp_path / "config.json"
+    trained.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"config\.json: is damaged .*: delete its folder"):
+        commands._precision([], trained)
+
+
 def test_a_folder_of_the_other_demo_or_of_another_size_is_not_gone_on_with(tmp_path: Path):
     commands.write_data(tmp_path / "a", world.write_dataset, {"train": 2, "eval": 1})
     written = (tmp_path / "a/train/tuples.jsonl").stat().st_mtime_ns

@@ -154,6 +154,49 @@ def test_a_vae_that_is_not_whole_or_has_no_scale(folder: Path, tmp_path: Path):
         family.load_vae(CPU)
 
 
+def test_only_the_files_that_the_library_reads_are_looked_at(folder: Path, tmp_path: Path):
+    """The author's own layout, or a LoRA, may lie beside the weights."""
+    family = make_family(tiny_config(tmp_path, model={"path": str(folder)}))
+    for name in ("ae.safetensors", "zz.safetensors"):
+        save_file({"foo.weight": torch.zeros(2), "x_embedder.bias": torch.zeros(3)}, folder / "transformer" / name)
+    family.meta_transformers()
+    dict(family.load_transformers(F32))
+    part = folder / "transformer"
+    (whole,) = part.glob("diffusion*.safetensors")
+    tensors = load_file(whole)
+    names = sorted(tensors)
+    shards = {f"diffusion_pytorch_model-0000{i + 1}-of-00002.safetensors": names[i::2] for i in range(2)}
+    for shard, some in shards.items():
+        save_file({name: tensors[name] for name in some}, part / shard, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": {name: shard for shard, some in shards.items() for name in some}}
+    whole.unlink()
+    (part / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    family.meta_transformers()
+    dict(family.load_transformers(F32))
+    configured(part, num_layers=3)
+    with pytest.raises(ValueError, match=r"tensors are missing, such as transformer_blocks\.2\."):
+        family.meta_transformers()
+
+
+def test_what_loading_passes_over_is_not_missed(tmp_path: Path):
+    class Model(torch.nn.Module):
+        _keys_to_ignore_on_load_unexpected = ("norm_added_q",)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn = torch.nn.BatchNorm2d(2)
+
+    model = Model()
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    tensors = {name: value for name, value in model.state_dict().items() if not name.endswith("num_batches_tracked")}
+    save_file(tensors | {"norm_added_q.weight": torch.zeros(2)}, path)
+    files.check_tensors(model, tmp_path)
+    save_file(tensors | {"other.weight": torch.zeros(2)}, path)
+    with pytest.raises(ValueError, match="1 tensors belong to no layer of its config.json, such as other.weight"):
+        files.check_tensors(model, tmp_path)
+
+
 def test_an_autoencoder_of_old_names_is_left_to_the_library(tmp_path: Path):
     model = torch.nn.ModuleDict({"to_q": torch.nn.Linear(2, 2)})
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")

@@ -130,5 +130,7 @@ def test_another_strength_than_is_trained_is_refused(tmp_path: Path):
     (line,) = lines(tmp_path, hosts(LAYERS["flux"]) | hosts("double_blocks_0_txt_attn_proj", alpha=16.0))
     assert "has layers of several alphas" in line
     assert lines(tmp_path, hosts(LAYERS["flux"], alpha=16.0), network_alpha=16) == []
+    saved = float(torch.tensor(0.3).bfloat16())  # as the host saves its own
+    assert lines(tmp_path, hosts(LAYERS["flux"], alpha=saved), network_alpha=0.3) == []
     for alpha in (4.0, None):
         assert lines(tmp_path, hosts(LAYERS["flux"], alpha=alpha), network_alpha=0) == []  # 0 is the rank, the host says

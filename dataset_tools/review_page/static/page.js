@@ -119,7 +119,8 @@ function refuse(index, sent, reason) {
   // What was typed stays, as a draft of an open tuple; only the decision was refused.
   if (sent.status === "kept") put(index, { status: "open" });
   else held.add(index);
-  if (shown !== index) show(index);
+  // Not away from a text that is being typed in: its next letters would be keys that decide on the other tuple.
+  if (shown !== index && document.activeElement?.tagName !== "TEXTAREA") show(index);
 }
 
 function settle(index) {
@@ -250,6 +251,8 @@ async function show(index) {
 }
 
 function drawCurrent() {
+  // Drawn anew under who types in it: the next letters would be keys that decide.
+  const typed = drawn === shown ? $("fields").querySelector("textarea:focus")?.name : undefined;
   $("current").hidden = shown === null;
   $("nothing").hidden = shown !== null;
   drawn = shown;
@@ -257,6 +260,7 @@ function drawCurrent() {
   const tuple = read.get(shown);
   $("media").replaceChildren(...Object.entries(tuple.media).map(([role, file]) => figure(shown, role, file, true)));
   $("fields").replaceChildren(...Object.keys(NAMES).map(field));
+  if (typed) $("fields").querySelector(`textarea[name="${typed}"]`).focus();
 }
 
 function figure(index, role, file, playing) {

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Page, Route, expect
 
 from byg_plugin.data.clips import write_clip
 from byg_plugin.data.rules import ROLES
@@ -368,6 +368,23 @@ def test_what_is_typed_while_a_conflict_is_told_is_kept_with_it(
     waiting[0].continue_()
     expect(second.page.locator("#conflict")).to_contain_text("Instruction: mine, and more")
     expect(second.field("instruction")).to_have_value("theirs")
+    # What is typed next is text, not keys that decide.
+    expect(second.field("instruction")).to_be_focused()
+
+
+def test_a_refusal_leads_nobody_away_who_is_typing(tuples: Path, serve: Callable[..., Server], look: Callable[[Server], Window]):
+    window = look(serve(tuples))
+    waiting: list[Route] = []
+    window.page.route("**/api/tuples/0", lambda route: waiting.append(route))
+    window.press("d")
+    window.at_line(2)
+    window.field("instruction").fill("typed here")
+    while not waiting:
+        window.page.wait_for_timeout(20)
+    waiting[0].fulfill(status=422, body="not this one")
+    expect(window.page.locator("#notice")).to_contain_text("not this one")
+    window.at_line(2)
+    expect(window.field("instruction")).to_be_focused()
 
 
 def test_a_page_of_another_file_cannot_decide(tuples: Path, serve: Callable[..., Server], look: Callable[[Server], Window]):

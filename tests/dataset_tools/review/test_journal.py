@@ -224,6 +224,16 @@ def test_an_export_that_is_made_again_keeps_what_was_held_out(tuples: Path):
     assert [one["source"] for one in again[:2]] == [one["source"] for one in exported]
 
 
+def test_a_split_of_the_tuple_itself_stands_above_an_earlier_export(tmp_path: Path):
+    tuples = write_tuples(tmp_path, [record(0, split="train")])
+    target = tmp_path / "out.jsonl"
+    with Review(tuples) as review:
+        decide(review, 0, "kept")
+    write_records(target, [record(0, split="validation")])
+    export_reviewed(tuples, target, tmp_path)
+    assert [one["split"] for one in read_records(target)] == ["train"]
+
+
 @pytest.mark.parametrize("text", ["my own notes", '{"a": 1}', '{"source": ["x"], "split": "train"}'])
 def test_an_export_writes_over_no_file_of_another_kind(tuples: Path, text: str):
     with Review(tuples) as review:

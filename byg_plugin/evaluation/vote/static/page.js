@@ -5,6 +5,7 @@ const roles = ["reference", "left", "right"];
 const names = {reference: "The reference", left: "A", right: "B"};
 let rater = "", token = "", pairs = [], shown = 0, busy = false;
 let turn = 0; // counts what was gone to: pictures of an earlier pair may come late
+let slow = null; // timer
 let open = false; // whether all three pictures are there: nobody votes on what was not shown
 
 function say(text) {
@@ -47,6 +48,7 @@ function go(index) {
   const mine = ++turn;
   setOpen(false);
   say("");
+  clearTimeout(slow);
   at("vote").hidden = index === undefined;
   at("end").hidden = index !== undefined;
   for (const role of roles) at(role).replaceChildren();
@@ -58,8 +60,11 @@ function go(index) {
   document.querySelector(".kind").textContent = pair.kind === "clip" ? "video" : "image";
   at("play").hidden = pair.kind !== "clip";
   for (const side of ["left", "right"]) at(`vote-${side}`).setAttribute("aria-pressed", pair.voted === side);
+  slow = setTimeout(() => say(pair.kind === "clip" ? "Still loading the clips: Play may help." : "Still loading the pictures."), 5000);
   Promise.all(roles.map(role => draw(pair.kind, role))).then(() => {
     if (mine !== turn) return;
+    clearTimeout(slow);
+    say("");
     setOpen(true);
     play();
   }, error => mine === turn && say(error.message));
@@ -69,13 +74,14 @@ function go(index) {
 function draw(kind, role) {
   const clip = kind === "clip";
   const picture = document.createElement(clip ? "video" : "img");
-  if (clip) Object.assign(picture, {muted: true, preload: "auto"});
+  if (clip) Object.assign(picture, {muted: true, preload: "auto", playsInline: true});
   else picture.alt = role;
   const drawn = new Promise((resolve, reject) => {
     picture.addEventListener(clip ? "canplaythrough" : "load", resolve, {once: true});
     picture.addEventListener("error", () => reject(new Error(problem(role, picture))), {once: true});
   });
   picture.src = named(`/media/${shown}/${role}`);
+  if (clip) picture.load(); // preload is a hint that some browsers do not take
   at(role).append(picture);
   return drawn;
 }
@@ -113,11 +119,12 @@ function toggle() {
 async function vote(side) {
   if (busy || !open) return;
   busy = true;
+  const mine = turn;
   try {
     const pair = pairs[shown];
     await ask(named(`/api/pairs/${shown}`), {token, side});
     pair.voted = side;
-    go(nextOpen(shown));
+    if (mine === turn) go(nextOpen(shown)); // else the rater has gone elsewhere meanwhile
   } catch (error) {
     say(`Not saved: ${error.message}`);
   } finally {
