@@ -185,9 +185,8 @@ def _update_size(tensors: Mapping[str, tuple[int, ...]]) -> tuple[int, int] | No
 
 def _matrices(tensors: Mapping[str, tuple[int, ...]]) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
     """Shapes of a layer's A and of its B; other kinds of layers have neither."""
-    matrices = {key: shape for key, shape in tensors.items() if not key.endswith(".bias")}
-    down = [shape for key, shape in matrices.items() if "lora_A" in key or "lora_down" in key]
-    up = [shape for key, shape in matrices.items() if "lora_B" in key or "lora_up" in key]
+    down = [shape for key, shape in tensors.items() if "lora_A" in key or "lora_down" in key]
+    up = [shape for key, shape in tensors.items() if "lora_B" in key or "lora_up" in key]
     return down, up
 
 

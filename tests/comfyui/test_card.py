@@ -176,7 +176,7 @@ def test_exchanged_halves_are_refused() -> None:
     ],
 )
 def test_a_layer_of_one_matrix_or_of_two_that_cannot_be_multiplied_is_not_loaded_by_half(shapes: dict[str, tuple[int, ...]]) -> None:
-    whole = {"a.lora_A.weight": (4, 64), "a.lora_B.weight": (32, 4), "a.alpha": (), "a.lora_B.bias": (32,), "c.diff": (32, 64)}
+    whole = {"a.lora_A.weight": (4, 64), "a.lora_B.weight": (32, 4), "a.alpha": (), "c.diff": (32, 64)}
     key_map = {name: f"{name}.weight" for name in "abc"}
     weights = {f"{name}.weight": (32, 64) for name in "abc"}
     loader.check_fit(loader.fit_of(whole, key_map, weights), CARD, "f.safetensors")
