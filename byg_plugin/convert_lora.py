@@ -33,8 +33,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         ValueError: wrong input or a refused conversion.
         SystemExit: with 1 when a tool would lose something.
     """
-    args = _parser().parse_args(argv)
-    _check_options(args)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    mode, others = ("--check", _OF_TO) if args.check else ("--to", _OF_CHECK)
+    _cli.refuse_unused(parser, args, mode, *others)
     if not args.lora.is_file():
         raise ValueError(f"{args.lora}: no such file; give a LoRA as .safetensors")
     if not args.check:
@@ -60,12 +62,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--modules", action="store_true", help="with --check: list every layer, also those that load")
     return parser
-
-
-def _check_options(args: argparse.Namespace) -> None:
-    mode, others = ("--check", _OF_TO) if args.check else ("--to", _OF_CHECK)
-    if foreign := [_cli.option(name) for name in others if getattr(args, name)]:
-        raise ValueError(f"{mode} has no use for {', '.join(foreign)}: leave it out")
 
 
 def _convert(args: argparse.Namespace) -> None:

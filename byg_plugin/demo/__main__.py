@@ -52,7 +52,7 @@ def run_demo(
     _, resolved = commands.settings(out, recipe, base, overrides)  # what is wrong is told before anything is made
     if resolved.objective.criticised:
         check_critic(resolved)
-    commands.write_data(out, world.write_dataset, {"train": train_tuples, "eval": eval_tuples})
+    commands.write_data(out, world.write_dataset, ".png", {"train": train_tuples, "eval": eval_tuples})
     print(f"{train_tuples} training tuples (no targets) in {out / 'train'}, {eval_tuples} held-out edits in {out / 'eval'}")
     edits, seconds = commands.cache_train_edit(out, recipe, base, overrides, ["--batch-size", "16"])
 

@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from byg_plugin import _cli, journal, shipped
@@ -22,16 +21,19 @@ if TYPE_CHECKING:
     import torch
 
 
-def write_data(out: Path, write_dataset: Callable[..., Path], sizes: Mapping[str, int]) -> None:
-    """`out`/train and `out`/eval with as many tuples as `sizes` says, where they are not there yet; `write_dataset` is the world's.
+def write_data(out: Path, write_dataset: Callable[..., Path], suffix: str, sizes: Mapping[str, int]) -> None:
+    """`out`/train and `out`/eval with as many tuples as `sizes` says, where they are not there yet.
+
+    Args:
+        out: the demo's folder.
+        write_dataset: the world's.
+        suffix: of its sources.
+        sizes: tuples by split.
 
     Raises:
         ValueError: what is there is another demo's.
     """
     out.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory() as one:  # what this world's tuples look like
-        written = json.loads(Path(write_dataset(Path(one), 1, seed=0, split="train")).read_text(encoding="utf-8"))
-    suffix = Path(written["source"]).suffix
     for split, tuples in sizes.items():
         path = out / split / "tuples.jsonl"
         if not path.exists():

@@ -36,7 +36,7 @@ def run_demo(
         base: diffusers folder of the frozen base.
     """
     commands.settings(out, "demo_video.toml", base, overrides)  # a wrong one is told before anything is made
-    commands.write_data(out, video_world.write_dataset, {"train": train_tuples, "eval": eval_tuples})
+    commands.write_data(out, video_world.write_dataset, ".mkv", {"train": train_tuples, "eval": eval_tuples})
     print(f"{train_tuples} training clips (no targets) in {out / 'train'}, {eval_tuples} held-out edits in {out / 'eval'}")
     # Wan's own native size is no clip's here.
     edits, seconds = commands.cache_train_edit(out, "demo_video.toml", base, overrides, ["--resolution", "64"])

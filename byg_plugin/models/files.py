@@ -355,10 +355,9 @@ def check_tensors(model: nn.Module, folder: Path) -> None:
 
 
 def _files_that_diffusers_reads(folder: Path) -> list[Path]:
-    """Others may lie beside them: the same weights in their author's layout, another precision, a LoRA."""
+    """Others may lie beside them: the same weights in their author's layout, a LoRA. `config_only` has checked the index."""
     index, whole = folder / f"{_INDEXED[0]}.index.json", folder / _INDEXED[0]
     if index.is_file():
-        _check_shards(folder)
         return sorted({folder / shard for shard in read_json(index)["weight_map"].values()})
     return [whole] if whole.is_file() else []
 

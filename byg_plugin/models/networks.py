@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from byg_plugin.models import files
 
+# What a class of diffusers raises where a configuration has values of another type or size; on the meta device nothing is allocated.
+_OTHER_VALUES = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
@@ -70,14 +73,7 @@ class Network:
         try:
             with torch.device("meta"):
                 model = self.kind.from_config(config)
-        except (
-            ArithmeticError,
-            AttributeError,
-            LookupError,
-            RuntimeError,
-            TypeError,
-            ValueError,
-        ) as error:  # a value of another type or size
+        except _OTHER_VALUES as error:
             raise ValueError(f"{path_or_id}: its config.json describes no {self.name} ({error}); download it again") from error
         checked = self._checked(model, path_or_id)
         if (folder := files.local_folder(path_or_id, self.part)) is not None:

@@ -7,7 +7,7 @@ import difflib
 import inspect
 import pathlib
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -59,8 +59,7 @@ def _optimizer(name: str, lr: float, options: Mapping[str, Any]) -> list[str]:
         last = "AdamW" if kind == "adamw" else last
         known = [one for one, value in vars(torch.optim).items() if isinstance(value, type)]
         if last not in known:
-            close = difflib.get_close_matches(last, ["AdamW8bit", "Adafactor", *known], n=1, cutoff=0.5)
-            return [f"{said}: unknown; {f'did you mean {close[0]!r}?' if close else 'known: ' + ', '.join(['AdamW8bit', *known])}"]
+            return _unknown(said, last, ["AdamW8bit", "Adafactor", *known])
         if last in _UNFIT:
             return [f"{said}: {_UNFIT[last]}: set another, e.g. 'AdamW'"]
         return _made(lambda: getattr(torch.optim, last)(_groups(lr), lr=lr, **options))
@@ -184,8 +183,13 @@ def _unknown_schedule(name: str) -> list[str]:
     known = [*(kind.value for kind in SchedulerType), "rex", "piecewise_constant"]
     if name in known or name.lower() == "rex":
         return []
+    return _unknown(f"musubi.lr_scheduler = {name!r}", name, known)
+
+
+def _unknown(said: str, name: str, known: Sequence[str]) -> list[str]:
+    """What begins with `said`, of a name that is none of the known ones."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return [f"musubi.lr_scheduler = {name!r}: unknown; {f'did you mean {close[0]!r}?' if close else 'known: ' + ', '.join(known)}"]
+    return [f"{said}: unknown; {f'did you mean {close[0]!r}?' if close else 'known: ' + ', '.join(known)}"]
 
 
 def _hint(name: str) -> str:
@@ -271,8 +275,7 @@ def _of_type(name: str, lr: float, options: Mapping[str, Any]) -> list[str]:
         one for one, value in vars(kinds).items() if isinstance(value, type) and issubclass(value, kinds.LRScheduler) and one not in _BASES
     ]
     if last not in known:
-        close = difflib.get_close_matches(last, known, n=1, cutoff=0.5)
-        return [f"musubi.lr_scheduler_type = {name!r}: unknown; {f'did you mean {close[0]!r}?' if close else 'known: ' + ', '.join(known)}"]
+        return _unknown(f"musubi.lr_scheduler_type = {name!r}", last, known)
     optimizer = torch.optim.SGD(_groups(lr), lr=lr, momentum=0.9)
     try:
         with warnings.catch_warnings():

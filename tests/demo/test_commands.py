@@ -79,11 +79,11 @@ def test_a_damaged_record_of_a_training_is_named(tmp_path: Path, text: str):
 
 
 def test_a_folder_of_the_other_demo_or_of_another_size_is_not_gone_on_with(tmp_path: Path):
-    commands.write_data(tmp_path / "a", world.write_dataset, {"train": 2, "eval": 1})
+    commands.write_data(tmp_path / "a", world.write_dataset, ".png", {"train": 2, "eval": 1})
     written = (tmp_path / "a/train/tuples.jsonl").stat().st_mtime_ns
-    commands.write_data(tmp_path / "a", world.write_dataset, {"train": 2, "eval": 1})
+    commands.write_data(tmp_path / "a", world.write_dataset, ".png", {"train": 2, "eval": 1})
     assert (tmp_path / "a/train/tuples.jsonl").stat().st_mtime_ns == written
     with pytest.raises(ValueError, match=r"--out .*a: .*tuples\.jsonl holds 2 tuples of \.png, and this demo's are 2 of \.mkv: delete"):
-        commands.write_data(tmp_path / "a", video_world.write_dataset, {"train": 2, "eval": 1})
+        commands.write_data(tmp_path / "a", video_world.write_dataset, ".mkv", {"train": 2, "eval": 1})
     with pytest.raises(ValueError, match=r"holds 2 tuples of \.png, and this demo's are 3 of \.png"):
-        commands.write_data(tmp_path / "a", world.write_dataset, {"train": 3, "eval": 1})
+        commands.write_data(tmp_path / "a", world.write_dataset, ".png", {"train": 3, "eval": 1})
